@@ -1,0 +1,49 @@
+# Everything runs in .venv, which `setup` makes from constraints.txt; nothing else has to be installed but Python 3.11 and make.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.made
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+# Enclave and worker share the cores. With OpenMP's default policy the idle process spins on the cores that the other one needs.
+test test-slow demo bench: export OMP_WAIT_POLICY := passive
+# No test may depend on what a model hub serves today.
+test test-slow: export HF_HUB_OFFLINE := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow lint format bench clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 20
+
+setup: $(STAMP)  ## make .venv with the pinned dependencies
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable '.[dev]' --constraint constraints.txt
+	touch $@
+
+demo: setup  ## fine-tune the bundled model on private records, protected
+	$(BIN)/obfuscatune demo
+
+test: setup  ## run the fast tests
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: setup  ## run the slow tests
+	$(BIN)/python -m pytest -m slow
+
+lint: setup  ## check style, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup  ## format and repair what can be repaired
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: setup  ## run the benchmarks
+	$(BIN)/obfuscatune bench
+
+clean:  ## remove .venv and all caches
+	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

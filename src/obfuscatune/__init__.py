@@ -1,0 +1,66 @@
+"""Fine-tune and run a proprietary language model on private data, its large layers keyed onto an untrusted accelerator.
+
+    with obfuscatune.protect(model, profile="balanced", worker="spawn") as protected:
+        Trainer(model=protected.model, ...).train()
+
+Names are imported when first used: the worker's process imports this package too, and must never load keys.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from obfuscatune.enclave.protected import Protected, protect
+    from obfuscatune.enclave.report import Report
+    from obfuscatune.errors import (
+        DataError,
+        KeyFaultError,
+        ObfuscatuneError,
+        ProtocolError,
+        UnsupportedModelError,
+        UsageError,
+        WorkerFault,
+    )
+    from obfuscatune.keys.source import MasterSecret
+    from obfuscatune.profiles import PROFILES, Profile
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "obfuscatune.enclave.protected": ("Protected", "protect"),
+    "obfuscatune.enclave.report": ("Report",),
+    "obfuscatune.errors": (
+        "DataError",
+        "KeyFaultError",
+        "ObfuscatuneError",
+        "ProtocolError",
+        "UnsupportedModelError",
+        "UsageError",
+        "WorkerFault",
+    ),
+    "obfuscatune.keys.source": ("MasterSecret",),
+    "obfuscatune.profiles": ("PROFILES", "Profile"),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "PROFILES",
+    "DataError",
+    "KeyFaultError",
+    "MasterSecret",
+    "ObfuscatuneError",
+    "Profile",
+    "ProtocolError",
+    "Protected",
+    "Report",
+    "UnsupportedModelError",
+    "UsageError",
+    "WorkerFault",
+    "protect",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME_OF[name]), name)

@@ -1,0 +1,56 @@
+"""The KV cache: kept on the worker, mirrored in the enclave by a stock ``DynamicCache`` of stubs.
+
+``generate`` and its relatives reorder, crop, repeat and select the rows of a cache. Rather than follow each of these, the enclave
+keeps in the stock cache a stub of one number a token, holding the row's place on the worker at the last call, and reads off
+it at the next one which rows, and how many tokens, the worker must go on from.
+"""
+
+import itertools
+import weakref
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from obfuscatune.enclave.session import Session
+from obfuscatune.errors import UnsupportedModelError
+
+
+class CacheMirror:
+    """Gives the worker's caches numbers, and tells it what became of them in the enclave."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._numbers = itertools.count(1)
+        self._known: weakref.WeakKeyDictionary[DynamicCache, int] = weakref.WeakKeyDictionary()
+
+    def request(self, cache: Any, layer_index: int, batch: int, new: int, layer: str) -> dict[str, Any]:
+        """Return the ``cache`` field of a forward request, and append ``new`` tokens to the stubs of this layer.
+
+        Raises:
+            UnsupportedModelError: not a plain DynamicCache, or one that this model did not fill.
+        """
+        if type(cache) is not DynamicCache or not all(type(stub) is DynamicLayer for stub in cache.layers):
+            kind = type(cache).__name__
+            raise UnsupportedModelError("kind of KV cache", got=kind, expected="DynamicCache", where=layer)
+        number, length, rows = self._known.get(cache), 0, None
+        stub: Any = cache.layers[layer_index] if layer_index < len(cache.layers) else None
+        if stub is not None and stub.is_initialized and stub.keys.numel():
+            length = stub.keys.shape[2]
+            if number is None or int(stub.values[0, 0, -1, 0]) != number:
+                raise UnsupportedModelError(
+                    "a KV cache that this model did not fill, or a copy of one", where=layer, hint="pass the cache itself"
+                )
+            places = stub.keys[:, 0, -1, 0].tolist()
+            rows = None if places == list(range(batch)) else [int(place) for place in places]
+        if number is None:
+            number = next(self._numbers)
+            self._known[cache] = number
+            weakref.finalize(cache, self._session.drop_cache, number)
+        empty = torch.zeros(batch, 1, new, 1, dtype=torch.float64)
+        cache.update(empty, empty.clone(), layer_index)
+        stub = cache.layers[layer_index]
+        stub.keys.copy_(torch.arange(batch, dtype=torch.float64).view(batch, 1, 1, 1).expand_as(stub.keys))
+        stub.values.fill_(number)
+        return {"id": number, "length": length, "rows": rows}

@@ -1,0 +1,183 @@
+"""LoRA factors that the worker holds and trains (``lora_placement="worker"``, as the paper has it).
+
+Stock training code wants parameters with gradients. Each such slot has an *anchor* in the enclave: a scalar parameter whose
+gradient **is** the Euclidean norm of the gradient that the worker has accumulated for the slot. Under orthogonal keys that norm
+equals the one in plain coordinates, so that ``clip_grad_norm_`` over the anchors computes the true global norm and scales the
+anchors' gradients; :class:`RemoteOptimizer` reads the factor off them and sends it along with the step.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from obfuscatune.enclave.session import Session
+from obfuscatune.errors import UsageError, WorkerFault
+from obfuscatune.folding import key_rows, unkey_rows
+from obfuscatune.keys import Key
+
+
+class HeldSlot:
+    """One LoRA pair on the worker, and its twin in PEFT's layer, which is updated when the adapter is read.
+
+    Keyed coordinates: ``A* = R_in^-1 A``, ``B* = B R_out`` (A ``[in, r]``, B ``[r, out]``).
+
+    Args:
+        lora: PEFT's layer, with parameters ``[r, in]`` and ``[out, r]`` and a factor on the product.
+        adapter: name of the adapter in it; the one that is trained and used.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        *,
+        segment: str,
+        slot: str,
+        layer: str,
+        lora: Any,
+        adapter: str,
+        key_in: Key,
+        key_out: Key,
+    ) -> None:
+        self.name = f"{segment}.{slot}"
+        self._lora, self._adapter, self._scaling = lora, adapter, float(lora.scaling[adapter])
+        self._a, self._b = lora.lora_A[adapter].weight, lora.lora_B[adapter].weight
+        self.anchor = nn.Parameter(torch.zeros((), dtype=self._a.dtype))
+        self.norm = 0.0
+        self.layer = layer
+        self._session, self._segment, self._slot = session, segment, slot
+        self._key_in, self._key_out = key_in, key_out
+        self._fresh = False
+        self._synced: tuple[Tensor, Tensor] | None = None
+        for parameter in (self._a, self._b):
+            parameter.requires_grad_(False)
+        self.push()
+
+    def push(self) -> None:
+        """Send PEFT's values, keyed, where they are not the ones last exchanged (a checkpoint was loaded)."""
+        if self._synced is not None and torch.equal(self._a, self._synced[0]) and torch.equal(self._b, self._synced[1]):
+            return
+        a = unkey_rows(self._a.detach().double().T, self._key_in)
+        b = self._key_out.apply(self._b.detach().double().T.contiguous())
+        tensors = {"a": a.to(self._a.dtype).contiguous(), "b": b.to(self._b.dtype).contiguous()}
+        header = {"segment": self._segment, "slot": self._slot, "scale": self._scaling}
+        self._session.request("hold", self.layer, header, tensors, {})
+        self._remember()
+
+    def pull(self, keyed_a: Tensor, keyed_b: Tensor) -> None:
+        """Write the worker's keyed factors into PEFT's parameters, un-keyed."""
+        with torch.no_grad():
+            self._a.copy_(key_rows(keyed_a.double(), self._key_in).T)
+            self._b.copy_(self._key_out.apply_inverse(keyed_b.double()).T)
+        self._remember()
+
+    def _remember(self) -> None:
+        self._synced = (self._a.detach().clone(), self._b.detach().clone())
+
+    def begin_forward(self) -> bool:
+        """Whether the slot takes part; notes gradients that were set to None since, and values that were loaded since.
+
+        Raises:
+            UsageError: the anchor was stepped by a stock optimizer, or another adapter was chosen.
+        """
+        if self._lora.disable_adapters:
+            return False
+        if list(self._lora.active_adapters) != [self._adapter]:
+            raise UsageError(
+                "adapter in use is not the one on the worker", got=self._lora.active_adapters, where=self.layer
+            )
+        if self.anchor.item() != 0.0:
+            raise UsageError(
+                "an optimizer of the enclave stepped a LoRA pair that the worker trains",
+                where=self.layer,
+                hint="pass protected.create_optimizer(...) to the Trainer: optimizers=(optimizer, None)",
+            )
+        self.push()
+        if self.anchor.grad is None and self.norm > 0.0:
+            self._fresh, self.norm = True, 0.0
+        return True
+
+    def begin_backward(self) -> bool:
+        """Whether the worker shall clear this slot's gradient before it adds to it."""
+        fresh, self._fresh = self._fresh, False
+        return fresh
+
+    def take_norm(self, norm: Any) -> Tensor:
+        """Return the increment of the accumulated gradient's norm, the anchor's gradient. Refuses what is no norm."""
+        if not isinstance(norm, float | int) or not math.isfinite(norm) or norm < 0:
+            raise WorkerFault("gradient norm of a held slot", worker=self._session.worker, layer=self.layer, call=-1)
+        increment, self.norm = norm - self.norm, float(norm)
+        return torch.tensor(increment, dtype=self.anchor.dtype)
+
+
+class HeldAdapter:
+    """All LoRA pairs that the worker holds, and whether PEFT's parameters lag behind them."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.slots: list[HeldSlot] = []
+        self.stale = False
+
+    def export(self) -> dict[str, Tensor]:
+        """Return the worker's keyed factors and moments by name."""
+        return self.session.request("optimizer", "-", {"action": "export"}, {}, None)[1]
+
+    def pull(self) -> None:
+        """Bring the adapter in PEFT's layers up to date with the worker's factors, if it is not.
+
+        Raises:
+            WorkerFault: the worker's factors are not all there, or not of their shapes.
+        """
+        if not self.stale:
+            return
+        tensors = self.export()
+        for slot in self.slots:
+            try:
+                slot.pull(tensors[f"{slot.name}.a"], tensors[f"{slot.name}.b"])
+            except (KeyError, RuntimeError) as error:
+                name = self.session.worker
+                raise WorkerFault("factors of a held slot", worker=name, layer=slot.layer, call=-1) from error
+        self.stale = False
+
+
+class RemoteOptimizer(Optimizer):
+    """Steps the factors that the worker holds; a stock torch optimizer to schedulers and to the Trainer.
+
+    Args:
+        adapter: the held slots. kind: ``adamw`` or ``sgd``. lr: learning rate.
+        options: further arguments of that torch optimizer (weight_decay, betas, momentum, ...).
+
+    ``state_dict`` carries the keyed factors and moments, so that a resumed run continues bit for bit under the same keys.
+    """
+
+    def __init__(self, adapter: HeldAdapter, *, kind: str, lr: float, **options: Any) -> None:
+        self._adapter, self._kind = adapter, kind
+        self._options = {"lr": lr, **options}
+        super().__init__([slot.anchor for slot in adapter.slots], {"lr": lr})
+
+    def step(self, closure: Any = None) -> None:
+        """Step the factors of every slot that has a gradient, clipped as the anchors' gradients were."""
+        scales = {}
+        for slot in self._adapter.slots:
+            if slot.anchor.grad is not None and slot.norm > 0.0:
+                scales[slot.name] = slot.anchor.grad.item() / slot.norm
+        header = {"action": "step", "kind": self._kind, "options": self._options, "scales": scales}
+        header["lr"] = float(self.param_groups[0]["lr"])
+        self._adapter.session.request("optimizer", "-", header, {}, {})
+        self._adapter.stale = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the schedule's state and, keyed, the factors and moments on the worker."""
+        return {**super().state_dict(), "worker": self._adapter.export()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Put both back. The keys must be those under which the state was made."""
+        state = dict(state_dict)
+        tensors = state.pop("worker")
+        super().load_state_dict(state)
+        header = {"action": "import", "kind": self._kind, "options": self._options}
+        self._adapter.session.request("optimizer", "-", header, tensors, {})
+        self._adapter.stale = True
+        self._adapter.pull()

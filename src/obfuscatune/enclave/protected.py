@@ -1,0 +1,224 @@
+"""``protect``: the door. Keys a model's large layers onto a worker and gives the same model back, running between the two."""
+
+import dataclasses
+import weakref
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from obfuscatune.enclave.held import HeldAdapter, RemoteOptimizer
+from obfuscatune.enclave.install import Installer
+from obfuscatune.enclave.report import Report, make_report
+from obfuscatune.enclave.session import Session
+from obfuscatune.enclave.spawn import open_session
+from obfuscatune.errors import KeyFaultError, UnsupportedModelError, UsageError, WorkerFault
+from obfuscatune.families import family_of
+from obfuscatune.keys import MasterSecret
+from obfuscatune.profiles import Profile, resolve
+
+
+def protect(
+    model: nn.Module,
+    *,
+    profile: str | Profile = "balanced",
+    worker: str = "spawn",
+    device: str | None = None,
+    threads: int | None = None,
+    timeout: float = 600.0,
+    secret: MasterSecret | None = None,
+    insecure_test_seed: int | None = None,
+    progress: bool = False,
+    **switches: Any,
+) -> "Protected":
+    """Run ``model`` between this process, the enclave, and a worker that sees only keyed weights and activations.
+
+    The model is changed in place: its large linear layers leave for the worker, keyed, and are gone from this process. Only what
+    stays can be trained: LoRA (PEFT), and embeddings, final norm and head where they require gradients. On failure the model is
+    as it was.
+
+    Args:
+        model: a ``transformers`` GPT-2, or a PEFT model with plain LoRA around one; on the CPU, one float dtype.
+        profile: name of a profile, or a record; ``switches`` change single fields of it (``mlp="enclave"``).
+        worker: ``"spawn"`` for a process on this machine, or the address of one that runs: ``unix://PATH``,
+            ``tcp://HOST:PORT``.
+        device, threads: of a spawned worker; torch's default otherwise.
+        timeout: seconds to wait for each reply of the worker.
+        secret: master secret of an earlier session, to resume it bit for bit; a fresh one otherwise.
+        insecure_test_seed: makes the keys predictable, for tests only; refused with a TCP worker.
+        progress: show a bar while the weights are keyed.
+
+    Returns:
+        A context manager with ``.model``, ``.report()``, ``.create_optimizer()`` and ``.close()``.
+
+    Raises:
+        UsageError: options that do not fit, no worker at the address. UnsupportedModelError: a model, configuration or adapter that
+        cannot be run exactly. WorkerFault: the worker failed.
+    """
+    resolved = resolve(profile, **switches)
+    causal_lm = _causal_lm(model)
+    spec = family_of(causal_lm.config)
+    _check_tensors(causal_lm)
+    keys = _master_secret(secret, insecure_test_seed, worker)
+    total = _base_parameters(model)
+    if not resolved.remote:
+        return Protected(model, resolved, None, None, keys, total_parameters=total, worker_parameters=0)
+    session = open_session(worker, timeout=timeout, threads=threads, device=device)
+    try:
+        session.hello()
+        held = HeldAdapter(session)
+        installer = Installer(session, resolved, spec, causal_lm.config, keys, held)
+        blocks = [entry for entry in spec.iter_blocks(causal_lm) if entry[0] >= resolved.enclave_blocks]
+        for index, path, block in _with_bar(blocks, progress):
+            installer.key_block(block, index, path)
+        installer.install()
+    except BaseException:
+        session.close()
+        raise
+    if resolved.attention == "worker":
+        causal_lm.set_attn_implementation("sdpa")  # the one whose masks say only what is allowed, and None for causal
+        _refuse_attention_weights(causal_lm)
+    return Protected(
+        model,
+        resolved,
+        session,
+        held,
+        keys,
+        total_parameters=total,
+        worker_parameters=installer.worker_parameters,
+    )
+
+
+class Protected:
+    """A model that runs between enclave and worker; a context manager that ends the session, and a spawned worker with it.
+
+    Attributes:
+        model: the very object that was protected, of its old class: ``forward``, ``generate``, ``Trainer`` and PEFT's
+            ``save_pretrained`` work as before.
+        profile: the resolved record. secret: the master secret, for a checkpoint; never leaves the enclave.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        profile: Profile,
+        session: Session | None,
+        held: HeldAdapter | None,
+        secret: MasterSecret,
+        *,
+        total_parameters: int,
+        worker_parameters: int,
+    ) -> None:
+        self.model, self.profile, self.session, self.secret = model, profile, session, secret
+        self._held = held
+        self._total_parameters, self._worker_parameters = total_parameters, worker_parameters
+        self._final_report: Report | None = None
+        if session is not None:
+            weakref.finalize(self, session.close)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def create_optimizer(self, kind: str = "adamw", *, lr: float, **options: Any) -> torch.optim.Optimizer:
+        """Return the optimizer of what is trained, wherever it is; for ``Trainer(optimizers=(optimizer, None))``.
+
+        Only needed with ``lora_placement="worker"``; otherwise the Trainer's own optimizer does.
+
+        Args:
+            kind: ``adamw`` or ``sgd``. options: of that torch optimizer (weight_decay, betas, momentum, ...).
+        """
+        makers = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+        if kind not in makers:
+            raise UsageError("optimizer", got=repr(kind), expected=", ".join(makers))
+        if self._held is not None and self._held.slots:
+            return RemoteOptimizer(self._held, kind=kind, lr=lr, **options)
+        return makers[kind]([p for p in self.model.parameters() if p.requires_grad], lr=lr, **options)
+
+    def report(self) -> Report:
+        """Return what is where, what crossed the boundary, and what it cost."""
+        if self._final_report is not None:
+            return self._final_report
+        enclave = _base_parameters(self.model)
+        return make_report(
+            self.profile, self.session, enclave=enclave, worker=self._worker_parameters, total=self._total_parameters
+        )
+
+    def close(self) -> None:
+        """End the session; the worker forgets it all. The model cannot be run after that; may be called again."""
+        if self.session is not None and self._final_report is None:
+            try:
+                if self._held is not None:
+                    self._held.pull()
+                self._final_report = self.report()
+            except (UsageError, WorkerFault):
+                self._final_report = None  # the session had ended by a fault, which was raised where it happened
+            finally:
+                self.session.close()
+
+    def __repr__(self) -> str:
+        where = "no worker" if self.session is None else self.session.worker
+        return f"Protected({type(self.model).__name__}, profile={self.profile.name!r}, worker={where!r})"
+
+
+def _causal_lm(model: nn.Module) -> Any:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not hasattr(base, "config"):
+        raise UnsupportedModelError(
+            "not a transformers model", got=type(base).__name__, expected="AutoModelForCausalLM.from_pretrained(...)"
+        )
+    return base
+
+
+def _check_tensors(model: nn.Module) -> None:
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    devices = {p.device.type for p in model.parameters()}
+    if devices != {"cpu"}:
+        raise UnsupportedModelError("the enclave's model is on the CPU", got=sorted(devices), hint='model.to("cpu")')
+    if not dtypes <= {torch.float64, torch.float32, torch.bfloat16, torch.float16}:
+        raise UnsupportedModelError("dtype of the weights", got=sorted(str(d) for d in dtypes), expected="float")
+
+
+def _master_secret(secret: MasterSecret | None, insecure_test_seed: int | None, worker: str) -> MasterSecret:
+    if insecure_test_seed is not None:
+        if secret is not None:
+            raise UsageError("secret and insecure_test_seed are both given", hint="choose one")
+        secret = MasterSecret.from_insecure_test_seed(insecure_test_seed)
+    if secret is not None and secret.is_test and worker.startswith("tcp:"):
+        raise KeyFaultError("a test seed is refused with a TCP worker", where=worker, hint="leave insecure_test_seed out")
+    return secret if secret is not None else MasterSecret.generate()
+
+
+def _base_parameters(model: nn.Module) -> int:
+    """Parameters of the model itself: no adapter, no anchor."""
+    skipped = ("lora_", ".anchor", "anchor_")
+    return sum(p.numel() for name, p in model.named_parameters() if not any(part in name for part in skipped))
+
+
+def _with_bar(blocks: list[Any], progress: bool) -> Any:
+    if not progress:
+        return blocks
+    from tqdm.auto import tqdm
+
+    return tqdm(blocks, desc="keying weights", unit="block")
+
+
+def _refuse_attention_weights(model: Any) -> None:
+    def check(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        wanted = kwargs.get("output_attentions")
+        if wanted or (wanted is None and getattr(model.config, "output_attentions", False)):
+            raise UnsupportedModelError(
+                "output_attentions: attention weights stay on the worker", hint='protect with attention="enclave"'
+            )
+
+    model.register_forward_pre_hook(check, with_kwargs=True)
+
+
+def describe_switches(profile: Profile) -> dict[str, Any]:
+    """Return the profile's switches as plain values, for reports and checkpoints."""
+    return {name: value for name, value in dataclasses.asdict(profile).items() if name not in ("name", "summary")}

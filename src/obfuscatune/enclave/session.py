@@ -1,0 +1,167 @@
+"""The enclave's end of a session: requests to the worker, and the checks on every reply.
+
+The worker is not trusted to be right. A reply is used only if it has the id of the request, exactly the tensors expected, of
+exactly the expected shapes and dtypes, all finite. Anything else, a timeout and a dead worker become one
+:class:`~obfuscatune.errors.WorkerFault`, after which the session is closed for good, so that a late reply can never be taken
+for a later one.
+"""
+
+import subprocess
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from obfuscatune.errors import ConnectionClosedError, ProtocolError, UsageError, WorkerFault
+from obfuscatune.protocol import PROTOCOL_VERSION, Connection
+
+Expected = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+@dataclass(slots=True)
+class Traffic:
+    """Counts of one kind of request: calls, bytes in both directions, seconds spent waiting for replies."""
+
+    calls: int = 0
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    seconds: float = 0.0
+
+
+class Session:
+    """Requests to one worker over one connection.
+
+    Args:
+        connection: connected, nothing sent yet.
+        worker: how messages name the worker: its address, or ``spawned process N``.
+        timeout: seconds to wait for one reply.
+        process: the worker's process where this enclave started it.
+    """
+
+    def __init__(
+        self, connection: Connection, *, worker: str, timeout: float, process: "subprocess.Popen[bytes] | None" = None
+    ) -> None:
+        self.connection, self.worker, self.process = connection, worker, process
+        self.traffic: defaultdict[str, Traffic] = defaultdict(Traffic)
+        self._timeout = timeout
+        self._last_id = 0
+        self._dropped_calls: list[int] = []
+        self._dropped_caches: list[int] = []
+        self._lock = threading.RLock()
+        self._ended: str | None = None
+        connection.settimeout(timeout)
+
+    def hello(self) -> dict[str, Any]:
+        """Greet the worker; returns what it says of itself. Raises WorkerFault where it speaks another version."""
+        reply, _ = self.request("hello", "-", {}, {}, {})
+        if reply.get("version") != PROTOCOL_VERSION:
+            raise self._fault("another protocol version", "-", got=reply.get("version"), expected=PROTOCOL_VERSION)
+        return reply
+
+    def drop_call(self, call: int) -> None:
+        """Let the worker forget a kept call, with the next request. Safe to call from a finalizer."""
+        self._dropped_calls.append(call)
+
+    def drop_cache(self, cache: int) -> None:
+        """Let the worker forget a KV cache, with the next request. Safe to call from a finalizer."""
+        self._dropped_caches.append(cache)
+
+    def request(
+        self, op: str, layer: str, header: dict[str, Any], tensors: Mapping[str, Tensor], expected: Expected | None
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Send one request and return its checked reply.
+
+        Args:
+            op: name of the operation. layer: path of the layer it serves, for messages; never sent.
+            header: the operation's own fields. tensors: keyed tensors by wire name.
+            expected: names, shapes and dtypes of the reply's tensors; ``None`` takes whatever comes (exports).
+
+        Raises:
+            WorkerFault: naming worker, layer and call. UsageError: the protected model was closed before.
+        """
+        with self._lock:
+            if self._ended is not None:
+                raise UsageError(self._ended, where=layer, hint="protect the model again, with a worker that runs")
+            self._last_id += 1
+            call = self._last_id
+            message = {"id": call, "op": op, **header}
+            if self._dropped_calls or self._dropped_caches:
+                calls, self._dropped_calls = self._dropped_calls, []
+                caches, self._dropped_caches = self._dropped_caches, []
+                message["drop"] = {"calls": calls, "caches": caches}
+            counts = self.traffic[op]
+            counts.calls += 1
+            sent, received = self.connection.bytes_sent, self.connection.bytes_received
+            started = time.perf_counter()
+            try:
+                self.connection.send(message, tensors)
+                reply, outputs = self.connection.receive()
+            except TimeoutError as error:
+                raise self._fault(f"no reply within {self._timeout:g} s", layer) from error
+            except ConnectionClosedError as error:
+                raise self._fault("the worker is gone", layer, got=self._exit_status()) from error
+            except ProtocolError as error:
+                raise self._fault("the reply breaks the protocol", layer, got=error.what) from error
+            except BaseException:  # an interrupt between two bytes: the connection cannot be used again
+                self._end("the session was interrupted in the middle of a request")
+                raise
+            counts.seconds += time.perf_counter() - started
+            counts.bytes_sent += self.connection.bytes_sent - sent
+            counts.bytes_received += self.connection.bytes_received - received
+            self._check(reply, outputs, expected, layer, call)
+            return reply, outputs
+
+    def _check(
+        self, reply: dict[str, Any], outputs: dict[str, Tensor], expected: Expected | None, layer: str, call: int
+    ) -> None:
+        if reply.get("id") != call and reply.get("error") != "busy":
+            raise self._fault("reply to another call", layer, got=str(reply.get("id"))[:20], expected=call)
+        if reply.get("ok") is not True:
+            message = str(reply.get("message", "no message"))[:300]
+            raise self._fault("the worker refused the request", layer, got=message)
+        if expected is not None:
+            if set(outputs) != set(expected):
+                raise self._fault("tensors of the reply", layer, got=sorted(outputs)[:8], expected=sorted(expected))
+            for name, (shape, dtype) in expected.items():
+                tensor = outputs[name]
+                if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+                    got = f"{list(tensor.shape)} {tensor.dtype}"
+                    raise self._fault(f"shape or dtype of {name}", layer, got=got, expected=f"{list(shape)} {dtype}")
+        for name, tensor in outputs.items():
+            # One pass in the common case: a sum is finite unless a term is not, or it overflows.
+            if tensor.is_floating_point() and not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
+                raise self._fault(f"{name} is not finite", layer, hint="a faulty worker, or a training run that diverged")
+
+    def _exit_status(self) -> str | None:
+        if self.process is None:
+            return None
+        try:
+            code = self.process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            return "a closed connection, from a process that still runs"
+        return f"exit status {code}" if code >= 0 else f"killed by signal {-code}"
+
+    def _fault(self, what: str, layer: str, **details: Any) -> WorkerFault:
+        fault = WorkerFault(what, worker=self.worker, layer=layer, call=self._last_id, **details)
+        self._end(f"the worker's session ended by an earlier fault ({what})")
+        return fault
+
+    def _end(self, reason: str) -> None:
+        self._ended = self._ended or reason
+        self.connection.close()
+        if self.process is not None and self.process.poll() is None:
+            try:
+                self.process.wait(timeout=10)  # it leaves by itself when the connection closes
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+
+    def close(self) -> None:
+        """End the session; a worker that this enclave started ends with it. May be called again."""
+        with self._lock:
+            self._end("the protected model was closed")

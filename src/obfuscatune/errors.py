@@ -1,0 +1,72 @@
+"""The errors a caller can meet: what happened, what was got, what was expected, where, and a hint.
+
+No message, and no attribute of an error, ever holds a key, a prompt, a label or an activation: only names, shapes, dtypes,
+counts and paths. Both sides of the boundary import this module; it knows nothing of either.
+"""
+
+from typing import Any
+
+
+class ObfuscatuneError(Exception):
+    """Base of all errors of the package, rendered as ``what: got ..., expected ... (where)`` and a hint line.
+
+    Args:
+        what: one plain sentence fragment without a period, for instance ``"unknown profile"``.
+        got: what was met, already safe to show.
+        expected: what would have been right.
+        where: layer path, ``file:line``, option or address.
+        hint: what to try next.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        got: Any = None,
+        expected: Any = None,
+        where: str | None = None,
+        hint: str | None = None,
+    ) -> None:
+        self.what, self.got, self.expected, self.where, self.hint = what, got, expected, where, hint
+        parts = [f"got {got}"] if got is not None else []
+        parts += [f"expected {expected}"] if expected is not None else []
+        text = f"{what}: {', '.join(parts)}" if parts else what
+        text += f" (at {where})" if where else ""
+        text += f"\nhint: {hint}" if hint else ""
+        super().__init__(text)
+
+
+class UsageError(ObfuscatuneError, ValueError):
+    """An option, a value or a file is not what it must be; the command line exits with 2."""
+
+
+class UnsupportedModelError(UsageError):
+    """This model, adapter or use of it cannot be protected exactly, so it is refused rather than approximated."""
+
+
+class DataError(UsageError):
+    """A row of a data file is not in one of the known formats; ``where`` is ``file:line``."""
+
+
+class KeyFaultError(ObfuscatuneError):
+    """A key failed its own check (orthogonality, condition number) or a secret was used in a forbidden way."""
+
+
+class ProtocolError(ObfuscatuneError):
+    """The peer sent bytes that break the protocol; the connection is closed and nothing of it is used."""
+
+
+class ConnectionClosedError(ProtocolError):
+    """The peer closed the connection, in the middle of a frame or between two."""
+
+
+class WorkerFault(ObfuscatuneError):  # noqa: N818 - a fault of the peer, and the name users see
+    """The worker died, was late, or replied with something wrong; names worker, layer and call.
+
+    The session is closed when this is raised: no later reply of that worker is ever used.
+    """
+
+    def __init__(self, what: str, *, worker: str, layer: str, call: int, **details: Any) -> None:
+        self.worker, self.layer, self.call = worker, layer, call
+        details.setdefault("hint", "start the worker again and resume from the last checkpoint")
+        super().__init__(what, where=f"worker {worker}, layer {layer}, call {call}", **details)

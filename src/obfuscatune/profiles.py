@@ -1,0 +1,151 @@
+"""Profiles: the records that say what crosses the boundary and under which keys.
+
+A profile is data. Each field is a switch of its own; the named profiles are instances, and any switch can be changed alone
+(``resolve("balanced", mlp="enclave")``). What each profile leaks is stated in ``docs/design.md``; none of them is a
+cryptographic boundary.
+"""
+
+import dataclasses
+import warnings
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from obfuscatune.errors import UsageError
+
+Side = Literal["enclave", "worker"]
+KeyFamily = Literal["identity", "haar", "monarch", "conditioned", "gaussian"]
+LoraPlacement = Literal["enclave", "split", "worker"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Profile:
+    """What is where, and under which keys.
+
+    Attributes:
+        name: how reports call it; a changed switch is appended, as in ``balanced+mlp=enclave``.
+        summary: one line for people.
+        remote: whether a worker takes part at all; ``False`` runs the whole model in the enclave.
+        keys: key family of the four width-d streams of a block: into and out of attention, into and out of the MLP.
+        inner_keys: key family of what crosses inside attention and MLP, where these run in the enclave: q, k, v and
+            the heads' output; the MLP's pre-activations and activations.
+        attention: side that runs softmax and keeps the KV cache.
+        mlp: side that runs the MLP's activation function.
+        head_keys: per-head keys on q, k, v and a secret order of the heads, where attention runs on the worker.
+        permute_mlp: secret permutation of the MLP's neurons, where the MLP runs on the worker.
+        fold_norms: fold norm gain and bias into the next weight, so that the worker sees rows of constant norm.
+        lora_placement: ``enclave``: PEFT's own layers around the remote linear where input and output are in the
+            enclave, split elsewhere; ``split``: one factor pushed to the worker after each step, the optimizer in the
+            enclave; ``worker``: both factors and the optimizer on the worker, in keyed coordinates.
+        enclave_blocks: how many first blocks stay in the enclave as they are.
+        key_block: block size of Monarch keys.
+        kappa: condition number of ``conditioned`` keys.
+        head_kappa: condition number of each head's key.
+    """
+
+    name: str
+    summary: str
+    remote: bool = True
+    keys: KeyFamily = "identity"
+    inner_keys: KeyFamily = "identity"
+    attention: Side = "enclave"
+    mlp: Side = "enclave"
+    head_keys: bool = False
+    permute_mlp: bool = False
+    fold_norms: bool = False
+    lora_placement: LoraPlacement = "enclave"
+    enclave_blocks: int = 0
+    key_block: int = 64
+    kappa: float = 1.0
+    head_kappa: float = 4.0
+
+
+PROFILES: dict[str, Profile] = {
+    profile.name: profile
+    for profile in (
+        Profile(
+            name="plain",
+            summary="nothing is keyed: the baseline of cost, and the control of the wire test",
+            attention="worker",
+            mlp="worker",
+        ),
+        Profile(
+            name="naive",
+            summary="as paper, under ill-conditioned Gaussian matrices: the ablation",
+            keys="gaussian",
+            lora_placement="worker",
+        ),
+        Profile(
+            name="paper",
+            summary="as published: one dense key for q, k, v, their true values outside, LoRA on the worker",
+            keys="haar",
+            lora_placement="worker",
+        ),
+        Profile(
+            name="balanced",
+            summary="Q, K, V hidden too, cheap keys, attention and MLP on the worker, LoRA optimizer in the enclave",
+            keys="monarch",
+            inner_keys="monarch",
+            attention="worker",
+            mlp="worker",
+            head_keys=True,
+            permute_mlp=True,
+            fold_norms=True,
+        ),
+        Profile(name="enclave", summary="everything stays in the enclave; no worker", remote=False),
+    )
+}
+
+SWITCHES = tuple(f.name for f in dataclasses.fields(Profile) if f.name not in ("name", "summary", "remote"))
+_CHOICES = {
+    "keys": get_args(KeyFamily),
+    "inner_keys": get_args(KeyFamily),
+    "attention": get_args(Side),
+    "mlp": get_args(Side),
+    "lora_placement": get_args(LoraPlacement),
+}
+
+
+def resolve(profile: str | Profile, **switches: Any) -> Profile:
+    """Return the profile of that name with the given switches changed, checked as a whole.
+
+    ``None`` leaves a switch as the profile has it. LoRA factors on the worker need the norm's own output there, so
+    ``lora_placement="worker"`` un-folds the norms, with a warning that names what this shows.
+
+    Raises:
+        UsageError: unknown profile or switch, or a value out of range; all faults in one message.
+    """
+    if isinstance(profile, str):
+        if profile not in PROFILES:
+            raise UsageError("unknown profile", got=repr(profile), expected=f"one of {', '.join(PROFILES)}")
+        profile = PROFILES[profile]
+    changed = {name: value for name, value in switches.items() if value is not None}
+    unknown = sorted(set(changed) - set(SWITCHES))
+    if unknown:
+        raise UsageError("unknown profile switch", got=", ".join(unknown), expected=f"some of {', '.join(SWITCHES)}")
+    base = profile
+    profile = dataclasses.replace(profile, **changed)
+    faults = list(_faults(profile))
+    if faults:
+        raise UsageError("the profile's switches do not fit", got="; ".join(faults), where=f"profile {base.name}")
+    if profile.lora_placement == "worker" and profile.fold_norms:
+        warnings.warn(
+            "lora_placement='worker' needs the norm's own output on the worker, so norms are not folded: row norms of "
+            "the activations show. lora_placement='enclave' keeps them folded.",
+            stacklevel=3,
+        )
+        profile = dataclasses.replace(profile, fold_norms=False)
+    names = [f"{name}={getattr(profile, name)}" for name in changed if getattr(profile, name) != getattr(base, name)]
+    return dataclasses.replace(profile, name="+".join([base.name, *names]))
+
+
+def _faults(profile: Profile) -> "list[str]":
+    faults = [
+        f"{name} is {getattr(profile, name)!r}, not one of {', '.join(allowed)}"
+        for name, allowed in _CHOICES.items()
+        if getattr(profile, name) not in allowed
+    ]
+    for name, least in (("enclave_blocks", 0), ("key_block", 2), ("kappa", 1), ("head_kappa", 1)):
+        value = getattr(profile, name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value >= least:
+            faults.append(f"{name} is {value!r}, not a number of at least {least}")
+    return faults

@@ -1,0 +1,161 @@
+"""Where a worker listens: ``unix://PATH`` or ``tcp://HOST:PORT``."""
+
+import contextlib
+import errno
+import os
+import re
+import socket
+import stat
+from dataclasses import dataclass
+
+from obfuscatune.errors import UsageError
+
+_FORMS = "unix://PATH or tcp://HOST:PORT"
+_TCP = re.compile(r"(?:\[([0-9A-Za-z:.%]+)\]|([0-9A-Za-z._-]+)):([0-9]{1,5})")
+_MAX_UNIX_PATH_BYTES = 107  # sun_path of Linux without its final zero
+_BACKLOG = 16
+
+
+@dataclass(frozen=True)
+class Address:
+    """A parsed address: a unix ``path``, or a ``host`` and ``port`` where ``path`` is empty.
+
+    Port 0 is for listening only: the system picks one, which `address_of` tells.
+    """
+
+    path: str = ""
+    host: str = ""
+    port: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> "Address":
+        """Parse ``unix://PATH`` or ``tcp://HOST:PORT`` (IPv6 hosts in brackets).
+
+        Raises:
+            UsageError: another form, a port above 65535, or a path that AF_UNIX cannot hold.
+        """
+        scheme, separator, rest = text.partition("://")
+        if scheme == "unix" and separator and rest and "\0" not in rest:
+            length = len(os.fsencode(rest))
+            if length > _MAX_UNIX_PATH_BYTES:
+                raise UsageError(
+                    "path of a unix socket is too long",
+                    got=f"{length} bytes",
+                    expected=f"at most {_MAX_UNIX_PATH_BYTES} bytes",
+                    where=text,
+                    hint="use a shorter one, for instance under /tmp, or a relative path",
+                )
+            return cls(path=rest)
+        match = _TCP.fullmatch(rest) if scheme == "tcp" and separator else None
+        if match is None:
+            hint = "for instance tcp://127.0.0.1:7000, or with IPv6 tcp://[::1]:7000"
+            raise UsageError("not an address", got=repr(text), expected=_FORMS, hint=hint)
+        port = int(match[3])
+        if port > 65535:
+            raise UsageError("port out of range", got=port, expected="0 to 65535", where=text)
+        return cls(host=match[1] or match[2], port=port)
+
+    def __str__(self) -> str:
+        if self.path:
+            return f"unix://{self.path}"
+        return f"tcp://[{self.host}]:{self.port}" if ":" in self.host else f"tcp://{self.host}:{self.port}"
+
+
+def address_of(listener: socket.socket) -> Address:
+    """The address a listener got, with the port that the system picked where 0 was asked for."""
+    name = listener.getsockname()
+    return Address(path=name) if listener.family == socket.AF_UNIX else Address(host=name[0], port=name[1])
+
+
+def connect(address: Address, timeout: float) -> socket.socket:
+    """Connect once, within ``timeout`` seconds; the socket returned is blocking.
+
+    Raises:
+        UsageError: no worker answers at the address.
+    """
+    try:
+        if not address.path:
+            sock = socket.create_connection((address.host, address.port), timeout=timeout)
+        else:
+            sock = _connect_unix(address.path, timeout)
+    except OSError as error:
+        raise UsageError(
+            "no worker answers",
+            got=error.strerror or "timeout",
+            where=str(address),
+            hint=f"start one with: obfuscatune worker --listen {address}",
+        ) from None
+    sock.settimeout(None)
+    return sock
+
+
+def listen(address: Address) -> socket.socket:
+    """Listen at the address. A unix socket is made with mode 0600; one that a dead process left behind is replaced.
+
+    Raises:
+        UsageError: the address is in use, or cannot be listened at.
+    """
+    try:
+        return _listen_unix(address.path) if address.path else _listen_tcp(address.host, address.port)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            hint = "stop the worker that listens there, or choose another address"
+            raise UsageError("address is in use", where=str(address), hint=hint) from None
+        raise UsageError("cannot listen", got=error.strerror, where=str(address)) from None
+
+
+def close_listener(listener: socket.socket, address: Address) -> None:
+    """Stop listening and remove the socket file that `listen` made; again and again does no harm."""
+    if address.path and listener.fileno() >= 0:
+        # Before the close: while this listens no other worker replaces the file, so the one removed is ours.
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(address.path)
+    listener.close()
+
+
+def _connect_unix(path: str, timeout: float) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.settimeout(timeout)
+        sock.connect(path)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _listen_tcp(host: str, port: int) -> socket.socket:
+    family, _, _, _, name = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    return socket.create_server(name[:2], family=family, backlog=_BACKLOG)
+
+
+def _listen_unix(path: str) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        # Linux gives the file the mode of the socket itself, so it never exists with a wider one, whatever the umask.
+        os.fchmod(sock.fileno(), 0o600)
+        try:
+            sock.bind(path)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or not _is_stale(path):
+                raise
+            os.unlink(path)
+            sock.bind(path)
+        sock.listen(_BACKLOG)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _is_stale(path: str) -> bool:
+    """Whether the path is a socket that nobody listens at; an ordinary file never is, so it is never removed."""
+    if not stat.S_ISSOCK(os.lstat(path).st_mode):
+        return False
+    try:
+        _connect_unix(path, timeout=1.0).close()
+    except ConnectionRefusedError:
+        return True
+    except OSError:
+        return False
+    return False

@@ -1,0 +1,26 @@
+"""Attention masks on the wire: eight positions a byte."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from obfuscatune.errors import ProtocolError
+
+
+def pack_mask(mask: Tensor) -> Tensor:
+    """Return the bits of a bool mask ``[B, 1, T, S]`` as uint8 ``[ceil(n / 8)]``, first position in the lowest bit."""
+    return torch.from_numpy(np.packbits(mask.numpy().reshape(-1), bitorder="little"))
+
+
+def unpack_mask(bits: Tensor, shape: Any) -> Tensor:
+    """Undo :func:`pack_mask`; raises ProtocolError where the shape does not fit the bits."""
+    valid = isinstance(shape, list) and len(shape) == 4 and all(type(n) is int and n >= 0 for n in shape)
+    count = int(np.prod(shape, dtype=object)) if valid else -1
+    if not valid or bits.dtype != torch.uint8 or bits.ndim != 1 or bits.numel() != (count + 7) // 8:
+        raise ProtocolError(
+            "packed mask", got=f"{list(bits.shape)} for shape {shape!r}"[:80], expected="ceil(n/8) bytes"
+        )
+    flat = np.unpackbits(bits.cpu().numpy(), count=count, bitorder="little")
+    return torch.from_numpy(flat).to(bits.device).bool().view(shape)

@@ -1,0 +1,59 @@
+"""LoRA on the worker's side: factors that the enclave pushes, and factors that the worker holds and trains.
+
+A *slot* is one place in a segment where a low-rank product is added. What arrives for it decides how it is computed:
+
+=====================  ==========================================  ==================================================
+what the worker has    computation                                 who trains
+=====================  ==========================================  ==================================================
+``u`` and a pushed B   ``y += u B``, u = x A came from the enclave  the enclave (the gradients of u and B go back)
+a pushed A             ``v = x A`` goes back beside y               the enclave (the gradient of A goes back)
+A and B of its own     ``y += (x A) B * scale``                     the worker, in keyed coordinates
+=====================  ==========================================  ==================================================
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+
+class SlotInputs:
+    """What one call brings for the slots of a segment, and what it takes back.
+
+    Args:
+        tensors: leaves of this call by wire name: ``u.<slot>``, ``B.<slot>``, ``A.<slot>``.
+        held: the segment's own factors that this call uses, by slot.
+    """
+
+    def __init__(self, tensors: dict[str, Tensor], held: "Mapping[str, nn.Module]") -> None:
+        self._tensors, self._held = tensors, held
+        self.outputs: dict[str, Tensor] = {}
+
+    def add(self, slot: str, x: Tensor, y: Tensor) -> Tensor:
+        """Return ``y`` plus the slot's low-rank product of ``x``; a ``v`` that must go back is kept in ``outputs``."""
+        if f"u.{slot}" in self._tensors:
+            return y + self._tensors[f"u.{slot}"] @ self._tensors[f"B.{slot}"]
+        if f"A.{slot}" in self._tensors:
+            self.outputs[f"v.{slot}"] = x @ self._tensors[f"A.{slot}"]
+        elif slot in self._held:
+            product: Tensor = self._held[slot](x)
+            return y + product
+        return y
+
+
+class HeldFactors(nn.Module):
+    """A keyed LoRA pair that the worker holds: ``x A B scale``."""
+
+    def __init__(self, a: Tensor, b: Tensor, scale: float) -> None:
+        super().__init__()
+        self.a, self.b, self.scale = nn.Parameter(a), nn.Parameter(b), scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the low-rank product, of the shape of the segment's own output."""
+        product: Tensor = ((x @ self.a) @ self.b) * self.scale
+        return product
+
+    def gradient_norm(self) -> float:
+        """Euclidean norm of the gradient accumulated so far over both factors; 0 before the first backward."""
+        grads = [p.grad for p in (self.a, self.b) if p.grad is not None]
+        return float(torch.stack([g.double().square().sum() for g in grads]).sum().sqrt()) if grads else 0.0

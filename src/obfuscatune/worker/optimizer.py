@@ -1,0 +1,86 @@
+"""The optimizer of LoRA factors that the worker holds, stepped by the enclave with plain numbers (rate, decay, clipping)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from obfuscatune.errors import ProtocolError
+from obfuscatune.worker.adapters import HeldFactors
+
+OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+
+
+class HeldOptimizer:
+    """A stock torch optimizer over all held factors, made at the first step.
+
+    AdamW divides by a per-coordinate second moment, and keyed coordinates are mixtures of the plain ones: its curve is another
+    one than in plain coordinates. SGD's is the same, under orthogonal keys.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[str, HeldFactors] = {}
+        self._optimizer: torch.optim.Optimizer | None = None
+
+    def add(self, name: str, factors: HeldFactors) -> None:
+        """Take the factors of one slot into the optimizer's care."""
+        self._held[name] = factors
+
+    def handle(self, header: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Run one action: ``step``, ``export`` or ``import``."""
+        action = header.get("action")
+        if action == "step":
+            self._step(header)
+        elif action == "export":
+            return {}, self._export()
+        elif action == "import":
+            self._import(header, tensors)
+        else:
+            raise ProtocolError("optimizer action", got=repr(action)[:40], expected="step, export or import")
+        return {}, {}
+
+    def _parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
+        return [(f"{name}.{factor}", p) for name, held in self._held.items() for factor, p in held.named_parameters()]
+
+    def _make(self, kind: Any, options: Any) -> torch.optim.Optimizer:
+        if kind not in OPTIMIZERS or not isinstance(options, dict):
+            raise ProtocolError("optimizer", got=repr(kind)[:40], expected=", ".join(OPTIMIZERS))
+        try:
+            return OPTIMIZERS[kind]([p for _, p in self._parameters()], **options)
+        except (TypeError, ValueError) as error:
+            raise ProtocolError("options of the optimizer", got=sorted(options), expected=str(error)) from error
+
+    def _step(self, header: dict[str, Any]) -> None:
+        if self._optimizer is None:
+            self._optimizer = self._make(header.get("kind"), header.get("options"))
+        self._optimizer.param_groups[0]["lr"] = float(header["lr"])
+        scales = header.get("scales", {})  # gradient clipping, decided in the enclave; a slot without one is not stepped
+        for name, held in self._held.items():
+            for parameter in held.parameters():
+                if name not in scales:
+                    parameter.grad = None
+                elif parameter.grad is not None:
+                    parameter.grad.mul_(scales[name])
+        self._optimizer.step()
+
+    def _export(self) -> dict[str, Tensor]:
+        out = {name: parameter.detach() for name, parameter in self._parameters()}
+        if self._optimizer is not None:
+            for name, parameter in self._parameters():
+                for key, value in self._optimizer.state.get(parameter, {}).items():
+                    if isinstance(value, Tensor):
+                        out[f"{name}/{key}"] = value
+        return out
+
+    def _import(self, header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        parameters = dict(self._parameters())
+        self._optimizer = self._make(header.get("kind"), header.get("options"))
+        for name, tensor in tensors.items():
+            target, _, key = name.partition("/")
+            if target not in parameters:
+                raise ProtocolError("state of a factor", got=target, expected="one that is held")
+            if key:
+                self._optimizer.state[parameters[target]][key] = tensor
+            else:
+                with torch.no_grad():
+                    parameters[target].copy_(tensor)

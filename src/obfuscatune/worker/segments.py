@@ -1,0 +1,128 @@
+"""The segments a worker serves: stock torch operations on keyed weights.
+
+A segment takes a keyed ``x`` and gives a keyed ``y``. It would compute the very same thing on plain weights: nothing in here
+knows of keys. Shapes: B batch, T new tokens, S all tokens including cached ones, d width, h hidden, H heads.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from obfuscatune.errors import ProtocolError
+from obfuscatune.worker.adapters import SlotInputs
+
+# One kernel each. `gelu_new` is transformers' name for the tanh form, which it computes in seven.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_new": partial(F.gelu, approximate="tanh"),
+    "gelu_fast": partial(F.gelu, approximate="tanh"),
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+    "swish": F.silu,
+    "tanh": torch.tanh,
+}
+
+
+@dataclass(slots=True)
+class Call:
+    """What a forward call brings besides ``x`` and the LoRA slots.
+
+    Attributes:
+        mask: bool ``[B, 1, T, S]``, True where attention is allowed; None with ``causal`` telling the rest.
+        causal: whether position t sees positions up to t only; used without a mask.
+        past: cached keys and values ``[B, H, S - T, head_dim]`` of this segment, already in this call's row order.
+        present: set by the attention to keys and values of all S tokens.
+    """
+
+    mask: Tensor | None = None
+    causal: bool = True
+    past: tuple[Tensor, Tensor] | None = None
+    present: tuple[Tensor, Tensor] | None = None
+
+
+class Segment(nn.Module):
+    """Base of the segments: frozen keyed weights as buffers, and the LoRA factors that it holds, if any."""
+
+    slots: tuple[str, ...] = ()
+    weights: tuple[str, ...] = ()
+
+    def __init__(self, spec: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        super().__init__()
+        missing = set(self.weights) - set(tensors)
+        unknown = set(tensors) - set(self.weights)
+        if missing or unknown:
+            raise ProtocolError("weights of a segment", got=sorted(tensors), expected=sorted(self.weights))
+        for name, tensor in tensors.items():
+            self.register_buffer(f"w_{name}", tensor)
+        self.held = nn.ModuleDict()
+
+    def forward(self, x: Tensor, slots: SlotInputs, call: Call) -> Tensor:
+        """Return ``y``; see the subclasses."""
+        raise TypeError("a segment is one of its subclasses")
+
+
+class LinearSegment(Segment):
+    """``y = x W``, on ``[..., in]``."""
+
+    slots = ("main",)
+    weights = ("weight",)
+
+    def forward(self, x: Tensor, slots: SlotInputs, call: Call) -> Tensor:
+        """Return ``[..., out]``."""
+        return slots.add("main", x, x @ self.w_weight)
+
+
+class MlpSegment(Segment):
+    """``y = act(x W1 + b1) W2``, on ``[..., d]``."""
+
+    slots = ("up", "down")
+    weights = ("up", "up_bias", "down")
+
+    def __init__(self, spec: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        super().__init__(spec, tensors)
+        if spec.get("activation") not in ACTIVATIONS:
+            raise ProtocolError("activation", got=spec.get("activation"), expected=sorted(ACTIVATIONS))
+        self.activation = ACTIVATIONS[spec["activation"]]
+
+    def forward(self, x: Tensor, slots: SlotInputs, call: Call) -> Tensor:
+        """Return ``[..., d]``."""
+        hidden = torch.addmm(self.w_up_bias, x.flatten(0, -2), self.w_up).view(*x.shape[:-1], -1)
+        hidden = self.activation(slots.add("up", x, hidden))
+        return slots.add("down", hidden, hidden @ self.w_down)
+
+
+class AttentionSegment(Segment):
+    """``y = softmax(q k^T scale) v Wo`` with ``[q|k|v] = x Wqkv + b``, on ``[B, T, d]``."""
+
+    slots = ("qkv", "out")
+    weights = ("qkv", "qkv_bias", "out")
+
+    def __init__(self, spec: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        super().__init__(spec, tensors)
+        self.heads, self.scale = int(spec["heads"]), float(spec["scale"])
+        width = self.w_qkv.shape[1]
+        if self.heads < 1 or width % (3 * self.heads):
+            raise ProtocolError("heads of an attention segment", got=self.heads, expected=f"a divisor of {width // 3}")
+
+    def forward(self, x: Tensor, slots: SlotInputs, call: Call) -> Tensor:
+        """Return ``[B, T, d]`` and set ``call.present``."""
+        batch, new, _ = x.shape
+        qkv = torch.addmm(self.w_qkv_bias, x.flatten(0, -2), self.w_qkv).view(batch, new, -1)
+        qkv = slots.add("qkv", x, qkv)
+        q, k, v = qkv.view(batch, new, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        if call.past is not None:
+            k, v = torch.cat([call.past[0], k], dim=2), torch.cat([call.past[1], v], dim=2)
+        call.present = (k, v)
+        causal = call.causal and call.mask is None and new > 1
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=call.mask, is_causal=causal, scale=self.scale)
+        h = h.transpose(1, 2).flatten(2)
+        return slots.add("out", h, h @ self.w_out)
+
+
+SEGMENTS: dict[str, type[Segment]] = {"linear": LinearSegment, "mlp": MlpSegment, "attention": AttentionSegment}

@@ -1,0 +1,169 @@
+"""One session of a worker: segments, kept calls and KV caches of one connected enclave, and the operations on them.
+
+A request is a header and tensors; its answer likewise. Whatever a request breaks is a :class:`ProtocolError` with a message
+of names and shapes, which the server sends back; the session's state is then as before the request.
+"""
+
+import resource
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from obfuscatune.errors import ProtocolError
+from obfuscatune.protocol import PROTOCOL_VERSION
+from obfuscatune.protocol.bits import unpack_mask
+from obfuscatune.worker.adapters import HeldFactors, SlotInputs
+from obfuscatune.worker.optimizer import HeldOptimizer
+from obfuscatune.worker.segments import SEGMENTS, Call, Segment
+
+Reply = tuple[dict[str, Any], dict[str, Tensor]]
+
+MAX_KEPT_CALLS = 65536
+MAX_CACHES = 65536
+
+
+class WorkerSession:
+    """Serves the requests of one enclave. Attribute ``device``: where weights live and products are computed."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._segments: dict[str, Segment] = {}
+        self._pushed: dict[str, dict[str, Tensor]] = {}
+        self._calls: dict[int, tuple[Segment, dict[str, Tensor], dict[str, Tensor]]] = {}
+        self._caches: dict[int, dict[str, tuple[Tensor, Tensor]]] = {}
+        self._optimizer = HeldOptimizer()
+        self._operations = {
+            "hello": self._hello,
+            "define": self._define,
+            "hold": self._hold,
+            "forward": self._forward,
+            "backward": self._backward,
+            "optimizer": self._optimize,
+            "stats": self._stats,
+        }
+
+    def handle(self, header: dict[str, Any], tensors: dict[str, Tensor]) -> Reply:
+        """Answer one request. Raises ProtocolError where it is not a valid one."""
+        operation = self._operations.get(header.get("op", ""))
+        if operation is None:
+            raise ProtocolError("operation", got=repr(header.get("op"))[:40], expected=", ".join(self._operations))
+        drop = header.get("drop") or {}
+        for call in drop.get("calls", ()):
+            self._calls.pop(call, None)
+        for cache in drop.get("caches", ()):
+            self._caches.pop(cache, None)
+        return operation(header, {name: tensor.to(self.device) for name, tensor in tensors.items()})
+
+    def _hello(self, header: dict[str, Any], tensors: dict[str, Tensor]) -> Reply:
+        threads = torch.get_num_threads()
+        return {"version": PROTOCOL_VERSION, "device": str(self.device), "threads": threads}, {}
+
+    def _define(self, header: dict[str, Any], tensors: dict[str, Tensor]) -> Reply:
+        name, kind, spec = header.get("segment"), header.get("kind"), header.get("spec")
+        if not isinstance(name, str) or name in self._segments:
+            raise ProtocolError("segment name", got=repr(name)[:40], expected="a new one")
+        if kind not in SEGMENTS or not isinstance(spec, dict):
+            raise ProtocolError("kind of segment", got=repr(kind)[:40], expected=", ".join(SEGMENTS))
+        self._segments[name] = SEGMENTS[kind](spec, tensors)
+        self._pushed[name] = {}
+        return {}, {}
+
+    def _hold(self, header: dict[str, Any], tensors: dict[str, Tensor]) -> Reply:
+        """Take a pair of LoRA factors to train here, or new values for one that is here already."""
+        segment, slot = self._segment(header), header.get("slot")
+        if slot not in segment.slots or set(tensors) != {"a", "b"}:
+            raise ProtocolError("factors to hold", got=repr(slot)[:40], expected=f"a and b of {segment.slots}")
+        if slot in segment.held:
+            held = segment.held[slot]
+            with torch.no_grad():
+                held.a.copy_(tensors["a"])
+                held.b.copy_(tensors["b"])
+        else:
+            segment.held[slot] = HeldFactors(tensors["a"], tensors["b"], float(header.get("scale", 1.0)))
+            self._optimizer.add(f"{header['segment']}.{slot}", segment.held[slot])
+        return {}, {}
+
+    def _forward(self, header: dict[str, Any], tensors: dict[str, Tensor]) -> Reply:
+        segment = self._segment(header)
+        pushed = self._pushed[header["segment"]]
+        x = tensors.pop("x", None)
+        if x is None or x.ndim < 2:
+            raise ProtocolError("input x", got="none or a vector", expected="[..., width]")
+        call = Call(causal=bool(header.get("causal", True)))
+        if "mask" in tensors:
+            call.mask = unpack_mask(tensors.pop("mask"), header.get("mask_shape"))
+        for name in [n for n in tensors if n[:2] in ("A.", "B.")]:
+            pushed[name] = tensors.pop(name)
+        used = {name: pushed[name] for name in header.get("factors", ())}
+        leaves = {"x": x, **tensors, **used}
+        keep = bool(header.get("keep"))
+        if keep:
+            if len(self._calls) >= MAX_KEPT_CALLS:
+                raise ProtocolError("kept calls", got=len(self._calls), expected=f"fewer than {MAX_KEPT_CALLS}")
+            leaves = {n: t.detach().requires_grad_() for n, t in leaves.items()}
+        cache = header.get("cache")
+        if cache is not None:
+            call.past = self._past(header["segment"], cache)
+        slots = SlotInputs(leaves, {slot: segment.held[slot] for slot in header.get("held", ())})
+        with torch.set_grad_enabled(keep):
+            y = segment(leaves["x"], slots, call)
+        outputs = {"y": y, **slots.outputs}
+        if cache is not None and call.present is not None:
+            present = (call.present[0].detach(), call.present[1].detach())
+            self._caches.setdefault(cache["id"], {})[header["segment"]] = present
+        if keep:
+            self._calls[header["id"]] = (segment, leaves, outputs)
+        return {}, {name: tensor.detach() for name, tensor in outputs.items()}
+
+    def _past(self, segment: str, cache: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
+        """Keys and values of the cache's first ``length`` tokens, its rows gathered as the request says (beam search)."""
+        length, rows = cache["length"], cache["rows"]
+        if not length:
+            if len(self._caches) >= MAX_CACHES:
+                raise ProtocolError("KV caches", got=len(self._caches), expected=f"fewer than {MAX_CACHES}")
+            return None
+        stored = self._caches.get(cache["id"], {}).get(segment)
+        if stored is None or stored[0].shape[2] < length:
+            raise ProtocolError("KV cache", got="none or a shorter one", expected=f"{length} tokens")
+        keys, values = (t[:, :, :length] for t in stored)
+        if rows is not None:
+            index = torch.tensor(rows, dtype=torch.int64, device=self.device)
+            keys, values = keys.index_select(0, index), values.index_select(0, index)
+        return keys, values
+
+    def _backward(self, header: dict[str, Any], tensors: dict[str, Tensor]) -> Reply:
+        kept = self._calls.pop(header.get("call", -1), None)
+        if kept is None:
+            raise ProtocolError("backward of a call", got=header.get("call"), expected="one that is kept")
+        segment, leaves, outputs = kept
+        grads = {name: tensor for name, tensor in tensors.items() if name in outputs}
+        wants = list(header.get("wants", ()))
+        if not set(wants) <= set(leaves) or set(grads) != set(tensors) or not grads:
+            raise ProtocolError("gradients of a call", got=[*wants, *tensors], expected=[*leaves, *outputs])
+        for slot in header.get("fresh", ()):
+            segment.held[slot].zero_grad(set_to_none=True)
+        held = list(segment.held.parameters())
+        targets = [leaves[name] for name in wants] + held
+        found = torch.autograd.grad(
+            [outputs[n] for n in grads], targets, list(grads.values()), allow_unused=True, materialize_grads=True
+        )
+        for parameter, grad in zip(held, found[len(wants) :], strict=True):
+            parameter.grad = grad if parameter.grad is None else parameter.grad + grad
+        norms = {slot: factors.gradient_norm() for slot, factors in segment.held.items()}
+        return {"gradient_norms": norms}, dict(zip(wants, found, strict=False))
+
+    def _optimize(self, header: dict[str, Any], tensors: dict[str, Tensor]) -> Reply:
+        return self._optimizer.handle(header, tensors)
+
+    def _stats(self, header: dict[str, Any], tensors: dict[str, Tensor]) -> Reply:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
+        numbers = {"peak_memory_bytes": peak, "kept_calls": len(self._calls), "caches": len(self._caches)}
+        return numbers, {}
+
+    def _segment(self, header: Mapping[str, Any]) -> Segment:
+        segment = self._segments.get(header.get("segment", ""))
+        if segment is None:
+            raise ProtocolError("segment", got=repr(header.get("segment"))[:40], expected="one that was defined")
+        return segment
