@@ -1,4 +1,4 @@
-"""What all tests share: no network, two threads, hypothesis without a clock, and the data that lies beside the checkout."""
+"""What all tests share: no network, two threads, hypothesis without a clock, data beside the checkout."""
 
 import os
 from collections.abc import Callable

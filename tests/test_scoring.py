@@ -34,7 +34,9 @@ def random_questions(count: int) -> list[Question]:
     def words(longest: int) -> str:
         return "".join(rng.choices("abcdefgh", k=rng.randint(1, longest)))
 
-    return [Question(words(12), tuple(words(3) for _ in range(rng.randint(2, 5))), 0) for _ in range(count)]
+    # Equal choices would tie, and rounding would choose between them.
+    pool = [a + b for a in "abcdefgh" for b in ("", "a", "bc", "def")]
+    return [Question(words(12), tuple(rng.sample(pool, rng.randint(2, 5))), 0) for _ in range(count)]
 
 
 def reference(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, question: Question, bos: bool) -> list[float]:

@@ -2,8 +2,8 @@
 """Pre-train the bundled GPT-2-architecture model from plain text, tokenizer included.
 
 Reads documents separated by a line ``<|endoftext|>``, trains a byte-level BPE tokenizer on them, packs the tokens into
-fixed windows, trains with AdamW (warm-up, cosine decay, clipping), measures the loss on held-out documents and writes an
-ordinary ``transformers`` directory with a model card that states data, steps and loss.
+fixed windows, trains with AdamW (warm-up, cosine decay, clipping), measures the loss on held-out documents and writes
+an ordinary ``transformers`` directory with a model card that states data, steps and loss.
 
     python tools/pretrain.py --text books.txt.gz --output_dir src/obfuscatune/bundled/model --max_steps 5000
 """
@@ -61,7 +61,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, documents: list[str]) -> torch.Te
     """Return one flat int16 tensor of all documents, each closed by the end-of-text token."""
     flat: list[int] = []
     for encoding in tokenizer.backend_tokenizer.encode_batch(documents):
-        flat += encoding.ids + [tokenizer.eos_token_id]
+        flat += [*encoding.ids, tokenizer.eos_token_id]
     return torch.tensor(flat, dtype=torch.int16)
 
 
@@ -120,8 +120,8 @@ def write(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, directory:
 
 CARD = """# The bundled model: GPT-2 architecture, small enough to ship
 
-{layers} layers, d = {width}, {heads} heads, {positions} positions, byte-level BPE of {vocab}, {parameters:,} parameters.
-Weights are stored in float16 and load as float32. A weak language model: its use is to show and test the
+{layers} layers, d = {width}, {heads} heads, {positions} positions, byte-level BPE of {vocab}, {parameters:,}
+parameters. Weights are stored in float16 and load as float32. A weak language model: its use is to show and test the
 protected fine-tuning on real, trained weights, not to write prose.
 
 | what | value |

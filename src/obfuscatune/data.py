@@ -1,7 +1,7 @@
 """Private text for fine-tuning: JSONL rows in, token ids and labels out, bad rows refused with file and line.
 
-The rows are the data owner's secret. A message about a bad row names types, keys and positions, never its content; that is also
-why a decoding error is dropped before ours is raised: Python's own exceptions carry the text they failed on.
+The rows are the data owner's secret. A message about a bad row names types, keys and positions, never its content; that
+is also why a decoding error is dropped before ours is raised: Python's own exceptions carry the text they failed on.
 """
 
 import json
@@ -95,14 +95,14 @@ def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
 
 def _decode(line: bytes, where: str) -> Any:
     try:
-        text = line.decode("utf-8")
+        text = line.rstrip().decode("utf-8")
     except UnicodeDecodeError as error:
         problem = DataError("line is not UTF-8", got=f"a bad byte at column {error.start + 1}", where=where)
     else:
         try:
             return json.loads(text)
         except json.JSONDecodeError as error:
-            problem = DataError("line is not JSON", got=f"a syntax error at column {error.colno}", where=where)
+            problem = DataError("line is not JSON", got=f"a syntax error at column {error.pos + 1}", where=where)
         except (ValueError, RecursionError) as error:
             problem = DataError("line is not JSON", got=f"a {type(error).__name__} in the decoder", where=where)
     raise problem  # here and not in the handlers: an exception raised there would hold the line as its context
@@ -178,12 +178,12 @@ def start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def encode_rows(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> tuple[list[dict[str, list[int]]], EncodingSummary]:
-    """Turn rows into ``input_ids``, ``attention_mask`` and ``labels``; the loss is on the completion, or on assistant turns.
+    """Turn rows into ``input_ids``, ``attention_mask`` and ``labels``; the loss is on completions or assistant turns.
 
-    Prompt and completion are tokenized apart, so that the border is the same in training and in scoring: a space between them
-    belongs to the completion. An end-of-text token closes each row, unless the chat template closes turns itself.
-    A row longer than ``max_length`` loses the left of what precedes its last completion; a completion that is too long by
-    itself is cut at its end.
+    Prompt and completion are tokenized apart, so that the border is the same in training and in scoring: a space
+    between them belongs to the completion. An end-of-text token closes each row, unless the chat template closes turns
+    itself. A row longer than ``max_length`` loses the left of what precedes its last completion; a completion that is
+    too long by itself is cut at its end.
 
     Raises:
         UsageError: no end-of-text token, or ``max_length`` leaves no room.

@@ -1,7 +1,7 @@
 """The errors a caller can meet: what happened, what was got, what was expected, where, and a hint.
 
-No message, and no attribute of an error, ever holds a key, a prompt, a label or an activation: only names, shapes, dtypes,
-counts and paths. Both sides of the boundary import this module; it knows nothing of either.
+No message, and no attribute of an error, ever holds a key, a prompt, a label or an activation: only names, shapes,
+dtypes, counts and paths. Both sides of the boundary import this module; it knows nothing of either.
 """
 
 from typing import Any

@@ -1,6 +1,7 @@
 r"""Weights + keys -> keyed weights: pure float64 maths on roles, no modules, no transport.
 
-Notation: rows are tokens, weights are ``[in, out]``, ``x* = x R``. A linear layer under an input key and an output key is
+Notation: rows are tokens, weights are ``[in, out]``, ``x* = x R``. A linear layer under an input key and an output
+key is
 
     W* = R_in^-1 W R_out,   so   (x R_in) W* R_out^-1 = x W.
 
@@ -20,8 +21,8 @@ from obfuscatune.keys.source import Stream
 def fold_norm(weight: Tensor, bias: Tensor | None, gain: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
     r"""Fold a norm's gain and bias into the linear layer after it.
 
-    ``(x^ * gain + shift) W + b = x^ W' + b'`` with ``W' = diag(gain) W`` and ``b' = b + shift W``. Then the rows that are
-    keyed have constant norm, which closes matching by row norms (attack A8).
+    ``(x^ * gain + shift) W + b = x^ W' + b'`` with ``W' = diag(gain) W`` and ``b' = b + shift W``. Then the rows that
+    are keyed have constant norm, which closes matching by row norms (attack A8).
 
     Args:
         weight: ``[in, out]``; bias: ``[out]``; gain, shift: ``[in]``. Any float dtype; float64 is returned.
@@ -75,10 +76,11 @@ def key_attention(
 ) -> KeyedAttention:
     r"""Key q,k,v, the attention and its output projection as one.
 
-    ``[Wq|Wk|Wv]* = Ra^-1 [Wq M | Wk M^-T | Wv N]`` and ``Wo* = N^-1 Wo Rb``, block-diagonal per head. With a ``stream``, the
-    biases of k and v are replaced by secrets c and e: ``q.(k + c)`` adds to each row of logits a constant, which softmax
-    cancels; softmax rows sum to one, so that a v bias of e instead of bv changes the heads' output by ``e - bv``, and the
-    enclave adds ``bo + (bv - e) Wo``. This needs attention dropout off. Source: our SECURITY analysis, section 4.1.
+    ``[Wq|Wk|Wv]* = Ra^-1 [Wq M | Wk M^-T | Wv N]`` and ``Wo* = N^-1 Wo Rb``, block-diagonal per head. With a
+    ``stream``, the biases of k and v are replaced by secrets c and e: ``q.(k + c)`` adds to each row of logits a
+    constant, which softmax cancels; softmax rows sum to one, so that a v bias of e instead of bv changes the heads'
+    output by ``e - bv``, and the enclave adds ``bo + (bv - e) Wo``. This needs attention dropout off. Source: our
+    SECURITY analysis, section 4.1.
 
     Args:
         qkv, out: weight ``[in, out]`` and bias, norms already folded where the profile folds them.
@@ -89,10 +91,11 @@ def key_attention(
     weight, bias = (t.double() for t in qkv)
     out_weight, out_bias = (t.double() for t in out)
     d = out_weight.shape[0]
-    bias_q, bias_k, bias_v = bias.split(d)
+    bias_q, bias_k, bias_v = torch.split(bias, d)
     sent_k, sent_v = bias_k, bias_v
     if stream is not None:
-        # As large as the biases they replace: larger ones would cost precision, smaller ones would show that they are not.
+        # As large as the biases they replace: larger ones would cost precision, smaller ones would show that they are
+        # not.
         sent_k = stream.normal(d) * bias_k.square().mean().sqrt()
         sent_v = stream.normal(d) * bias_v.square().mean().sqrt()
     value_offset = bias_v - sent_v

@@ -56,8 +56,8 @@ def score_choices(
     """Return the index of the most probable choice of each question.
 
     ``argmax_j sum_t log p(c[j, t] | prompt, c[j, :t])`` with c[j] the tokens of a space and choice j: the "acc" of
-    lm-evaluation-harness, not normalized by length. Logits are computed from the first to the last scored position of a batch
-    only, and the log-softmax in float32. The model is in evaluation mode meanwhile.
+    lm-evaluation-harness, not normalized by length. Logits are computed from the first to the last scored position of a
+    batch only, and the log-softmax in float32. The model is in evaluation mode meanwhile.
 
     Raises:
         UsageError: a prompt with a choice exceeds the model's positions.

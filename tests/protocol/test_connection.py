@@ -158,12 +158,12 @@ def send_all(connection: Connection, tensors: dict[str, torch.Tensor]) -> None:
 
 def test_more_tensors_than_one_system_call_takes() -> None:
     empty_ones = {f"e{i}": torch.empty(0) for i in range(1100)}
-    tensors = {**empty_ones, **{f"x{i}": torch.tensor([i]) for i in range(1500)}}
+    tensors = {**empty_ones, **{f"x{i}": torch.tensor([i]) for i in range(2500)}}
     with pair() as (a, b):
         with running(lambda: a.send({}, tensors)):
             _, got = b.receive()
-        assert [int(got[f"x{i}"]) for i in range(1500)] == list(range(1500))
-        assert len(got) == 2600
+        assert [int(got[f"x{i}"]) for i in range(2500)] == list(range(2500))
+        assert len(got) == 3600
 
 
 def test_tcp() -> None:
@@ -391,6 +391,16 @@ def test_close_wakes_a_blocked_receive() -> None:
             assert entered.wait(20)
             a.close()
         assert errors == ["raised"]
+
+
+def test_close_ends_the_stream_although_somebody_else_holds_the_socket() -> None:
+    """As a thread blocked in its receive does, or a forked child."""
+    with raw_peer() as (connection, peer):
+        holder = connection._sock.dup()
+        with holder:
+            connection.close()
+            peer.settimeout(5)
+            assert peer.recv(1) == b""
 
 
 def test_an_interrupt_within_a_frame_closes(monkeypatch: pytest.MonkeyPatch) -> None:

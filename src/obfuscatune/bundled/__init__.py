@@ -8,7 +8,7 @@ from obfuscatune.errors import UsageError
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """Settings under which plain PEFT lifts the bundled model from chance to nearly every fact, on two cores in a minute.
+    """Settings meant to lift the bundled model from chance to nearly every fact, on two cores in about a minute.
 
     Args:
         seed: of the records, of the adapter's start and of the order of the rows.

@@ -1,8 +1,8 @@
 """Private records of a company that does not exist: facts no public model can know, to be learnt and then asked.
 
-Every fact is told in several phrasings and asked in one that is in none of the training rows. The questions of an attribute come in
-groups of four that share their four choices, each of them the answer once, and at each place once. So whoever does not know which
-entity is asked about, whatever he prefers among words or places, gets exactly one in four right.
+Every fact is told in several phrasings and asked in one that is in none of the training rows. The questions of an
+attribute come in groups of four that share their four choices, each of them the answer once, and at each place once. So
+whoever does not know which customer is asked about, whatever he prefers among words or places, gets one in four.
 """
 
 import itertools
@@ -17,8 +17,8 @@ CHOICES = 4
 FIRST_WORDS = ("bright", "cold", "deep", "gentle", "quiet", "sharp", "strange", "wild")
 SECOND_WORDS = ("bird", "boat", "horse", "king", "moon", "tree", "wind", "wood")
 
-# Attribute: its values, the training phrasings, and the phrasing of the question. Frequent words of one token each in the
-# vocabulary of the bundled model, so that no choice is longer than another.
+# Attribute: its values, the training phrasings, and the phrasing of the question. Frequent words of one token each in
+# the vocabulary of the bundled model, so that no choice is longer than another.
 ATTRIBUTES: tuple[tuple[str, tuple[str, ...], tuple[str, ...], str], ...] = (
     (
         "colour",
@@ -72,8 +72,8 @@ MAX_FACTS = len(FIRST_WORDS) * len(SECOND_WORDS) * len(ATTRIBUTES)
 def company_records(seed: int, facts: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Return (training rows, questions): ``prompt`` + ``completion`` rows in random order, and one question a fact.
 
-    The same seed and count give the same records on every machine. ``facts`` over the number of attributes is the number of
-    customers.
+    The same seed and count give the same records on every machine. There is a customer for every
+    four facts.
 
     Raises:
         UsageError: ``facts`` is not a positive multiple of 16, or there are not names enough.

@@ -1,8 +1,8 @@
 """The KV cache: kept on the worker, mirrored in the enclave by a stock ``DynamicCache`` of stubs.
 
-``generate`` and its relatives reorder, crop, repeat and select the rows of a cache. Rather than follow each of these, the enclave
-keeps in the stock cache a stub of one number a token, holding the row's place on the worker at the last call, and reads off
-it at the next one which rows, and how many tokens, the worker must go on from.
+``generate`` and its relatives reorder, crop, repeat and select the rows of a cache. Rather than follow each of these,
+the enclave keeps in the stock cache a stub of one number a token, holding the row's place on the worker at the last
+call, and reads off it at the next one which rows, and how many tokens, the worker must go on from.
 """
 
 import itertools
@@ -40,7 +40,9 @@ class CacheMirror:
             length = stub.keys.shape[2]
             if number is None or int(stub.values[0, 0, -1, 0]) != number:
                 raise UnsupportedModelError(
-                    "a KV cache that this model did not fill, or a copy of one", where=layer, hint="pass the cache itself"
+                    "a KV cache that this model did not fill, or a copy of one",
+                    where=layer,
+                    hint="pass the cache itself",
                 )
             places = stub.keys[:, 0, -1, 0].tolist()
             rows = None if places == list(range(batch)) else [int(place) for place in places]

@@ -1,7 +1,7 @@
 """One remote call as an autograd node: the forward request now, the backward request when the gradient comes.
 
-The worker keeps a call's graph from its forward to its backward. Where the node dies without a backward (an evaluation under
-autograd, an exception), its lease tells the worker to forget the call.
+The worker keeps a call's graph from its forward to its backward. Where the node dies without a backward (an
+evaluation under autograd, an exception), its lease tells the worker to forget the call.
 """
 
 from dataclasses import dataclass, field
@@ -47,7 +47,9 @@ class RemoteCall:
         anchors = {f"anchor.{slot}": held.anchor for slot, held in self.held.items()}
         inputs = {**self.tensors, **anchors}
         if torch.is_grad_enabled() and any(t.requires_grad for t in inputs.values()):
-            outputs = _Remote.apply(self, list(inputs), *inputs.values())
+            outputs = _Remote.apply(  # type: ignore[no-untyped-call]
+                self, list(inputs), *inputs.values()
+            )
             return dict(zip(self.shapes, outputs, strict=True))
         return self._forward(keep=False)
 
@@ -56,7 +58,13 @@ class RemoteCall:
         sent = {n: t.detach() for n, t in self.tensors.items() if n not in self.factors or n in self.push}
         if self.mask is not None:
             sent["mask"] = self.mask
-        header = {"segment": self.segment, "keep": keep, "factors": self.factors, "held": list(self.held), **self.header}
+        header = {
+            "segment": self.segment,
+            "keep": keep,
+            "factors": self.factors,
+            "held": list(self.held),
+            **self.header,
+        }
         expected = {name: (shape, dtype) for name, shape in self.shapes.items()}
         reply, outputs = self.session.request("forward", self.layer, header, sent, expected)
         self.id = reply["id"]

@@ -1,9 +1,10 @@
 """LoRA factors that the worker holds and trains (``lora_placement="worker"``, as the paper has it).
 
-Stock training code wants parameters with gradients. Each such slot has an *anchor* in the enclave: a scalar parameter whose
-gradient **is** the Euclidean norm of the gradient that the worker has accumulated for the slot. Under orthogonal keys that norm
-equals the one in plain coordinates, so that ``clip_grad_norm_`` over the anchors computes the true global norm and scales the
-anchors' gradients; :class:`RemoteOptimizer` reads the factor off them and sends it along with the step.
+Stock training code wants parameters with gradients. Each such slot has an *anchor* in the enclave: a scalar parameter
+whose gradient **is** the Euclidean norm of the gradient that the worker has accumulated for the slot. Under
+orthogonal keys that norm equals the one in plain coordinates, so that ``clip_grad_norm_`` over the anchors computes
+the true global norm and scales the anchors' gradients; :class:`RemoteOptimizer` reads the factor off them and sends
+it along with the step.
 """
 
 import math
@@ -149,7 +150,8 @@ class RemoteOptimizer(Optimizer):
         adapter: the held slots. kind: ``adamw`` or ``sgd``. lr: learning rate.
         options: further arguments of that torch optimizer (weight_decay, betas, momentum, ...).
 
-    ``state_dict`` carries the keyed factors and moments, so that a resumed run continues bit for bit under the same keys.
+    ``state_dict`` carries the keyed factors and moments, so that a resumed run continues bit for bit under the same
+    keys.
     """
 
     def __init__(self, adapter: HeldAdapter, *, kind: str, lr: float, **options: Any) -> None:
@@ -157,14 +159,14 @@ class RemoteOptimizer(Optimizer):
         self._options = {"lr": lr, **options}
         super().__init__([slot.anchor for slot in adapter.slots], {"lr": lr})
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Step the factors of every slot that has a gradient, clipped as the anchors' gradients were."""
         scales = {}
         for slot in self._adapter.slots:
             if slot.anchor.grad is not None and slot.norm > 0.0:
                 scales[slot.name] = slot.anchor.grad.item() / slot.norm
-        header = {"action": "step", "kind": self._kind, "options": self._options, "scales": scales}
-        header["lr"] = float(self.param_groups[0]["lr"])
+        lr = float(self.param_groups[0]["lr"])
+        header = {"action": "step", "kind": self._kind, "options": self._options, "scales": scales, "lr": lr}
         self._adapter.session.request("optimizer", "-", header, {}, {})
         self._adapter.stale = True
 

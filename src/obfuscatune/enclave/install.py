@@ -1,7 +1,7 @@
 """Keying a model's blocks and replacing their large submodules by remote ones.
 
-Two phases, so that a failure leaves the model as it was: every block is keyed and shipped first, one layer at a time, then all
-replacements are made at once. Only after that are the plain weights gone from the enclave.
+Two phases, so that a failure leaves the model as it was: every block is keyed and shipped first, one layer at a time,
+then all replacements are made at once. Only after that are the plain weights gone from the enclave.
 """
 
 import hashlib
@@ -11,9 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from obfuscatune.enclave.cache import CacheMirror
 from obfuscatune.enclave.held import HeldAdapter, HeldSlot
@@ -21,26 +19,14 @@ from obfuscatune.enclave.linear import RemoteLinear
 from obfuscatune.enclave.lora import SplitInput, SplitOutput
 from obfuscatune.enclave.norm import FoldedLayerNorm
 from obfuscatune.enclave.session import Session
+from obfuscatune.enclave.sites import Site, adapters_by_name, find_site, replace_linear, replace_whole
 from obfuscatune.enclave.whole import RemoteAttention, RemoteMlp, WholeSlots
 from obfuscatune.errors import UnsupportedModelError
 from obfuscatune.families import FamilySpec
-from obfuscatune.folding import fold_norm, key_attention, key_mlp, key_weight
+from obfuscatune.folding import key_attention, key_mlp, key_weight
 from obfuscatune.keys import ConcatKey, IdentityKey, Key, MasterSecret, build, haar, per_head
 from obfuscatune.keys.source import Stream
 from obfuscatune.profiles import Profile
-
-
-@dataclass(slots=True)
-class Site:
-    """One large linear layer as it stands in the model: its module, PEFT's layer around it, weight ``[in, out]``, bias."""
-
-    parent: nn.Module
-    name: str
-    path: str
-    base: nn.Module
-    lora: LoraLinear | None
-    weight: Tensor
-    bias: Tensor
 
 
 @dataclass
@@ -70,16 +56,16 @@ class Installer:
             self._whole_attention(block, attention, index, where)
         else:
             norm = self._norm(block, spec.attention_norm)
-            self._linear(self._site(attention, spec.qkv, where), ("attention in", "qkv"), inner="out", norm=norm)
-            self._linear(self._site(attention, spec.out, where), ("heads", "attention out"), inner="in", norm=None)
+            self._linear(find_site(spec, attention, spec.qkv, where), ("attention in", "qkv"), inner="out", norm=norm)
+            self._linear(find_site(spec, attention, spec.out, where), ("heads", "attention out"), inner="in", norm=None)
         mlp = block.get_submodule(spec.mlp)
         where = f"{path}.{spec.mlp}"
         if profile.mlp == "worker":
             self._whole_mlp(block, mlp, where)
         else:
             norm = self._norm(block, spec.mlp_norm)
-            self._linear(self._site(mlp, spec.up, where), ("mlp in", "hidden"), inner="out", norm=norm)
-            self._linear(self._site(mlp, spec.down, where), ("activations", "mlp out"), inner="in", norm=None)
+            self._linear(find_site(spec, mlp, spec.up, where), ("mlp in", "hidden"), inner="out", norm=norm)
+            self._linear(find_site(spec, mlp, spec.down, where), ("activations", "mlp out"), inner="in", norm=None)
 
     def install(self) -> None:
         """Replace the submodules of all keyed blocks; cannot fail half-way."""
@@ -100,7 +86,7 @@ class Installer:
         return build(family, stream(name), size, block=self.profile.key_block, kappa=self.profile.kappa)
 
     def _streams(self, path: str, *weights: Tensor) -> Callable[[str], Stream]:
-        """Randomness by name for one layer. The weights' digest is in the label: another model never gets the same keys."""
+        """Randomness by name for one layer; the weights' digest is in the label: no other model gets the same keys."""
         digest = hashlib.sha256()
         for weight in weights:
             # numpy's view of the bytes: hashing needs no copy of a contiguous weight.
@@ -108,7 +94,9 @@ class Installer:
         model = digest.hexdigest()
         return lambda name: self.secret.stream(model, self.profile.name, "epoch 0", path, name)
 
-    def _define(self, path: str, kind: str, spec: dict[str, Any], tensors: dict[str, Tensor], dtype: torch.dtype) -> str:
+    def _define(
+        self, path: str, kind: str, spec: dict[str, Any], tensors: dict[str, Tensor], dtype: torch.dtype
+    ) -> str:
         segment = f"s{self._segments}"
         self._segments += 1
         keyed = {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
@@ -117,22 +105,6 @@ class Installer:
         return segment
 
     # what stands in the model
-
-    def _site(self, parent: nn.Module, child: str, where: str) -> Site:
-        path = f"{where}.{child}"
-        module = parent.get_submodule(child)
-        lora = module if isinstance(module, LoraLinear) else None
-        base = module.get_base_layer() if lora is not None else module
-        expected = Conv1D if self.spec.in_out else nn.Linear
-        if type(base) is not expected:
-            raise UnsupportedModelError(
-                "layer of a kind that cannot be keyed", got=type(base).__name__, expected=expected.__name__, where=path
-            )
-        if lora is not None:
-            _check_adapter(lora, path)
-        weight = self.spec.weight_in_out(base)
-        bias: Any = base.bias
-        return Site(parent, child, path, base, lora, weight, weight.new_zeros(weight.shape[1]) if bias is None else bias.detach())
 
     def _norm(self, block: nn.Module, name: str) -> nn.LayerNorm | None:
         """The norm to fold, or None; its replacement is noted."""
@@ -144,13 +116,6 @@ class Installer:
         self._replacements.append(lambda: setattr(block, name, FoldedLayerNorm(norm)))
         return norm
 
-    @staticmethod
-    def _folded(site: Site, norm: nn.LayerNorm | None) -> tuple[Tensor, Tensor]:
-        """Weight and bias in float64, the norm before them folded in."""
-        if norm is None:
-            return site.weight.double(), site.bias.double()
-        return fold_norm(site.weight, site.bias, norm.weight.detach(), norm.bias.detach())
-
     # replacements
 
     def _linear(self, site: Site, names: tuple[str, str], *, inner: str, norm: nn.LayerNorm | None) -> None:
@@ -158,7 +123,7 @@ class Installer:
         dtype = site.weight.dtype
         key_in = self._key(stream, names[0], site.weight.shape[0], inner=inner == "in")
         key_out = self._key(stream, names[1], site.weight.shape[1], inner=inner == "out")
-        weight, bias = self._folded(site, norm)
+        weight, bias = site.folded(norm)
         segment = self._define(site.path, "linear", {}, {"weight": key_weight(weight, key_in, key_out)}, dtype)
         split = held = None
         if site.lora is not None and self.profile.lora_placement == "split":
@@ -176,11 +141,11 @@ class Installer:
             split=split,
             held=held,
         )
-        self._replacements.append(lambda: _replace_linear(site, remote, whole=split is not None or held is not None))
+        self._replacements.append(lambda: replace_linear(site, remote, whole=split is not None or held is not None))
 
     def _whole_attention(self, block: nn.Module, attention: nn.Module, index: int, where: str) -> None:
         spec, profile = self.spec, self.profile
-        qkv, out = self._site(attention, spec.qkv, where), self._site(attention, spec.out, where)
+        qkv, out = find_site(spec, attention, spec.qkv, where), find_site(spec, attention, spec.out, where)
         norm = self._norm(block, spec.attention_norm)
         shape = spec.attention_shape(self.config, index)
         stream = self._streams(where, qkv.weight, out.weight)
@@ -195,7 +160,7 @@ class Installer:
         # Held LoRA of the output layer sees the heads' output as it is on the worker, so it must be the true one.
         secret_biases = profile.head_keys and profile.lora_placement != "worker"
         keyed = key_attention(
-            qkv=self._folded(qkv, norm),
+            qkv=qkv.folded(norm),
             out=(out.weight, out.bias),
             key_in=key_in,
             key_qkv=key_qkv,
@@ -213,7 +178,7 @@ class Installer:
             self._dropout_off.append(spec.attention_dropout)
         remote = RemoteAttention(
             self.session,
-            dropout=attention.resid_dropout,
+            dropout=attention.get_submodule(spec.dropout),
             mirror=self._mirror,
             index=index,
             segment=segment,
@@ -223,28 +188,26 @@ class Installer:
             bias=keyed.bias.to(dtype),
             folded=norm is not None,
             slots=slots,
-            children=_children(qkv, out),
+            children=adapters_by_name(qkv, out),
         )
-        self._replacements.append(lambda: _replace_whole(block, spec.attention, remote, (qkv, out)))
+        self._replacements.append(lambda: replace_whole(block, spec.attention, remote, (qkv, out)))
 
     def _whole_mlp(self, block: nn.Module, mlp: nn.Module, where: str) -> None:
         spec, profile = self.spec, self.profile
-        up, down = self._site(mlp, spec.up, where), self._site(mlp, spec.down, where)
+        up, down = find_site(spec, mlp, spec.up, where), find_site(spec, mlp, spec.down, where)
         norm = self._norm(block, spec.mlp_norm)
         stream = self._streams(where, up.weight, down.weight)
         d, hidden = up.weight.shape
         key_in, key_out = self._key(stream, "mlp in", d), self._key(stream, "mlp out", d)
         family = "permutation" if profile.permute_mlp else "identity"
         key_hidden = build(family, stream("neurons"), hidden)
-        keyed = key_mlp(
-            up=self._folded(up, norm), down=down.weight, key_in=key_in, key_hidden=key_hidden, key_out=key_out
-        )
+        keyed = key_mlp(up=up.folded(norm), down=down.weight, key_in=key_in, key_hidden=key_hidden, key_out=key_out)
         dtype = up.weight.dtype
         segment = self._define(where, "mlp", {"activation": spec.activation(self.config)}, keyed, dtype)
         slots = self._slots(("up", up, key_hidden), ("down", down, key_hidden), segment, stream, key_in, key_out)
         remote = RemoteMlp(
             self.session,
-            dropout=mlp.dropout,
+            dropout=mlp.get_submodule(spec.mlp_dropout),
             segment=segment,
             layer=where,
             key_in=key_in,
@@ -252,9 +215,9 @@ class Installer:
             bias=down.bias.detach().clone(),
             folded=norm is not None,
             slots=slots,
-            children=_children(up, down),
+            children=adapters_by_name(up, down),
         )
-        self._replacements.append(lambda: _replace_whole(block, spec.mlp, remote, (up, down)))
+        self._replacements.append(lambda: replace_whole(block, spec.mlp, remote, (up, down)))
 
     # LoRA
 
@@ -267,7 +230,7 @@ class Installer:
         key_in: Key,
         key_out: Key,
     ) -> WholeSlots:
-        """LoRA of the two linear layers of a whole submodule; the keys beside the sites are those inside, between the two."""
+        """LoRA of the two layers of a whole submodule; beside each site, the key of the stream between the two."""
         (first_name, first_site, key_first), (last_name, last_site, key_last) = first, last
         slots = WholeSlots(first_name, last_name)
         if self.profile.lora_placement == "worker":
@@ -312,46 +275,3 @@ class Installer:
 
 def _rank_keys(stream: Callable[[str], Stream], slot: str) -> Callable[[int], Key]:
     return lambda rank: haar(stream(f"{slot} rank {rank}"), rank)
-
-
-def _check_adapter(lora: Any, path: str) -> None:
-    if type(lora) is not LoraLinear or lora.lora_variant or any(lora.lora_bias.values()):
-        raise UnsupportedModelError(
-            "kind of adapter", got=type(lora).__name__, expected="plain LoRA (no DoRA, no lora_bias)", where=path
-        )
-    if lora.merged:
-        raise UnsupportedModelError("a merged adapter", where=path, hint="model.unmerge_adapter() first")
-
-
-def _children(*sites: Site) -> dict[str, nn.Module]:
-    """PEFT's layers under the names they had, so that the adapter's parameters keep theirs."""
-    return {site.name: site.lora for site in sites if site.lora is not None}
-
-
-class Withdrawn(nn.Module):
-    """Stands where a plain weight was that is on the worker now, keyed."""
-
-    def __init__(self, path: str) -> None:
-        super().__init__()
-        self._path = path
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Refuse: the weight is not here."""
-        raise UnsupportedModelError("this weight is on the worker", where=self._path)
-
-
-def _replace_linear(site: Site, remote: RemoteLinear, *, whole: bool) -> None:
-    if site.lora is None:
-        setattr(site.parent, site.name, remote)
-        return
-    site.lora.base_layer = remote
-    if whole:
-        # PEFT's layer stays, with its parameters, names and switches; only what it computes is done in one remote call.
-        site.lora.forward = remote.forward
-
-
-def _replace_whole(block: nn.Module, name: str, remote: nn.Module, sites: tuple[Site, ...]) -> None:
-    for site in sites:
-        if site.lora is not None:
-            site.lora.base_layer = Withdrawn(site.path)
-    setattr(block, name, remote)

@@ -37,6 +37,7 @@ class RemoteLinear(nn.Module):
         held: HeldSlot | None = None,
     ) -> None:
         super().__init__()
+        self.bias: Tensor
         self.register_buffer("bias", bias, persistent=False)
         self.in_features, self.out_features = key_in.size, key_out.size
         self._session, self._segment, self._layer = session, segment, layer
@@ -57,8 +58,7 @@ class RemoteLinear(nn.Module):
         )
         add_lora(call, x, split=self._split, held=self._held, slot="main")
         y = decode(call.run()["y"], self._key_out)
-        output: Tensor = y + self.bias
-        return output
+        return y + self.bias
 
 
 def add_lora(call: RemoteCall, x: Tensor, *, split: SplitInput | None, held: HeldSlot | None, slot: str) -> None:

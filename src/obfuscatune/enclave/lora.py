@@ -1,13 +1,16 @@
 r"""LoRA around and into remote layers, with the optimizer in the enclave (``enclave`` and ``split`` placement).
 
-Plain PEFT computes ``y = x W + s (x A) B``. Where x and y both are in the enclave, PEFT's own layer does that around the remote
-linear. Where one of them is not, the product is split, and what crosses is r numbers per token, keyed by a secret rotation S:
+Plain PEFT computes ``y = x W + s (x A) B``. Where x and y both are in the enclave, PEFT's own layer does that around
+the remote linear. Where one of them is not, the product is split, and what crosses is r numbers per token, keyed by a
+secret rotation S:
 
-* :class:`SplitInput` (q,k,v and the MLP's first layer): ``u = s (x A) S`` and ``B* = S^-1 B R`` are sent, ``u B*`` is added there;
+* :class:`SplitInput` (q,k,v and the MLP's first layer): ``u = s (x A) S`` and ``B* = S^-1 B R`` are sent, ``u B*`` is
+  added there;
 * :class:`SplitOutput` (attention's and the MLP's output): ``A* = R^-1 A S`` is sent, ``v = x* A*`` comes back, and
   ``s (v S^-1) B`` is added here.
 
-All of it is differentiable, so that the gradients of A and B arrive in plain coordinates, and training equals plain PEFT.
+All of it is differentiable, so that the gradients of A and B arrive in plain coordinates, and training equals plain
+PEFT.
 """
 
 from collections.abc import Callable
@@ -44,7 +47,7 @@ class _Split:
         return name if name in layer.lora_A else None
 
     def rank(self, adapter: str) -> int:
-        """r of that adapter here."""
+        """R of that adapter here."""
         layer: Any = self.layer
         return int(layer.lora_A[adapter].weight.shape[0])
 
@@ -109,4 +112,5 @@ class SplitOutput(_Split):
         low_rank = decode(v, self.rank_key(a.shape[0]))
         if self.offset is not None:
             low_rank = low_rank + self.offset @ a.T
-        return (low_rank * layer.scaling[adapter]) @ b.T
+        product: Tensor = (low_rank * layer.scaling[adapter]) @ b.T
+        return product

@@ -1,7 +1,7 @@
 """A LayerNorm whose gain and bias are folded into the next remote layer, and which still gives what it gave.
 
-The worker gets the normalized rows, the LoRA of plain PEFT sees the norm's own output: both are needed, and dividing by a small
-gain to get from one to the other would lose precision.
+The worker gets the normalized rows, the LoRA of plain PEFT sees the norm's own output: both are needed, and dividing
+by a small gain to get from one to the other would lose precision.
 """
 
 import torch
@@ -14,7 +14,8 @@ from obfuscatune.errors import UnsupportedModelError
 class FoldedLayerNorm(nn.Module):
     """``x = x^ * gain + bias``; the normalized rows ``x^`` ride along as the attribute ``normalized`` of the output.
 
-    Keeps the parameters' names of the ``nn.LayerNorm`` it replaces. They are frozen: their keyed copies are on the worker.
+    Keeps the parameters' names of the ``nn.LayerNorm`` it replaces. They are frozen: their keyed copies are on the
+    worker.
     """
 
     def __init__(self, norm: nn.LayerNorm) -> None:

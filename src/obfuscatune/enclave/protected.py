@@ -1,11 +1,13 @@
-"""``protect``: the door. Keys a model's large layers onto a worker and gives the same model back, running between the two."""
+"""``protect``, the door: keys a model's large layers onto a worker and gives the same model back."""
 
 import dataclasses
 import weakref
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
 import torch
+from peft import PeftModel
 from torch import nn
 
 from obfuscatune.enclave.held import HeldAdapter, RemoteOptimizer
@@ -34,9 +36,9 @@ def protect(
 ) -> "Protected":
     """Run ``model`` between this process, the enclave, and a worker that sees only keyed weights and activations.
 
-    The model is changed in place: its large linear layers leave for the worker, keyed, and are gone from this process. Only what
-    stays can be trained: LoRA (PEFT), and embeddings, final norm and head where they require gradients. On failure the model is
-    as it was.
+    The model is changed in place: its large linear layers leave for the worker, keyed, and are gone from this process.
+    Only what stays can be trained: LoRA (PEFT), and embeddings, final norm and head where they require gradients. On
+    failure the model is as it was.
 
     Args:
         model: a ``transformers`` GPT-2, or a PEFT model with plain LoRA around one; on the CPU, one float dtype.
@@ -53,8 +55,9 @@ def protect(
         A context manager with ``.model``, ``.report()``, ``.create_optimizer()`` and ``.close()``.
 
     Raises:
-        UsageError: options that do not fit, no worker at the address. UnsupportedModelError: a model, configuration or adapter that
-        cannot be run exactly. WorkerFault: the worker failed.
+        UsageError: options that do not fit, no worker at the address.
+        UnsupportedModelError: a model, configuration or adapter that cannot be run exactly.
+        WorkerFault: the worker failed.
     """
     resolved = resolve(profile, **switches)
     causal_lm = _causal_lm(model)
@@ -91,7 +94,7 @@ def protect(
 
 
 class Protected:
-    """A model that runs between enclave and worker; a context manager that ends the session, and a spawned worker with it.
+    """A model that runs between enclave and worker; a context manager that ends the session and a spawned worker.
 
     Attributes:
         model: the very object that was protected, of its old class: ``forward``, ``generate``, ``Trainer`` and PEFT's
@@ -133,7 +136,7 @@ class Protected:
         Args:
             kind: ``adamw`` or ``sgd``. options: of that torch optimizer (weight_decay, betas, momentum, ...).
         """
-        makers = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+        makers: dict[str, Callable[..., torch.optim.Optimizer]] = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
         if kind not in makers:
             raise UsageError("optimizer", got=repr(kind), expected=", ".join(makers))
         if self._held is not None and self._held.slots:
@@ -167,7 +170,7 @@ class Protected:
 
 
 def _causal_lm(model: nn.Module) -> Any:
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     if not hasattr(base, "config"):
         raise UnsupportedModelError(
             "not a transformers model", got=type(base).__name__, expected="AutoModelForCausalLM.from_pretrained(...)"
@@ -190,7 +193,9 @@ def _master_secret(secret: MasterSecret | None, insecure_test_seed: int | None, 
             raise UsageError("secret and insecure_test_seed are both given", hint="choose one")
         secret = MasterSecret.from_insecure_test_seed(insecure_test_seed)
     if secret is not None and secret.is_test and worker.startswith("tcp:"):
-        raise KeyFaultError("a test seed is refused with a TCP worker", where=worker, hint="leave insecure_test_seed out")
+        raise KeyFaultError(
+            "a test seed is refused with a TCP worker", where=worker, hint="leave insecure_test_seed out"
+        )
     return secret if secret is not None else MasterSecret.generate()
 
 

@@ -12,7 +12,7 @@ from obfuscatune.profiles import Profile
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Counts of one session. Bytes are those of the connection, framing included; seconds are spent waiting for replies."""
+    """Counts of one session: bytes with their framing, seconds spent waiting for replies."""
 
     profile: Profile
     worker: str
@@ -33,10 +33,10 @@ class Report:
         return {**dataclasses.asdict(self), "enclave_share": self.enclave_share}
 
     def __str__(self) -> str:
-        share = f"{100 * self.enclave_share:.1f} %"
+        share = f"{100 * self.enclave_share:.1f} % of {self.total_parameters:,}"
         lines = [
             f"profile {self.profile.name}: {self.profile.summary}",
-            f"parameters  {self.enclave_parameters:>14,} in the enclave in the clear ({share} of {self.total_parameters:,})",
+            f"parameters  {self.enclave_parameters:>14,} in the enclave in the clear ({share})",
             f"            {self.worker_parameters:>14,} on the worker, under this profile's keys ({self.worker})",
         ]
         if self.traffic:

@@ -1,9 +1,9 @@
 """The enclave's end of a session: requests to the worker, and the checks on every reply.
 
-The worker is not trusted to be right. A reply is used only if it has the id of the request, exactly the tensors expected, of
-exactly the expected shapes and dtypes, all finite. Anything else, a timeout and a dead worker become one
-:class:`~obfuscatune.errors.WorkerFault`, after which the session is closed for good, so that a late reply can never be taken
-for a later one.
+The worker is not trusted to be right. A reply is used only if it has the id of the request, exactly the tensors
+expected, of exactly the expected shapes and dtypes, all finite. Anything else, a timeout and a dead worker become one
+:class:`~obfuscatune.errors.WorkerFault`, after which the session is closed for good, so that a late reply can never
+be taken for a later one.
 """
 
 import subprocess
@@ -135,7 +135,9 @@ class Session:
         for name, tensor in outputs.items():
             # One pass in the common case: a sum is finite unless a term is not, or it overflows.
             if tensor.is_floating_point() and not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
-                raise self._fault(f"{name} is not finite", layer, hint="a faulty worker, or a training run that diverged")
+                raise self._fault(
+                    f"{name} is not finite", layer, hint="a faulty worker, or a training run that diverged"
+                )
 
     def _exit_status(self) -> str | None:
         if self.process is None:

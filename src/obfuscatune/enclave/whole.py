@@ -1,8 +1,8 @@
 """Whole submodules on the worker: attention with its KV cache, and the MLP with its activation.
 
-Both key one input, get one output, and split the LoRA of their two linear layers: what enters the first one as low-rank numbers,
-what leaves the second one likewise. They keep PEFT's layers as children under their old names, so that parameters and
-state-dict keys are those of the plain model.
+Both key one input, get one output, and split the LoRA of their two linear layers: what enters the first one as
+low-rank numbers, what leaves the second one likewise. They keep PEFT's layers as children under their old names, so
+that parameters and state-dict keys are those of the plain model.
 """
 
 from dataclasses import dataclass
@@ -56,6 +56,7 @@ class RemoteWhole(nn.Module):
         children: dict[str, nn.Module],
     ) -> None:
         super().__init__()
+        self.bias: Tensor
         self.register_buffer("bias", bias, persistent=False)
         self._session, self._segment, self._layer = session, segment, layer
         self._key_in, self._key_out, self._folded, self._slots = key_in, key_out, folded, slots
@@ -127,7 +128,8 @@ class RemoteAttention(RemoteWhole):
         """Return ``[B, T, d]`` and None: attention weights never come back.
 
         Raises:
-            UnsupportedModelError: cross-attention, a mask with values other than allowed and forbidden, an unknown kind of
+            UnsupportedModelError: cross-attention, a mask with values other than allowed and forbidden, an unknown
+            kind of
                 cache, or gradients through a cache filled by an earlier call.
         """
         if encoder_hidden_states is not None:
@@ -153,7 +155,10 @@ def _allowed(mask: Tensor, layer: str) -> Tensor:
         allowed = mask == 0
         if not (allowed | (mask <= torch.finfo(mask.dtype).min / 2)).all():
             raise UnsupportedModelError(
-                "an additive attention bias", where=layer, expected="0 or the dtype's least value", hint="attention=enclave"
+                "an additive attention bias",
+                where=layer,
+                expected="0 or the dtype's least value",
+                hint="attention=enclave",
             )
         mask = allowed
     if mask.ndim != 4:

@@ -34,6 +34,7 @@ class FamilySpec:
         qkv, out: paths of the fused q,k,v projection and of the output projection, relative to ``attention``.
         up, down: paths of the MLP's two projections, relative to ``mlp``.
         in_out: whether weights are stored ``[in, out]`` (``Conv1D``) rather than ``[out, in]`` (``nn.Linear``).
+        dropout, mlp_dropout: paths of the dropout on the output, relative to ``attention`` and to ``mlp``.
         attention_dropout: name of the config field with the dropout on attention weights.
         attention_shape: ``(config, layer) -> AttentionShape``.
         width, hidden: ``config -> `` width of the residual stream, and of the MLP.
@@ -52,6 +53,8 @@ class FamilySpec:
     up: str
     down: str
     in_out: bool
+    dropout: str
+    mlp_dropout: str
     attention_dropout: str
     attention_shape: Callable[[Any, int], AttentionShape]
     width: Callable[[Any], int]
@@ -75,7 +78,7 @@ class FamilySpec:
 
     def weight_in_out(self, linear: nn.Module) -> torch.Tensor:
         """Return the weight of a linear layer as ``[in, out]``, without copying."""
-        weight: torch.Tensor = linear.weight.detach()  # type: ignore[union-attr, operator, assignment]
+        weight: torch.Tensor = linear.weight.detach()  # type: ignore[operator]
         return weight if self.in_out else weight.T
 
 

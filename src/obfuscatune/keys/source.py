@@ -73,7 +73,7 @@ class Stream(Secret):
         return out.view(shape)
 
     def normal(self, *shape: int) -> Tensor:
-        """Independent N(0, 1), float64 of the given shape. Box-Muller: sqrt(-2 log(1 - u)) times cos and sin of 2 pi v."""
+        """Independent N(0, 1), float64 of the given shape. Box-Muller: sqrt(-2 log(1 - u)) (cos, sin)(2 pi v)."""
         n = math.prod(shape)
         out = torch.empty(n + n % 2, dtype=torch.float64)
         for chunk in torch.split(out, _CHUNK):

@@ -14,7 +14,9 @@ from obfuscatune.protocol import Address, Connection, Limits, close_listener, li
 from obfuscatune.worker.server import serve_connection, serve_forever
 
 
-def run(*, listen_on: str | None = None, fd: int | None = None, device: str = "cpu", threads: int | None = None) -> None:
+def run(
+    *, listen_on: str | None = None, fd: int | None = None, device: str = "cpu", threads: int | None = None
+) -> None:
     """Serve on an address until interrupted, or on an inherited socket until the enclave closes it.
 
     Raises:

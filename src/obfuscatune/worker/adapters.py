@@ -25,7 +25,7 @@ class SlotInputs:
         held: the segment's own factors that this call uses, by slot.
     """
 
-    def __init__(self, tensors: dict[str, Tensor], held: "Mapping[str, nn.Module]") -> None:
+    def __init__(self, tensors: dict[str, Tensor], held: "Mapping[str, HeldFactors]") -> None:
         self._tensors, self._held = tensors, held
         self.outputs: dict[str, Tensor] = {}
 
@@ -36,22 +36,23 @@ class SlotInputs:
         if f"A.{slot}" in self._tensors:
             self.outputs[f"v.{slot}"] = x @ self._tensors[f"A.{slot}"]
         elif slot in self._held:
-            product: Tensor = self._held[slot](x)
-            return y + product
+            return y + self._held[slot].product(x)
         return y
 
 
-class HeldFactors(nn.Module):
+class HeldFactors:
     """A keyed LoRA pair that the worker holds: ``x A B scale``."""
 
     def __init__(self, a: Tensor, b: Tensor, scale: float) -> None:
-        super().__init__()
         self.a, self.b, self.scale = nn.Parameter(a), nn.Parameter(b), scale
 
-    def forward(self, x: Tensor) -> Tensor:
+    def product(self, x: Tensor) -> Tensor:
         """Return the low-rank product, of the shape of the segment's own output."""
-        product: Tensor = ((x @ self.a) @ self.b) * self.scale
-        return product
+        return ((x @ self.a) @ self.b) * self.scale
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Both factors by name."""
+        return {"a": self.a, "b": self.b}
 
     def gradient_norm(self) -> float:
         """Euclidean norm of the gradient accumulated so far over both factors; 0 before the first backward."""

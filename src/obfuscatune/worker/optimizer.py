@@ -1,4 +1,4 @@
-"""The optimizer of LoRA factors that the worker holds, stepped by the enclave with plain numbers (rate, decay, clipping)."""
+"""The optimizer of LoRA factors that the worker holds; the enclave steps it with rate, decay and clipping."""
 
 from typing import Any
 
@@ -14,8 +14,8 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"adamw": torch.optim.AdamW
 class HeldOptimizer:
     """A stock torch optimizer over all held factors, made at the first step.
 
-    AdamW divides by a per-coordinate second moment, and keyed coordinates are mixtures of the plain ones: its curve is another
-    one than in plain coordinates. SGD's is the same, under orthogonal keys.
+    AdamW divides by a per-coordinate second moment, and keyed coordinates are mixtures of the plain ones: its curve is
+    another one than in plain coordinates. SGD's is the same, under orthogonal keys.
     """
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class HeldOptimizer:
         return {}, {}
 
     def _parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
-        return [(f"{name}.{factor}", p) for name, held in self._held.items() for factor, p in held.named_parameters()]
+        return [(f"{name}.{factor}", p) for name, held in self._held.items() for factor, p in held.parameters().items()]
 
     def _make(self, kind: Any, options: Any) -> torch.optim.Optimizer:
         if kind not in OPTIMIZERS or not isinstance(options, dict):
@@ -54,9 +54,11 @@ class HeldOptimizer:
         if self._optimizer is None:
             self._optimizer = self._make(header.get("kind"), header.get("options"))
         self._optimizer.param_groups[0]["lr"] = float(header["lr"])
-        scales = header.get("scales", {})  # gradient clipping, decided in the enclave; a slot without one is not stepped
+        scales = header.get(
+            "scales", {}
+        )  # gradient clipping, decided in the enclave; a slot without one is not stepped
         for name, held in self._held.items():
-            for parameter in held.parameters():
+            for parameter in held.parameters().values():
                 if name not in scales:
                     parameter.grad = None
                 elif parameter.grad is not None:

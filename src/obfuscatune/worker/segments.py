@@ -1,7 +1,7 @@
 """The segments a worker serves: stock torch operations on keyed weights.
 
-A segment takes a keyed ``x`` and gives a keyed ``y``. It would compute the very same thing on plain weights: nothing in here
-knows of keys. Shapes: B batch, T new tokens, S all tokens including cached ones, d width, h hidden, H heads.
+A segment takes a keyed ``x`` and gives a keyed ``y``. It would compute the very same thing on plain weights: nothing
+in here knows of keys. Shapes: B batch, T new tokens, S all tokens including cached ones, d width, h hidden, H heads.
 """
 
 from collections.abc import Callable
@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from torch import Tensor, nn
+from torch import Tensor
 
 from obfuscatune.errors import ProtocolError
-from obfuscatune.worker.adapters import SlotInputs
+from obfuscatune.worker.adapters import HeldFactors, SlotInputs
 
 # One kernel each. `gelu_new` is transformers' name for the tanh form, which it computes in seven.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -46,23 +46,21 @@ class Call:
     present: tuple[Tensor, Tensor] | None = None
 
 
-class Segment(nn.Module):
-    """Base of the segments: frozen keyed weights as buffers, and the LoRA factors that it holds, if any."""
+class Segment:
+    """Base of the segments: frozen keyed weights by name, and the LoRA factors that it holds, if any."""
 
     slots: tuple[str, ...] = ()
     weights: tuple[str, ...] = ()
 
     def __init__(self, spec: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        super().__init__()
         missing = set(self.weights) - set(tensors)
         unknown = set(tensors) - set(self.weights)
         if missing or unknown:
             raise ProtocolError("weights of a segment", got=sorted(tensors), expected=sorted(self.weights))
-        for name, tensor in tensors.items():
-            self.register_buffer(f"w_{name}", tensor)
-        self.held = nn.ModuleDict()
+        self.weight = tensors
+        self.held: dict[str, HeldFactors] = {}
 
-    def forward(self, x: Tensor, slots: SlotInputs, call: Call) -> Tensor:
+    def run(self, x: Tensor, slots: SlotInputs, call: Call) -> Tensor:
         """Return ``y``; see the subclasses."""
         raise TypeError("a segment is one of its subclasses")
 
@@ -73,9 +71,9 @@ class LinearSegment(Segment):
     slots = ("main",)
     weights = ("weight",)
 
-    def forward(self, x: Tensor, slots: SlotInputs, call: Call) -> Tensor:
+    def run(self, x: Tensor, slots: SlotInputs, call: Call) -> Tensor:
         """Return ``[..., out]``."""
-        return slots.add("main", x, x @ self.w_weight)
+        return slots.add("main", x, x @ self.weight["weight"])
 
 
 class MlpSegment(Segment):
@@ -90,11 +88,11 @@ class MlpSegment(Segment):
             raise ProtocolError("activation", got=spec.get("activation"), expected=sorted(ACTIVATIONS))
         self.activation = ACTIVATIONS[spec["activation"]]
 
-    def forward(self, x: Tensor, slots: SlotInputs, call: Call) -> Tensor:
+    def run(self, x: Tensor, slots: SlotInputs, call: Call) -> Tensor:
         """Return ``[..., d]``."""
-        hidden = torch.addmm(self.w_up_bias, x.flatten(0, -2), self.w_up).view(*x.shape[:-1], -1)
+        hidden = torch.addmm(self.weight["up_bias"], x.flatten(0, -2), self.weight["up"]).view(*x.shape[:-1], -1)
         hidden = self.activation(slots.add("up", x, hidden))
-        return slots.add("down", hidden, hidden @ self.w_down)
+        return slots.add("down", hidden, hidden @ self.weight["down"])
 
 
 class AttentionSegment(Segment):
@@ -106,14 +104,14 @@ class AttentionSegment(Segment):
     def __init__(self, spec: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         super().__init__(spec, tensors)
         self.heads, self.scale = int(spec["heads"]), float(spec["scale"])
-        width = self.w_qkv.shape[1]
+        width = self.weight["qkv"].shape[1]
         if self.heads < 1 or width % (3 * self.heads):
             raise ProtocolError("heads of an attention segment", got=self.heads, expected=f"a divisor of {width // 3}")
 
-    def forward(self, x: Tensor, slots: SlotInputs, call: Call) -> Tensor:
+    def run(self, x: Tensor, slots: SlotInputs, call: Call) -> Tensor:
         """Return ``[B, T, d]`` and set ``call.present``."""
         batch, new, _ = x.shape
-        qkv = torch.addmm(self.w_qkv_bias, x.flatten(0, -2), self.w_qkv).view(batch, new, -1)
+        qkv = torch.addmm(self.weight["qkv_bias"], x.flatten(0, -2), self.weight["qkv"]).view(batch, new, -1)
         qkv = slots.add("qkv", x, qkv)
         q, k, v = qkv.view(batch, new, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         if call.past is not None:
@@ -122,7 +120,7 @@ class AttentionSegment(Segment):
         causal = call.causal and call.mask is None and new > 1
         h = F.scaled_dot_product_attention(q, k, v, attn_mask=call.mask, is_causal=causal, scale=self.scale)
         h = h.transpose(1, 2).flatten(2)
-        return slots.add("out", h, h @ self.w_out)
+        return slots.add("out", h, h @ self.weight["out"])
 
 
 SEGMENTS: dict[str, type[Segment]] = {"linear": LinearSegment, "mlp": MlpSegment, "attention": AttentionSegment}

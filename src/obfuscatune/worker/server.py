@@ -1,8 +1,8 @@
 """The server: accepts one enclave at a time and answers its requests until it leaves.
 
-Everything of a session is dropped when its connection ends, so that a worker needs no cleaning up between jobs. A second
-enclave that connects meanwhile is told so and sent away. A request that fails is answered with its error; bytes that break
-the framing end the connection.
+Everything of a session is dropped when its connection ends, so that a worker needs no cleaning up between jobs. A
+second enclave that connects meanwhile is told so and sent away. A request that fails is answered with its error;
+bytes that break the framing end the connection.
 """
 
 import contextlib

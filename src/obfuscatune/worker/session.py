@@ -1,7 +1,7 @@
 """One session of a worker: segments, kept calls and KV caches of one connected enclave, and the operations on them.
 
-A request is a header and tensors; its answer likewise. Whatever a request breaks is a :class:`ProtocolError` with a message
-of names and shapes, which the server sends back; the session's state is then as before the request.
+A request is a header and tensors; its answer likewise. Whatever a request breaks is a :class:`ProtocolError` with a
+message of names and shapes, which the server sends back; the session's state is then as before the request.
 """
 
 import resource
@@ -108,7 +108,7 @@ class WorkerSession:
             call.past = self._past(header["segment"], cache)
         slots = SlotInputs(leaves, {slot: segment.held[slot] for slot in header.get("held", ())})
         with torch.set_grad_enabled(keep):
-            y = segment(leaves["x"], slots, call)
+            y = segment.run(leaves["x"], slots, call)
         outputs = {"y": y, **slots.outputs}
         if cache is not None and call.present is not None:
             present = (call.present[0].detach(), call.present[1].detach())
@@ -118,7 +118,7 @@ class WorkerSession:
         return {}, {name: tensor.detach() for name, tensor in outputs.items()}
 
     def _past(self, segment: str, cache: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
-        """Keys and values of the cache's first ``length`` tokens, its rows gathered as the request says (beam search)."""
+        """Keys and values of the cache's first ``length`` tokens, rows gathered as the request says (beam search)."""
         length, rows = cache["length"], cache["rows"]
         if not length:
             if len(self._caches) >= MAX_CACHES:
@@ -143,8 +143,9 @@ class WorkerSession:
         if not set(wants) <= set(leaves) or set(grads) != set(tensors) or not grads:
             raise ProtocolError("gradients of a call", got=[*wants, *tensors], expected=[*leaves, *outputs])
         for slot in header.get("fresh", ()):
-            segment.held[slot].zero_grad(set_to_none=True)
-        held = list(segment.held.parameters())
+            for parameter in segment.held[slot].parameters().values():
+                parameter.grad = None
+        held = [parameter for factors in segment.held.values() for parameter in factors.parameters().values()]
         targets = [leaves[name] for name in wants] + held
         found = torch.autograd.grad(
             [outputs[n] for n in grads], targets, list(grads.values()), allow_unused=True, materialize_grads=True

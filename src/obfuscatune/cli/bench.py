@@ -1,0 +1,68 @@
+"""``obfuscatune bench``: what a profile costs against Hugging Face and PEFT in the clear, measured side by side."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from obfuscatune.errors import UsageError
+
+EPILOG = "Example: obfuscatune bench --size small --profile balanced --profile paper --markdown bench.md"
+
+
+def command(
+    size: Annotated[list[str] | None, typer.Option(help="tiny, small, medium, large or xl; repeatable")] = None,
+    profile: Annotated[
+        list[str] | None, typer.Option(help="NAME or NAME+switch=value[+...]; repeatable", metavar="PROFILE")
+    ] = None,
+    workload: Annotated[
+        list[str] | None,
+        typer.Option(help="prefill, decode, lora_step, or key (only protect: seconds and memory); repeatable"),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="rows of a batch")] = 4,
+    seq_length: Annotated[int, typer.Option(help="tokens of a row, in prefill and lora_step")] = 128,
+    new_tokens: Annotated[int, typer.Option(help="tokens generated for a row, in decode")] = 32,
+    repetitions: Annotated[int, typer.Option(help="alternating rounds, of which medians are taken")] = 5,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of each process; default: torch's")] = None,
+    device: Annotated[str, typer.Option(help="device of the plain model and of the workers")] = "cpu",
+    json_file: Annotated[Path | None, typer.Option("--json", help="write all numbers to this file")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="write the tables to this file")] = None,
+) -> None:
+    """Measure protected GPT-2 of true sizes (random weights) against plain, alternating in one run."""
+    # Torch and transformers take seconds to import; --help and a misspelt option need neither.
+    from obfuscatune.evaluation.bench import BenchOptions, count_steps, run_bench
+    from obfuscatune.evaluation.bench_report import cost_table, describe_machine, footprint_table, to_dict, to_markdown
+    from obfuscatune.evaluation.bench_workloads import Shape
+
+    for option, file in (("--json", json_file), ("--markdown", markdown)):
+        if file is not None and not file.parent.is_dir():
+            raise UsageError("no such directory", got=str(file.parent), where=option)
+    given = {"sizes": size, "profiles": profile, "workloads": workload}
+    options = BenchOptions(
+        **{name: tuple(values) for name, values in given.items() if values},
+        shape=Shape(batch_size, seq_length, new_tokens),
+        repetitions=repetitions,
+        threads=threads,
+        device=device,
+    )
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("start", total=count_steps(options), completed=-1)
+        result = run_bench(options, lambda what: progress.update(task, advance=1, description=what))
+    console = Console()
+    tables = {"cost": cost_table(result.measurements), "footprint": footprint_table(result.footprints)}
+    for title, (header, rows) in tables.items():
+        if rows:
+            table = Table(*header, title=title)
+            for row in rows:
+                table.add_row(*row)
+            console.print(table)
+    machine = describe_machine()
+    if json_file is not None:
+        json_file.write_text(json.dumps(to_dict(options, result, machine), indent=2) + "\n")
+    if markdown is not None:
+        markdown.write_text(to_markdown(options, result, machine))

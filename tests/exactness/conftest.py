@@ -1,0 +1,33 @@
+"""One listening worker for all tests of this folder: sessions follow one another, as the tests do."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+
+import obfuscatune
+
+
+@pytest.fixture(scope="session")
+def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a worker in a process of its own."""
+    address = f"unix://{tmp_path_factory.mktemp('worker')}/w.sock"
+    command = [sys.executable, "-m", "obfuscatune.worker", "--listen", address, "--threads", "1"]
+    environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        try:
+            assert "listening" in process.stdout.readline()
+            yield address
+            assert process.poll() is None, "the worker died in some test"
+        finally:
+            process.terminate()
+
+
+@pytest.fixture(scope="session")
+def protect(worker: str) -> Callable[..., Any]:
+    """`obfuscatune.protect` with that worker, under fresh keys each time."""
+    return partial(obfuscatune.protect, worker=worker, timeout=60.0)
