@@ -49,7 +49,7 @@ def key_rows(matrix: Tensor, key: Key) -> Tensor:
     return key.apply_transpose(matrix.T.contiguous()).T
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)  # a repr would show the secret biases
 class KeyedAttention:
     """A whole attention under keys.
 

@@ -27,7 +27,7 @@ from obfuscatune.keys import (
     per_head,
 )
 
-# Relative to the largest entry, times the condition number. Measured: 4e-15, 2e-6, 5e-3.
+# Relative to the largest entry, times the condition number. Measured: 1.5e-15, 2.6e-7, 3.5e-3.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 ORTHOGONAL = ["identity", "haar", "monarch", "permutation"]
 
@@ -43,8 +43,8 @@ def make(family: str, size: int, seed: int = 0) -> Key:
 
 
 ALL = [*FAMILIES, "per_head", "concat"]
-keys = st.builds(make, st.sampled_from(ALL), st.integers(1, 23), st.integers(0, 1000))
-small = settings(deadline=None, max_examples=60)
+keys = st.builds(make, st.sampled_from(ALL), st.integers(1, 14), st.integers(0, 1000))
+small = settings(deadline=None, max_examples=40)
 
 
 def close(got: Tensor, expected: Tensor, key: Key, dtype: torch.dtype = torch.float64) -> bool:
@@ -153,7 +153,7 @@ def test_a_key_that_is_not_orthogonal_is_refused(kind: Callable[[Tensor], object
 
 
 @given(keys)
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=20)
 def test_gradients(key: Key) -> None:
     for function, matrix in ((encode, key.dense()), (decode, torch.linalg.inv(key.dense()))):
         x = rows(key, 2).requires_grad_()

@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from obfuscatune.errors import KeyFaultError, UsageError
 from obfuscatune.keys import HaarKey, MasterSecret, MonarchKey, monarch
 
-ORTHOGONALITY = 1e-13  # float64; measured 4e-15
+ORTHOGONALITY = 1e-13  # float64; measured 1.6e-15
 
 
 @given(st.integers(1, 150), st.integers(2, 20), st.integers(0, 100))
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=50)
 def test_every_size_is_orthogonal(n: int, block: int, seed: int) -> None:
     key = monarch(MasterSecret.from_insecure_test_seed(seed).stream("m"), n, block)
     r = key.dense()

@@ -23,9 +23,9 @@ def command(
         list[str] | None,
         typer.Option(help="prefill, decode, lora_step, or key (only protect: seconds and memory); repeatable"),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="rows of a batch")] = 4,
-    seq_length: Annotated[int, typer.Option(help="tokens of a row, in prefill and lora_step")] = 128,
-    new_tokens: Annotated[int, typer.Option(help="tokens generated for a row, in decode")] = 32,
+    batch_size: Annotated[int, typer.Option("--batch_size", help="rows of a batch")] = 4,
+    seq_length: Annotated[int, typer.Option("--seq_length", help="tokens of a row, in prefill and lora_step")] = 128,
+    new_tokens: Annotated[int, typer.Option("--new_tokens", help="tokens generated for a row, in decode")] = 32,
     repetitions: Annotated[int, typer.Option(help="alternating rounds, of which medians are taken")] = 5,
     threads: Annotated[int | None, typer.Option(help="CPU threads of each process; default: torch's")] = None,
     device: Annotated[str, typer.Option(help="device of the plain model and of the workers")] = "cpu",
@@ -57,7 +57,9 @@ def command(
     tables = {"cost": cost_table(result.measurements), "footprint": footprint_table(result.footprints)}
     for title, (header, rows) in tables.items():
         if rows:
-            table = Table(*header, title=title)
+            table = Table(title=title)
+            for column in header:
+                table.add_column(column, overflow="fold")
             for row in rows:
                 table.add_row(*row)
             console.print(table)

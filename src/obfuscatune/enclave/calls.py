@@ -15,7 +15,7 @@ from obfuscatune.enclave.held import HeldSlot
 from obfuscatune.enclave.session import Session
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False)  # a repr would show activations
 class RemoteCall:
     """What one forward call sends.
 
@@ -75,7 +75,9 @@ class RemoteCall:
         header = {"segment": self.segment, "call": self.id, "wants": wants, "fresh": fresh}
         expected = {name: (tuple(self.tensors[name].shape), self.tensors[name].dtype) for name in wants}
         reply, found = self.session.request("backward", self.layer, header, grads, expected)
-        norms = reply.get("gradient_norms", {})
+        norms = reply.get("gradient_norms")
+        if not isinstance(norms, dict):
+            raise self.session.fault("gradient norms", self.layer, got=type(norms).__name__, expected="map")
         anchors = {f"anchor.{slot}": held.take_norm(norms.get(slot)) for slot, held in self.held.items()}
         return found, anchors
 

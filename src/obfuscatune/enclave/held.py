@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from obfuscatune.enclave.session import Session
-from obfuscatune.errors import UsageError, WorkerFault
+from obfuscatune.errors import UsageError
 from obfuscatune.folding import key_rows, unkey_rows
 from obfuscatune.keys import Key
 
@@ -50,11 +50,14 @@ class HeldSlot:
         self.layer = layer
         self._session, self._segment, self._slot = session, segment, slot
         self._key_in, self._key_out = key_in, key_out
-        self._fresh = False
+        self._last_pass = -1
         self._synced: tuple[Tensor, Tensor] | None = None
+        self.push()
+
+    def take_over(self) -> None:
+        """Freeze PEFT's parameters: from here on the worker trains."""
         for parameter in (self._a, self._b):
             parameter.requires_grad_(False)
-        self.push()
 
     def push(self) -> None:
         """Send PEFT's values, keyed, where they are not the ones last exchanged (a checkpoint was loaded)."""
@@ -67,8 +70,19 @@ class HeldSlot:
         self._session.request("hold", self.layer, header, tensors, {})
         self._remember()
 
-    def pull(self, keyed_a: Tensor, keyed_b: Tensor) -> None:
-        """Write the worker's keyed factors into PEFT's parameters, un-keyed."""
+    def pull(self, exported: dict[str, Tensor]) -> None:
+        """Write the worker's keyed factors into PEFT's parameters, un-keyed.
+
+        Raises:
+            WorkerFault: they are not there, or not of their shapes and dtype.
+        """
+        keyed_a, keyed_b = (exported.get(f"{self.name}.{factor}") for factor in "ab")
+        if keyed_a is None or keyed_b is None:
+            raise self._session.fault("a factor of a held slot is missing", self.layer)
+        for keyed, parameter in ((keyed_a, self._a), (keyed_b, self._b)):
+            if keyed.T.shape != parameter.shape or keyed.dtype != parameter.dtype:
+                got, expected = f"{list(keyed.shape)} {keyed.dtype}", f"{list(parameter.T.shape)} {parameter.dtype}"
+                raise self._session.fault("factor of a held slot", self.layer, got=got, expected=expected)
         with torch.no_grad():
             self._a.copy_(key_rows(keyed_a.double(), self._key_in).T)
             self._b.copy_(self._key_out.apply_inverse(keyed_b.double()).T)
@@ -78,7 +92,7 @@ class HeldSlot:
         self._synced = (self._a.detach().clone(), self._b.detach().clone())
 
     def begin_forward(self) -> bool:
-        """Whether the slot takes part; notes gradients that were set to None since, and values that were loaded since.
+        """Whether the slot takes part; sends values that were loaded since.
 
         Raises:
             UsageError: the anchor was stepped by a stock optimizer, or another adapter was chosen.
@@ -96,21 +110,42 @@ class HeldSlot:
                 hint="pass protected.create_optimizer(...) to the Trainer: optimizers=(optimizer, None)",
             )
         self.push()
-        if self.anchor.grad is None and self.norm > 0.0:
-            self._fresh, self.norm = True, 0.0
         return True
 
     def begin_backward(self) -> bool:
-        """Whether the worker shall clear this slot's gradient before it adds to it."""
-        fresh, self._fresh = self._fresh, False
+        """Whether the worker shall clear this slot's gradient before it adds to it: the anchor's was cleared since.
+
+        Asked here and not in the forward, because training code may call ``zero_grad`` between the two. Within one
+        backward pass autograd sums the increments of all calls first, so there an empty gradient means nothing.
+        """
+        cleared = self.anchor.grad is None or self.anchor.grad.item() == 0.0
+        fresh = cleared and self.norm > 0.0 and self._last_pass != _backward_pass()
+        if fresh:
+            self.norm = 0.0
         return fresh
 
     def take_norm(self, norm: Any) -> Tensor:
         """Return the increment of the accumulated gradient's norm, the anchor's gradient. Refuses what is no norm."""
         if not isinstance(norm, float | int) or not math.isfinite(norm) or norm < 0:
-            raise WorkerFault("gradient norm of a held slot", worker=self._session.worker, layer=self.layer, call=-1)
+            raise self._session.fault("gradient norm of a held slot", self.layer)
         increment, self.norm = norm - self.norm, float(norm)
+        self._last_pass = _backward_pass()
         return torch.tensor(increment, dtype=self.anchor.dtype)
+
+    def scale(self) -> float | None:
+        """What the gradient on the worker is multiplied with before a step, as clipping did here; None without one."""
+        if self.anchor.grad is None:
+            return None
+        return self.anchor.grad.item() / self.norm if self.norm > 0.0 else 1.0
+
+    def stepped(self) -> None:
+        """Note that the worker scaled its gradient, or dropped it, as :meth:`scale` said."""
+        self.norm = 0.0 if self.anchor.grad is None else self.anchor.grad.item()
+
+
+def _backward_pass() -> int:
+    """Number of the backward pass that runs; torch has no public name for it."""
+    return torch._C._current_graph_task_id()
 
 
 class HeldAdapter:
@@ -128,18 +163,22 @@ class HeldAdapter:
     def pull(self) -> None:
         """Bring the adapter in PEFT's layers up to date with the worker's factors, if it is not.
 
+        Values loaded into PEFT's layers since the last exchange are the newer ones, and go to the worker first.
+        """
+        if self.stale:
+            for slot in self.slots:
+                slot.push()
+            self.fetch()
+
+    def fetch(self) -> None:
+        """Write the worker's factors into PEFT's layers.
+
         Raises:
             WorkerFault: the worker's factors are not all there, or not of their shapes.
         """
-        if not self.stale:
-            return
         tensors = self.export()
         for slot in self.slots:
-            try:
-                slot.pull(tensors[f"{slot.name}.a"], tensors[f"{slot.name}.b"])
-            except (KeyError, RuntimeError) as error:
-                name = self.session.worker
-                raise WorkerFault("factors of a held slot", worker=name, layer=slot.layer, call=-1) from error
+            slot.pull(tensors)
         self.stale = False
 
 
@@ -161,13 +200,12 @@ class RemoteOptimizer(Optimizer):
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Step the factors of every slot that has a gradient, clipped as the anchors' gradients were."""
-        scales = {}
-        for slot in self._adapter.slots:
-            if slot.anchor.grad is not None and slot.norm > 0.0:
-                scales[slot.name] = slot.anchor.grad.item() / slot.norm
+        scales = {slot.name: scale for slot in self._adapter.slots if (scale := slot.scale()) is not None}
         lr = float(self.param_groups[0]["lr"])
         header = {"action": "step", "kind": self._kind, "options": self._options, "scales": scales, "lr": lr}
         self._adapter.session.request("optimizer", "-", header, {}, {})
+        for slot in self._adapter.slots:
+            slot.stepped()
         self._adapter.stale = True
 
     def state_dict(self) -> dict[str, Any]:
@@ -181,5 +219,4 @@ class RemoteOptimizer(Optimizer):
         super().load_state_dict(state)
         header = {"action": "import", "kind": self._kind, "options": self._options}
         self._adapter.session.request("optimizer", "-", header, tensors, {})
-        self._adapter.stale = True
-        self._adapter.pull()
+        self._adapter.fetch()

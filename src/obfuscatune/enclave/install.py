@@ -27,6 +27,7 @@ from obfuscatune.folding import key_attention, key_mlp, key_weight
 from obfuscatune.keys import ConcatKey, IdentityKey, Key, MasterSecret, build, haar, per_head
 from obfuscatune.keys.source import Stream
 from obfuscatune.profiles import Profile
+from obfuscatune.protocol import ACTIVATION_NAMES
 
 
 @dataclass
@@ -69,15 +70,15 @@ class Installer:
 
     def install(self) -> None:
         """Replace the submodules of all keyed blocks; cannot fail half-way."""
-        for replace in self._replacements:
-            replace()
-        if self._dropout_off:
+        if self._dropout_off:  # first, because a filter may turn the warning into an error
             names = ", ".join(sorted(set(self._dropout_off)))
             warnings.warn(
                 f"{names} > 0 cannot be run exactly on keyed values and is switched off there. "
                 "attention='enclave', mlp='enclave' and lora_placement='enclave' together keep all dropout.",
-                stacklevel=4,
+                stacklevel=3,
             )
+        for replace in self._replacements:
+            replace()
 
     # keys and shipping
 
@@ -194,6 +195,12 @@ class Installer:
 
     def _whole_mlp(self, block: nn.Module, mlp: nn.Module, where: str) -> None:
         spec, profile = self.spec, self.profile
+        activation = spec.activation(self.config)
+        if activation not in ACTIVATION_NAMES:
+            expected = f"one of {', '.join(ACTIVATION_NAMES)}"
+            raise UnsupportedModelError(
+                "the worker does not know the activation", got=activation, expected=expected, hint='mlp="enclave"'
+            )
         up, down = find_site(spec, mlp, spec.up, where), find_site(spec, mlp, spec.down, where)
         norm = self._norm(block, spec.mlp_norm)
         stream = self._streams(where, up.weight, down.weight)
@@ -203,7 +210,7 @@ class Installer:
         key_hidden = build(family, stream("neurons"), hidden)
         keyed = key_mlp(up=up.folded(norm), down=down.weight, key_in=key_in, key_hidden=key_hidden, key_out=key_out)
         dtype = up.weight.dtype
-        segment = self._define(where, "mlp", {"activation": spec.activation(self.config)}, keyed, dtype)
+        segment = self._define(where, "mlp", {"activation": activation}, keyed, dtype)
         slots = self._slots(("up", up, key_hidden), ("down", down, key_hidden), segment, stream, key_in, key_out)
         remote = RemoteMlp(
             self.session,
@@ -261,12 +268,16 @@ class Installer:
             key_out=key_out,
         )
         self.held.slots.append(held)
-        self._replacements.append(lambda: self._read_back(site.lora))
+        self._replacements += [held.take_over, lambda: self._read_back(site.lora)]
         return held
 
     def _read_back(self, lora: Any) -> None:
-        """Let whoever saves this layer's state (save_pretrained, a checkpoint) get the worker's values."""
+        """Let whoever saves this layer's state (save_pretrained, a checkpoint) get the worker's values.
+
+        Before a load too: loaded values are known by their difference from the worker's.
+        """
         lora.register_state_dict_pre_hook(lambda *_: self.held.pull())
+        lora.register_load_state_dict_pre_hook(lambda *_: self.held.pull())
 
     def _note_lora_dropout(self, lora: Any) -> None:
         if any(getattr(dropout, "p", 0.0) > 0 for dropout in lora.lora_dropout.values()):

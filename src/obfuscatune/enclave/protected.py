@@ -147,10 +147,9 @@ class Protected:
         """Return what is where, what crossed the boundary, and what it cost."""
         if self._final_report is not None:
             return self._final_report
-        enclave = _base_parameters(self.model)
-        return make_report(
-            self.profile, self.session, enclave=enclave, worker=self._worker_parameters, total=self._total_parameters
-        )
+        # What did not leave, rather than what the model counts now: the biases of remote layers are its buffers.
+        total, worker = self._total_parameters, self._worker_parameters
+        return make_report(self.profile, self.session, enclave=total - worker, worker=worker, total=total)
 
     def close(self) -> None:
         """End the session; the worker forgets it all. The model cannot be run after that; may be called again."""

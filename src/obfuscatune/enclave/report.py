@@ -56,7 +56,8 @@ def make_report(profile: Profile, session: Session | None, *, enclave: int, work
     if session is not None:
         try:
             reply, _ = session.request("stats", "-", {}, {}, {})
-            peak = int(reply.get("peak_memory_bytes", 0)) or None
+            number = reply.get("peak_memory_bytes")
+            peak = number if isinstance(number, int) and number > 0 else None
         except (UsageError, WorkerFault):
             peak = None
     return Report(

@@ -18,9 +18,12 @@ import torch
 from torch import Tensor
 
 from obfuscatune.errors import ConnectionClosedError, ProtocolError, UsageError, WorkerFault
+from obfuscatune.keys.source import Secret
 from obfuscatune.protocol import PROTOCOL_VERSION, Connection
 
 Expected = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+
+_MAX_DROPS = 1000  # calls, and caches, forgotten with one request; a header holds no more than some thousands of values
 
 
 @dataclass(slots=True)
@@ -33,8 +36,8 @@ class Traffic:
     seconds: float = 0.0
 
 
-class Session:
-    """Requests to one worker over one connection.
+class Session(Secret):
+    """Requests to one worker over one connection. Refuses to be copied or pickled, and so does a model around it.
 
     Args:
         connection: connected, nothing sent yet.
@@ -60,7 +63,7 @@ class Session:
         """Greet the worker; returns what it says of itself. Raises WorkerFault where it speaks another version."""
         reply, _ = self.request("hello", "-", {}, {}, {})
         if reply.get("version") != PROTOCOL_VERSION:
-            raise self._fault("another protocol version", "-", got=reply.get("version"), expected=PROTOCOL_VERSION)
+            raise self.fault("another protocol version", "-", got=reply.get("version"), expected=PROTOCOL_VERSION)
         return reply
 
     def drop_call(self, call: int) -> None:
@@ -91,9 +94,7 @@ class Session:
             call = self._last_id
             message = {"id": call, "op": op, **header}
             if self._dropped_calls or self._dropped_caches:
-                calls, self._dropped_calls = self._dropped_calls, []
-                caches, self._dropped_caches = self._dropped_caches, []
-                message["drop"] = {"calls": calls, "caches": caches}
+                message["drop"] = {"calls": _take(self._dropped_calls), "caches": _take(self._dropped_caches)}
             counts = self.traffic[op]
             counts.calls += 1
             sent, received = self.connection.bytes_sent, self.connection.bytes_received
@@ -102,11 +103,11 @@ class Session:
                 self.connection.send(message, tensors)
                 reply, outputs = self.connection.receive()
             except TimeoutError as error:
-                raise self._fault(f"no reply within {self._timeout:g} s", layer) from error
+                raise self.fault(f"no reply within {self._timeout:g} s", layer) from error
             except ConnectionClosedError as error:
-                raise self._fault("the worker is gone", layer, got=self._exit_status()) from error
+                raise self.fault("the worker is gone", layer, got=self._exit_status()) from error
             except ProtocolError as error:
-                raise self._fault("the reply breaks the protocol", layer, got=error.what) from error
+                raise self.fault("the reply breaks the protocol", layer, got=error.what) from error
             except BaseException:  # an interrupt between two bytes: the connection cannot be used again
                 self._end("the session was interrupted in the middle of a request")
                 raise
@@ -120,22 +121,23 @@ class Session:
         self, reply: dict[str, Any], outputs: dict[str, Tensor], expected: Expected | None, layer: str, call: int
     ) -> None:
         if reply.get("id") != call and reply.get("error") != "busy":
-            raise self._fault("reply to another call", layer, got=str(reply.get("id"))[:20], expected=call)
+            raise self.fault("reply to another call", layer, got=str(reply.get("id"))[:20], expected=call)
         if reply.get("ok") is not True:
-            message = str(reply.get("message", "no message"))[:300]
-            raise self._fault("the worker refused the request", layer, got=message)
+            # The worker's own words: nothing of it may steer a terminal.
+            message = ascii(reply.get("message", "no message"))[:300]
+            raise self.fault("the worker refused the request", layer, got=message)
         if expected is not None:
             if set(outputs) != set(expected):
-                raise self._fault("tensors of the reply", layer, got=sorted(outputs)[:8], expected=sorted(expected))
+                raise self.fault("tensors of the reply", layer, got=sorted(outputs)[:8], expected=sorted(expected))
             for name, (shape, dtype) in expected.items():
                 tensor = outputs[name]
                 if tuple(tensor.shape) != shape or tensor.dtype != dtype:
                     got = f"{list(tensor.shape)} {tensor.dtype}"
-                    raise self._fault(f"shape or dtype of {name}", layer, got=got, expected=f"{list(shape)} {dtype}")
+                    raise self.fault(f"shape or dtype of {name}", layer, got=got, expected=f"{list(shape)} {dtype}")
         for name, tensor in outputs.items():
             # One pass in the common case: a sum is finite unless a term is not, or it overflows.
             if tensor.is_floating_point() and not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
-                raise self._fault(
+                raise self.fault(
                     f"{name} is not finite", layer, hint="a faulty worker, or a training run that diverged"
                 )
 
@@ -148,7 +150,8 @@ class Session:
             return "a closed connection, from a process that still runs"
         return f"exit status {code}" if code >= 0 else f"killed by signal {-code}"
 
-    def _fault(self, what: str, layer: str, **details: Any) -> WorkerFault:
+    def fault(self, what: str, layer: str, **details: Any) -> WorkerFault:
+        """End the session and return the error to raise; ``what`` was wrong with the reply of the last call."""
         fault = WorkerFault(what, worker=self.worker, layer=layer, call=self._last_id, **details)
         self._end(f"the worker's session ended by an earlier fault ({what})")
         return fault
@@ -167,3 +170,10 @@ class Session:
         """End the session; a worker that this enclave started ends with it. May be called again."""
         with self._lock:
             self._end("the protected model was closed")
+
+
+def _take(ids: list[int]) -> list[int]:
+    """Remove and return the first ids; a finalizer may append to the list meanwhile."""
+    taken = ids[:_MAX_DROPS]
+    del ids[: len(taken)]
+    return taken

@@ -12,7 +12,7 @@ from obfuscatune.families import FamilySpec
 from obfuscatune.folding import fold_norm
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False)  # a repr would show weights
 class Site:
     """One large linear layer in the model: its module, PEFT's layer around it, weight ``[in, out]``, bias."""
 

@@ -1,15 +1,15 @@
 """The benchmark: protected GPT-2 against Hugging Face and PEFT in the clear, in the same run.
 
-Every contender is loaded in a process of its own and idles while another one runs. A round runs each of them once, so that
-what a round's ratio compares was measured within seconds; the result is the median over rounds. Plain takes part under two
-waiting policies of its threads, and the faster one is the reference.
+Every contender is loaded in a process of its own and idles while another one runs. A round runs each of them once, so
+that what a round's ratio compares was measured within seconds; the result is the median over rounds. Plain takes part
+under two waiting policies of its threads, and the faster one is the reference.
 """
 
 import statistics
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 
 import torch
@@ -40,7 +40,7 @@ class BenchOptions:
     sizes: Sequence[str] = ("small",)
     profiles: Sequence[str] = ("paper", "balanced")
     workloads: Sequence[str] = tuple(WORKLOADS)
-    shape: Shape = Shape(4, 128, 32)
+    shape: Shape = field(default_factory=Shape)
     repetitions: int = 5
     threads: int | None = None
     device: str = "cpu"
@@ -80,7 +80,7 @@ def parse_profile(text: str) -> Profile:
             raise UsageError("unknown profile switch", got=change, expected=expected, where=f"--profile {text}")
         kind = type(getattr(PROFILES["plain"], switch))
         try:
-            switches[switch] = {"true": True, "false": False}[value] if kind is bool else kind(value)
+            switches[switch] = {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
         except (KeyError, ValueError):
             raise UsageError(
                 f"value of {switch}", got=value, expected=kind.__name__, where=f"--profile {text}"
@@ -90,7 +90,7 @@ def parse_profile(text: str) -> Profile:
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """One workload of one size under one profile. Seconds are one number a round; ``calls`` and ``bytes`` of one round."""
+    """One workload of one size under one profile: seconds of each round, calls and bytes of one."""
 
     size: str
     profile: str

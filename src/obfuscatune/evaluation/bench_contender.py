@@ -1,11 +1,12 @@
 """One contender of the benchmark, in a process of its own: holds a model and repeats workloads when asked.
 
-Asked over standard input and answering over standard output, one JSON object a line. Between two requests it is blocked in
-a read, so that it takes no core from the contender that is being measured.
+Asked over standard input and answering over standard output, one JSON object a line. Between two requests it is blocked
+in a read, so that it takes no core from the contender that is being measured.
 """
 
 import gc
 import json
+import logging
 import os
 import resource
 import signal
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from typing import IO, Any
 
 import torch
+import transformers
 
 from obfuscatune.enclave.protected import Protected, protect
 from obfuscatune.errors import ObfuscatuneError
@@ -150,7 +152,9 @@ def main() -> None:
     """Serve on standard input and output; the first argument is the spec."""
     # The terminal's Ctrl-C goes to the whole process group. The benchmark decides, and ends its contenders.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    warnings.simplefilter("ignore")  # those about options are the benchmark's own process's to show, once
+    # What there is to say about the options, the benchmark's own process says, once.
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity(logging.ERROR)
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints must not end up among the replies
     spec = read_spec(sys.argv[1])

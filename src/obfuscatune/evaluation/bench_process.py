@@ -50,7 +50,7 @@ class ContenderProcess:
                 "a contender of the benchmark is gone",
                 got=f"exit status {code}" if code >= 0 else f"killed by signal {-code}",
                 where=f"{self.label}, {op}",
-                hint="signal 9 without a cause is most often the system being out of memory: fewer profiles, a smaller size",
+                hint="killed by signal 9, it is most often the memory that ran out: try fewer profiles, a smaller size",
             )
         reply: dict[str, Any] = json.loads(line)
         if "error" in reply:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from obfuscatune import __version__
 from obfuscatune.evaluation.bench import BenchOptions, BenchResult, Footprint, Measurement
 
 Table = tuple[list[str], list[list[str]]]  # header and rows
@@ -79,7 +80,8 @@ def describe_machine(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "platform": platform.platform(),
         "python": platform.python_version(),
-        **{package: version(package) for package in ("torch", "transformers", "peft", "obfuscatune")},
+        **{package: version(package) for package in ("torch", "transformers", "peft")},
+        "obfuscatune": __version__,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": shlex.join([Path(argv[0]).name, *argv[1:]]),
     }
@@ -118,8 +120,8 @@ def to_markdown(options: BenchOptions, result: BenchResult, machine: dict[str, A
     policies = sorted({f"{m.plain_policy} for {m.size} {m.workload}" for m in result.measurements})
     parts = [
         f"Measured on {machine['cores']} cores of {machine['cpu']}, torch {machine['torch']}, {machine['date'][:10]}: "
-        f"`{machine['command']}`. Batch {shape.batch_size}, {shape.seq_length} tokens a row, {shape.new_tokens} new tokens, "
-        f"medians of {options.repetitions} alternating rounds."
+        f"`{machine['command']}`. Batch {shape.batch_size}, {shape.seq_length} tokens a row, "
+        f"{shape.new_tokens} new tokens, medians of {options.repetitions} alternating rounds."
     ]
     if policies:
         parts[0] += (

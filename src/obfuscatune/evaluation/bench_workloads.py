@@ -1,7 +1,7 @@
 """What the benchmark runs: GPT-2 in its true sizes with random weights, and the workloads timed on it.
 
-A workload is the same code for a plain and for a protected model. Data and weights come from fixed seeds: speed depends on
-neither.
+A workload is the same code for a plain and for a protected model. Data and weights come from fixed seeds: speed depends
+on neither.
 """
 
 from collections.abc import Callable
@@ -41,9 +41,9 @@ SIZES = {
 class Shape:
     """Rows of a batch, tokens of a row (prefill and LoRA step), new tokens of a row (decode)."""
 
-    batch_size: int
-    seq_length: int
-    new_tokens: int
+    batch_size: int = 4
+    seq_length: int = 128
+    new_tokens: int = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ def build_model(size: Size, *, adapter: bool) -> Any:
         bos_token_id=0,
         eos_token_id=0,
     )
-    model = GPT2LMHeadModel(config)
+    model: Any = GPT2LMHeadModel(config)
     if not adapter:
         return model.eval()
     targets = ["c_attn", "c_proj", "c_fc"]

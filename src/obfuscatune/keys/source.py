@@ -85,7 +85,7 @@ class Stream(Secret):
 
     def permutation(self, n: int) -> Tensor:
         """A uniform permutation of 0..n-1, int64 [n]: Fisher-Yates, its indices exactly uniform by rejection."""
-        tops = torch.arange(n - 1, 0, -1)  # step i swaps position tops[i] with a uniform one of 0..tops[i]
+        tops = torch.arange(1, max(n, 1)).flip(0)  # step i swaps position tops[i] with a uniform one of 0..tops[i]
         masks = tops.clone()
         for shift in (1, 2, 4, 8, 16, 32):
             masks |= masks >> shift  # the smallest 2^k - 1 >= tops: a draw is kept with probability above 1/2

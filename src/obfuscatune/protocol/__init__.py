@@ -9,6 +9,7 @@ socket without copies, `address` finds or makes that socket. What the fields mea
 Nothing here is pickled, and nothing here knows a key, a model or a profile.
 """
 
+from obfuscatune.protocol.activations import ACTIVATION_NAMES
 from obfuscatune.protocol.address import Address, address_of, close_listener, connect, listen
 from obfuscatune.protocol.connection import Connection
 from obfuscatune.protocol.frames import (
@@ -23,6 +24,7 @@ from obfuscatune.protocol.frames import (
 from obfuscatune.protocol.limits import DEFAULT_LIMITS, Limits
 
 __all__ = [
+    "ACTIVATION_NAMES",
     "DEFAULT_LIMITS",
     "DTYPES",
     "PROTOCOL_VERSION",

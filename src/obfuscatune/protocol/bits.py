@@ -16,7 +16,7 @@ def pack_mask(mask: Tensor) -> Tensor:
 
 def unpack_mask(bits: Tensor, shape: Any) -> Tensor:
     """Undo :func:`pack_mask`; raises ProtocolError where the shape does not fit the bits."""
-    valid = isinstance(shape, list) and len(shape) == 4 and all(type(n) is int and n >= 0 for n in shape)
+    valid = isinstance(shape, list) and len(shape) == 4 and all(type(n) is int and 0 <= n < 2**31 for n in shape)
     count = int(np.prod(shape, dtype=object)) if valid else -1
     if not valid or bits.dtype != torch.uint8 or bits.ndim != 1 or bits.numel() != (count + 7) // 8:
         raise ProtocolError(

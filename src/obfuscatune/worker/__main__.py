@@ -33,6 +33,8 @@ def run(
     if listen_on is None:
         raise UsageError("no address to listen on", hint="for instance --listen unix:///run/worker.sock")
     address = Address.parse(listen_on)
+    # A stopped service leaves as after Ctrl-C: its socket file would otherwise stay behind.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     listener = listen(address)
     print(f"worker listening on {address} ({chosen})", flush=True)
     try:

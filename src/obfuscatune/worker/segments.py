@@ -29,7 +29,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False)  # a repr would show activations
 class Call:
     """What a forward call brings besides ``x`` and the LoRA slots.
 

@@ -9,14 +9,18 @@ import contextlib
 import logging
 import socket
 import threading
+from typing import Any
 
 import torch
 
-from obfuscatune.errors import ConnectionClosedError, ProtocolError
+from obfuscatune.errors import ConnectionClosedError, ProtocolError, UsageError
 from obfuscatune.protocol import Connection, Limits
 from obfuscatune.worker.session import WorkerSession
 
 logger = logging.getLogger(__name__)
+
+_LEAVING_SECONDS = 1.0  # an enclave that closed and connects again may arrive before its old session is gone
+_BUSY_SECONDS = 10.0  # how long an enclave that is sent away may take for its greeting
 
 
 def serve_connection(connection: Connection, device: torch.device) -> None:
@@ -33,14 +37,28 @@ def serve_connection(connection: Connection, device: torch.device) -> None:
                 return
             reply, outputs = _answer(session, header, tensors)
             try:
-                connection.send(reply, outputs)
+                _reply(connection, reply, outputs)
             except ConnectionClosedError:
                 return
 
 
+def _reply(connection: Connection, reply: dict[str, object], outputs: dict[str, torch.Tensor]) -> None:
+    try:
+        connection.send(reply, outputs)
+    except UsageError as error:  # beyond the limits of a frame; nothing of it was sent
+        connection.send({"id": reply["id"], "ok": False, "error": "failed", "message": str(error)})
+
+
+def _send(connection: Connection, reply: dict[str, Any], outputs: dict[str, torch.Tensor]) -> None:
+    try:
+        connection.send(reply, outputs)
+    except UsageError as error:  # the reply breaks a limit of the protocol; nothing was sent
+        connection.send({"id": reply["id"], "ok": False, "error": "failed", "message": error.what})
+
+
 def _answer(
-    session: WorkerSession, header: dict[str, object], tensors: dict[str, torch.Tensor]
-) -> tuple[dict[str, object], dict[str, torch.Tensor]]:
+    session: WorkerSession, header: dict[str, Any], tensors: dict[str, torch.Tensor]
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     call = header.get("id")
     try:
         reply, outputs = session.handle(header, tensors)
@@ -59,11 +77,18 @@ def serve_forever(listener: socket.socket, device: torch.device, limits: Limits)
     while True:
         accepted, _ = listener.accept()
         connection = Connection(accepted, limits=limits, peer="enclave")
-        if busy.acquire(blocking=False):
+        if busy.acquire(timeout=_LEAVING_SECONDS):
             threading.Thread(target=_serve_and_release, args=(connection, device, busy), daemon=True).start()
         else:
-            with contextlib.suppress(ProtocolError, OSError), contextlib.closing(connection):
-                connection.send({"id": None, "ok": False, "error": "busy", "message": "another enclave is connected"})
+            threading.Thread(target=_send_away, args=(connection,), daemon=True).start()
+
+
+def _send_away(connection: Connection) -> None:
+    # Its greeting is read first: closing with unread bytes would reset the connection, and the answer might be lost.
+    with contextlib.suppress(ProtocolError, OSError), contextlib.closing(connection):
+        connection.settimeout(_BUSY_SECONDS)
+        connection.receive()
+        connection.send({"id": None, "ok": False, "error": "busy", "message": "another enclave is connected"})
 
 
 def _serve_and_release(connection: Connection, device: torch.device, busy: threading.Lock) -> None:

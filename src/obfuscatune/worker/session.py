@@ -50,6 +50,8 @@ class WorkerSession:
         if operation is None:
             raise ProtocolError("operation", got=repr(header.get("op"))[:40], expected=", ".join(self._operations))
         drop = header.get("drop") or {}
+        if not isinstance(drop, dict):
+            raise ProtocolError("calls and caches to drop", got=type(drop).__name__, expected="map")
         for call in drop.get("calls", ()):
             self._calls.pop(call, None)
         for cache in drop.get("caches", ()):

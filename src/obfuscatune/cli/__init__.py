@@ -1,0 +1,79 @@
+"""The command line: one file per verb, errors without tracebacks, heavy imports only once a verb runs.
+
+Exit codes: 0 done, 1 a fault (the worker's, the disk's), 2 misuse (option, file, model), 130 interrupted.
+"""
+
+import importlib
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import typer
+
+from obfuscatune import __version__
+from obfuscatune.errors import ObfuscatuneError, UsageError
+
+VERBS = ("demo", "finetune", "generate", "worker", "inspect", "doctor", "bench")
+
+EPILOG = "Examples:\n\nobfuscatune demo\n\nobfuscatune finetune --help"
+
+# typer keeps the classes of click that it raises to itself, in another module from version to version.
+_COMMAND_LINE_ERROR: Any = typer.BadParameter.__mro__[2]
+
+
+def build_app() -> typer.Typer:
+    """Return the application with all verbs; imports their modules, which import neither torch nor transformers."""
+    app = typer.Typer(
+        name="obfuscatune",
+        help="Fine-tune and run a private language model with its large layers keyed onto an untrusted accelerator.",
+        epilog=EPILOG,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode="rich",
+    )
+
+    @app.callback(invoke_without_command=True)
+    def root(context: typer.Context, version: bool = typer.Option(False, "--version", help="print the version")) -> None:
+        if version:
+            typer.echo(f"obfuscatune {__version__}")
+        elif context.invoked_subcommand is None:
+            typer.echo(context.get_help())
+
+    for verb in VERBS:
+        module = importlib.import_module(f"obfuscatune.cli.{verb}")
+        app.command(verb, epilog=module.EPILOG)(module.command)
+    return app
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code; the console script's entry."""
+    # Before torch starts its threads: two processes that share cores spin against each other, at twice the cost of the keys.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            code: Any = build_app()(args=arguments, prog_name="obfuscatune", standalone_mode=False)
+    except ObfuscatuneError as error:
+        _complain(str(error))
+        return 2 if isinstance(error, UsageError) else 1
+    except _COMMAND_LINE_ERROR as error:
+        context = getattr(error, "ctx", None)
+        hint = f"\nhint: {context.command_path} --help" if context is not None else ""
+        _complain(error.format_message() + hint)
+        return 2
+    except (KeyboardInterrupt, typer.Abort):
+        _complain("interrupted")
+        return 130
+    return code if isinstance(code, int) else 0
+
+
+def _complain(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
+    # Other packages' deprecations are for their callers, and a user of the command line is none.
+    if not issubclass(category, DeprecationWarning | FutureWarning):
+        print(f"warning: {message}", file=sys.stderr)

@@ -1,0 +1,79 @@
+"""``--config x.yaml``: options from a file, by the names they have on the command line, refused with file and line."""
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from obfuscatune.errors import UsageError
+
+
+def load_config(context: typer.Context, path: Path | None) -> Path | None:
+    """Make the file's values the defaults of the command's options; the callback of ``--config``.
+
+    Raises:
+        UsageError: the file cannot be read or is no YAML map, or has unknown, repeated or unfit values; all in one message.
+    """
+    if path is None:
+        return None
+    options: dict[str, Any] = {p.name: p for p in context.command.params if p.name not in (None, "config", "help")}
+    values: dict[str, Any] = {}
+    faults: list[str] = []
+    for name, value, line in _read(path):
+        fault = _fault(context, options, values, name, value)
+        if fault:
+            faults.append(f"line {line}: {fault}")
+        elif value is not None:
+            values[name] = value
+    if faults:
+        hint = f"{context.command_path} --help lists the names"
+        raise UsageError("options in a config file", got="; ".join(faults), where=str(path), hint=hint)
+    context.default_map = {**(context.default_map or {}), **values}
+    return path
+
+
+def _read(path: Path) -> list[tuple[str, Any, int]]:
+    """Return (key, value, line) of each entry of a YAML map."""
+    import yaml
+
+    try:
+        text = path.read_text(encoding="utf-8")
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        if root is not None and not isinstance(root, yaml.MappingNode):
+            raise UsageError("config file is no map", expected="lines of 'name: value'", where=f"{path}:1")
+        loader = yaml.SafeLoader("")
+        pairs = [] if root is None else root.value
+        return [
+            (str(key.value), loader.construct_object(value, deep=True), key.start_mark.line + 1)  # type: ignore[no-untyped-call]
+            for key, value in pairs
+        ]
+    except OSError as error:
+        raise UsageError("cannot read the config file", got=error.strerror, where=str(path)) from None
+    except UnicodeDecodeError:
+        raise UsageError("config file is not UTF-8", where=str(path)) from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = mark.line + 1 if mark is not None else 1
+        problem = getattr(error, "problem", None) or "a syntax error"
+        raise UsageError("config file is not YAML", got=problem, where=f"{path}:{line}") from None
+
+
+def _fault(context: typer.Context, options: dict[str, Any], values: dict[str, Any], name: str, value: Any) -> str:
+    """What is wrong with one entry, in words, or nothing."""
+    if name not in options:
+        close = difflib.get_close_matches(name, options, n=1)
+        return f"unknown option {name!r}" + (f", did you mean {close[0]!r}?" if close else "")
+    if name in values:
+        return f"{name!r} is there twice"
+    if isinstance(value, dict):
+        return f"{name!r} is a map"
+    if value is None:
+        return ""
+    if options[name].multiple != isinstance(value, list):
+        return f"{name!r} is {'not ' if options[name].multiple else ''}a list"
+    try:
+        options[name].type_cast_value(context, value)
+    except typer.BadParameter as error:
+        return f"{name!r}: {error.message}"
+    return ""

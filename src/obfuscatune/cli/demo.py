@@ -1,0 +1,35 @@
+"""``obfuscatune demo``: the main job on the bundled model and records, with a page about it."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+EPILOG = "Examples:\n\nobfuscatune demo\n\nobfuscatune demo --profile paper --output_dir demo-paper"
+
+
+def command(
+    output_dir: Annotated[Path, typer.Option("--output_dir", help="records, adapter and page go here")] = Path(
+        "obfuscatune-demo"
+    ),
+    profile: Annotated[str, typer.Option("--profile", help="plain, naive, paper, balanced or enclave")] = "balanced",
+    worker: Annotated[str, typer.Option("--worker", help="spawn, unix://PATH or tcp://HOST:PORT")] = "spawn",
+    max_steps: Annotated[int | None, typer.Option("--max_steps", min=1, help="fewer steps, for a quick look")] = None,
+) -> None:
+    """Fine-tune the bundled model on invented private records, in the clear and protected, and compare."""
+    from transformers.utils import logging as transformers_logging
+
+    from obfuscatune.bundled import DemoSettings
+    from obfuscatune.demo.run import run_demo
+    from obfuscatune.demo.story import html_page, summary
+
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    settings = DemoSettings()
+    if max_steps is not None:
+        settings = dataclasses.replace(settings, max_steps=max_steps)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    outcome = run_demo(output_dir, profile=profile, worker=worker, settings=settings, say=typer.echo)
+    target = output_dir / "report.html"
+    target.write_text(html_page(outcome), encoding="utf-8")
+    typer.echo(f"\n{summary(outcome)}\npage with plots: {target}")

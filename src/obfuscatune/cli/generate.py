@@ -1,0 +1,94 @@
+"""``obfuscatune generate``: complete private prompts with a protected model."""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from obfuscatune.cli.options import ConfigOptions, ModelOptions, ProtectionOptions, option, takes
+from obfuscatune.errors import UsageError
+
+EPILOG = (
+    "Examples:\n\nobfuscatune generate --model_name_or_path gpt2 --prompt 'The enclave said'\n\n"
+    "obfuscatune generate --model_name_or_path gpt2 --adapter_name_or_path adapter --prompt_file prompts.jsonl"
+)
+_GENERATION: dict[str, Any] = {"rich_help_panel": "Generation"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions(ProtectionOptions, ModelOptions, ConfigOptions):
+    """Options of ``obfuscatune generate``; names as in transformers' ``GenerationConfig``."""
+
+    adapter_name_or_path: str | None = option("directory, or name on the hub, of a PEFT adapter", None)
+    prompt: list[str] | None = option("text to complete; repeatable", None)
+    prompt_file: Path | None = option("JSONL rows with a prompt", None)
+    batch_size: int = option("prompts completed together", 8, min=1)
+    max_new_tokens: int = option("longest completion", 32, min=1, **_GENERATION)
+    do_sample: bool = option("sample instead of taking the likeliest", False, flag="--do_sample", **_GENERATION)
+    temperature: float | None = option("of sampling", None, **_GENERATION)
+    top_p: float | None = option("of sampling", None, **_GENERATION)
+    num_beams: int = option("beams of beam search", 1, min=1, **_GENERATION)
+    seed: int = option("of sampling; keys are never seeded", 42, min=0, **_GENERATION)
+
+
+@takes(GenerateOptions)
+def command(options: GenerateOptions) -> None:
+    """Complete prompts. Completions go to stdout in the prompts' order, one a line unless they hold line ends; the rest to stderr."""
+    if (options.temperature is not None or options.top_p is not None) and not options.do_sample:
+        raise UsageError("temperature and top_p are of sampling", hint="add --do_sample")
+    from transformers import set_seed
+
+    from obfuscatune.cli.loading import load_adapter, load_model, load_tokenizer
+    from obfuscatune.enclave.protected import protect
+
+    prompts = list(_prompts(options))
+    model = load_model(options.model_name_or_path, options.dtype)
+    tokenizer = load_tokenizer(options.model_name_or_path, model.config)
+    tokenizer.padding_side = "left"  # completions continue the last position of every row
+    if options.adapter_name_or_path is not None:
+        model = load_adapter(model, options.adapter_name_or_path)
+    set_seed(options.seed)
+    with protect(model.eval(), **options.protection(), progress=True) as protected:
+        for start in range(0, len(prompts), options.batch_size):
+            for text in _complete(protected.model, tokenizer, prompts[start : start + options.batch_size], options):
+                print(text, flush=True)
+        print(protected.report(), file=sys.stderr)
+
+
+def _prompts(options: GenerateOptions) -> Iterator[tuple[str, str]]:
+    """Yield (where, prompt) of all prompts."""
+    from obfuscatune.data import EXTRA_KEYS, check_keys, check_text, read_objects
+
+    if not options.prompt and options.prompt_file is None:
+        raise UsageError("no prompt", expected="--prompt TEXT or --prompt_file FILE")
+    for number, prompt in enumerate(options.prompt or (), 1):
+        yield f"--prompt {number}", check_text(prompt, "prompt", f"--prompt {number}")
+    for where, row in read_objects(options.prompt_file) if options.prompt_file is not None else ():
+        check_keys(row, frozenset({"prompt"}), EXTRA_KEYS | {"completion"}, where)
+        yield where, check_text(row["prompt"], "prompt", where)
+
+
+def _complete(model: Any, tokenizer: Any, prompts: list[tuple[str, str]], options: GenerateOptions) -> list[str]:
+    import torch
+
+    batch = tokenizer([prompt for _, prompt in prompts], return_tensors="pt", padding=True)
+    positions = getattr(model.config, "max_position_embeddings", None)
+    for (where, _), mask in zip(prompts, batch["attention_mask"], strict=True):
+        tokens = int(mask.sum())
+        if positions is not None and tokens + options.max_new_tokens > positions:
+            got = f"{tokens} tokens and {options.max_new_tokens} new ones"
+            raise UsageError("prompt is too long for the model", got=got, expected=f"at most {positions}", where=where)
+    sampling = {"temperature": options.temperature, "top_p": options.top_p} if options.do_sample else {}
+    with torch.inference_mode():
+        output = model.generate(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            max_new_tokens=options.max_new_tokens,
+            do_sample=options.do_sample,
+            num_beams=options.num_beams,
+            pad_token_id=tokenizer.pad_token_id,
+            **{name: value for name, value in sampling.items() if value is not None},
+        )
+    completions: list[str] = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    return completions

@@ -1,0 +1,133 @@
+"""Options as dataclasses: declared once, with the names that transformers, TRL and PEFT use, shared between verbs.
+
+A field made by :func:`option` is one option, ``--field_name``; :func:`takes` turns a function of such a record into a
+function that typer can read. The switches of a profile are derived from the profile's own record.
+"""
+
+import dataclasses
+import inspect
+import typing
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from obfuscatune.cli.config import load_config
+from obfuscatune.profiles import PROFILES, SWITCHES, Profile
+
+T = TypeVar("T")
+
+_METAVARS = {bool: " ", int: "N", float: "X", Path: "PATH"}
+
+PROTECTION = "Protection"
+SWITCH_PANEL = "Switches of the profile (each changes it alone)"
+_SWITCH_HELP = {
+    "keys": "key family of the streams of width d",
+    "inner_keys": "key family of what crosses inside attention and MLP, where these run in the enclave",
+    "attention": "side that runs softmax and keeps the KV cache",
+    "mlp": "side that runs the MLP's activation function",
+    "head_keys": "keys per head, with attention on the worker",
+    "permute_mlp": "secret order of the MLP's neurons, with the MLP on the worker",
+    "fold_norms": "rows of constant norm for the worker",
+    "lora_placement": "where the adapter and its optimizer are",
+    "enclave_blocks": "how many first blocks stay in the enclave",
+    "key_block": "block size of Monarch keys",
+    "kappa": "condition number of conditioned keys",
+    "head_kappa": "condition number of each head's key",
+}
+
+
+def option(text: str, default: Any = MISSING, **more: Any) -> Any:
+    """Declare one option of a record; without a default it is required.
+
+    Args:
+        text: one line of help. default: its value where it is not given.
+        more: further arguments of ``typer.Option``; ``flag`` replaces the option's spelling.
+    """
+    return field(default=default, metadata={"help": text, **more})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConfigOptions:
+    """A file of options."""
+
+    config: Path | None = option(
+        "YAML file of options by these names; the command line wins", None, callback=load_config, is_eager=True
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """Which model, in which dtype."""
+
+    model_name_or_path: str = option("directory, or name on the hub, of a causal language model")
+    dtype: typing.Literal["float32", "float64", "bfloat16"] = option("dtype of its weights", "float32")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProtectionOptions:
+    """What the worker may see, and who it is."""
+
+    profile: str = option(f"one of {', '.join(PROFILES)}", "balanced", rich_help_panel=PROTECTION)
+    worker: str = option("spawn, unix://PATH or tcp://HOST:PORT", "spawn", rich_help_panel=PROTECTION)
+    device: str | None = option("device of a spawned worker", None, rich_help_panel=PROTECTION)
+    threads: int | None = option("CPU threads of a spawned worker", None, min=1, rich_help_panel=PROTECTION)
+    timeout: float = option("seconds to wait for each reply of the worker", 600.0, rich_help_panel=PROTECTION)
+    switches: dict[str, Any] = field(default_factory=dict)
+
+    def protection(self) -> dict[str, Any]:
+        """Return the arguments of ``obfuscatune.protect``."""
+        names = ("profile", "worker", "device", "threads", "timeout")
+        return {**{name: getattr(self, name) for name in names}, **self.switches}
+
+
+def takes(record: type[T]) -> Callable[[Callable[[T], None]], Callable[..., None]]:
+    """Make a function of one record of options readable for typer: a parameter for each field."""
+
+    def decorate(function: Callable[[T], None]) -> Callable[..., None]:
+        parameters = list(_parameters(record))
+
+        def command(**values: Any) -> None:
+            if any(f.name == "switches" for f in dataclasses.fields(record)):  # type: ignore[arg-type]
+                values["switches"] = {name: values.pop(name) for name in SWITCHES}
+            function(record(**values))
+
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        command.__doc__ = function.__doc__
+        return command
+
+    return decorate
+
+
+def _parameters(record: Any) -> Iterator[inspect.Parameter]:
+    hints = typing.get_type_hints(record)
+    for declared in dataclasses.fields(record):
+        if declared.name == "switches":
+            yield from _switches()
+            continue
+        more = dict(declared.metadata)
+        spelling = more.pop("flag", f"--{declared.name}")
+        default = inspect.Parameter.empty if declared.default is MISSING else declared.default
+        yield _parameter(declared.name, hints[declared.name], default, spelling, **more)
+
+
+def _switches() -> Iterator[inspect.Parameter]:
+    hints = typing.get_type_hints(Profile)
+    for name in SWITCHES:
+        spelling = f"--{name}/--no_{name}" if hints[name] is bool else f"--{name}"
+        more = {"help": _SWITCH_HELP.get(name), "rich_help_panel": SWITCH_PANEL, "show_default": False}
+        yield _parameter(name, hints[name] | None, None, spelling, **more)
+
+
+def _parameter(name: str, hint: Any, default: Any, spelling: str, **more: Any) -> inspect.Parameter:
+    kinds = [hint, *typing.get_args(hint)]
+    choices = [choice for kind in kinds if typing.get_origin(kind) is typing.Literal for choice in typing.get_args(kind)]
+    if choices:
+        more["help"] = f"{more['help']}: {', '.join(choices)}"
+    # Short ones: typer's own leave no room for the names, which it would cut at 80 columns.
+    metavar = "NAME" if choices else next((short for kind, short in _METAVARS.items() if kind in kinds), "TEXT")
+    annotation = Annotated[hint, typer.Option(spelling, metavar=metavar, **more)]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)

@@ -1,0 +1,115 @@
+"""What is written to disk: the adapter, in one piece or not at all, and checkpoints that hold their own keys.
+
+A checkpoint is the Trainer's own directory ``checkpoint-N`` with two files more: the master secret, without which the state of
+an optimizer on the worker means nothing, and the profile that it belongs to. The secret opens everything that the worker
+has seen: a checkpoint is as private as the data.
+"""
+
+import contextlib
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from obfuscatune.errors import ObfuscatuneError, UsageError
+from obfuscatune.keys import MasterSecret
+
+SECRET_FILE = "master_secret"  # noqa: S105 - a file's name
+PROFILE_FILE = "obfuscatune.json"
+_STATE_FILE = "trainer_state.json"  # the Trainer writes it last, so a checkpoint that has it is whole
+_NAME = re.compile(r"checkpoint-(\d+)")
+# PEFT reads the configuration first, so it comes last: an adapter without one is not taken for an adapter.
+_ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """Return the checkpoints of a run that were written to their end, oldest first."""
+    numbered = [(int(m[1]), path) for path in output_dir.glob("checkpoint-*") if (m := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(numbered) if all((path / name).is_file() for name in (SECRET_FILE, _STATE_FILE))]
+
+
+def remove_checkpoints(output_dir: Path) -> None:
+    """Remove all checkpoints of an earlier run, whole or not."""
+    for path in output_dir.glob("checkpoint-*"):
+        if _NAME.fullmatch(path.name):
+            shutil.rmtree(path)
+
+
+def find_checkpoint(resume: str, output_dir: Path) -> Path:
+    """Return the checkpoint that ``--resume_from_checkpoint`` names: a path, or ``true`` or ``last`` for the newest one.
+
+    Raises:
+        UsageError: there is none, or it was not written to its end.
+    """
+    if resume.lower() in ("true", "last"):
+        found = checkpoints(output_dir)
+        if not found:
+            raise UsageError("no checkpoint to resume from", where=str(output_dir), hint="start without it")
+        return found[-1]
+    path = Path(resume)
+    if path.resolve() not in [found.resolve() for found in checkpoints(path.parent)]:
+        raise UsageError("not a whole checkpoint of a protected run", got=resume, expected="a directory checkpoint-N")
+    return path
+
+
+def load_keys(checkpoint: Path, profile: str) -> MasterSecret:
+    """Return the master secret of a checkpoint made under the named profile.
+
+    Raises:
+        UsageError: the checkpoint was made under another profile, whose keys are others, or cannot be read.
+    """
+    try:
+        made_under = json.loads((checkpoint / PROFILE_FILE).read_text(encoding="utf-8"))["profile"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UsageError("checkpoint does not name its profile", where=str(checkpoint / PROFILE_FILE)) from None
+    if made_under != profile:
+        raise UsageError("checkpoint of another profile", got=made_under, expected=profile, where=str(checkpoint))
+    return MasterSecret.load(checkpoint / SECRET_FILE)
+
+
+@contextlib.contextmanager
+def whole_checkpoint(path: Path, secret: MasterSecret, profile: str) -> Iterator[None]:
+    """Put the keys into a new checkpoint, which the body then writes; what fails to be written whole is removed.
+
+    Raises:
+        ObfuscatuneError: the disk is full, or the directory cannot be written.
+    """
+    with _all_or_nothing(path, "checkpoint"):
+        path.mkdir(parents=True, exist_ok=True)
+        secret.save(path / SECRET_FILE)
+        (path / PROFILE_FILE).write_text(json.dumps({"profile": profile}) + "\n", encoding="utf-8")
+        yield
+
+
+def save_adapter(model: Any, output_dir: Path) -> None:
+    """Write the PEFT adapter: beside its place first, then renamed into it.
+
+    Raises:
+        ObfuscatuneError: the disk is full, or the directory cannot be written; an older adapter there is as it was.
+    """
+    output_dir.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=".adapter-", dir=output_dir))
+    with _all_or_nothing(temporary, "adapter"):
+        model.save_pretrained(temporary)
+        for name in _ADAPTER_FILES:
+            (temporary / name).replace(output_dir / name)
+    shutil.rmtree(temporary)
+
+
+@contextlib.contextmanager
+def _all_or_nothing(path: Path, what: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        shutil.rmtree(path, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0][:200]
+        hint = "free some space, or choose another --output_dir"
+        raise ObfuscatuneError(f"cannot save the {what}", got=reason, where=str(path.parent), hint=hint) from error
+    except BaseException:
+        shutil.rmtree(path, ignore_errors=True)
+        raise

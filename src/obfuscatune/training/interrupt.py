@@ -1,0 +1,36 @@
+"""Ctrl-C in a training run: the first one ends the step, saves a checkpoint and stops; the second one aborts."""
+
+import os
+import signal
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+from transformers import TrainerCallback
+
+
+class StopOnInterrupt(TrainerCallback):  # type: ignore[misc]
+    """A callback of the Trainer, and a context manager that has the signal meanwhile. ``requested``: whether it came."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._before: Any = signal.SIG_DFL
+
+    def __enter__(self) -> Self:
+        self._before = signal.signal(signal.SIGINT, self._request)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        # Not print: the signal may have come inside another one.
+        os.write(2, b"\nstopping after this step, with a checkpoint; Ctrl-C again aborts at once\n")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        """Ask the Trainer to save and to stop."""
+        if self.requested:
+            control.should_save = control.should_training_stop = True

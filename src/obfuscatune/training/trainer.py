@@ -1,0 +1,77 @@
+"""The stock ``Trainer`` around a protected model, with keys in its checkpoints and the boundary in its logs."""
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import ProgressCallback, Trainer
+
+from obfuscatune.enclave.protected import Protected
+from obfuscatune.training.checkpoints import whole_checkpoint
+
+
+class ProtectedTrainer(Trainer):  # type: ignore[misc]
+    """Adds to the logs, since the last one: tokens/s, bytes and calls across the boundary, share of time in the enclave.
+
+    Args:
+        protected: what ``protect`` returned; its model is trained by the optimizer that it makes.
+        kind: ``adamw`` or ``sgd``.
+        args, more: as of ``Trainer``.
+    """
+
+    def __init__(self, protected: Protected, *, kind: str, args: Any, **more: Any) -> None:
+        optimizer = protected.create_optimizer(kind, lr=args.learning_rate, weight_decay=args.weight_decay)
+        super().__init__(model=protected.model, args=args, optimizers=(optimizer, None), **more)
+        self._protected, self._tokens = protected, 0
+        self.remove_callback(ProgressCallback)
+        self.add_callback(ProgressOnStderr())
+        self._last: tuple[float, ...] | None = None
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *more: Any, **named: Any) -> torch.Tensor:
+        """Count the batch's tokens, padding apart."""
+        if self._last is None:  # here, so that the first interval does not hold the loading of a checkpoint
+            self._last = self._counts()
+        self._tokens += int(inputs["attention_mask"].sum())
+        loss: torch.Tensor = super().training_step(model, inputs, *more, **named)
+        return loss
+
+    def log(self, logs: dict[str, float], *more: Any, **named: Any) -> None:
+        """Add the measures of the interval since the last log to those of a training step."""
+        if "loss" in logs and self._last is not None:
+            now = self._counts()
+            seconds, tokens, calls, bytes_moved, waiting = (a - b for a, b in zip(now, self._last, strict=True))
+            self._last = now
+            logs["tokens_per_second"] = tokens / seconds
+            logs["boundary_bytes"], logs["boundary_calls"] = bytes_moved, calls
+            logs["enclave_share_of_time"] = 1 - waiting / seconds
+        super().log(logs, *more, **named)
+
+    def _counts(self) -> tuple[float, ...]:
+        """Running totals: seconds, tokens, calls, bytes in both directions, seconds waiting for the worker."""
+        session = self._protected.session
+        traffic = [] if session is None else list(session.traffic.values())
+        return (
+            time.perf_counter(),
+            self._tokens,
+            sum(t.calls for t in traffic),
+            sum(t.bytes_sent + t.bytes_received for t in traffic),
+            sum(t.seconds for t in traffic),
+        )
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        path = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        with whole_checkpoint(path, self._protected.secret, self._protected.profile.name):
+            super()._save_checkpoint(model, trial)
+
+
+class ProgressOnStderr(ProgressCallback):  # type: ignore[misc]
+    """The stock progress bar; its log lines go to stderr too, so that stdout has results only."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **more: Any) -> None:
+        """Write the numbers of one log."""
+        if logs:
+            numbers = (f"{name} {value:.4g}" for name, value in logs.items() if name != "total_flos")
+            tqdm.write(f"step {state.global_step}  {'  '.join(numbers)}", file=sys.stderr)

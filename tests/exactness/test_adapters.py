@@ -1,0 +1,295 @@
+"""What training code does with a model and its adapters, and what is refused because it cannot be exact."""
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from obfuscatune import UnsupportedModelError
+from obfuscatune.protocol import ACTIVATION_NAMES
+from obfuscatune.worker.segments import ACTIVATIONS as SEGMENT_ACTIVATIONS
+
+from .models import VARIANTS, error, gpt2, gradients, randomize_lora, scalar, tokens, twins, with_lora, worst
+
+EXACT = 1e-9  # float64, relative; measured @H
+INSIDE = [
+    "plain",
+    "paper, lora enclave",
+    "paper, lora split",
+    "balanced",
+    "balanced, both enclave",
+    "balanced, both enclave, lora split",
+]
+
+
+def loss(model: Any, seed: int = 0) -> torch.Tensor:
+    return scalar(model(input_ids=tokens(2, 5, seed=seed)).logits)
+
+
+def accumulate(model: Any) -> None:
+    for seed in range(3):
+        loss(model, seed).backward()
+
+
+def several_forwards(model: Any) -> None:
+    (loss(model, 0) * loss(model, 1) + loss(model, 2)).backward()
+
+
+def backward_in_another_order(model: Any) -> None:
+    first, second = loss(model, 0), loss(model, 1)
+    with torch.no_grad():
+        loss(model, 2)
+    loss(model, 3)  # a graph that never runs backward
+    first.backward()
+    second.backward()
+
+
+def checkpointing(model: Any) -> None:
+    model.train()
+    model.enable_input_require_grads()
+    for reentrant in (False, True):
+        model.activation_checkpointing_enable({"use_reentrant": reentrant})
+        (loss(model, 0) + loss(model, 1)).backward()
+    model.activation_checkpointing_disable()
+
+
+def adapter_off_and_on(model: Any) -> None:
+    with model.disable_adapter():
+        value = loss(model, 0).detach()
+    (loss(model, 0) * value).backward()
+
+
+@pytest.mark.parametrize(
+    "use",
+    [accumulate, several_forwards, backward_in_another_order, checkpointing, adapter_off_and_on],
+    ids=lambda use: use.__name__,
+)
+@pytest.mark.parametrize("variant", INSIDE)
+def test_gradients_however_they_are_made(protect: Any, variant: str, use: Callable[[Any], None]) -> None:
+    profile, switches = VARIANTS[variant]
+    reference, model = twins()
+    with protect(model, profile=profile, **switches) as protected:
+        use(reference)
+        use(protected.model)
+        assert worst(gradients(protected.model), gradients(reference)) < EXACT
+
+
+@pytest.mark.parametrize("variant", [*INSIDE, "paper"])
+def test_new_lora_values_are_used(protect: Any, variant: str, tmp_path: Any) -> None:
+    """However they come: the worker must never go on with factors that it was sent before."""
+    profile, switches = VARIANTS[variant]
+    reference, model = twins()
+    other = with_lora(gpt2(), seed=44)
+    other.save_pretrained(tmp_path)
+    values = {name: tensor.clone() for name, tensor in other.state_dict().items() if "lora_" in name}
+    with protect(model, profile=profile, **switches) as protected, torch.no_grad():
+
+        def check() -> None:
+            assert error(loss(protected.model), loss(reference)) < EXACT
+            assert error(loss(protected.model), before) > 1e-3
+
+        before = loss(protected.model)
+        for each in (reference, protected.model):
+            each.load_state_dict(values, strict=False)
+        check()
+        for each in (reference, protected.model):
+            randomize_lora(each, seed=45)  # through parameter.data
+        check()
+        for each in (reference, protected.model):
+            each.load_adapter(tmp_path, "default")
+        check()
+
+
+@pytest.mark.parametrize("variant", INSIDE)
+def test_two_adapters(protect: Any, variant: str) -> None:
+    profile, switches = VARIANTS[variant]
+    reference, model = twins()
+    for each in (reference, model):
+        each.add_adapter("second", LoraConfig(r=5, lora_alpha=2, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True))
+        each.to(torch.float64)
+        randomize_lora(each, seed=8, adapter="second")
+    with protect(model, profile=profile, **switches) as protected, torch.no_grad():
+        results = []
+        for name in ("default", "second", "default"):
+            for each in (reference, protected.model):
+                each.set_adapter(name)
+            assert error(loss(protected.model), loss(reference)) < EXACT
+            results.append(loss(protected.model))
+        assert error(results[1], results[0]) > 1e-3
+        assert error(results[2], results[0]) < EXACT
+
+
+def test_another_adapter_than_the_worker_has_is_refused(protect: Any) -> None:
+    _, model = twins()
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True))
+    model.to(torch.float64)
+    with protect(model, profile="paper") as protected:
+        loss(protected.model)
+        protected.model.set_adapter("second")
+        with pytest.raises(ValueError, match="not the one on the worker"):
+            loss(protected.model)
+
+
+@pytest.mark.parametrize("targets", [("c_attn",), ("c_proj",), ("c_fc",), ("c_attn", "c_fc")])
+@pytest.mark.parametrize("variant", ["paper, lora split", "balanced", "balanced, both enclave, lora split"])
+def test_lora_on_some_layers_only(protect: Any, variant: str, targets: tuple[str, ...]) -> None:
+    profile, switches = VARIANTS[variant]
+    reference = with_lora(gpt2(), targets=targets, use_rslora=True)
+    model = copy.deepcopy(reference)
+    with protect(model, profile=profile, **switches) as protected:
+        for each in (reference, protected.model):
+            loss(each).backward()
+        assert worst(gradients(protected.model), gradients(reference)) < EXACT
+
+
+def test_backward_twice_is_refused(protect: Any) -> None:
+    _, model = twins()
+    with protect(model) as protected:
+        value = loss(protected.model)
+        value.backward(retain_graph=True)
+        with pytest.raises(RuntimeError, match="a second time"):
+            value.backward()
+        loss(protected.model).backward()  # and the session goes on
+
+
+# Dropout
+
+
+def trained_once(model: Any) -> None:
+    model.train()
+    torch.manual_seed(3)
+    loss(model).backward()
+
+
+def test_attention_dropout_is_switched_off_with_one_warning(protect: Any) -> None:
+    reference, model = twins(attn_pdrop=0.1)
+    for block in reference.base_model.model.transformer.h:
+        block.attn.attn_dropout.p = 0.0
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        protected = protect(model)
+    with protected:
+        assert [(w.category, w.filename) for w in caught] == [(UserWarning, __file__)]
+        assert "attn_pdrop" in str(caught[0].message) and "attention='enclave'" in str(caught[0].message)
+        for each in (reference, protected.model):
+            trained_once(each)
+        assert worst(gradients(protected.model), gradients(reference)) < EXACT
+
+
+def test_a_stock_configuration_trains(protect: Any) -> None:
+    config = GPT2Config(vocab_size=37, n_embd=16, n_head=2, n_layer=1, n_positions=16, eos_token_id=0, bos_token_id=0)
+    model = with_lora(GPT2LMHeadModel(config))
+    with pytest.warns(UserWarning, match="attn_pdrop"):
+        protected = protect(model)
+    with protected:
+        trained_once(protected.model)
+        assert all(grad.isfinite().all() and grad.any() for grad in gradients(protected.model).values())
+
+
+@pytest.mark.parametrize("variant", ["paper, lora enclave", "balanced, both enclave", "enclave"])
+def test_all_dropout_is_kept_where_it_runs_in_the_enclave(protect: Any, variant: str) -> None:
+    """The same random numbers in the same order: training under dropout is exact too."""
+    profile, switches = VARIANTS[variant]
+    dropout = {"attn_pdrop": 0.2, "resid_pdrop": 0.2, "embd_pdrop": 0.2}
+    reference = with_lora(gpt2(**dropout), lora_dropout=0.2)
+    model = copy.deepcopy(reference)
+    with protect(model, profile=profile, **switches) as protected:
+        for each in (reference, protected.model):
+            trained_once(each)
+        assert worst(gradients(protected.model), gradients(reference)) < EXACT
+
+
+# Models that are refused, and left as they were
+
+
+def cross_attention() -> Any:
+    return gpt2(add_cross_attention=True)
+
+
+def dora() -> Any:
+    return with_lora(gpt2(), use_dora=True)
+
+
+def lora_bias() -> Any:
+    return with_lora(gpt2(), lora_bias=True)
+
+
+def merged() -> Any:
+    model = with_lora(gpt2())
+    model.merge_adapter()
+    return model
+
+
+def another_family() -> Any:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=37, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+        )
+    )
+
+
+def on_meta() -> Any:
+    with torch.device("meta"):
+        return GPT2LMHeadModel(GPT2Config(vocab_size=37, n_embd=8, n_head=1, n_layer=1))
+
+
+def no_model() -> Any:
+    return torch.nn.Linear(2, 2)
+
+
+def unknown_activation() -> Any:
+    return gpt2(activation_function="mish")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (cross_attention, "cross"),
+        (dora, "DoRA"),
+        (lora_bias, "lora_bias"),
+        (merged, "unmerge_adapter"),
+        (another_family, "model_type 'llama'"),
+        (on_meta, "meta"),
+        (no_model, "not a transformers model"),
+        (unknown_activation, "mish"),
+    ],
+)
+def test_refused_models(protect: Any, make: Callable[[], Any], message: str) -> None:
+    model = make()
+    before = {name: type(module) for name, module in model.named_modules()}
+    with pytest.raises(UnsupportedModelError, match=message):
+        protect(model)
+    assert {name: type(module) for name, module in model.named_modules()} == before
+
+
+def test_the_worker_has_every_activation_that_the_protocol_names() -> None:
+    assert set(SEGMENT_ACTIVATIONS) == set(ACTIVATION_NAMES)
+
+
+def test_mish_runs_where_the_activation_is_in_the_enclave(protect: Any) -> None:
+    reference, model = twins(activation_function="mish")
+    with protect(model, mlp="enclave") as protected, torch.no_grad():
+        assert error(loss(protected.model), loss(reference)) < EXACT
+
+
+def test_a_model_protected_twice_is_refused(protect: Any) -> None:
+    _, model = twins()
+    with protect(model, profile="paper"):
+        pass
+    with pytest.raises(UnsupportedModelError, match="RemoteLinear"):
+        protect(model, profile="paper")
+
+
+def test_other_kinds_of_adapters_are_refused(protect: Any) -> None:
+    from peft import IA3Config
+
+    model = get_peft_model(
+        gpt2(), IA3Config(target_modules=["c_attn", "c_fc"], feedforward_modules=["c_fc"], fan_in_fan_out=True)
+    )
+    with pytest.raises(UnsupportedModelError, match="layer of a kind that cannot be keyed"):
+        protect(model)

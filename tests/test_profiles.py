@@ -1,0 +1,136 @@
+"""Profiles: what their names say, each switch alone, and all faults in one message."""
+
+import dataclasses
+import warnings
+from typing import Any
+
+import pytest
+
+from obfuscatune import UsageError
+from obfuscatune.profiles import PROFILES, SWITCHES, Profile, resolve
+
+
+def test_the_named_profiles() -> None:
+    assert list(PROFILES) == ["plain", "naive", "paper", "balanced", "enclave"]
+    assert all(name == profile.name and profile.summary for name, profile in PROFILES.items())
+    assert [name for name, profile in PROFILES.items() if not profile.remote] == ["enclave"]
+
+
+def test_naive_is_paper_under_other_keys() -> None:
+    names = {f.name for f in dataclasses.fields(Profile)} - {"name", "summary"}
+    different = {name for name in names if getattr(PROFILES["naive"], name) != getattr(PROFILES["paper"], name)}
+    assert different == {"keys"}
+    assert (PROFILES["naive"].keys, PROFILES["paper"].keys) == ("gaussian", "haar")
+
+
+def test_paper_and_balanced_are_what_the_design_says() -> None:
+    paper, balanced = PROFILES["paper"], PROFILES["balanced"]
+    assert (paper.attention, paper.mlp, paper.inner_keys, paper.lora_placement) == (
+        "enclave",
+        "enclave",
+        "identity",
+        "worker",
+    )
+    assert (balanced.attention, balanced.mlp, balanced.keys, balanced.lora_placement) == (
+        "worker",
+        "worker",
+        "monarch",
+        "enclave",
+    )
+    assert balanced.head_keys and balanced.permute_mlp and balanced.fold_norms
+    assert balanced.head_kappa <= 4
+
+
+def test_profiles_cannot_be_changed() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        PROFILES["paper"].keys = "identity"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_a_name_alone_gives_the_profile(name: str) -> None:
+    assert resolve(name) == PROFILES[name]
+    assert resolve(name, mlp=None, kappa=None) == PROFILES[name]
+    assert resolve(PROFILES[name]) == PROFILES[name]
+
+
+CHANGES: dict[str, Any] = {
+    "keys": "haar",
+    "inner_keys": "conditioned",
+    "attention": "enclave",
+    "mlp": "enclave",
+    "head_keys": False,
+    "permute_mlp": False,
+    "fold_norms": False,
+    "lora_placement": "split",
+    "enclave_blocks": 2,
+    "key_block": 16,
+    "kappa": 8.0,
+    "head_kappa": 1.0,
+}
+
+
+def test_every_switch_can_be_set_alone() -> None:
+    assert set(CHANGES) == set(SWITCHES)
+    for switch, value in CHANGES.items():
+        resolved = resolve("balanced", **{switch: value})
+        assert getattr(resolved, switch) == value
+        assert resolved.name == f"balanced+{switch}={value}"
+        assert resolved == dataclasses.replace(PROFILES["balanced"], name=resolved.name, **{switch: value})
+
+
+def test_names_tell_what_is_changed_and_nothing_else() -> None:
+    assert resolve("balanced", mlp="worker").name == "balanced"
+    assert resolve("balanced", mlp="enclave", kappa=2).name == "balanced+mlp=enclave+kappa=2"
+    assert resolve(resolve("balanced", mlp="enclave"), kappa=2).name == "balanced+mlp=enclave+kappa=2"
+
+
+def test_lora_on_the_worker_unfolds_the_norms_with_a_warning() -> None:
+    with pytest.warns(UserWarning, match="row norms of the activations show") as caught:
+        resolved = resolve("balanced", lora_placement="worker")
+    assert len(caught) == 1
+    assert not resolved.fold_norms
+    assert resolved.name == "balanced+lora_placement=worker"
+
+
+@pytest.mark.parametrize(("name", "switches"), [("paper", {}), ("balanced", {"fold_norms": False})])
+def test_no_warning_where_nothing_is_unfolded(name: str, switches: dict[str, Any]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert resolve(name, lora_placement="worker", **switches).lora_placement == "worker"
+
+
+def test_an_unknown_profile_names_the_known_ones() -> None:
+    with pytest.raises(UsageError, match="balancd.*plain, naive, paper, balanced, enclave"):
+        resolve("balancd")
+
+
+def test_unknown_switches_are_all_named() -> None:
+    with pytest.raises(UsageError, match="colour, mpl.*keys, inner_keys"):
+        resolve("balanced", mpl="enclave", colour=3)
+    with pytest.raises(UsageError, match="remote"):
+        resolve("balanced", remote=False)
+
+
+def test_all_faults_come_in_one_message() -> None:
+    with pytest.raises(UsageError) as caught:
+        resolve("balanced", keys="rot13", mlp="outside", enclave_blocks=-1, key_block=True, kappa=0.5, head_kappa="4")
+    for fault in ("keys is 'rot13'", "mlp is 'outside'", "enclave_blocks is -1", "key_block is True", "kappa is 0.5"):
+        assert fault in str(caught.value)
+    assert "head_kappa is '4'" in str(caught.value)
+    assert "haar" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("switch", "value"),
+    [
+        ("enclave_blocks", 1.5),
+        ("key_block", 2.5),
+        ("kappa", float("nan")),
+        ("kappa", float("inf")),
+        ("fold_norms", "no"),
+        ("head_keys", 1),
+    ],
+)
+def test_values_of_the_wrong_kind(switch: str, value: Any) -> None:
+    with pytest.raises(UsageError, match=switch):
+        resolve("balanced", **{switch: value})
