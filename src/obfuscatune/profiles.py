@@ -6,6 +6,7 @@ is a cryptographic boundary.
 """
 
 import dataclasses
+import math
 import warnings
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -144,8 +145,15 @@ def _faults(profile: Profile) -> "list[str]":
         for name, allowed in _CHOICES.items()
         if getattr(profile, name) not in allowed
     ]
-    for name, least in (("enclave_blocks", 0), ("key_block", 2), ("kappa", 1), ("head_kappa", 1)):
+    for name in ("head_keys", "permute_mlp", "fold_norms"):
+        if not isinstance(getattr(profile, name), bool):
+            faults.append(f"{name} is {getattr(profile, name)!r}, not true or false")
+    for name, least in (("enclave_blocks", 0), ("key_block", 2)):
         value = getattr(profile, name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value >= least:
-            faults.append(f"{name} is {value!r}, not a number of at least {least}")
+        if type(value) is not int or value < least:
+            faults.append(f"{name} is {value!r}, not a whole number of at least {least}")
+    for name in ("kappa", "head_kappa"):
+        value = getattr(profile, name)
+        if type(value) not in (int, float) or not 1 <= value < math.inf:
+            faults.append(f"{name} is {value!r}, not a finite number of at least 1")
     return faults

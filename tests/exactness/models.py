@@ -140,6 +140,9 @@ def expected_gradients(reference: nn.Module, profile: str, switches: dict[str, A
 def error(got: Tensor, expected: Tensor) -> float:
     """Largest difference, relative to the largest entry expected."""
     difference = (got.double() - expected.double()).abs().max().item()
+    import os, inspect
+    value = difference / max(expected.abs().max().item(), torch.finfo(torch.float32).tiny)
+    open("/tmp/v/measured.txt", "a").write(f"{os.environ['PYTEST_CURRENT_TEST']} {value}\n")
     return difference / max(expected.abs().max().item(), torch.finfo(torch.float32).tiny)
 
 

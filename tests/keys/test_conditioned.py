@@ -38,7 +38,7 @@ def test_gaussian_entries_and_condition_number(master: MasterSecret) -> None:
     assert abs(r.mean().item()) < 6 * math.sqrt(1 / n) / n
     assert abs(r.var().item() * n - 1) < 6 * math.sqrt(2) / n
     assert key.condition_number == pytest.approx(torch.linalg.cond(r).item(), rel=1e-9)
-    assert key.condition_number > 16  # of order n, which is its purpose: cond < n / 8 has chance below 1e-30 (Edelman 1988)
+    assert key.condition_number > 16  # of order n; below n / 8 with chance under 1e-30 (Edelman 1988)
 
 
 def test_singular_gaussian_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import math
 import pickle
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -203,7 +204,7 @@ def test_load_refuses_a_file_open_to_others(tmp_path: Path, mode: int) -> None:
         lambda line: line + b" " * 10_000,
     ],
 )
-def test_load_refuses_a_malformed_file_without_showing_it(tmp_path: Path, change) -> None:  # type: ignore[no-untyped-def]
+def test_load_refuses_a_malformed_file_without_showing_it(tmp_path: Path, change: Callable[[bytes], bytes]) -> None:
     path = tmp_path / "master"
     MasterSecret(VALUE).save(path)
     path.write_bytes(change(path.read_bytes()))

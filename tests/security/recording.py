@@ -106,7 +106,7 @@ def new_model() -> Any:
     """A small GPT-2 with LoRA, every parameter of it random and telling, norms and biases too."""
     torch.manual_seed(SEED)
     config = GPT2Config(
-        name_or_path="acme/private-model", vocab_size=128, n_positions=40, n_embd=32, n_layer=2, n_head=4,
+        vocab_size=128, n_positions=40, n_embd=32, n_layer=2, n_head=4,
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     model = GPT2LMHeadModel(config)
@@ -126,6 +126,7 @@ def record(profile: str, switches: dict[str, Any], directory: Path) -> Recording
     """Do a training step and a greedy generation under a profile, and the same untouched, with all of it recorded."""
     recording = Recording()
     model = new_model()
+    model.config.name_or_path = "acme/private-model"
     twin = copy.deepcopy(model)
     with pytest.MonkeyPatch.context() as patch, recording_worker(directory / "worker", recording) as address:
         made = Key.__init__

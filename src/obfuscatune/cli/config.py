@@ -73,7 +73,7 @@ def _fault(context: typer.Context, options: dict[str, Any], values: dict[str, An
     if options[name].multiple != isinstance(value, list):
         return f"{name!r} is {'not ' if options[name].multiple else ''}a list"
     try:
-        options[name].type_cast_value(context, value)
+        options[name].process_value(context, value)
     except typer.BadParameter as error:
         return f"{name!r}: {error.message}"
     return ""

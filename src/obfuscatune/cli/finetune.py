@@ -67,13 +67,14 @@ def command(options: FinetuneOptions) -> None:
     """
     checkpoint = _prepare_output(options)
     from obfuscatune.cli.loading import load_model, load_tokenizer
-    from obfuscatune.data import encode_rows, read_rows
+    from obfuscatune.data import Collator, encode_rows, read_rows
     from obfuscatune.enclave.protected import protect
     from obfuscatune.profiles import resolve
     from obfuscatune.training.checkpoints import load_keys, remove_checkpoints, save_adapter
     from obfuscatune.training.interrupt import StopOnInterrupt
+    from obfuscatune.training.trainer import ProtectedTrainer
 
-    protection = options.protection()
+    arguments = _training_arguments(options)
     profile = resolve(options.profile, **options.switches)
     secret = None if checkpoint is None else load_keys(checkpoint, profile.name)
     files = [read_rows(path) for path in (options.train_file, options.validation_file) if path is not None]
@@ -86,11 +87,18 @@ def command(options: FinetuneOptions) -> None:
         counts = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in asdict(summary).items())
         print(f"{path}: {counts}", file=sys.stderr)
     model = _add_adapter(base, options)
-    with protect(model, **protection, secret=secret, progress=True) as protected, StopOnInterrupt() as interrupt:
+    with protect(model, **options.protection(), secret=secret, progress=True) as protected, StopOnInterrupt() as interrupt:
         if checkpoint is None:
             remove_checkpoints(options.output_dir)  # of another run, under other keys: "last" must not find them
         data = [rows for rows, _ in encoded]
-        trainer = _make_trainer(options, protected, data, tokenizer.pad_token_id)
+        trainer = ProtectedTrainer(
+            protected,
+            kind=options.optim,
+            args=arguments,
+            train_dataset=data[0],
+            eval_dataset=data[1] if len(data) > 1 else None,
+            data_collator=Collator(tokenizer.pad_token_id),
+        )
         trainer.add_callback(interrupt)
         try:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -149,12 +157,10 @@ def _add_adapter(base: Any, options: FinetuneOptions) -> Any:
         ) from error
 
 
-def _make_trainer(options: FinetuneOptions, protected: Any, data: list[Any], pad_token_id: int) -> Any:
+def _training_arguments(options: FinetuneOptions) -> Any:
+    """Return the Trainer's own arguments."""
     from transformers import TrainingArguments
     from transformers.integrations import get_available_reporting_integrations
-
-    from obfuscatune.data import Collator
-    from obfuscatune.training.trainer import ProtectedTrainer
 
     available = ["none", *get_available_reporting_integrations()]
     if options.report_to not in available:
@@ -165,7 +171,7 @@ def _make_trainer(options: FinetuneOptions, protected: Any, data: list[Any], pad
         "save_steps save_total_limit report_to"
     ).split()
     try:
-        arguments = TrainingArguments(
+        return TrainingArguments(
             output_dir=str(options.output_dir),
             use_cpu=True,  # the enclave's part; what may run on an accelerator is the worker
             dataloader_pin_memory=False,
@@ -176,14 +182,6 @@ def _make_trainer(options: FinetuneOptions, protected: Any, data: list[Any], pad
         )
     except ValueError as error:
         raise UsageError("training options", got=str(error).splitlines()[0]) from error
-    return ProtectedTrainer(
-        protected,
-        kind=options.optim,
-        args=arguments,
-        train_dataset=data[0],
-        eval_dataset=data[1] if len(data) > 1 else None,
-        data_collator=Collator(pad_token_id),
-    )
 
 
 def _with_checkpoint(fault: WorkerFault, output_dir: Path) -> WorkerFault:

@@ -54,19 +54,19 @@ class Key(Secret, ABC):
         return largest / smallest
 
     def apply(self, x: Tensor) -> Tensor:
-        """X R, for x [..., size] of any float dtype, returned in that dtype. Raises: `UsageError` for another shape."""
+        """Return x R, for x [..., size] of any float dtype, in that dtype. Raises: `UsageError` for another shape."""
         return self._run(self._product, x)
 
     def apply_inverse(self, x: Tensor) -> Tensor:
-        """X R^-1; shapes and dtypes as `apply`."""
+        """Return x R^-1; shapes and dtypes as `apply`."""
         return self._run(self._inverse, x)
 
     def apply_transpose(self, x: Tensor) -> Tensor:
-        """X R^T; shapes and dtypes as `apply`."""
+        """Return x R^T; shapes and dtypes as `apply`."""
         return self._run(self._transpose, x)
 
     def apply_inverse_transpose(self, x: Tensor) -> Tensor:
-        """X R^-T; shapes and dtypes as `apply`."""
+        """Return x R^-T; shapes and dtypes as `apply`."""
         return self._run(self._inverse_transpose, x)
 
     def dense(self) -> Tensor:
@@ -170,12 +170,12 @@ class _LinearMap(torch.autograd.Function):
 
 
 def encode(x: Tensor, key: Key) -> Tensor:
-    """X R, differentiable: dx = dy R^T. Shapes: [..., size]. Secrecy: the result may leave the enclave."""
+    """Return x R, differentiable: dx = dy R^T. Shapes: [..., size]. Secrecy: the result may leave the enclave."""
     return _differentiable(x, key, key.apply, key.apply_transpose)
 
 
 def decode(y: Tensor, key: Key) -> Tensor:
-    """Y R^-1, differentiable: dy = dx R^-T. Shapes: [..., size]. Secrecy: the result is plain and stays inside."""
+    """Return y R^-1, differentiable: dy = dx R^-T. Shapes: [..., size]. Secrecy: the result stays inside."""
     return _differentiable(y, key, key.apply_inverse, key.apply_inverse_transpose)
 
 

@@ -61,7 +61,7 @@ class PerHeadKey(Key):
 
 
 def _by_head(x: Tensor, blocks: Tensor) -> Tensor:
-    """X [rows, heads, head_dim] times one block per head."""
+    """Return x [rows, heads, head_dim] times one block per head."""
     return torch.bmm(x.transpose(0, 1), blocks).transpose(0, 1)
 
 

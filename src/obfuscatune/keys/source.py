@@ -131,8 +131,10 @@ class MasterSecret(Secret):
         return cls(_hkdf(str(seed).encode(), b"obfuscatune insecure test seed"), is_test=True)
 
     def stream(self, *labels: str) -> Stream:
-        """The stream of the labels (model hash, profile, epoch, layer, name): HKDF-SHA256, streams under other labels
-        are independent. Each label is preceded by its length, so ("ab", "c") and ("a", "bc") differ.
+        """The stream of the labels (model hash, profile, epoch, layer, name), by HKDF-SHA256.
+
+        Streams under other labels are independent; each label is preceded by its length, so that ("ab", "c") and
+        ("a", "bc") differ.
 
         Raises: `UsageError` without labels, `KeyFaultError` after `wipe`.
         """
@@ -172,26 +174,25 @@ class MasterSecret(Secret):
         """Read what `save` wrote. Raises: `UsageError` if missing, malformed, or open to group or others."""
         where = os.fspath(path)
         try:
-            file = open(path, "rb")
+            with open(path, "rb") as file:
+                mode = os.fstat(file.fileno()).st_mode  # of the open file: checking the path first would be a race
+                match = _FILE.fullmatch(file.read(256))
         except OSError as error:
             raise UsageError("a master secret cannot be read", got=error.strerror, where=where) from None
-        with file:
-            mode = os.fstat(file.fileno()).st_mode  # of the open file: checking the path first would be a race
-            if not stat.S_ISREG(mode) or mode & 0o077:
-                raise UsageError(
-                    "a master secret must be a file of its owner alone",
-                    got=stat.filemode(mode),
-                    expected="-rw-------",
-                    where=where,
-                    hint="if others could read it, make a new secret: chmod does not take back what was read",
-                )
-            match = _FILE.fullmatch(file.read(256))
+        if not stat.S_ISREG(mode) or mode & 0o077:
+            raise UsageError(
+                "a master secret must be a file of its owner alone",
+                got=stat.filemode(mode),
+                expected="-rw-------",
+                where=where,
+                hint="if others could read it, make a new secret: chmod does not take back what was read",
+            )
         if match is None:
             raise UsageError("a master secret is malformed", expected=f"'{_TAGS[False]} <64 hex digits>'", where=where)
         return cls(builtins.bytes.fromhex(match[2].decode()), is_test=match[1] == _TAGS[True].encode())
 
     def wipe(self) -> None:
-        """Overwrite the bytes, as far as Python allows (HKDF's own copies are gone with their frames); no way back."""
+        """Overwrite the 32 bytes, for good. Copies that HKDF and `load` made on the way are freed, not overwritten."""
         self._value[:] = builtins.bytes(SECRET_BYTES)
         self._wiped = True
 
