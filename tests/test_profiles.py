@@ -100,12 +100,12 @@ def test_no_warning_where_nothing_is_unfolded(name: str, switches: dict[str, Any
 
 
 def test_an_unknown_profile_names_the_known_ones() -> None:
-    with pytest.raises(UsageError, match="balancd.*plain, naive, paper, balanced, enclave"):
+    with pytest.raises(UsageError, match=r"balancd.*plain, naive, paper, balanced, enclave"):
         resolve("balancd")
 
 
 def test_unknown_switches_are_all_named() -> None:
-    with pytest.raises(UsageError, match="colour, mpl.*keys, inner_keys"):
+    with pytest.raises(UsageError, match=r"colour, mpl.*keys, inner_keys"):
         resolve("balanced", mpl="enclave", colour=3)
     with pytest.raises(UsageError, match="remote"):
         resolve("balanced", remote=False)

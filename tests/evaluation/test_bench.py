@@ -153,6 +153,7 @@ def test_a_killed_contender_is_named() -> None:
         ContenderProcess(_spec(None), label="tiny plain", wait_policy="default") as process,
     ):
         process._process.kill()
+        process._process.wait()  # so that the request meets a closed pipe, and so does its flush at the end
         process.ask("load", adapter=False)
 
 

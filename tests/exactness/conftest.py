@@ -18,7 +18,7 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     address = f"unix://{tmp_path_factory.mktemp('worker')}/w.sock"
     command = [sys.executable, "-m", "obfuscatune.worker", "--listen", address, "--threads", "1"]
     environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:  # noqa: S603
         try:
             assert "listening" in process.stdout.readline()
             yield address

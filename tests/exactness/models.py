@@ -1,4 +1,4 @@
-"""Tiny random GPT-2 models with nothing trivial in them, the variants to protect them with, and how two of them are compared."""
+"""Tiny random GPT-2 models with nothing trivial in them, variants to protect them with, and how two are compared."""
 
 import copy
 from typing import Any
@@ -140,9 +140,6 @@ def expected_gradients(reference: nn.Module, profile: str, switches: dict[str, A
 def error(got: Tensor, expected: Tensor) -> float:
     """Largest difference, relative to the largest entry expected."""
     difference = (got.double() - expected.double()).abs().max().item()
-    import os, inspect
-    value = difference / max(expected.abs().max().item(), torch.finfo(torch.float32).tiny)
-    open("/tmp/v/measured.txt", "a").write(f"{os.environ['PYTEST_CURRENT_TEST']} {value}\n")
     return difference / max(expected.abs().max().item(), torch.finfo(torch.float32).tiny)
 
 

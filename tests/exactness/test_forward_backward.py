@@ -24,12 +24,12 @@ from .models import (
     worst,
 )
 
-# All relative to the largest entry of the tensor. Measured over 400 configurations, the worst of all variants:
-LOGITS_FLOAT64 = 1e-9  # @A
-GRADIENTS_FLOAT64 = 1e-9  # @B
-LOGITS_FLOAT32 = 1e-5  # @C
-# A Gaussian key of condition number kappa may amplify a relative rounding error by kappa; there are up to 4 keyed products
-# a block, each of sums over up to 96 terms. Measured: @D.
+# All relative to the largest entry of the tensor. Measured, the worst of all variants and configurations:
+LOGITS_FLOAT64 = 1e-9  # 1e-13
+GRADIENTS_FLOAT64 = 1e-9  # 1.2e-13
+LOGITS_FLOAT32 = 1e-5  # 1.6e-6
+# A Gaussian key of condition number kappa may amplify a relative rounding error by kappa; there are four keyed products
+# a block, each of sums over up to 96 terms, and their errors add up. Measured: at most 0.36.
 NAIVE_FACTOR = 8.0
 
 EXACT = [name for name in VARIANTS if name != "naive"]
@@ -118,7 +118,7 @@ def test_naive_is_within_its_condition_number_times_rounding(
 
 
 def test_norms_with_a_gain_of_zero(protect: Any) -> None:
-    """A gain of exactly zero cannot be divided by: nothing of the norm's own output may come from the folded weights."""
+    """A gain of zero cannot be divided by: nothing of the norm's own output may come from the normalized rows."""
     reference = gpt2()
     for block in reference.transformer.h:
         block.ln_1.weight.data[2], block.ln_2.weight.data[3] = 0.0, 0.0

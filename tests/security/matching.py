@@ -1,8 +1,9 @@
 """Whether a plain tensor can be found among what the worker saw: its rows or columns, up to scale, sign and order.
 
-Rows and columns become unit vectors. A plain vector p is found *as it is* where a seen vector s has |p - s| or |p + s| at
-most `TOLERANCE`, and *up to order* where their sorted magnitudes differ by at most `ORDER_TOLERANCE`, whatever
-permutation and signs were applied. Vectors that say too little (short, nearly constant, mostly zero) are left out: anything would match them.
+Rows and columns become unit vectors. A plain vector p is found *as it is* where a seen vector s has |p - s| or |p + s|
+at most `TOLERANCE`, and *up to order* where their sorted magnitudes differ by at most `ORDER_TOLERANCE`, whatever
+permutation and signs were applied. Vectors that say too little (short, nearly constant, mostly zero) are left out:
+anything would match them.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,8 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-# Copies in float32 differ by 1e-6 (under `naive`, 1e-4), ones rounded to bfloat16 by 2e-3. Sorted magnitudes of unrelated
-# vectors differ by .1 only and have few degrees of freedom: at 4e-3 some of 1e8 pairs match by chance, at 5e-4 none.
+# Copies in float32 differ by 1e-6 (under `naive`, 1e-4), ones rounded to bfloat16 by 2e-3. Sorted magnitudes of
+# unrelated vectors differ by .1 only and have few degrees of freedom: at 4e-3 some of 1e8 pairs match by chance, at
+# 5e-4 none.
 TOLERANCE = 4e-3
 ORDER_TOLERANCE = 5e-4
 MIN_LENGTH = 24

@@ -188,7 +188,9 @@ def _by_side(name: str, tensor: Tensor) -> Tensor:
 
 def _kind(name: str) -> str:
     """The parameter's role, without the number of its block: ``attn.c_proj lora_A``."""
-    parts = [p for p in name.split(".") if p not in ("base_model", "model", "transformer", "h", "base_layer", "default")]
+    parts = [
+        p for p in name.split(".") if p not in ("base_model", "model", "transformer", "h", "base_layer", "default")
+    ]
     return " ".join(p for p in parts if not p.isdigit())
 
 

@@ -89,7 +89,7 @@ def test_secrets_and_sessions_are_not_copied(protected: Any, name: str, leave: A
 )
 def test_a_protected_model_is_not_copied(protected: Any, leave: Any) -> None:
     # Pickle meets a hook of the model first, which has no name to be found by.
-    with pytest.raises((KeyFaultError, AttributeError), match="may not be pickled or copied|Can't (pickle|get) local"):
+    with pytest.raises((KeyFaultError, AttributeError), match=r"may not be pickled or copied|Can't (pickle|get) local"):
         leave(protected.model)
 
 

@@ -20,7 +20,8 @@ from .recording import PROMPT, TEXT, Recording, record
 
 Table = dict[str, str]
 
-# Of `plain` this is only the least: it claims nothing. LoRA's low-rank numbers are keyed even there, by the split's rotation.
+# Of `plain` this is only the least: it claims nothing. LoRA's low-rank numbers are keyed even there, by the rotation
+# of the split.
 PLAIN: Table = dict.fromkeys(
     [
         *("attn c_attn weight", "attn c_attn bias", "attn c_proj weight"),
@@ -32,8 +33,8 @@ PLAIN: Table = dict.fromkeys(
     ],
     AS_IT_IS,
 )
-# Q, K and V go out without their bias, which the enclave adds; so do the MLP's pre-activations. The factors next to what is
-# not keyed are plain: B of q, k, v and of fc1, A of the two output layers; and with A or B, x A and its gradient.
+# Q, K and V come without their bias, which the enclave adds; so do the MLP's pre-activations. The factors next to what
+# is not keyed are plain: B of q, k, v and of fc1, A of the two output layers; so are x A and its gradient.
 PAPER: Table = {
     **dict.fromkeys(
         [
@@ -133,7 +134,7 @@ def test_no_secret_bytes_cross(case: tuple[str, Recording]) -> None:
 
 
 def test_headers_hold_words_of_the_protocol_only(case: tuple[str, Recording]) -> None:
-    name, recording = case
+    _, recording = case
     words = {word for fields, tensors in recording.frames("to worker") for word in [*strings_of(fields), *tensors]}
     assert {"define", "forward", "backward", "x"} <= words
     foreign = {word for word in words - PROTOCOL_WORDS if not re.fullmatch(r"s\d+(\.(main|qkv|out|up|down))?", word)}
@@ -167,7 +168,7 @@ def strings_of(value: Any) -> Iterator[str]:
 
 
 def needles_of(recording: Recording) -> dict[str, bytes]:
-    """Token ids in every encoding of eight of them, the text, the master secret, and the numbers that keys are made of."""
+    """Token ids, eight at a time, in every encoding; the master secret; and the numbers that keys are made of."""
     new = recording.generated[len(PROMPT) - 5 :]
     needles = {"secret": recording.secret, "secret in hex": recording.secret.hex().encode()}
     for name, ids in {"text": TEXT[3:11], "labels": TEXT[-8:], "prompt": PROMPT[4:12], "generated": new}.items():
@@ -179,4 +180,3 @@ def needles_of(recording: Recording) -> dict[str, bytes]:
             for dtype in (factor.dtype, torch.float32, torch.int32):
                 needles[f"factor {j} of key {i} as {dtype}"] = factor.flatten()[:16].to(dtype).numpy().tobytes()
     return {name: needle for name, needle in needles.items() if any(needle)}
-

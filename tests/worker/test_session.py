@@ -105,7 +105,8 @@ def test_a_pushed_factor_is_kept_for_later_calls(session: WorkerSession) -> None
 
 def test_held_factors_are_trained_here(session: WorkerSession) -> None:
     x, a, b = tensor(2, D), tensor(D, RANK), tensor(RANK, 3)
-    session.handle({"op": "hold", "segment": "s0", "slot": "main", "scale": 2.0}, {"a": a, "b": b})
+    hold = {"op": "hold", "segment": "s0", "slot": "main", "scale": 2.0}
+    session.handle(hold, {"a": a.clone(), "b": b.clone()})
     y = forward(session, "s0", {"x": x}, id=1, keep=True, held=["main"])["y"]
     torch.testing.assert_close(y, x @ tensor(D, 3) + 2 * x @ a @ b)
     backward = {"op": "backward", "segment": "s0", "call": 1, "wants": [], "fresh": ["main"]}

@@ -8,7 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TextIO
 
 import typer
 
@@ -35,7 +35,9 @@ def build_app() -> typer.Typer:
     )
 
     @app.callback(invoke_without_command=True)
-    def root(context: typer.Context, version: bool = typer.Option(False, "--version", help="print the version")) -> None:
+    def root(
+        context: typer.Context, version: bool = typer.Option(False, "--version", help="print the version")
+    ) -> None:
         if version:
             typer.echo(f"obfuscatune {__version__}")
         elif context.invoked_subcommand is None:
@@ -49,7 +51,7 @@ def build_app() -> typer.Typer:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; the console script's entry."""
-    # Before torch starts its threads: two processes that share cores spin against each other, at twice the cost of the keys.
+    # Before torch is imported: two processes that share cores spin against each other, at more cost than all keys.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         with warnings.catch_warnings():
@@ -64,7 +66,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _complain(error.format_message() + hint)
         return 2
     except (KeyboardInterrupt, typer.Abort):
-        _complain("interrupted")
         return 130
     return code if isinstance(code, int) else 0
 
@@ -73,7 +74,14 @@ def _complain(message: str) -> None:
     print(f"error: {message}", file=sys.stderr)
 
 
-def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
     # Other packages' deprecations are for their callers, and a user of the command line is none.
     if not issubclass(category, DeprecationWarning | FutureWarning):
         print(f"warning: {message}", file=sys.stderr)

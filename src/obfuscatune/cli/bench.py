@@ -11,7 +11,7 @@ from rich.table import Table
 
 from obfuscatune.errors import UsageError
 
-EPILOG = "Example: obfuscatune bench --size small --profile balanced --profile paper --markdown bench.md"
+EPILOG = "Examples:\n\nobfuscatune bench --size small --profile balanced --profile paper --markdown bench.md"
 
 
 def command(

@@ -13,15 +13,18 @@ def load_config(context: typer.Context, path: Path | None) -> Path | None:
     """Make the file's values the defaults of the command's options; the callback of ``--config``.
 
     Raises:
-        UsageError: the file cannot be read or is no YAML map, or has unknown, repeated or unfit values; all in one message.
+        UsageError: the file cannot be read or is no YAML map, or has unknown, repeated or unfit values, all in one
+            message.
     """
     if path is None:
         return None
     options: dict[str, Any] = {p.name: p for p in context.command.params if p.name not in (None, "config", "help")}
     values: dict[str, Any] = {}
     faults: list[str] = []
+    seen: set[str] = set()
     for name, value, line in _read(path):
-        fault = _fault(context, options, values, name, value)
+        fault = f"{name!r} is there twice" if name in seen else _fault(context, options, name, value)
+        seen.add(name)
         if fault:
             faults.append(f"line {line}: {fault}")
         elif value is not None:
@@ -45,8 +48,7 @@ def _read(path: Path) -> list[tuple[str, Any, int]]:
         loader = yaml.SafeLoader("")
         pairs = [] if root is None else root.value
         return [
-            (str(key.value), loader.construct_object(value, deep=True), key.start_mark.line + 1)  # type: ignore[no-untyped-call]
-            for key, value in pairs
+            (str(key.value), loader.construct_object(value, deep=True), key.start_mark.line + 1) for key, value in pairs
         ]
     except OSError as error:
         raise UsageError("cannot read the config file", got=error.strerror, where=str(path)) from None
@@ -59,13 +61,11 @@ def _read(path: Path) -> list[tuple[str, Any, int]]:
         raise UsageError("config file is not YAML", got=problem, where=f"{path}:{line}") from None
 
 
-def _fault(context: typer.Context, options: dict[str, Any], values: dict[str, Any], name: str, value: Any) -> str:
+def _fault(context: typer.Context, options: dict[str, Any], name: str, value: Any) -> str:
     """What is wrong with one entry, in words, or nothing."""
     if name not in options:
         close = difflib.get_close_matches(name, options, n=1)
         return f"unknown option {name!r}" + (f", did you mean {close[0]!r}?" if close else "")
-    if name in values:
-        return f"{name!r} is there twice"
     if isinstance(value, dict):
         return f"{name!r} is a map"
     if value is None:

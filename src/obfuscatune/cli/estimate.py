@@ -11,7 +11,7 @@ MLP, worker            1      d out, d back          W_up, b_up, W_down
 MLP, enclave           2      in + out of both       W_up, W_down
 =====================  =====  =====================  ==========================================
 
-A number is one element of the model's dtype. Framing adds about 200 bytes per request and as many per reply, whatever their size.
+A number is one element of the model's dtype. Framing adds up to about 200 bytes to a request and to a reply.
 """
 
 from dataclasses import asdict, dataclass
@@ -48,7 +48,9 @@ def estimate(model: nn.Module, spec: FamilySpec, profile: Profile, itemsize: int
         itemsize: bytes of one number on the wire.
     """
     total = sum(parameter.numel() for parameter in model.parameters())
-    blocks = [block for index, _, block in spec.iter_blocks(model) if profile.remote and index >= profile.enclave_blocks]
+    blocks = [
+        block for index, _, block in spec.iter_blocks(model) if profile.remote and index >= profile.enclave_blocks
+    ]
     worker = calls = sent = received = 0
     for block in blocks:
         calls = sent = received = 0  # the same in every block

@@ -1,5 +1,7 @@
 """``obfuscatune finetune``: LoRA with the stock Trainer, between enclave and worker."""
 
+# ruff: noqa: RUF009 - option() makes a field, which is what the rule wants there
+
 import json
 import sys
 from dataclasses import asdict, dataclass
@@ -19,6 +21,12 @@ EPILOG = (
 _TRAINING: dict[str, Any] = {"rich_help_panel": "Training"}
 _LORA: dict[str, Any] = {"rich_help_panel": "LoRA"}
 _SAVING: dict[str, Any] = {"rich_help_panel": "Logs and checkpoints"}
+# Those that the Trainer's own arguments have under the same names.
+_TRAINER_OPTIONS = (
+    *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "seed"),
+    *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
+    *("num_train_epochs", "max_steps", "logging_steps", "save_steps", "save_total_limit", "report_to"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +36,9 @@ class FinetuneOptions(ProtectionOptions, ModelOptions, ConfigOptions):
     train_file: Path = option("JSONL rows with text, prompt + completion, or messages")
     validation_file: Path | None = option("rows to evaluate the loss on, after each epoch", None)
     output_dir: Path = option("where the adapter, report.json and checkpoints go")
-    overwrite_output_dir: bool = option("write into a directory that is not empty", False, flag="--overwrite_output_dir")
+    overwrite_output_dir: bool = option(
+        "write into a directory that is not empty", False, flag="--overwrite_output_dir"
+    )
     max_length: int = option("longest row in tokens", 512, min=2)
 
     learning_rate: float = option("peak learning rate", 2e-4, **_TRAINING)
@@ -62,8 +72,8 @@ class FinetuneOptions(ProtectionOptions, ModelOptions, ConfigOptions):
 def command(options: FinetuneOptions) -> None:
     """Fine-tune a model on private rows; the worker sees no token, no plain weight and no plain activation.
 
-    Writes an ordinary PEFT adapter. What a profile does show to the worker is told in docs/design.md. Ctrl-C ends the step,
-    saves a checkpoint and stops.
+    Writes an ordinary PEFT adapter. What a profile does show to the worker is told in docs/design.md. Ctrl-C ends the
+    step, saves a checkpoint and stops.
     """
     checkpoint = _prepare_output(options)
     from obfuscatune.cli.loading import load_model, load_tokenizer
@@ -87,7 +97,10 @@ def command(options: FinetuneOptions) -> None:
         counts = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in asdict(summary).items())
         print(f"{path}: {counts}", file=sys.stderr)
     model = _add_adapter(base, options)
-    with protect(model, **options.protection(), secret=secret, progress=True) as protected, StopOnInterrupt() as interrupt:
+    with (
+        protect(model, **options.protection(), secret=secret, progress=True) as protected,
+        StopOnInterrupt() as interrupt,
+    ):
         if checkpoint is None:
             remove_checkpoints(options.output_dir)  # of another run, under other keys: "last" must not find them
         data = [rows for rows, _ in encoded]
@@ -160,16 +173,11 @@ def _add_adapter(base: Any, options: FinetuneOptions) -> Any:
 def _training_arguments(options: FinetuneOptions) -> Any:
     """Return the Trainer's own arguments."""
     from transformers import TrainingArguments
-    from transformers.integrations import get_available_reporting_integrations
+    from transformers.integrations.integration_utils import get_available_reporting_integrations
 
-    available = ["none", *get_available_reporting_integrations()]
+    available = ["none", *get_available_reporting_integrations()]  # type: ignore[no-untyped-call]
     if options.report_to not in available:
         raise UsageError("nothing installed to report to", got=options.report_to, expected=", ".join(available))
-    names = (
-        "learning_rate per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps "
-        "num_train_epochs max_steps warmup_steps lr_scheduler_type weight_decay max_grad_norm seed logging_steps "
-        "save_steps save_total_limit report_to"
-    ).split()
     try:
         return TrainingArguments(
             output_dir=str(options.output_dir),
@@ -178,15 +186,22 @@ def _training_arguments(options: FinetuneOptions) -> Any:
             remove_unused_columns=False,
             prediction_loss_only=True,
             eval_strategy="epoch" if options.validation_file else "no",
-            **{name: getattr(options, name) for name in names},
+            **{name: getattr(options, name) for name in _TRAINER_OPTIONS},
         )
     except ValueError as error:
         raise UsageError("training options", got=str(error).splitlines()[0]) from error
 
 
 def _with_checkpoint(fault: WorkerFault, output_dir: Path) -> WorkerFault:
-    place = {"worker": fault.worker, "layer": fault.layer, "call": fault.call}
-    return WorkerFault(fault.what, **place, got=fault.got, expected=fault.expected, hint=_how_to_resume(output_dir))
+    return WorkerFault(
+        fault.what,
+        worker=fault.worker,
+        layer=fault.layer,
+        call=fault.call,
+        got=fault.got,
+        expected=fault.expected,
+        hint=_how_to_resume(output_dir),
+    )
 
 
 def _how_to_resume(output_dir: Path) -> str:

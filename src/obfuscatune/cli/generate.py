@@ -1,5 +1,7 @@
 """``obfuscatune generate``: complete private prompts with a protected model."""
 
+# ruff: noqa: RUF009 - option() makes a field, which is what the rule wants there
+
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -34,7 +36,7 @@ class GenerateOptions(ProtectionOptions, ModelOptions, ConfigOptions):
 
 @takes(GenerateOptions)
 def command(options: GenerateOptions) -> None:
-    """Complete prompts. Completions go to stdout in the prompts' order, one a line unless they hold line ends; the rest to stderr."""
+    """Complete prompts. Completions go to stdout in the order of the prompts, all else to stderr."""
     if (options.temperature is not None or options.top_p is not None) and not options.do_sample:
         raise UsageError("temperature and top_p are of sampling", hint="add --do_sample")
     from transformers import set_seed

@@ -6,7 +6,10 @@ from typing import Any
 
 from obfuscatune.cli.options import ModelOptions, option, takes
 
-EPILOG = "Examples:\n\nobfuscatune inspect --model_name_or_path gpt2\n\nobfuscatune inspect --model_name_or_path ./model --json"
+EPILOG = (
+    "Examples:\n\nobfuscatune inspect --model_name_or_path gpt2\n\n"
+    "obfuscatune inspect --model_name_or_path ./model --json"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +21,7 @@ class InspectOptions(ModelOptions):
 
 @takes(InspectOptions)
 def command(options: InspectOptions) -> None:
-    """Show a model's family and shapes, and for each profile what stays in the enclave and what crosses. Loads no weights."""
+    """Show a model's shapes, and for each profile what stays in the enclave and what crosses. Loads no weights."""
     from obfuscatune.cli.loading import load_config
 
     found = examine(load_config(options.model_name_or_path), options.dtype)
@@ -30,7 +33,7 @@ def command(options: InspectOptions) -> None:
 
 
 def examine(config: Any, dtype: str) -> dict[str, Any]:
-    """Return the findings as plain values, the profiles' under ``profiles`` (see ``cli/estimate.py`` for the formula)."""
+    """Return the findings as plain values, the profiles' under ``profiles``; the formula is in ``estimate.py``."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -40,7 +43,7 @@ def examine(config: Any, dtype: str) -> dict[str, Any]:
 
     spec = family_of(config)
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config)
+        model: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     model.tie_weights()
     shape = spec.attention_shape(config, 0)
     itemsize = getattr(torch, dtype).itemsize

@@ -33,7 +33,7 @@ def load_model(name: str, dtype: str) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     load_config(name)
     try:
         return AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
@@ -75,5 +75,8 @@ def load_adapter(model: Any, path: str) -> Any:
 def _unreadable(what: str, name: str, error: Exception) -> UsageError:
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return UsageError(
-        f"cannot load {what}", got=first[:200], where=name, hint="give a directory that save_pretrained wrote, or a hub name"
+        f"cannot load {what}",
+        got=first[:200],
+        where=name,
+        hint="give a directory that save_pretrained wrote, or a hub name",
     )

@@ -4,6 +4,8 @@ A field made by :func:`option` is one option, ``--field_name``; :func:`takes` tu
 function that typer can read. The switches of a profile are derived from the profile's own record.
 """
 
+# ruff: noqa: RUF009 - option() makes a field, which is what the rule wants there
+
 import dataclasses
 import inspect
 import typing
@@ -124,7 +126,9 @@ def _switches() -> Iterator[inspect.Parameter]:
 
 def _parameter(name: str, hint: Any, default: Any, spelling: str, **more: Any) -> inspect.Parameter:
     kinds = [hint, *typing.get_args(hint)]
-    choices = [choice for kind in kinds if typing.get_origin(kind) is typing.Literal for choice in typing.get_args(kind)]
+    choices = [
+        choice for kind in kinds if typing.get_origin(kind) is typing.Literal for choice in typing.get_args(kind)
+    ]
     if choices:
         more["help"] = f"{more['help']}: {', '.join(choices)}"
     # Short ones: typer's own leave no room for the names, which it would cut at 80 columns.

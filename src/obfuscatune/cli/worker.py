@@ -24,8 +24,8 @@ class WorkerOptions:
 def command(options: WorkerOptions) -> None:
     """Serve one enclave after another, until Ctrl-C or SIGTERM.
 
-    The worker gets no key, no token and no text. Its channel is neither encrypted nor authenticated yet: let it listen only
-    where nobody else can connect.
+    The worker gets no key, no token and no text. Its channel is neither encrypted nor authenticated yet: let it listen
+    only where nobody else can connect.
     """
     from obfuscatune.worker.__main__ import run
 

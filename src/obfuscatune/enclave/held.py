@@ -80,7 +80,7 @@ class HeldSlot:
         if keyed_a is None or keyed_b is None:
             raise self._session.fault("a factor of a held slot is missing", self.layer)
         for keyed, parameter in ((keyed_a, self._a), (keyed_b, self._b)):
-            if keyed.T.shape != parameter.shape or keyed.dtype != parameter.dtype:
+            if keyed.shape != parameter.T.shape or keyed.dtype != parameter.dtype:
                 got, expected = f"{list(keyed.shape)} {keyed.dtype}", f"{list(parameter.T.shape)} {parameter.dtype}"
                 raise self._session.fault("factor of a held slot", self.layer, got=got, expected=expected)
         with torch.no_grad():

@@ -65,7 +65,8 @@ def add_lora(call: RemoteCall, x: Tensor, *, split: SplitInput | None, held: Hel
     """Add to a call what its LoRA slot needs on the input side, if it has one in use."""
     if split is not None and (adapter := split.active()) is not None:
         tensors, changed = split.inputs(x, adapter)
-        call.tensors.update(tensors)
+        # PEFT keeps the adapter of a bfloat16 model in float32; one call has one dtype.
+        call.tensors.update({name: tensor.to(x.dtype) for name, tensor in tensors.items()})
         call.factors.append(f"B.{slot}")
         if changed:
             call.push.add(f"B.{slot}")

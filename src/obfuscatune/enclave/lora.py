@@ -109,8 +109,8 @@ class SplitOutput(_Split):
         """Return ``s (x A) B`` from what came back, ``v`` ``[..., r]``."""
         layer: Any = self.layer
         a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-        low_rank = decode(v, self.rank_key(a.shape[0]))
+        low_rank = decode(v.to(a.dtype), self.rank_key(a.shape[0]))
         if self.offset is not None:
-            low_rank = low_rank + self.offset @ a.T
+            low_rank = low_rank + self.offset.to(a.dtype) @ a.T
         product: Tensor = (low_rank * layer.scaling[adapter]) @ b.T
         return product

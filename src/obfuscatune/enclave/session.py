@@ -6,6 +6,7 @@ expected, of exactly the expected shapes and dtypes, all finite. Anything else, 
 be taken for a later one.
 """
 
+import math
 import subprocess
 import threading
 import time
@@ -120,12 +121,12 @@ class Session(Secret):
     def _check(
         self, reply: dict[str, Any], outputs: dict[str, Tensor], expected: Expected | None, layer: str, call: int
     ) -> None:
-        if reply.get("id") != call and reply.get("error") != "busy":
-            raise self.fault("reply to another call", layer, got=str(reply.get("id"))[:20], expected=call)
         if reply.get("ok") is not True:
             # The worker's own words: nothing of it may steer a terminal.
             message = ascii(reply.get("message", "no message"))[:300]
             raise self.fault("the worker refused the request", layer, got=message)
+        if reply.get("id") != call:
+            raise self.fault("reply to another call", layer, got=ascii(reply.get("id"))[:20], expected=call)
         if expected is not None:
             if set(outputs) != set(expected):
                 raise self.fault("tensors of the reply", layer, got=sorted(outputs)[:8], expected=sorted(expected))
@@ -136,7 +137,7 @@ class Session(Secret):
                     raise self.fault(f"shape or dtype of {name}", layer, got=got, expected=f"{list(shape)} {dtype}")
         for name, tensor in outputs.items():
             # One pass in the common case: a sum is finite unless a term is not, or it overflows.
-            if tensor.is_floating_point() and not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
+            if tensor.is_floating_point() and not math.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
                 raise self.fault(
                     f"{name} is not finite", layer, hint="a faulty worker, or a training run that diverged"
                 )

@@ -83,7 +83,7 @@ class RemoteWhole(nn.Module):
         adapter = slots.split_last.active() if slots.split_last is not None else None
         if slots.split_last is not None and adapter is not None:
             tensors, changed = slots.split_last.inputs(adapter)
-            call.tensors.update(tensors)
+            call.tensors.update({name: tensor.to(x.dtype) for name, tensor in tensors.items()})
             call.factors.append(f"A.{slots.last}")
             call.shapes[f"v.{slots.last}"] = (*x.shape[:-1], slots.split_last.rank(adapter))
             if changed:
@@ -93,7 +93,7 @@ class RemoteWhole(nn.Module):
         outputs = call.run()
         y: Tensor = decode(outputs["y"], self._key_out) + self.bias
         if slots.split_last is not None and adapter is not None:
-            y = y + slots.split_last.product(outputs[f"v.{slots.last}"], adapter)
+            y = y + slots.split_last.product(outputs[f"v.{slots.last}"], adapter).to(y.dtype)
         return y
 
 

@@ -1,5 +1,6 @@
 """The benchmark's end of a contender: starts the process, asks it, and ends it whatever happens."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -70,7 +71,10 @@ class ContenderProcess:
             self._process.terminate()
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
-                pipe.close()
+                with contextlib.suppress(
+                    BrokenPipeError
+                ):  # a request that a dead process did not take is flushed again
+                    pipe.close()
         try:
             self._process.wait(timeout=_EXIT_SECONDS)
         except subprocess.TimeoutExpired:

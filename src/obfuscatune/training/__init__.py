@@ -1,1 +1,1 @@
-"""Fine-tuning a protected model with the stock ``Trainer``: checkpoints that can be resumed bit for bit, logs, interrupts."""
+"""Fine-tuning a protected model with the stock ``Trainer``: checkpoints that resume bit for bit, logs, interrupts."""

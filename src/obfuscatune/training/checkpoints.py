@@ -1,8 +1,8 @@
 """What is written to disk: the adapter, in one piece or not at all, and checkpoints that hold their own keys.
 
-A checkpoint is the Trainer's own directory ``checkpoint-N`` with two files more: the master secret, without which the state of
-an optimizer on the worker means nothing, and the profile that it belongs to. The secret opens everything that the worker
-has seen: a checkpoint is as private as the data.
+A checkpoint is the Trainer's own directory ``checkpoint-N`` with two files more: the master secret, without which the
+state of an optimizer on the worker means nothing, and the profile that it belongs to. The secret opens everything that
+the worker has seen: a checkpoint is as private as the data.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ def remove_checkpoints(output_dir: Path) -> None:
 
 
 def find_checkpoint(resume: str, output_dir: Path) -> Path:
-    """Return the checkpoint that ``--resume_from_checkpoint`` names: a path, or ``true`` or ``last`` for the newest one.
+    """Return the checkpoint that ``--resume_from_checkpoint`` names: a path, or ``true`` or ``last`` for the newest.
 
     Raises:
         UsageError: there is none, or it was not written to its end.

@@ -8,8 +8,8 @@ from typing import Any, Self
 from transformers import TrainerCallback
 
 
-class StopOnInterrupt(TrainerCallback):  # type: ignore[misc]
-    """A callback of the Trainer, and a context manager that has the signal meanwhile. ``requested``: whether it came."""
+class StopOnInterrupt(TrainerCallback):
+    """A callback of the Trainer, and a context manager that takes the signal. ``requested``: whether it came."""
 
     def __init__(self) -> None:
         self.requested = False

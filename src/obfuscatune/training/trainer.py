@@ -13,8 +13,8 @@ from obfuscatune.enclave.protected import Protected
 from obfuscatune.training.checkpoints import whole_checkpoint
 
 
-class ProtectedTrainer(Trainer):  # type: ignore[misc]
-    """Adds to the logs, since the last one: tokens/s, bytes and calls across the boundary, share of time in the enclave.
+class ProtectedTrainer(Trainer):
+    """Logs, since the log before, tokens/s, bytes and calls across the boundary, and the enclave's share of the time.
 
     Args:
         protected: what ``protect`` returned; its model is trained by the optimizer that it makes.
@@ -62,12 +62,12 @@ class ProtectedTrainer(Trainer):  # type: ignore[misc]
         )
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        path = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        path = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         with whole_checkpoint(path, self._protected.secret, self._protected.profile.name):
             super()._save_checkpoint(model, trial)
 
 
-class ProgressOnStderr(ProgressCallback):  # type: ignore[misc]
+class ProgressOnStderr(ProgressCallback):
     """The stock progress bar; its log lines go to stderr too, so that stdout has results only."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **more: Any) -> None:

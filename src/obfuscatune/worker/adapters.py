@@ -48,7 +48,8 @@ class HeldFactors:
 
     def product(self, x: Tensor) -> Tensor:
         """Return the low-rank product, of the shape of the segment's own output."""
-        return ((x @ self.a) @ self.b) * self.scale
+        product = ((x.to(self.a.dtype) @ self.a) @ self.b) * self.scale  # PEFT's factors may be wider than the weights
+        return product.to(x.dtype)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Both factors by name."""

@@ -49,13 +49,6 @@ def _reply(connection: Connection, reply: dict[str, object], outputs: dict[str, 
         connection.send({"id": reply["id"], "ok": False, "error": "failed", "message": str(error)})
 
 
-def _send(connection: Connection, reply: dict[str, Any], outputs: dict[str, torch.Tensor]) -> None:
-    try:
-        connection.send(reply, outputs)
-    except UsageError as error:  # the reply breaks a limit of the protocol; nothing was sent
-        connection.send({"id": reply["id"], "ok": False, "error": "failed", "message": error.what})
-
-
 def _answer(
     session: WorkerSession, header: dict[str, Any], tensors: dict[str, torch.Tensor]
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

@@ -1,0 +1,72 @@
+"""What `inspect` computes equals what a run counts; `doctor` never promises what is not there."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import obfuscatune
+from obfuscatune.cli.doctor import NO_TEE, TEE, examine
+
+BATCH, SHORT, LONG = 2, 4, 20
+
+
+def test_inspect_prints_a_table_and_json(model_dir: Path, run) -> None:
+    found = json.loads(run("inspect", "--model_name_or_path", model_dir, "--json").out)
+    assert (found["family"], found["blocks"], found["width"], found["hidden"]) == ("gpt2", 2, 24, 96)
+    assert [row["profile"] for row in found["profiles"]] == list(obfuscatune.PROFILES)
+    table = run("inspect", "--model_name_or_path", model_dir).out
+    assert "balanced" in table and "parameters  22,224" in table
+
+
+@pytest.mark.parametrize("profile", ["plain", "paper", "balanced", "enclave"])
+def test_the_estimate_is_what_a_forward_counts(profile: str, model_dir: Path, worker: str, run) -> None:
+    found = json.loads(run("inspect", "--model_name_or_path", model_dir, "--json").out)
+    row = next(row for row in found["profiles"] if row["profile"] == profile)
+    model = AutoModelForCausalLM.from_pretrained(model_dir).eval()
+    counts = []
+    with obfuscatune.protect(model, profile=profile, worker=worker) as protected, torch.no_grad():
+        for length in (SHORT, LONG):
+            protected.model(torch.ones(BATCH, length, dtype=torch.int64), use_cache=False)
+            report = protected.report()
+            t = report.traffic.get("forward")
+            counts.append((0, 0, 0) if t is None else (t.calls, t.bytes_sent, t.bytes_received))
+    assert (row["enclave_parameters"], row["worker_parameters"]) == (
+        report.enclave_parameters,
+        report.worker_parameters,
+    )
+    (calls, *first), (both_calls, *both) = counts
+    blocks = row["keyed_blocks"]
+    assert calls == both_calls / 2 == row["calls_per_layer"] * blocks
+    rates = (row["bytes_sent_per_token_and_layer"], row["bytes_received_per_token_and_layer"])
+    for of_first, of_both, rate in zip(first, both, rates, strict=True):
+        # The second forward less the first: framing cancels, but for the digits of the calls' numbers.
+        tokens = BATCH * (LONG - SHORT)
+        assert of_both - 2 * of_first == pytest.approx(rate * blocks * tokens, abs=8 * max(1, calls))
+        framing = of_first - rate * blocks * BATCH * SHORT
+        assert 0 <= framing <= 200 * calls
+
+
+def test_inspect_refuses_other_families(tmp_path: Path, run) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", "architectures": ["BertModel"]}))
+    outcome = run("inspect", "--model_name_or_path", tmp_path)
+    assert outcome.code == 2 and "family is not supported yet: got model_type 'bert'" in outcome.err
+
+
+def test_doctor_prints_lines_and_json(run) -> None:
+    found = json.loads(run("doctor", "--json").out)
+    assert {"torch", "cpu_threads", "cuda_devices", "core_dumps", "tee_devices", "verdict"} <= found.keys()
+    assert found["verdict"] in run("doctor").out
+
+
+def test_only_a_device_inside_a_tee_changes_the_verdict(tmp_path: Path) -> None:
+    (tmp_path / "dev").mkdir()
+    assert examine(tmp_path)["verdict"] == NO_TEE
+    for name in ("tpm0", "sgx_enclave"):  # there on machines whose owner reads every process
+        (tmp_path / "dev" / name).touch()
+    assert examine(tmp_path)["tee_devices"]["/dev/tpm*"]
+    assert examine(tmp_path)["verdict"] == NO_TEE
+    (tmp_path / "dev" / "tdx_guest").touch()
+    assert examine(tmp_path)["verdict"] == TEE

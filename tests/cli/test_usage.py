@@ -1,0 +1,119 @@
+"""Help, exit codes, config files: all that needs neither a model nor a worker."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from obfuscatune.cli import VERBS, main
+from obfuscatune.errors import UsageError, WorkerFault
+
+
+@pytest.mark.parametrize("verb", ["", *VERBS])
+def test_every_help_ends_with_examples_of_options_that_exist(verb: str, run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    outcome = run(*[verb] * bool(verb), "--help")
+    assert outcome.code == 0
+    assert "…" not in outcome.out, "an option's name is cut"
+    options, _, examples = outcome.out.partition("Examples:")
+    assert f"obfuscatune {verb}" in examples
+    assert {word for word in examples.split() if word.startswith("--")} <= {*options.split(), "--help"}
+
+
+def test_help_imports_neither_torch_nor_transformers() -> None:
+    program = (
+        "import sys; from obfuscatune.cli import main; code = main(['finetune', '--help'])\n"
+        "sys.exit(code or any(name in sys.modules for name in ('torch', 'transformers', 'peft')))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.DEVNULL, timeout=60)  # noqa: S603
+    assert done.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "message"),
+    [
+        (UsageError("bad", hint="try"), 2, "error: bad\nhint: try\n"),
+        (
+            WorkerFault("gone", worker="w", layer="h.0", call=3),
+            1,
+            "error: gone (at worker w, layer h.0, call 3)\nhint: start",
+        ),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_errors_become_exit_codes_without_a_traceback(
+    raised: BaseException, code: int, message: str, run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> dict[str, object]:
+        raise raised
+
+    monkeypatch.setattr("obfuscatune.cli.doctor.examine", fail)
+    outcome = run("doctor")
+    assert (outcome.code, outcome.out) == (code, "")
+    assert outcome.err.startswith(message)
+    assert "Traceback" not in outcome.err
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("obfuscatune.cli.doctor.examine", lambda: {}["missing"])
+    with pytest.raises(KeyError):
+        main(["doctor"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nothing"], "No such command 'nothing'"),
+        (["doctor", "--jsn"], "--json"),
+        (["inspect"], "Missing option"),
+        (["generate", "--model_name_or_path", "x", "--keys", "rot13"], "'haar'"),
+        (["finetune", "--max_length", "1"], "--max_length"),
+        (["worker", "--listen", "carrier-pigeon"], "not an address"),
+        (["generate", "--model_name_or_path", "x", "--top_p", "0.5"], "hint: add --do_sample"),
+        (["inspect", "--model_name_or_path", "./nowhere"], "no such model directory: got ./nowhere"),
+    ],
+)
+def test_misuse_is_refused(arguments: list[str], message: str, run) -> None:
+    outcome = run(*arguments)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err.startswith("error: ") and message in outcome.err
+
+
+def test_a_config_file_is_refused_with_all_its_faults_by_line(tmp_path: Path, run) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "learning_rat: 3\nlora_r: many\nmlp: {a: 1}\nseed: 1\nseed: 2\nkeys: rot13\nlora_target_modules: a\n"
+    )
+    outcome = run("finetune", "--config", path)
+    assert outcome.code == 2
+    for message in (
+        "line 1: unknown option 'learning_rat', did you mean 'learning_rate'?",
+        "line 2: 'lora_r'",
+        "line 3: 'mlp' is a map",
+        "line 5: 'seed' is there twice",
+        "line 6: 'keys'",
+        "line 7: 'lora_target_modules' is not a list",
+        f"(at {path})",
+    ):
+        assert message in outcome.err
+    assert "line 4" not in outcome.err
+
+
+@pytest.mark.parametrize(("text", "message"), [("a: [1\n", "run.yaml:2"), ("- a\n", "no map"), (None, "cannot read")])
+def test_what_is_no_config_file_is_refused(text: str | None, message: str, tmp_path: Path, run) -> None:
+    path = tmp_path / "run.yaml"
+    if text is not None:
+        path.write_text(text)
+    outcome = run("finetune", "--config", path)
+    assert outcome.code == 2 and message in outcome.err
+
+
+def test_the_command_line_wins_over_the_config_file(tmp_path: Path, run) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("model_name_or_path: ./from-file\ntrain_file: rows.jsonl\noutput_dir: out\nlearning_rate: 1e-3\n")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").touch()
+    outcome = run("finetune", "--config", path, "--output_dir", tmp_path / "taken")
+    assert outcome.code == 2
+    assert f"output directory is not empty (at {tmp_path / 'taken'})" in outcome.err

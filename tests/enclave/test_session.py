@@ -1,0 +1,295 @@
+"""The enclave's end of a session: what it takes for a reply, and that everything else is one `WorkerFault`."""
+
+import contextlib
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from obfuscatune.enclave.session import Session
+from obfuscatune.errors import ObfuscatuneError, UsageError, WorkerFault
+from obfuscatune.protocol import DTYPES, PROTOCOL_VERSION, Connection, TensorSpec, encode_head
+
+EXPECTED = {"y": ((2, 3), torch.float32)}
+Y = torch.tensor([[0.1234, 5.5, 7.0], [1.0, 2.0, 3.0]])
+
+
+@contextmanager
+def session_and_peer(*, timeout: float = 20) -> Iterator[tuple[Session, socket.socket]]:
+    """A session, and the bare socket of its worker: what is written there before a request is read as its reply."""
+    ours, theirs = socket.socketpair()
+    session = Session(Connection(ours, peer="w"), worker="w", timeout=timeout)
+    with closing(session), theirs:
+        yield session, theirs
+
+
+def frame(fields: dict[str, Any], tensors: dict[str, Tensor] | None = None) -> bytes:
+    tensors = tensors or {}
+    head, _ = encode_head(fields, [TensorSpec(n, t.dtype, tuple(t.shape)) for n, t in tensors.items()])
+    return head + b"".join(t.contiguous().numpy().tobytes() for t in tensors.values())
+
+
+def ask(session: Session) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    return session.request("forward", "h.0.attn", {"segment": "s0"}, {"x": torch.ones(1)}, EXPECTED)
+
+
+def test_a_right_reply_is_used() -> None:
+    with session_and_peer() as (session, peer):
+        peer.sendall(frame({"id": 1, "ok": True, "more": 5}, {"y": Y}))
+        reply, outputs = ask(session)
+        assert reply["more"] == 5
+        assert torch.equal(outputs["y"], Y)
+        counts = session.traffic["forward"]
+        assert (counts.calls, counts.bytes_received) == (1, len(frame({"id": 1, "ok": True, "more": 5}, {"y": Y})))
+
+
+OK = {"id": 1, "ok": True}
+WRONG: dict[str, tuple[bytes, str]] = {
+    "wrong shape": (frame(OK, {"y": Y.T}), r"shape or dtype of y: got \[3, 2\] torch.float32"),
+    "other rank": (frame(OK, {"y": Y.flatten()}), "shape or dtype of y"),
+    "wrong dtype": (frame(OK, {"y": Y.double()}), "shape or dtype of y"),
+    "integers": (frame(OK, {"y": Y.long()}), "shape or dtype of y"),
+    "NaN": (frame(OK, {"y": torch.full((2, 3), torch.nan)}), "y is not finite"),
+    "one Inf": (frame(OK, {"y": Y.clone().index_fill_(1, torch.tensor(2), torch.inf)}), "y is not finite"),
+    "Inf and -Inf": (frame(OK, {"y": torch.tensor([[torch.inf, -torch.inf, 0]] * 2)}), "y is not finite"),
+    "no tensor": (frame(OK), r"tensors of the reply: got \[\], expected \['y'\]"),
+    "more tensors": (frame(OK, {"y": Y, "z": Y}), "tensors of the reply"),
+    "another name": (frame(OK, {"z": Y}), "tensors of the reply"),
+    "earlier call": (frame({"id": 0, "ok": True}, {"y": Y}), "reply to another call: got 0, expected 1"),
+    "later call": (frame({"id": 2, "ok": True}, {"y": Y}), "reply to another call"),
+    "no id": (frame({"ok": True}, {"y": Y}), "reply to another call"),
+    "id as text": (frame({"id": "1", "ok": True}, {"y": Y}), "reply to another call"),
+    "not ok": (frame({"id": 1, "ok": 1}, {"y": Y}), "refused the request"),
+    "refusal": (frame({"id": 1, "ok": False, "error": "refused", "message": "segment: no"}), "segment: no"),
+    "refusal without a message": (frame({"id": 1, "ok": False}), "no message"),
+    "busy": (frame({"id": None, "ok": False, "error": "busy", "message": "another enclave"}), "another enclave"),
+    "busy and ok": (frame({"id": None, "ok": True, "error": "busy"}, {"y": Y}), "reply to another call"),
+    "garbage": (bytes(range(64)), "the reply breaks the protocol"),
+    "another version": (frame(OK, {"y": Y})[:4] + b"\x07" + frame(OK, {"y": Y})[5:], "other protocol version"),
+    "huge header": (b"OBFT\x01\0\0\0" + b"\xff" * 4 + bytes(8), "header too long"),
+    "huge payload": (b"OBFT\x01\0\0\0" + bytes(4) + b"\xff" * 8, "payload too long"),
+    "text": (b"HTTP/1.1 400 Bad Request\r\n\r\n", "not a frame of this protocol"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_reply_is_one_fault_and_the_end_of_the_session(case: str) -> None:
+    reply, match = WRONG[case]
+    with session_and_peer() as (session, peer):
+        peer.sendall(reply)
+        with pytest.raises(WorkerFault, match=match) as caught:
+            ask(session)
+        fault = caught.value
+        assert (fault.worker, fault.layer, fault.call) == ("w", "h.0.attn", 1)
+        assert "(at worker w, layer h.0.attn, call 1)\nhint: " in str(fault)
+        assert "0.1234" not in str(fault)
+        assert "5.5" not in str(fault)
+        with pytest.raises(UsageError, match="ended by an earlier fault") as later:
+            ask(session)
+        assert later.value.where == "h.0.attn"
+        assert drained(peer).count(b"OBFT") == 1, "nothing is sent after a fault"
+
+
+def drained(peer: socket.socket) -> bytes:
+    peer.settimeout(20)
+    data = b""
+    with contextlib.suppress(ConnectionResetError):  # the end, where the session left bytes unread
+        while chunk := peer.recv(65536):
+            data += chunk
+    return data
+
+
+def test_a_duplicate_reply_is_not_taken_for_the_next() -> None:
+    with session_and_peer() as (session, peer):
+        peer.sendall(frame(OK, {"y": Y}) * 2)
+        ask(session)
+        with pytest.raises(WorkerFault, match="reply to another call: got 1, expected 2"):
+            ask(session)
+
+
+def test_a_late_reply_is_never_used() -> None:
+    with session_and_peer(timeout=0.05) as (session, peer):
+        with pytest.raises(WorkerFault, match=r"no reply within 0.05 s"):
+            ask(session)
+        with pytest.raises(OSError):
+            while True:
+                peer.sendall(frame(OK, {"y": Y}))
+        with pytest.raises(UsageError, match="ended by an earlier fault"):
+            ask(session)
+
+
+def test_a_worker_that_stops_within_a_reply() -> None:
+    with session_and_peer() as (session, peer):
+        peer.sendall(frame(OK, {"y": Y})[:-1])
+        peer.shutdown(socket.SHUT_WR)
+        with pytest.raises(WorkerFault, match="the worker is gone"):
+            ask(session)
+
+
+def test_a_worker_that_is_gone() -> None:
+    with session_and_peer() as (session, peer):
+        peer.close()
+        with pytest.raises(WorkerFault, match="the worker is gone"):
+            ask(session)
+
+
+def test_another_version_is_refused() -> None:
+    with session_and_peer() as (session, peer):
+        peer.sendall(frame({"id": 1, "ok": True, "version": PROTOCOL_VERSION + 1}))
+        with pytest.raises(WorkerFault, match=f"another protocol version: got {PROTOCOL_VERSION + 1}"):
+            session.hello()
+
+
+def test_the_words_of_a_worker_cannot_steer_a_terminal() -> None:
+    with session_and_peer() as (session, peer):
+        peer.sendall(frame({"id": 1, "ok": False, "message": "\x1b[2Jowned\r\n" + "x" * 10_000}))
+        with pytest.raises(WorkerFault, match="owned") as caught:
+            ask(session)
+        assert "\x1b" not in str(caught.value)
+        assert len(str(caught.value)) < 1000
+
+
+def test_a_closed_session_says_so() -> None:
+    with session_and_peer() as (session, _):
+        session.close()
+        session.close()
+        with pytest.raises(UsageError, match="the protected model was closed"):
+            ask(session)
+
+
+def test_drops_ride_along_once_and_never_too_many() -> None:
+    with session_and_peer() as (session, peer):
+        other = Connection(peer.dup(), peer="enclave")
+        with closing(other):
+            for number in range(2500):
+                session.drop_call(number)
+            session.drop_cache(7)
+            dropped = []
+            for call in range(1, 5):
+                peer.sendall(frame({"id": call, "ok": True}, {"y": Y}))
+                ask(session)
+                dropped.append(other.receive()[0].get("drop"))
+    assert [drop and (len(drop["calls"]), drop["caches"]) for drop in dropped] == [
+        (1000, [7]),
+        (1000, []),
+        (500, []),
+        None,
+    ]
+    assert [number for drop in dropped if drop for number in drop["calls"]] == list(range(2500))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_an_interrupt_in_a_request_ends_the_session(
+    error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(self: Connection) -> Any:
+        raise error
+
+    with session_and_peer() as (session, _):
+        monkeypatch.setattr(Connection, "receive", interrupted)
+        with pytest.raises(error):
+            ask(session)
+        with pytest.raises(UsageError, match="interrupted in the middle of a request"):
+            ask(session)
+
+
+def test_two_threads_do_not_mix_their_requests() -> None:
+    with session_and_peer() as (session, peer):
+        other = Connection(peer.dup(), peer="enclave")
+
+        def serve() -> None:
+            for _ in range(40):
+                header, tensors = other.receive()
+                other.send({"id": header["id"], "ok": True}, {"y": tensors["x"] * 2})
+
+        def drive(value: float) -> None:
+            for _ in range(20):
+                x = torch.full((2, 3), value)
+                _, outputs = session.request("forward", "l", {}, {"x": x}, EXPECTED)
+                right.append(torch.equal(outputs["y"], x * 2))
+
+        right: list[bool] = []
+        threads = [threading.Thread(target=serve), *(threading.Thread(target=drive, args=(v,)) for v in (1.0, 2.0))]
+        run_all(threads)
+        other.close()
+    assert right == [True] * 40
+
+
+def run_all(threads: list[threading.Thread]) -> None:
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+        assert not thread.is_alive()
+
+
+values: st.SearchStrategy[Any] = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 2**40)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=4,
+)
+headers = st.fixed_dictionaries(
+    {},
+    optional={
+        "id": st.just(1) | values,
+        "ok": st.just(True) | values,
+        "error": st.just("busy") | values,
+        "message": values,
+        "version": st.just(PROTOCOL_VERSION) | values,
+        "gradient_norms": values,
+    },
+)
+floats = st.sampled_from([0.0, 1.0, -3e38, 1e-40, torch.inf, torch.nan])
+replies = st.builds(
+    lambda names, dtype, shape, value: (
+        {n: torch.full(shape, value).nan_to_num().to(dtype) for n in names}
+        if not dtype.is_floating_point
+        else {n: torch.full(shape, value, dtype=torch.float64).to(dtype) for n in names}
+    ),
+    st.lists(st.sampled_from(["y", "z"]), unique=True),
+    st.just(torch.float32) | st.sampled_from([d for d in DTYPES.values() if d != torch.bfloat16]),
+    st.just([2, 3]) | st.lists(st.integers(0, 4), max_size=4),
+    floats,
+)
+
+
+def only_a_fault(reply: bytes, call: Callable[[Session], Any]) -> None:
+    with session_and_peer() as (session, peer):
+        peer.sendall(reply)
+        peer.shutdown(socket.SHUT_WR)
+        try:
+            call(session)
+        except ObfuscatuneError as error:
+            assert type(error) is WorkerFault
+            with pytest.raises(UsageError, match="ended by an earlier fault"):
+                ask(session)
+
+
+@given(headers, replies)
+@settings(max_examples=300)
+def test_fuzzed_replies_are_right_or_one_fault(header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    reply = frame(header, tensors)
+    only_a_fault(reply, ask)
+    only_a_fault(reply, lambda session: session.hello())
+    only_a_fault(reply, lambda session: session.request("optimizer", "-", {}, {}, None))
+
+
+@given(st.data())
+@settings(max_examples=300)
+def test_fuzzed_bytes_are_right_or_one_fault(data: st.DataObject) -> None:
+    reply = bytearray(frame(OK, {"y": Y}))
+    for _ in range(data.draw(st.integers(1, 4))):
+        reply[data.draw(st.integers(0, len(reply) - 1))] = data.draw(st.integers(0, 255))
+    only_a_fault(bytes(reply[: data.draw(st.integers(0, len(reply)))]), ask)
+    only_a_fault(bytes(reply), ask)

@@ -1,0 +1,166 @@
+"""Real processes that are killed: the other side notices at once, says what happened, and nothing is left behind."""
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import obfuscatune
+from obfuscatune.errors import UsageError, WorkerFault
+from obfuscatune.protocol import Connection
+
+from .workers import IDS, generate, loss_of, new_model
+
+PATIENCE = 60  # seconds; nothing here takes more than a few
+
+
+def kill_when_sent(monkeypatch: pytest.MonkeyPatch, protected: Any, op: str, number: int) -> None:
+    """Kill the worker between the ``number``-th request of an operation and its reply."""
+    pid, send, seen = protected.session.process.pid, Connection.send, []
+
+    def sending(self: Connection, fields: Any, tensors: Any = None) -> int:
+        seen.append(fields["op"])
+        if (fields["op"], seen.count(op)) != (op, number):
+            return send(self, fields, tensors or {})
+        os.kill(pid, signal.SIGSTOP)
+        os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOWAIT)  # it has stopped, so it cannot reply
+        sent = send(self, fields, tensors or {})
+        os.kill(pid, signal.SIGKILL)
+        return sent
+
+    monkeypatch.setattr(Connection, "send", sending)
+
+
+def is_gone(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+WORK: dict[str, tuple[Callable[[Any], Any], str, int, str]] = {
+    "forward": (loss_of, "forward", 3, "transformer.h.1.attn"),
+    "backward": (lambda model: loss_of(model).backward(), "backward", 1, "transformer.h.1.mlp"),
+    "generation": (generate, "forward", 6, "transformer.h.0.mlp"),
+}
+
+
+@pytest.mark.parametrize("work", WORK)
+def test_a_killed_worker(work: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    do, op, number, layer = WORK[work]
+    descriptors = len(os.listdir("/proc/self/fd"))
+    with obfuscatune.protect(new_model(), threads=1, timeout=PATIENCE) as protected:
+        pid = protected.session.process.pid
+        kill_when_sent(monkeypatch, protected, op, number)
+        with pytest.raises(WorkerFault) as caught:
+            do(protected.model)
+        fault = caught.value
+        where = f"worker spawned process {pid}, layer {layer}, call {fault.call}"
+        assert str(fault).splitlines() == [
+            f"the worker is gone: got killed by signal 9 (at {where})",
+            "hint: start the worker again and resume from the last checkpoint",
+        ]
+        assert fault.call == protected.session._last_id
+        assert is_gone(pid)
+        with pytest.raises(UsageError, match=r"ended by an earlier fault \(the worker is gone\)"):
+            do(protected.model)
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+ENCLAVE = """
+import sys, obfuscatune
+sys.path.insert(0, sys.argv[1])
+from faults.workers import new_model
+protected = obfuscatune.protect(new_model(), threads=1)
+print(protected.session.process.pid, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_killed_enclave_takes_its_worker_along() -> None:
+    command = [sys.executable, "-c", ENCLAVE, str(Path(__file__).parents[1])]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as enclave:  # noqa: S603
+        assert enclave.stdout is not None
+        worker = os.pidfd_open(int(enclave.stdout.readline()))
+        try:
+            assert not select.select([worker], [], [], 0)[0], "the worker runs"
+            enclave.kill()
+            assert select.select([worker], [], [], PATIENCE)[0], "the worker outlives the enclave"
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(worker, signal.SIGKILL)
+            os.close(worker)
+
+
+def test_a_closed_session_leaves_no_process() -> None:
+    with obfuscatune.protect(new_model(), threads=1, timeout=PATIENCE) as protected:
+        process = protected.session.process
+        assert not is_gone(process.pid)
+    assert process.returncode == 0
+    assert is_gone(process.pid)
+    with pytest.raises(UsageError, match="the protected model was closed"):
+        protected.model(input_ids=IDS)
+
+
+@contextlib.contextmanager
+def listening_worker(address: str) -> Iterator[tuple["subprocess.Popen[str]", str]]:
+    """A worker's process and the address it says it listens at."""
+    command = [sys.executable, "-m", "obfuscatune.worker", "--threads", "1", "--listen", address]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:  # noqa: S603
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            assert line.startswith("worker listening on "), line
+            yield process, line.split()[3]
+        finally:
+            process.kill()
+
+
+def test_a_worker_at_a_unix_address(tmp_path: Path) -> None:
+    path = tmp_path / "w"
+    with listening_worker(f"unix://{path}") as (process, address):
+        assert path.is_socket()
+        expected = loss_of(new_model())
+        with obfuscatune.protect(new_model(), worker=address, timeout=PATIENCE) as first:
+            second = new_model()
+            with pytest.raises(WorkerFault, match="another enclave is connected") as caught:
+                obfuscatune.protect(second, worker=address, timeout=PATIENCE)
+            assert (caught.value.worker, caught.value.layer) == (address, "-")
+            torch.testing.assert_close(loss_of(second), expected)
+            torch.testing.assert_close(loss_of(first.model), expected)
+        for _ in range(3):  # one after another it serves them all
+            with obfuscatune.protect(new_model(), worker=address, timeout=PATIENCE) as protected:
+                torch.testing.assert_close(loss_of(protected.model), expected)
+        refused = start_in_vain(address)
+        assert refused.returncode == 2
+        assert "address is in use" in refused.stderr
+        assert path.is_socket()
+        with obfuscatune.protect(new_model(), worker=address, timeout=PATIENCE) as protected:
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(PATIENCE) == 0
+            assert not path.exists()
+            with pytest.raises(WorkerFault, match="the worker is gone"):
+                loss_of(protected.model)
+
+
+def test_a_port_that_is_taken() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        refused = start_in_vain(f"tcp://127.0.0.1:{taken.getsockname()[1]}")
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("error: address is in use (at tcp://127.0.0.1:")
+    assert "Traceback" not in refused.stderr
+
+
+def start_in_vain(address: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "obfuscatune.worker", "--listen", address]
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)  # noqa: S603

@@ -1,0 +1,165 @@
+"""A worker that lies in the middle of real work: one clear fault that names layer and call, and the session's end."""
+
+import traceback
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import obfuscatune
+from obfuscatune.errors import UsageError, WorkerFault
+from obfuscatune.protocol import Connection
+
+from .workers import Answer, Fields, Tensors, generate, loss_of, new_model, worker_in_a_thread
+
+
+def lying(op: str, number: int, lie: Answer) -> Answer:
+    """Answer honestly but for the ``number``-th request of an operation."""
+    seen: list[int] = []
+
+    def answer(connection: Connection, request: Fields, reply: Fields, outputs: Tensors) -> None:
+        if request["op"] == op:
+            seen.append(request["id"])
+        if request["op"] == op and len(seen) == number:
+            lie(connection, request, reply, outputs)
+        else:
+            connection.send(reply, outputs)
+
+    return answer
+
+
+def change(**changed: Any) -> Answer:
+    return lambda connection, request, reply, outputs: connection.send({**reply, **changed}, outputs) and None
+
+
+def change_tensors(how: Any) -> Answer:
+    return lambda connection, request, reply, outputs: (
+        connection.send(reply, {n: how(t) for n, t in outputs.items()}) and None
+    )
+
+
+LIES: dict[str, tuple[Answer, str]] = {
+    "wrong shape": (change_tensors(lambda t: t[..., :-1].contiguous()), "shape or dtype of"),
+    "wrong dtype": (change_tensors(lambda t: t.double()), "shape or dtype of"),
+    "NaN": (change_tensors(lambda t: t * torch.nan), "is not finite"),
+    "Inf": (change_tensors(lambda t: t / 0), "is not finite"),
+    "no tensors": (lambda connection, request, reply, outputs: connection.send(reply) and None, "tensors of the reply"),
+    "another call": (change(id=1), "reply to another call"),
+    "refusal": (change(ok=False, message="out of memory"), "out of memory"),
+    "garbage": (lambda connection, request, reply, outputs: connection._sock.sendall(bytes(99)), "breaks the protocol"),
+    "end": (lambda connection, request, reply, outputs: connection.close(), "the worker is gone"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+@pytest.mark.parametrize(
+    ("op", "number", "layer"),
+    [
+        ("forward", 3, "transformer.h.1.attn"),
+        ("forward", 4, "transformer.h.1.mlp"),
+        ("backward", 2, "transformer.h.1.attn"),
+    ],
+)
+def test_a_lie_in_a_training_step(op: str, number: int, layer: str, lie: str, tmp_path: Path) -> None:
+    answer, match = LIES[lie]
+    with (
+        worker_in_a_thread(tmp_path, lying(op, number, answer)) as address,
+        obfuscatune.protect(new_model(), worker=address, timeout=60) as protected,
+    ):
+        with pytest.raises(WorkerFault, match=match) as caught:
+            loss_of(protected.model).backward()
+        fault = caught.value
+        assert fault.worker == address
+        assert fault.layer == layer
+        assert fault.call == protected.session._last_id
+        text = "".join(traceback.format_exception(fault))
+        assert "tensor(" not in text
+        with pytest.raises(UsageError, match="ended by an earlier fault"):
+            loss_of(protected.model)
+        assert "balanced" in str(protected.report())
+
+
+def test_a_duplicate_reply_in_a_generation(tmp_path: Path) -> None:
+    def twice(connection: Connection, request: Fields, reply: Fields, outputs: Tensors) -> None:
+        connection.send(reply, outputs)
+        connection.send(reply, outputs)
+
+    with (
+        worker_in_a_thread(tmp_path, lying("forward", 5, twice)) as address,
+        obfuscatune.protect(new_model(), worker=address, timeout=60) as protected,
+    ):
+        with pytest.raises(WorkerFault, match="reply to another call") as caught:
+            generate(protected.model)
+        assert caught.value.layer == "transformer.h.0.mlp"
+
+
+def test_a_late_reply_in_a_generation(tmp_path: Path) -> None:
+    with (
+        worker_in_a_thread(tmp_path, lying("forward", 6, lambda *_: None)) as address,
+        obfuscatune.protect(new_model(), worker=address, timeout=1.0) as protected,
+    ):
+        with pytest.raises(WorkerFault, match="no reply within 1 s") as caught:
+            generate(protected.model)
+        assert caught.value.layer == "transformer.h.0.mlp"
+        with pytest.raises(UsageError, match="ended by an earlier fault"):
+            generate(protected.model)
+
+
+NORMS: dict[str, Any] = {
+    "none": None,
+    "list": [1.0],
+    "other slots": {"x": 1.0},
+    "text": {"main": "1"},
+    "negative": {"main": -1.0},
+}
+
+
+@pytest.mark.parametrize("norms", NORMS)
+def test_wrong_gradient_norms(norms: str, tmp_path: Path) -> None:
+    with (
+        worker_in_a_thread(tmp_path, lying("backward", 1, change(gradient_norms=NORMS[norms]))) as address,
+        obfuscatune.protect(new_model(), profile="paper", worker=address, timeout=60) as protected,
+    ):
+        with pytest.raises(WorkerFault, match="gradient norm") as caught:
+            loss_of(protected.model).backward()
+        assert caught.value.layer == "transformer.h.1.mlp.c_proj"
+        with pytest.raises(UsageError, match="ended by an earlier fault"):
+            loss_of(protected.model)
+
+
+EXPORTS: dict[str, Any] = {
+    "nothing": lambda outputs: {},
+    "one missing": lambda outputs: dict(list(outputs.items())[1:]),
+    "one number": lambda outputs: {name: t.flatten()[:1] for name, t in outputs.items()},
+    "transposed": lambda outputs: {name: t.T.contiguous() for name, t in outputs.items()},
+    "another dtype": lambda outputs: {name: t.double() for name, t in outputs.items()},
+    "NaN": lambda outputs: {name: t * torch.nan for name, t in outputs.items()},
+}
+
+
+@pytest.mark.parametrize("export", EXPORTS)
+def test_wrong_factors_when_the_adapter_is_saved(export: str, tmp_path: Path) -> None:
+    def lie(connection: Connection, request: Fields, reply: Fields, outputs: Tensors) -> None:
+        connection.send(reply, EXPORTS[export](outputs))
+
+    with (
+        worker_in_a_thread(tmp_path, lying("optimizer", 2, lie)) as address,
+        obfuscatune.protect(new_model(), profile="paper", worker=address, timeout=60) as protected,
+    ):
+        loss_of(protected.model).backward()
+        protected.create_optimizer("sgd", lr=0.1).step()
+        with pytest.raises(WorkerFault, match=r"factor of a held slot|is not finite"):
+            protected.model.state_dict()
+        with pytest.raises(UsageError, match="ended by an earlier fault"):
+            loss_of(protected.model)
+
+
+@pytest.mark.parametrize("number", ["many", -5, None, [1], True])
+def test_a_lie_about_memory_harms_nobody(number: Any, tmp_path: Path) -> None:
+    with (
+        worker_in_a_thread(tmp_path, lying("stats", 1, change(peak_memory_bytes=number))) as address,
+        obfuscatune.protect(new_model(), worker=address, timeout=60) as protected,
+    ):
+        assert protected.report().worker_peak_bytes in (None, 1)
+    assert "balanced" in str(protected.report())

@@ -1,0 +1,204 @@
+"""The server under requests that are broken on purpose: each is answered, and the next good one is served."""
+
+import copy
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from obfuscatune.errors import ConnectionClosedError
+from obfuscatune.protocol import DTYPES, Address, Connection, Limits, connect, listen
+from obfuscatune.worker.server import serve_connection, serve_forever
+
+CPU = torch.device("cpu")
+Request = tuple[dict[str, Any], dict[str, Tensor]]
+
+
+@contextmanager
+def served(*, limits: Limits = Limits()) -> Iterator[Connection]:  # noqa: B008
+    ours, theirs = socket.socketpair()
+    thread = threading.Thread(target=serve_connection, args=(Connection(theirs, peer="enclave", limits=limits), CPU))
+    thread.start()
+    with closing(Connection(ours, peer="worker")) as connection:
+        connection.settimeout(60)
+        yield connection
+    thread.join(timeout=60)
+    assert not thread.is_alive()
+
+
+def ask(connection: Connection, header: dict[str, Any], tensors: dict[str, Tensor] | None = None) -> Request:
+    connection.send(header, tensors or {})
+    return connection.receive()
+
+
+def ones(*shape: int) -> Tensor:
+    return torch.ones(*shape)
+
+
+# One valid request of each kind, in an order in which all succeed.
+VALID: list[Request] = [
+    ({"op": "hello"}, {}),
+    ({"op": "define", "segment": "s0", "kind": "linear", "spec": {}}, {"weight": ones(4, 4)}),
+    ({"op": "define", "segment": "s1", "kind": "attention", "spec": {"heads": 2, "scale": 0.5}},
+     {"qkv": ones(4, 12), "qkv_bias": ones(12), "out": ones(4, 4)}),
+    ({"op": "define", "segment": "s2", "kind": "mlp", "spec": {"activation": "gelu_new"}},
+     {"up": ones(4, 8), "up_bias": ones(8), "down": ones(8, 4)}),
+    ({"op": "hold", "segment": "s2", "slot": "up", "scale": 2.0}, {"a": ones(4, 2), "b": ones(2, 8)}),
+    ({"op": "forward", "segment": "s0", "keep": True, "factors": ["B.main"], "held": []},
+     {"x": ones(2, 3, 4), "u.main": ones(2, 3, 2), "B.main": ones(2, 4)}),
+    ({"op": "backward", "segment": "s0", "call": 106, "wants": ["x", "B.main"], "fresh": []}, {"y": ones(2, 3, 4)}),
+    ({"op": "forward", "segment": "s1", "keep": False, "causal": True, "factors": [], "held": [],
+      "cache": {"id": 1, "length": 0, "rows": None}}, {"x": ones(2, 3, 4)}),
+    ({"op": "forward", "segment": "s1", "keep": False, "causal": False, "factors": [], "held": [],
+      "mask_shape": [2, 1, 1, 4], "cache": {"id": 1, "length": 3, "rows": [1, 0]}},
+     {"x": ones(2, 1, 4), "mask": torch.tensor([255], dtype=torch.uint8)}),
+    ({"op": "forward", "segment": "s2", "keep": True, "factors": [], "held": ["up"]}, {"x": ones(2, 3, 4)}),
+    ({"op": "backward", "segment": "s2", "call": 110, "wants": ["x"], "fresh": ["up"]}, {"y": ones(2, 3, 4)}),
+    ({"op": "optimizer", "action": "step", "kind": "adamw", "options": {"lr": 0.1}, "lr": 0.1,
+      "scales": {"s2.up": 1.0}}, {}),
+    ({"op": "optimizer", "action": "export"}, {}),
+    ({"op": "optimizer", "action": "import", "kind": "adamw", "options": {"lr": 0.1}}, {"s2.up.a": ones(4, 2)}),
+    ({"op": "stats", "drop": {"calls": [1], "caches": [1]}}, {}),
+]  # fmt: skip
+
+
+def run_valid(connection: Connection, upto: int) -> None:
+    for number, (header, tensors) in enumerate(VALID[:upto], start=101):
+        reply, _ = ask(connection, {"id": number, **header}, tensors)
+        assert reply["ok"] is True, (header, reply)
+        assert reply["id"] == number
+
+
+def test_the_valid_requests_are_valid() -> None:
+    with served() as connection:
+        run_valid(connection, len(VALID))
+
+
+words = sorted({word for header, tensors in VALID for word in [*header, *tensors]})
+scalars = (
+    st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False, allow_infinity=False)
+)
+values = st.recursive(
+    scalars | st.integers(-3, 12) | st.sampled_from([*words, "s0", "s1", "s2", ""]) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(words), inner, max_size=3),
+    max_leaves=4,
+)
+tensors = st.builds(
+    lambda dtype, shape: torch.ones(shape).to(dtype),
+    st.sampled_from(list(DTYPES.values())),
+    st.lists(st.integers(0, 4), max_size=5),
+)
+
+
+@st.composite
+def broken_requests(draw: st.DrawFn) -> tuple[int, Request]:
+    """A valid request, and the number of those before it, with one to three things changed."""
+    index = draw(st.integers(0, len(VALID) - 1))
+    header, arrays = copy.deepcopy(VALID[index])
+    header["id"] = 101 + index
+    for _ in range(draw(st.integers(1, 3))):
+        target: dict[str, Any] = header
+        nested = [key for key, value in header.items() if isinstance(value, dict)]
+        if nested and draw(st.booleans()):
+            target = header[draw(st.sampled_from(nested))]
+        change = draw(st.sampled_from(["value", "value", "remove", "add", "tensor", "tensor", "no tensor"]))
+        if change == "value" and target:
+            target[draw(st.sampled_from(sorted(target)))] = draw(values)
+        elif change == "remove" and target:
+            del target[draw(st.sampled_from(sorted(target)))]
+        elif change == "add":
+            target[draw(st.sampled_from(words))] = draw(values)
+        elif change == "tensor":
+            arrays[draw(st.sampled_from([*words, "u.up", "A.down", "z"]))] = draw(tensors)
+        elif arrays:
+            del arrays[draw(st.sampled_from(sorted(arrays)))]
+    header.pop("tensors", None)
+    return index, (header, arrays)
+
+
+@given(broken_requests())
+@settings(max_examples=250)
+def test_a_broken_request_is_answered_and_the_next_is_served(case: tuple[int, Request]) -> None:
+    index, (header, arrays) = case
+    with served() as connection:
+        run_valid(connection, index)
+        reply, outputs = ask(connection, header, arrays)
+        assert reply["id"] == header.get("id")
+        if reply["ok"] is not True:
+            assert reply["error"] in ("refused", "failed")
+            assert isinstance(reply["message"], str)
+            assert outputs == {}
+        reply, _ = ask(connection, {"id": 999, "op": "stats"})
+        assert (reply["id"], reply["ok"]) == (999, True)
+
+
+def test_a_reply_beyond_the_limits_is_an_error_and_not_the_end() -> None:
+    with served(limits=Limits(max_payload_bytes=1000)) as connection:
+        assert ask(
+            connection,
+            {"id": 1, "op": "define", "segment": "s", "kind": "linear", "spec": {}},
+            {"weight": ones(1, 200)},
+        )
+        reply, outputs = ask(connection, {"id": 2, "op": "forward", "segment": "s"}, {"x": ones(2, 1)})
+        assert (reply["id"], reply["ok"], reply["error"], outputs) == (2, False, "failed", {})
+        assert ask(connection, {"id": 3, "op": "stats"})[0]["ok"] is True
+
+
+@pytest.mark.parametrize("garbage", [b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"OBFT\x02" + bytes(15), bytes(100)])
+def test_garbage_ends_the_connection_and_allocates_nothing(garbage: bytes) -> None:
+    ours, theirs = socket.socketpair()
+    thread = threading.Thread(target=serve_connection, args=(Connection(theirs, peer="enclave"), CPU))
+    thread.start()
+    with ours:
+        ours.settimeout(60)
+        ours.sendall(garbage)
+        with suppress(ConnectionResetError):  # the same end, where unread bytes were left
+            assert ours.recv(1) == b""
+    thread.join(timeout=60)
+    assert not thread.is_alive()
+
+
+def test_a_session_ends_with_its_connection() -> None:
+    with served() as connection:
+        run_valid(connection, 10)
+    with served() as connection:
+        assert ask(connection, {"id": 1, "op": "stats"})[0]["kept_calls"] == 0
+        assert ask(connection, {"id": 2, "op": "forward", "segment": "s0"}, {"x": ones(1, 4)})[0]["ok"] is False
+
+
+def test_a_second_enclave_is_told_that_the_worker_is_busy(tmp_path: Any) -> None:
+    address = Address(path=str(tmp_path / "w"))
+    listener = listen(address)
+    ended: list[BaseException] = []
+    thread = threading.Thread(target=_until_closed, args=(lambda: serve_forever(listener, CPU, Limits()), ended))
+    thread.start()
+    try:
+        with closing(Connection(connect(address, 10), peer="worker")) as first:
+            assert ask(first, {"id": 1, "op": "hello"})[0]["ok"] is True
+            for _ in range(3):
+                with closing(Connection(connect(address, 10), peer="worker")) as second:
+                    reply, _ = ask(second, {"id": 1, "op": "hello"})
+                    assert (reply["id"], reply["ok"], reply["error"]) == (None, False, "busy")
+                    with pytest.raises(ConnectionClosedError):
+                        second.receive()
+            assert ask(first, {"id": 2, "op": "stats"})[0]["ok"] is True
+    finally:
+        listener.shutdown(socket.SHUT_RDWR)  # wakes the accept
+        thread.join(timeout=60)
+        listener.close()
+    assert not thread.is_alive()
+    assert len(ended) == 1
+
+
+def _until_closed(serve: Callable[[], None], ended: list[BaseException]) -> None:
+    try:
+        serve()
+    except OSError as error:
+        ended.append(error)
