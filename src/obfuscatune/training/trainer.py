@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, Trainer
 
+from obfuscatune.data import IGNORED_LABEL
 from obfuscatune.enclave.protected import Protected
 from obfuscatune.training.checkpoints import whole_checkpoint
 
@@ -37,6 +39,14 @@ class ProtectedTrainer(Trainer):
         self._tokens += int(inputs["attention_mask"].sum())
         loss: torch.Tensor = super().training_step(model, inputs, *more, **named)
         return loss
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *more: Any, **named: Any) -> Any:
+        """The model's own loss, with logits only at positions where some row has a label: the head is costly."""
+        targets = F.pad(inputs["labels"], (0, 1), value=IGNORED_LABEL)[:, 1:]  # the logits at t are of token t + 1
+        positions = (targets != IGNORED_LABEL).any(dim=0).nonzero().flatten()
+        if len(positions):
+            inputs = {**inputs, "logits_to_keep": positions, "shift_labels": targets[:, positions]}
+        return super().compute_loss(model, inputs, *more, **named)
 
     def log(self, logs: dict[str, float], *more: Any, **named: Any) -> None:
         """Add the measures of the interval since the last log to those of a training step."""
