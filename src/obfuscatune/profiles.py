@@ -65,7 +65,7 @@ PROFILES: dict[str, Profile] = {
     for profile in (
         Profile(
             name="plain",
-            summary="nothing is keyed: the baseline of cost, and the control of the wire test",
+            summary="nothing is keyed but LoRA's rank numbers: the baseline of cost, and the control of the wire test",
             attention="worker",
             mlp="worker",
         ),
