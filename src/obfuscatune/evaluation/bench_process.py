@@ -71,9 +71,8 @@ class ContenderProcess:
             self._process.terminate()
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
-                with contextlib.suppress(
-                    BrokenPipeError
-                ):  # a request that a dead process did not take is flushed again
+                # Closing flushes again what a dead process did not take.
+                with contextlib.suppress(BrokenPipeError):
                     pipe.close()
         try:
             self._process.wait(timeout=_EXIT_SECONDS)
