@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from obfuscatune.cli.options import option, takes
 
 EPILOG = (
-    "Examples:\n\nobfuscatune worker --listen unix:///tmp/worker.sock\n\n"
+    "Examples:\n\nobfuscatune worker --listen unix:///run/obfuscatune.sock\n\n"
     "obfuscatune worker --listen tcp://0.0.0.0:7000 --device cuda"
 )
 
