@@ -1,5 +1,6 @@
 """Profiles: what their names say, each switch alone, and all faults in one message."""
 
+import contextlib
 import dataclasses
 import warnings
 from typing import Any
@@ -69,19 +70,47 @@ CHANGES: dict[str, Any] = {
 }
 
 
+IDLE_IN_BALANCED = {"inner_keys", "kappa"}
+
+
 def test_every_switch_can_be_set_alone() -> None:
     assert set(CHANGES) == set(SWITCHES)
     for switch, value in CHANGES.items():
-        resolved = resolve("balanced", **{switch: value})
+        idle = switch in IDLE_IN_BALANCED
+        with pytest.warns(UserWarning, match=f"{switch} has no effect") if idle else contextlib.nullcontext():
+            resolved = resolve("balanced", **{switch: value})
         assert getattr(resolved, switch) == value
-        assert resolved.name == f"balanced+{switch}={value}"
+        assert resolved.name == ("balanced" if idle else f"balanced+{switch}={value}")
         assert resolved == dataclasses.replace(PROFILES["balanced"], name=resolved.name, **{switch: value})
 
 
 def test_names_tell_what_is_changed_and_nothing_else() -> None:
     assert resolve("balanced", mlp="worker").name == "balanced"
-    assert resolve("balanced", mlp="enclave", kappa=2).name == "balanced+mlp=enclave+kappa=2"
-    assert resolve(resolve("balanced", mlp="enclave"), kappa=2).name == "balanced+mlp=enclave+kappa=2"
+    assert resolve("balanced", head_kappa=2, mlp="enclave").name == "balanced+mlp=enclave+head_kappa=2.0"
+    assert resolve(resolve("balanced", mlp="enclave"), head_kappa=2).name == "balanced+mlp=enclave+head_kappa=2.0"
+
+
+@pytest.mark.parametrize(
+    ("profile", "switches"),
+    [
+        ("paper", {"kappa": 32.0}),
+        ("paper", {"key_block": 8}),
+        ("paper", {"head_keys": True}),
+        ("paper", {"head_kappa": 2.0}),
+        ("paper", {"permute_mlp": True}),
+        ("balanced", {"inner_keys": "haar"}),
+        ("enclave", {"keys": "haar"}),
+    ],
+)
+def test_a_switch_without_effect_is_warned_of_and_not_named(profile: str, switches: dict[str, Any]) -> None:
+    with pytest.warns(UserWarning, match=f"{next(iter(switches))} has no effect"):
+        assert resolve(profile, **switches).name == profile
+
+
+def test_profiles_do_the_same_exactly_where_their_switches_are_equal() -> None:
+    assert resolve("balanced", head_kappa=4).switches() == PROFILES["balanced"].switches()
+    changed = dataclasses.replace(PROFILES["balanced"], key_block=32)  # the name does not tell
+    assert changed.name == "balanced" and changed.switches() != PROFILES["balanced"].switches()
 
 
 def test_lora_on_the_worker_unfolds_the_norms_with_a_warning() -> None:

@@ -6,7 +6,6 @@ is a cryptographic boundary.
 """
 
 import dataclasses
-import math
 import warnings
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -59,6 +58,10 @@ class Profile:
     kappa: float = 1.0
     head_kappa: float = 4.0
 
+    def switches(self) -> dict[str, str | int | float | bool]:
+        """Return what the profile does, as plain values by name: equal exactly where two profiles do the same."""
+        return {name: getattr(self, name) for name in ("remote", *SWITCHES)}
+
 
 PROFILES: dict[str, Profile] = {
     profile.name: profile
@@ -96,6 +99,8 @@ PROFILES: dict[str, Profile] = {
     )
 }
 
+# float64 has 16 digits: beyond this a key's inverse is noise, and nothing computed under it means anything.
+MAX_KAPPA = 1e8
 SWITCHES = tuple(f.name for f in dataclasses.fields(Profile) if f.name not in ("name", "summary", "remote"))
 _CHOICES = {
     "keys": get_args(KeyFamily),
@@ -110,7 +115,8 @@ def resolve(profile: str | Profile, **switches: Any) -> Profile:
     """Return the profile of that name with the given switches changed, checked as a whole.
 
     ``None`` leaves a switch as the profile has it. LoRA factors on the worker need the norm's own output there, so
-    ``lora_placement="worker"`` un-folds the norms, with a warning that names what this shows.
+    ``lora_placement="worker"`` un-folds the norms, with a warning that names what this shows. A switch that has no effect
+    under the others is warned of too, and not named.
 
     Raises:
         UsageError: unknown profile or switch, or a value out of range; all faults in one message.
@@ -124,8 +130,11 @@ def resolve(profile: str | Profile, **switches: Any) -> Profile:
     if unknown:
         raise UsageError("unknown profile switch", got=", ".join(unknown), expected=f"some of {', '.join(SWITCHES)}")
     base = profile
+    for name in ("kappa", "head_kappa"):
+        if type(changed.get(name)) is int:
+            changed[name] = float(changed[name])
     profile = dataclasses.replace(profile, **changed)
-    faults = list(_faults(profile))
+    faults = _faults(profile)
     if faults:
         raise UsageError("the profile's switches do not fit", got="; ".join(faults), where=f"profile {base.name}")
     if profile.lora_placement == "worker" and profile.fold_norms:
@@ -135,11 +144,33 @@ def resolve(profile: str | Profile, **switches: Any) -> Profile:
             stacklevel=3,
         )
         profile = dataclasses.replace(profile, fold_norms=False)
-    names = [f"{name}={getattr(profile, name)}" for name in changed if getattr(profile, name) != getattr(base, name)]
+    idle = _without_effect(profile, changed)
+    if idle:
+        warnings.warn("; ".join(idle.values()), stacklevel=3)
+        changed = {name: value for name, value in changed.items() if name not in idle}
+    names = [f"{n}={getattr(profile, n)}" for n in SWITCHES if n in changed and getattr(profile, n) != getattr(base, n)]
     return dataclasses.replace(profile, name="+".join([base.name, *names]))
 
 
-def _faults(profile: Profile) -> "list[str]":
+def _without_effect(profile: Profile, changed: dict[str, Any]) -> dict[str, str]:
+    """Say which of the given switches do nothing under the others: a result must not bear their names."""
+    inside = "enclave" in (profile.attention, profile.mlp)
+    families = {profile.keys, profile.inner_keys} if inside else {profile.keys}
+    needs = {
+        "inner_keys": (inside, "attention or mlp in the enclave"),
+        "kappa": ("conditioned" in families, "conditioned keys"),
+        "key_block": ("monarch" in families, "monarch keys"),
+        "head_keys": (profile.attention == "worker", "attention on the worker"),
+        "head_kappa": (profile.attention == "worker" and profile.head_keys, "head_keys"),
+        "permute_mlp": (profile.mlp == "worker", "mlp on the worker"),
+    }
+    if not profile.remote:
+        return {name: f"{name} has no effect: everything stays in the enclave" for name in changed}
+    idle = {name: need for name, (used, need) in needs.items() if name in changed and not used}
+    return {name: f"{name} has no effect without {need}" for name, need in idle.items()}
+
+
+def _faults(profile: Profile) -> list[str]:
     faults = [
         f"{name} is {getattr(profile, name)!r}, not one of {', '.join(allowed)}"
         for name, allowed in _CHOICES.items()
@@ -154,6 +185,6 @@ def _faults(profile: Profile) -> "list[str]":
             faults.append(f"{name} is {value!r}, not a whole number of at least {least}")
     for name in ("kappa", "head_kappa"):
         value = getattr(profile, name)
-        if type(value) not in (int, float) or not 1 <= value < math.inf:
-            faults.append(f"{name} is {value!r}, not a finite number of at least 1")
+        if type(value) not in (int, float) or not 1 <= value <= MAX_KAPPA:
+            faults.append(f"{name} is {value!r}, not a number from 1 to {MAX_KAPPA:g}")
     return faults

@@ -1,6 +1,7 @@
 """Fine-tuning and generation from the command line, with a real worker process."""
 
 import json
+import os
 import resource
 import shutil
 import signal
@@ -52,7 +53,12 @@ def test_the_adapter_loads_in_peft_and_generates_the_same(
     losses = [entry["loss"] for entry in report["training"] if "loss" in entry]
     assert len(losses) == 6 and losses[-1] < losses[0]
     assert not list(output.glob(".adapter-*"))
-    assert stat.S_IMODE((output / "checkpoint-3" / SECRET_FILE).stat().st_mode) == 0o600
+    for path, mode in (
+        (output, 0o700),
+        (output / "checkpoint-3", 0o700),
+        (output / "checkpoint-3" / SECRET_FILE, 0o600),
+    ):
+        assert stat.S_IMODE(path.stat().st_mode) == mode
 
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_dir), output).eval()
     tokenizer = AutoTokenizer.from_pretrained(model_dir, padding_side="left")
@@ -68,8 +74,14 @@ def test_the_adapter_loads_in_peft_and_generates_the_same(
     expected = tokenizer.batch_decode(plain[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
     generate = ["generate", "--model_name_or_path", model_dir, "--worker", worker, "--max_new_tokens", 6]
     both = [word for prompt in prompts for word in ("--prompt", prompt)]
-    outcome = run(*generate, "--adapter_name_or_path", output, *both)
+    rows = tmp_path / "completions.jsonl"
+    outcome = run(*generate, "--adapter_name_or_path", output, *both, "--output_file", rows)
     assert (outcome.code, outcome.out) == (0, "".join(f"{text}\n" for text in expected)), outcome.err
+    assert [json.loads(line) for line in rows.read_text().splitlines()] == [
+        {"prompt": prompt, "completion": text} for prompt, text in zip(prompts, expected, strict=True)
+    ]
+    assert stat.S_IMODE(rows.stat().st_mode) == 0o600
+    assert run(*generate, *both, "--output_file", rows).code == 2, "an older file is written over"
     assert run(*generate, *both).out != outcome.out, "the adapter makes no difference"
 
 
@@ -94,7 +106,8 @@ def test_a_resumed_run_ends_in_the_same_bits(profile: str, finetune: list[object
         assert not equal(adapter(other.parent), adapter(whole))
     else:
         outcome = run(*command, "--mlp", "enclave", "--output_dir", resumed, "--resume_from_checkpoint", "true")
-        assert outcome.code == 2 and "checkpoint of another profile: got balanced" in outcome.err
+        assert outcome.code == 2 and "checkpoint of another profile" in outcome.err
+        assert "got balanced with mlp=worker, expected mlp=enclave" in outcome.err
 
 
 @pytest.mark.parametrize("switches", [(), ("--profile", "paper"), ("--lora_placement", "split", "--mlp", "enclave")])
@@ -102,6 +115,12 @@ def test_a_bfloat16_model_has_a_float32_adapter(switches: tuple[str, ...], finet
     outcome = run(*finetune, "--dtype", "bfloat16", "--max_steps", 2, *switches, "--output_dir", tmp_path / "out")
     assert outcome.code == 0, outcome.err
     assert {tensor.dtype for tensor in adapter(tmp_path / "out").values()} == {torch.float32}
+
+
+@pytest.mark.filterwarnings("always:lora_placement")
+def test_norms_are_unfolded_with_one_warning(finetune: list[object], tmp_path: Path, run) -> None:
+    outcome = run(*finetune, "--max_steps", 1, "--lora_placement", "worker", "--output_dir", tmp_path / "out")
+    assert (outcome.code, outcome.err.count("norms are not folded")) == (0, 1), outcome.err
 
 
 def test_bad_rows_are_refused_with_file_and_line(finetune: list[object], tmp_path: Path, run) -> None:
@@ -173,6 +192,23 @@ def test_a_dead_worker_is_named_with_the_checkpoint_to_resume_from(
     assert f"worker {address}, layer transformer.h.0.attn, call " in outcome.err
     assert f"--resume_from_checkpoint {output / 'checkpoint-3'}" in outcome.err
     assert not (output / "adapter_config.json").exists()
+
+
+def test_ctrl_c_in_the_last_evaluation_keeps_what_was_trained(
+    finetune: list[object], tmp_path: Path, run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate = ProtectedTrainer.evaluate
+
+    def interrupted(self: ProtectedTrainer, *arguments: Any, **named: Any) -> Any:
+        if self.state.global_step == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+        return evaluate(self, *arguments, **named)
+
+    monkeypatch.setattr(ProtectedTrainer, "evaluate", interrupted)
+    output = tmp_path / "out"
+    outcome = run(*finetune, "--validation_file", finetune[4], "--save_steps", 100, "--output_dir", output)
+    assert outcome.code == 0 and "interrupted after the last step" in outcome.err
+    assert adapter(output)
 
 
 @pytest.mark.parametrize("signals", [1, pytest.param(2, marks=pytest.mark.slow)])

@@ -1,5 +1,6 @@
 """Help, exit codes, config files: all that needs neither a model nor a worker."""
 
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,29 @@ def test_errors_become_exit_codes_without_a_traceback(
     assert (outcome.code, outcome.out) == (code, "")
     assert outcome.err.startswith(message)
     assert "Traceback" not in outcome.err
+
+
+def test_core_dumps_are_off(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = {}
+    monkeypatch.setattr(resource, "setrlimit", limits.__setitem__)
+    assert run("--version").code == 0
+    assert limits == {resource.RLIMIT_CORE: (0, 0)}
+
+
+def test_a_home_directory_in_a_config_file_is_expanded(
+    model_dir: Path, tmp_path: Path, run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from obfuscatune.cli.loading import load_model
+
+    monkeypatch.setenv("HOME", str(model_dir.parent))
+    names: list[str] = []
+    monkeypatch.setattr(
+        "obfuscatune.cli.loading.load_model", lambda name, dtype: names.append(name) or load_model(name, dtype)
+    )
+    path = tmp_path / "run.yaml"
+    path.write_text(f"model_name_or_path: ~/{model_dir.name}\nmax_new_tokens: 1\nprofile: enclave\nprompt: [a]\n")
+    outcome = run("generate", "--config", path)
+    assert (outcome.code, names) == (0, [str(model_dir)]), outcome.err
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

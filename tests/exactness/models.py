@@ -34,7 +34,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "balanced, first block inside": ("balanced", {**MONARCH, "enclave_blocks": 1}),
     "balanced, lora split": ("balanced", {**MONARCH, "lora_placement": "split"}),
     "balanced, lora worker": ("balanced", {**MONARCH, "lora_placement": "worker", "fold_norms": False}),
-    "balanced, haar": ("balanced", {"keys": "haar", "inner_keys": "haar"}),
+    "balanced, haar": ("balanced", {"keys": "haar"}),
     "balanced, conditioned": (
         "balanced",
         {"keys": "conditioned", "inner_keys": "conditioned", "kappa": 8.0, "mlp": "enclave"},

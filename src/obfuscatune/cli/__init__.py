@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 a fault (the worker's, the disk's), 2 misuse (option, file
 
 import importlib
 import os
+import resource
 import sys
 import warnings
 from collections.abc import Sequence
@@ -53,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; the console script's entry."""
     # Before torch is imported: two processes that share cores spin against each other, at more cost than all keys.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # A core dump would write keys and data to the disk, or hand them to the machine's crash reporter.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning

@@ -35,7 +35,7 @@ class FinetuneOptions(ProtectionOptions, ModelOptions, ConfigOptions):
 
     train_file: Path = option("JSONL rows with text, prompt + completion, or messages")
     validation_file: Path | None = option("rows to evaluate the loss on, after each epoch", None)
-    output_dir: Path = option("where the adapter, report.json and checkpoints go")
+    output_dir: Path = option("where the adapter, report.json and checkpoints go; made with mode 0700")
     overwrite_output_dir: bool = option(
         "write into a directory that is not empty", False, flag="--overwrite_output_dir"
     )
@@ -79,14 +79,13 @@ def command(options: FinetuneOptions) -> None:
     from obfuscatune.cli.loading import load_model, load_tokenizer
     from obfuscatune.data import Collator, encode_rows, read_rows
     from obfuscatune.enclave.protected import protect
-    from obfuscatune.profiles import resolve
     from obfuscatune.training.checkpoints import load_keys, remove_checkpoints, save_adapter
     from obfuscatune.training.interrupt import StopOnInterrupt
     from obfuscatune.training.trainer import ProtectedTrainer
 
     arguments = _training_arguments(options)
-    profile = resolve(options.profile, **options.switches)
-    secret = None if checkpoint is None else load_keys(checkpoint, profile.name)
+    protection = options.protection()
+    secret = None if checkpoint is None else load_keys(checkpoint, protection["profile"])
     files = [read_rows(path) for path in (options.train_file, options.validation_file) if path is not None]
     base = load_model(options.model_name_or_path, options.dtype)
     tokenizer = load_tokenizer(options.model_name_or_path, base.config)
@@ -98,7 +97,7 @@ def command(options: FinetuneOptions) -> None:
         print(f"{path}: {counts}", file=sys.stderr)
     model = _add_adapter(base, options)
     with (
-        protect(model, **options.protection(), secret=secret, progress=True) as protected,
+        protect(model, **protection, secret=secret, progress=True) as protected,
         StopOnInterrupt() as interrupt,
     ):
         if checkpoint is None:
@@ -118,8 +117,10 @@ def command(options: FinetuneOptions) -> None:
         except WorkerFault as fault:
             raise _with_checkpoint(fault, options.output_dir) from fault
         if interrupt.requested:
-            print(f"interrupted: {_how_to_resume(options.output_dir)}", file=sys.stderr)
-            raise typer.Exit(130)
+            if trainer.state.global_step < trainer.state.max_steps:
+                print(f"interrupted: {_how_to_resume(options.output_dir)}", file=sys.stderr)
+                raise typer.Exit(130)
+            print("interrupted after the last step: the training is complete", file=sys.stderr)
         save_adapter(protected.model, options.output_dir)
         report = protected.report()
     _write_report({"training": trainer.state.log_history, **report.to_dict()}, options.output_dir)
@@ -128,19 +129,22 @@ def command(options: FinetuneOptions) -> None:
 
 def _prepare_output(options: FinetuneOptions) -> Path | None:
     """Refuse what would be overwritten; return the checkpoint to resume from, if any."""
-    directory = options.output_dir
+    directory, checkpoint = options.output_dir, None
     if options.resume_from_checkpoint is not None:
         from obfuscatune.training.checkpoints import find_checkpoint
 
-        return find_checkpoint(options.resume_from_checkpoint, directory)
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())) and not options.overwrite_output_dir:
+        checkpoint = find_checkpoint(options.resume_from_checkpoint, directory)
+    elif (
+        directory.exists() and (not directory.is_dir() or any(directory.iterdir())) and not options.overwrite_output_dir
+    ):
         hint = "--overwrite_output_dir, or --resume_from_checkpoint last to continue the run that is there"
         raise UsageError("output directory is not empty", where=str(directory), hint=hint)
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        # An adapter tells of the rows that it was trained on, and a checkpoint's secret opens all the worker has seen.
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError("cannot make the output directory", got=error.strerror, where=str(directory)) from None
-    return None
+    return checkpoint
 
 
 def _add_adapter(base: Any, options: FinetuneOptions) -> Any:

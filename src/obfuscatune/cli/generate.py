@@ -2,14 +2,16 @@
 
 # ruff: noqa: RUF009 - option() makes a field, which is what the rule wants there
 
+import json
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from obfuscatune.cli.options import ConfigOptions, ModelOptions, ProtectionOptions, option, takes
-from obfuscatune.errors import UsageError
+from obfuscatune.cli.options import ConfigOptions, ModelOptions, ProtectionOptions, expand_home, option, takes
+from obfuscatune.errors import ObfuscatuneError, UsageError
 
 EPILOG = (
     "Examples:\n\nobfuscatune generate --model_name_or_path gpt2 --prompt 'The enclave said'\n\n"
@@ -22,9 +24,12 @@ _GENERATION: dict[str, Any] = {"rich_help_panel": "Generation"}
 class GenerateOptions(ProtectionOptions, ModelOptions, ConfigOptions):
     """Options of ``obfuscatune generate``; names as in transformers' ``GenerationConfig``."""
 
-    adapter_name_or_path: str | None = option("directory, or name on the hub, of a PEFT adapter", None)
+    adapter_name_or_path: str | None = option(
+        "directory, or name on the hub, of a PEFT adapter", None, callback=expand_home
+    )
     prompt: list[str] | None = option("text to complete; repeatable", None)
     prompt_file: Path | None = option("JSONL rows with a prompt", None)
+    output_file: Path | None = option("new JSONL file of prompts and completions, mode 0600", None)
     batch_size: int = option("prompts completed together", 8, min=1)
     max_new_tokens: int = option("longest completion", 32, min=1, **_GENERATION)
     do_sample: bool = option("sample instead of taking the likeliest", False, flag="--do_sample", **_GENERATION)
@@ -39,12 +44,14 @@ def command(options: GenerateOptions) -> None:
     """Complete prompts. Completions go to stdout in the order of the prompts, all else to stderr."""
     if (options.temperature is not None or options.top_p is not None) and not options.do_sample:
         raise UsageError("temperature and top_p are of sampling", hint="add --do_sample")
+    if options.output_file is not None:
+        _check_output(options.output_file)
     from transformers import set_seed
 
     from obfuscatune.cli.loading import load_adapter, load_model, load_tokenizer
     from obfuscatune.enclave.protected import protect
 
-    prompts = list(_prompts(options))
+    prompts, completions = list(_prompts(options)), []
     model = load_model(options.model_name_or_path, options.dtype)
     tokenizer = load_tokenizer(options.model_name_or_path, model.config)
     tokenizer.padding_side = "left"  # completions continue the last position of every row
@@ -54,8 +61,27 @@ def command(options: GenerateOptions) -> None:
     with protect(model.eval(), **options.protection(), progress=True) as protected:
         for start in range(0, len(prompts), options.batch_size):
             for text in _complete(protected.model, tokenizer, prompts[start : start + options.batch_size], options):
+                completions.append(text)
                 print(text, flush=True)
         print(protected.report(), file=sys.stderr)
+    if options.output_file is not None:
+        rows = zip((prompt for _, prompt in prompts), completions, strict=True)
+        _write(options.output_file, [{"prompt": prompt, "completion": text} for prompt, text in rows])
+
+
+def _check_output(path: Path) -> None:
+    if path.exists() or not path.parent.is_dir():
+        what = "file is there already" if path.exists() else "no such directory"
+        raise UsageError(what, where=f"--output_file {path}")
+
+
+def _write(path: Path, rows: list[dict[str, str]]) -> None:
+    """Write JSONL for this user only; a new file, because an old one would keep its mode."""
+    try:
+        with open(path, "x", encoding="utf-8", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    except OSError as error:
+        raise ObfuscatuneError("cannot write the completions", got=error.strerror, where=str(path)) from error
 
 
 def _prompts(options: GenerateOptions) -> Iterator[tuple[str, str]]:

@@ -16,7 +16,7 @@ def load_config(name: str) -> Any:
 
     from obfuscatune.families import family_of
 
-    if name[:1] in "./~" and not Path(name).expanduser().is_dir():
+    if name[:1] in "./~" and not Path(name).is_dir():
         raise UsageError("no such model directory", got=name, where="--model_name_or_path")
     try:
         config = AutoConfig.from_pretrained(name)

@@ -8,6 +8,7 @@ function that typer can read. The switches of a profile are derived from the pro
 
 import dataclasses
 import inspect
+import os.path
 import typing
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, dataclass, field
@@ -17,7 +18,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from obfuscatune.cli.config import load_config
-from obfuscatune.profiles import PROFILES, SWITCHES, Profile
+from obfuscatune.profiles import PROFILES, SWITCHES, Profile, resolve
 
 T = TypeVar("T")
 
@@ -51,6 +52,11 @@ def option(text: str, default: Any = MISSING, **more: Any) -> Any:
     return field(default=default, metadata={"help": text, **more})
 
 
+def expand_home(name: str | None) -> str | None:
+    """Expand a leading ``~``, which no shell does in a config file; the callback of options that name a directory."""
+    return None if name is None else os.path.expanduser(name)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ConfigOptions:
     """A file of options."""
@@ -64,7 +70,7 @@ class ConfigOptions:
 class ModelOptions:
     """Which model, in which dtype."""
 
-    model_name_or_path: str = option("directory, or name on the hub, of a causal language model")
+    model_name_or_path: str = option("directory, or name on the hub, of a causal language model", callback=expand_home)
     dtype: typing.Literal["float32", "float64", "bfloat16"] = option("dtype of its weights", "float32")
 
 
@@ -80,9 +86,9 @@ class ProtectionOptions:
     switches: dict[str, Any] = field(default_factory=dict)
 
     def protection(self) -> dict[str, Any]:
-        """Return the arguments of ``obfuscatune.protect``."""
-        names = ("profile", "worker", "device", "threads", "timeout")
-        return {**{name: getattr(self, name) for name in names}, **self.switches}
+        """Return the arguments of ``obfuscatune.protect``, the switches resolved; warns and raises as ``resolve``."""
+        names = ("worker", "device", "threads", "timeout")
+        return {"profile": resolve(self.profile, **self.switches), **{name: getattr(self, name) for name in names}}
 
 
 def takes(record: type[T]) -> Callable[[Callable[[T], None]], Callable[..., None]]:

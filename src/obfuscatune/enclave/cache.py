@@ -25,11 +25,16 @@ class CacheMirror:
         self._numbers = itertools.count(1)
         self._known: weakref.WeakKeyDictionary[DynamicCache, int] = weakref.WeakKeyDictionary()
 
-    def request(self, cache: Any, layer_index: int, batch: int, new: int, layer: str) -> dict[str, Any]:
+    def request(
+        self, cache: Any, layer_index: int, batch: int, new: int, layer: str, *, continued: bool
+    ) -> dict[str, Any]:
         """Return the ``cache`` field of a forward request, and append ``new`` tokens to the stubs of this layer.
 
+        A call that trains must not go on from an earlier one (``continued=False``): the worker keeps keys and values
+        without their graph.
+
         Raises:
-            UnsupportedModelError: not a plain DynamicCache, or one that this model did not fill.
+            UnsupportedModelError: not a plain DynamicCache, or one that this model did not fill or must not go on from.
         """
         if type(cache) is not DynamicCache or not all(type(stub) is DynamicLayer for stub in cache.layers):
             kind = type(cache).__name__
@@ -43,6 +48,10 @@ class CacheMirror:
                     "a KV cache that this model did not fill, or a copy of one",
                     where=layer,
                     hint="pass the cache itself",
+                )
+            if not continued:
+                raise UnsupportedModelError(
+                    "gradients through a KV cache of an earlier call", where=layer, hint="use torch.no_grad()"
                 )
             places = stub.keys[:, 0, -1, 0].tolist()
             rows = None if places == list(range(batch)) else [int(place) for place in places]

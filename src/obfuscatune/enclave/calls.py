@@ -4,6 +4,7 @@ The worker keeps a call's graph from its forward to its backward. Where the node
 evaluation under autograd, an exception), its lease tells the worker to forget the call.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +23,8 @@ class RemoteCall:
     Attributes:
         session, segment, layer: whom to ask, what for, and the layer's path for messages.
         tensors: keyed tensors by wire name; those that require grad get one.
-        push: names in ``tensors`` of LoRA factors that the worker does not have yet in this value.
+        push: names in ``tensors`` of LoRA factors that the worker does not have yet in this value, and whom to tell
+            once it has.
         factors: names of all pushed factors that this call uses.
         held: slots whose factors the worker holds, by slot name.
         header: further fields of the request (mask shape, cache, causal).
@@ -35,7 +37,7 @@ class RemoteCall:
     layer: str
     tensors: dict[str, Tensor]
     shapes: dict[str, tuple[int, ...]]
-    push: set[str] = field(default_factory=set)
+    push: dict[str, Callable[[], None]] = field(default_factory=dict)
     factors: list[str] = field(default_factory=list)
     held: dict[str, HeldSlot] = field(default_factory=dict)
     header: dict[str, Any] = field(default_factory=dict)
@@ -68,6 +70,8 @@ class RemoteCall:
         expected = {name: (shape, dtype) for name, shape in self.shapes.items()}
         reply, outputs = self.session.request("forward", self.layer, header, sent, expected)
         self.id = reply["id"]
+        for arrived in self.push.values():
+            arrived()
         return outputs
 
     def _backward(self, wants: list[str], grads: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -8,16 +8,20 @@ it along with the step.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from obfuscatune.enclave.lora import refuse_rows_of_adapters
 from obfuscatune.enclave.session import Session
 from obfuscatune.errors import UsageError
 from obfuscatune.folding import key_rows, unkey_rows
 from obfuscatune.keys import Key
+
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 
 
 class HeldSlot:
@@ -45,7 +49,8 @@ class HeldSlot:
         self.name = f"{segment}.{slot}"
         self._lora, self._adapter, self._scaling = lora, adapter, float(lora.scaling[adapter])
         self._a, self._b = lora.lora_A[adapter].weight, lora.lora_B[adapter].weight
-        self.anchor = nn.Parameter(torch.zeros((), dtype=self._a.dtype))
+        # Float64: the clipping factor is a quotient of two norms, and must be exactly 1 where nothing is clipped.
+        self.anchor = nn.Parameter(torch.zeros((), dtype=torch.float64))
         self.norm = 0.0
         self.layer = layer
         self._session, self._segment, self._slot = session, segment, slot
@@ -99,6 +104,7 @@ class HeldSlot:
         """
         if self._lora.disable_adapters:
             return False
+        refuse_rows_of_adapters(self._lora, self.layer)
         if list(self._lora.active_adapters) != [self._adapter]:
             raise UsageError(
                 "adapter in use is not the one on the worker", got=self._lora.active_adapters, where=self.layer
@@ -183,20 +189,26 @@ class HeldAdapter:
 
 
 class RemoteOptimizer(Optimizer):
-    """Steps the factors that the worker holds; a stock torch optimizer to schedulers and to the Trainer.
+    """Steps the factors that the worker holds, and what is trained in the enclave beside them.
+
+    A stock torch optimizer to schedulers and to the Trainer.
 
     Args:
-        adapter: the held slots. kind: ``adamw`` or ``sgd``. lr: learning rate.
+        adapter: the held slots. local: trained parameters of the enclave (blocks that stay inside, a trained head).
+        kind: ``adamw`` or ``sgd``. lr: learning rate.
         options: further arguments of that torch optimizer (weight_decay, betas, momentum, ...).
 
     ``state_dict`` carries the keyed factors and moments, so that a resumed run continues bit for bit under the same
     keys.
     """
 
-    def __init__(self, adapter: HeldAdapter, *, kind: str, lr: float, **options: Any) -> None:
+    def __init__(
+        self, adapter: HeldAdapter, local: list[nn.Parameter], *, kind: str, lr: float, **options: Any
+    ) -> None:
         self._adapter, self._kind = adapter, kind
         self._options = {"lr": lr, **options}
-        super().__init__([slot.anchor for slot in adapter.slots], {"lr": lr})
+        self._local = OPTIMIZERS[kind](local, **self._options) if local else None
+        super().__init__([*(slot.anchor for slot in adapter.slots), *local], {"lr": lr})
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Step the factors of every slot that has a gradient, clipped as the anchors' gradients were."""
@@ -207,15 +219,21 @@ class RemoteOptimizer(Optimizer):
         for slot in self._adapter.slots:
             slot.stepped()
         self._adapter.stale = True
+        if self._local is not None:
+            self._local.param_groups[0]["lr"] = lr
+            self._local.step()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the schedule's state and, keyed, the factors and moments on the worker."""
-        return {**super().state_dict(), "worker": self._adapter.export()}
+        local = None if self._local is None else self._local.state_dict()
+        return {**super().state_dict(), "worker": self._adapter.export(), "local": local}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Put both back. The keys must be those under which the state was made."""
         state = dict(state_dict)
-        tensors = state.pop("worker")
+        tensors, local = state.pop("worker"), state.pop("local")
+        if self._local is not None:
+            self._local.load_state_dict(local)
         super().load_state_dict(state)
         header = {"action": "import", "kind": self._kind, "options": self._options}
         self._adapter.session.request("optimizer", "-", header, tensors, {})

@@ -5,6 +5,7 @@ then all replacements are made at once. Only after that are the plain weights go
 """
 
 import hashlib
+import json
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -40,6 +41,7 @@ class Installer:
     config: Any
     secret: MasterSecret
     held: HeldAdapter
+    adapted: bool
     worker_parameters: int = 0
     _replacements: list[Callable[[], None]] = field(default_factory=list)
     _dropout_off: list[str] = field(default_factory=list)
@@ -57,16 +59,16 @@ class Installer:
             self._whole_attention(block, attention, index, where)
         else:
             norm = self._norm(block, spec.attention_norm)
-            self._linear(find_site(spec, attention, spec.qkv, where), ("attention in", "qkv"), inner="out", norm=norm)
-            self._linear(find_site(spec, attention, spec.out, where), ("heads", "attention out"), inner="in", norm=None)
+            self._linear(self._site(attention, spec.qkv, where), ("attention in", "qkv"), inner="out", norm=norm)
+            self._linear(self._site(attention, spec.out, where), ("heads", "attention out"), inner="in", norm=None)
         mlp = block.get_submodule(spec.mlp)
         where = f"{path}.{spec.mlp}"
         if profile.mlp == "worker":
             self._whole_mlp(block, mlp, where)
         else:
             norm = self._norm(block, spec.mlp_norm)
-            self._linear(find_site(spec, mlp, spec.up, where), ("mlp in", "hidden"), inner="out", norm=norm)
-            self._linear(find_site(spec, mlp, spec.down, where), ("activations", "mlp out"), inner="in", norm=None)
+            self._linear(self._site(mlp, spec.up, where), ("mlp in", "hidden"), inner="out", norm=norm)
+            self._linear(self._site(mlp, spec.down, where), ("activations", "mlp out"), inner="in", norm=None)
 
     def install(self) -> None:
         """Replace the submodules of all keyed blocks; cannot fail half-way."""
@@ -92,8 +94,8 @@ class Installer:
         for weight in weights:
             # numpy's view of the bytes: hashing needs no copy of a contiguous weight.
             digest.update(weight.contiguous().view(torch.uint8).numpy().data)
-        model = digest.hexdigest()
-        return lambda name: self.secret.stream(model, self.profile.name, "epoch 0", path, name)
+        model, switches = digest.hexdigest(), json.dumps(self.profile.switches(), sort_keys=True)
+        return lambda name: self.secret.stream(model, switches, "epoch 0", path, name)
 
     def _define(
         self, path: str, kind: str, spec: dict[str, Any], tensors: dict[str, Tensor], dtype: torch.dtype
@@ -107,6 +109,22 @@ class Installer:
 
     # what stands in the model
 
+    def _site(self, parent: nn.Module, child: str, where: str) -> Site:
+        site = find_site(self.spec, parent, child, where)
+        self._refuse_trained(site.base, site.path)
+        return site
+
+    def _refuse_trained(self, module: nn.Module, path: str) -> None:
+        """Refuse what plain PEFT would train here and we could not. A model without an adapter is just frozen."""
+        trained = [name for name, p in module.named_parameters(recurse=False) if p.requires_grad]
+        if self.adapted and trained:
+            raise UnsupportedModelError(
+                "a base parameter that is trained, in a layer that leaves for the worker",
+                got=", ".join(trained),
+                where=path,
+                hint='LoraConfig(bias="none"), and freeze the base model',
+            )
+
     def _norm(self, block: nn.Module, name: str) -> nn.LayerNorm | None:
         """The norm to fold, or None; its replacement is noted."""
         if not self.profile.fold_norms:
@@ -114,6 +132,7 @@ class Installer:
         norm = block.get_submodule(name)
         if type(norm) is not nn.LayerNorm or norm.weight is None or norm.bias is None:
             raise UnsupportedModelError("norm", got=type(norm).__name__, expected="LayerNorm with gain and bias")
+        self._refuse_trained(norm, name)
         self._replacements.append(lambda: setattr(block, name, FoldedLayerNorm(norm)))
         return norm
 
@@ -146,7 +165,7 @@ class Installer:
 
     def _whole_attention(self, block: nn.Module, attention: nn.Module, index: int, where: str) -> None:
         spec, profile = self.spec, self.profile
-        qkv, out = find_site(spec, attention, spec.qkv, where), find_site(spec, attention, spec.out, where)
+        qkv, out = self._site(attention, spec.qkv, where), self._site(attention, spec.out, where)
         norm = self._norm(block, spec.attention_norm)
         shape = spec.attention_shape(self.config, index)
         stream = self._streams(where, qkv.weight, out.weight)
@@ -201,7 +220,7 @@ class Installer:
             raise UnsupportedModelError(
                 "the worker does not know the activation", got=activation, expected=expected, hint='mlp="enclave"'
             )
-        up, down = find_site(spec, mlp, spec.up, where), find_site(spec, mlp, spec.down, where)
+        up, down = self._site(mlp, spec.up, where), self._site(mlp, spec.down, where)
         norm = self._norm(block, spec.mlp_norm)
         stream = self._streams(where, up.weight, down.weight)
         d, hidden = up.weight.shape

@@ -69,6 +69,6 @@ def add_lora(call: RemoteCall, x: Tensor, *, split: SplitInput | None, held: Hel
         call.tensors.update({name: tensor.to(x.dtype) for name, tensor in tensors.items()})
         call.factors.append(f"B.{slot}")
         if changed:
-            call.push.add(f"B.{slot}")
+            call.push[f"B.{slot}"] = split.sent
     elif held is not None and held.begin_forward():
         call.held[slot] = held

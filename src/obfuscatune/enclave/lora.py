@@ -33,10 +33,12 @@ class _Split:
         self._make_rank_key = rank_key
         self._rank_keys: dict[int, Key] = {}
         self._sent: Tensor | None = None
+        self._pending: Tensor | None = None
 
     def active(self) -> str | None:
         """Name of the adapter in use, or None where adapters are disabled."""
         layer: Any = self.layer
+        refuse_rows_of_adapters(layer, self.path)
         if layer.disable_adapters or not layer.active_adapters:
             return None
         if len(layer.active_adapters) != 1 or layer.merged:
@@ -64,9 +66,19 @@ class _Split:
         """
         changed = self._sent is None or not torch.equal(parameter, self._sent)
         if changed:
-            self._sent = parameter.detach().clone()
+            self._pending = parameter.detach().clone()
         needed = changed or (torch.is_grad_enabled() and parameter.requires_grad)
         return (keyed() if needed else None), changed
+
+    def sent(self) -> None:
+        """Note that the factor which :meth:`factor` gave has arrived; until then it is sent again."""
+        self._sent = self._pending
+
+
+def refuse_rows_of_adapters(layer: nn.Module, path: str) -> None:
+    """Refuse another adapter for each row of a batch: PEFT tells its layers by a hook, and they are not called here."""
+    if layer._forward_pre_hooks:
+        raise UnsupportedModelError("adapter_names, or another hook on a LoRA layer", where=path)
 
 
 class SplitInput(_Split):

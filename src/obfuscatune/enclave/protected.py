@@ -1,8 +1,6 @@
 """``protect``, the door: keys a model's large layers onto a worker and gives the same model back."""
 
-import dataclasses
 import weakref
-from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
@@ -10,13 +8,15 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from obfuscatune.enclave.held import HeldAdapter, RemoteOptimizer
+from obfuscatune.enclave.held import OPTIMIZERS, HeldAdapter, RemoteOptimizer
 from obfuscatune.enclave.install import Installer
+from obfuscatune.enclave.linear import RemoteLinear
 from obfuscatune.enclave.report import Report, make_report
 from obfuscatune.enclave.session import Session
 from obfuscatune.enclave.spawn import open_session
+from obfuscatune.enclave.whole import RemoteWhole
 from obfuscatune.errors import KeyFaultError, UnsupportedModelError, UsageError, WorkerFault
-from obfuscatune.families import family_of
+from obfuscatune.families import FamilySpec, family_of
 from obfuscatune.keys import MasterSecret
 from obfuscatune.profiles import Profile, resolve
 
@@ -67,20 +67,22 @@ def protect(
     total = _base_parameters(model)
     if not resolved.remote:
         return Protected(model, resolved, None, None, keys, total_parameters=total, worker_parameters=0)
+    blocks = _blocks(causal_lm, spec, resolved)
     session = open_session(worker, timeout=timeout, threads=threads, device=device)
     try:
         session.hello()
         held = HeldAdapter(session)
-        installer = Installer(session, resolved, spec, causal_lm.config, keys, held)
-        blocks = [entry for entry in spec.iter_blocks(causal_lm) if entry[0] >= resolved.enclave_blocks]
+        adapted = isinstance(model, PeftModel)
+        installer = Installer(session, resolved, spec, causal_lm.config, keys, held, adapted)
         for index, path, block in _with_bar(blocks, progress):
             installer.key_block(block, index, path)
+        if resolved.attention == "worker":
+            causal_lm.set_attn_implementation("sdpa")  # its masks say only what is allowed, and None for causal
         installer.install()
     except BaseException:
         session.close()
         raise
     if resolved.attention == "worker":
-        causal_lm.set_attn_implementation("sdpa")  # the one whose masks say only what is allowed, and None for causal
         _refuse_attention_weights(causal_lm)
     return Protected(
         model,
@@ -118,7 +120,8 @@ class Protected:
         self._total_parameters, self._worker_parameters = total_parameters, worker_parameters
         self._final_report: Report | None = None
         if session is not None:
-            weakref.finalize(self, session.close)
+            # The model's end, not this object's: `protect(model).model` alone keeps running.
+            weakref.finalize(model, session.close)
 
     def __enter__(self) -> Self:
         return self
@@ -136,12 +139,14 @@ class Protected:
         Args:
             kind: ``adamw`` or ``sgd``. options: of that torch optimizer (weight_decay, betas, momentum, ...).
         """
-        makers: dict[str, Callable[..., torch.optim.Optimizer]] = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
-        if kind not in makers:
-            raise UsageError("optimizer", got=repr(kind), expected=", ".join(makers))
-        if self._held is not None and self._held.slots:
-            return RemoteOptimizer(self._held, kind=kind, lr=lr, **options)
-        return makers[kind]([p for p in self.model.parameters() if p.requires_grad], lr=lr, **options)
+        if kind not in OPTIMIZERS:
+            raise UsageError("optimizer", got=repr(kind), expected=", ".join(OPTIMIZERS))
+        slots = [] if self._held is None else self._held.slots
+        anchors = {id(slot.anchor) for slot in slots}
+        local = [p for p in self.model.parameters() if p.requires_grad and id(p) not in anchors]
+        if self._held is not None and slots:
+            return RemoteOptimizer(self._held, local, kind=kind, lr=lr, **options)
+        return OPTIMIZERS[kind](local, lr=lr, **options)
 
     def report(self) -> Report:
         """Return what is where, what crossed the boundary, and what it cost."""
@@ -175,6 +180,28 @@ def _causal_lm(model: nn.Module) -> Any:
             "not a transformers model", got=type(base).__name__, expected="AutoModelForCausalLM.from_pretrained(...)"
         )
     return base
+
+
+def _blocks(causal_lm: nn.Module, spec: FamilySpec, profile: Profile) -> list[tuple[int, str, nn.Module]]:
+    """The blocks that leave for the worker."""
+    if any(isinstance(module, RemoteLinear | RemoteWhole) for module in causal_lm.modules()):
+        raise UnsupportedModelError("the model is protected already", hint="load it again to protect it anew")
+    try:
+        blocks = list(spec.iter_blocks(causal_lm))
+    except AttributeError:
+        raise UnsupportedModelError(
+            "the model has no decoder blocks where its family has them",
+            got=type(causal_lm).__name__,
+            expected=f"a model with a head, its blocks at {spec.blocks}",
+        ) from None
+    if profile.enclave_blocks >= len(blocks):
+        raise UsageError(
+            "no block is left for the worker",
+            got=f"enclave_blocks={profile.enclave_blocks}",
+            expected=f"fewer than the model's {len(blocks)}",
+            hint='profile="enclave" keeps all of it inside',
+        )
+    return blocks[profile.enclave_blocks :]
 
 
 def _check_tensors(model: nn.Module) -> None:
@@ -221,8 +248,3 @@ def _refuse_attention_weights(model: Any) -> None:
             )
 
     model.register_forward_pre_hook(check, with_kwargs=True)
-
-
-def describe_switches(profile: Profile) -> dict[str, Any]:
-    """Return the profile's switches as plain values, for reports and checkpoints."""
-    return {name: value for name, value in dataclasses.asdict(profile).items() if name not in ("name", "summary")}

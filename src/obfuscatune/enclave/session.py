@@ -64,7 +64,8 @@ class Session(Secret):
         """Greet the worker; returns what it says of itself. Raises WorkerFault where it speaks another version."""
         reply, _ = self.request("hello", "-", {}, {}, {})
         if reply.get("version") != PROTOCOL_VERSION:
-            raise self.fault("another protocol version", "-", got=reply.get("version"), expected=PROTOCOL_VERSION)
+            got = ascii(reply.get("version"))[:20]
+            raise self.fault("another protocol version", "-", got=got, expected=PROTOCOL_VERSION)
         return reply
 
     def drop_call(self, call: int) -> None:
@@ -86,7 +87,9 @@ class Session(Secret):
             expected: names, shapes and dtypes of the reply's tensors; ``None`` takes whatever comes (exports).
 
         Raises:
-            WorkerFault: naming worker, layer and call. UsageError: the protected model was closed before.
+            WorkerFault: naming worker, layer and call.
+            UsageError: the protected model was closed before; or the request is beyond the limits of a frame, in which
+                case nothing was sent and the session goes on.
         """
         with self._lock:
             if self._ended is not None:
@@ -94,24 +97,30 @@ class Session(Secret):
             self._last_id += 1
             call = self._last_id
             message = {"id": call, "op": op, **header}
-            if self._dropped_calls or self._dropped_caches:
-                message["drop"] = {"calls": _take(self._dropped_calls), "caches": _take(self._dropped_caches)}
-            counts = self.traffic[op]
-            counts.calls += 1
+            calls, caches = _take(self._dropped_calls), _take(self._dropped_caches)
+            if calls or caches:
+                message["drop"] = {"calls": calls, "caches": caches}
+            # A worker may not make the enclave allocate more than it asked for.
+            most = None if expected is None else sum(math.prod(s) * d.itemsize for s, d in expected.values())
             sent, received = self.connection.bytes_sent, self.connection.bytes_received
             started = time.perf_counter()
             try:
                 self.connection.send(message, tensors)
-                reply, outputs = self.connection.receive()
+                reply, outputs = self.connection.receive(max_payload=most)
             except TimeoutError as error:
                 raise self.fault(f"no reply within {self._timeout:g} s", layer) from error
             except ConnectionClosedError as error:
                 raise self.fault("the worker is gone", layer, got=self._exit_status()) from error
             except ProtocolError as error:
                 raise self.fault("the reply breaks the protocol", layer, got=error.what) from error
+            except UsageError:  # beyond the limits, so not a byte of it was sent
+                self._dropped_calls[:0], self._dropped_caches[:0] = calls, caches
+                raise
             except BaseException:  # an interrupt between two bytes: the connection cannot be used again
                 self._end("the session was interrupted in the middle of a request")
                 raise
+            counts = self.traffic[op]
+            counts.calls += 1
             counts.seconds += time.perf_counter() - started
             counts.bytes_sent += self.connection.bytes_sent - sent
             counts.bytes_received += self.connection.bytes_received - received

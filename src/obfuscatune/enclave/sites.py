@@ -87,12 +87,24 @@ class Withdrawn(nn.Module):
         raise UnsupportedModelError("this weight is on the worker", where=self._path)
 
 
+def _refuse_merge(site: Site) -> None:
+    def merge(*args: Any, **kwargs: Any) -> None:
+        raise UnsupportedModelError(
+            "the adapter cannot be merged: the weight is on the worker",
+            where=site.path,
+            hint="save_pretrained the adapter, and merge it into the original model",
+        )
+
+    site.lora.merge = merge  # type: ignore[union-attr, method-assign]
+
+
 def replace_linear(site: Site, remote: nn.Module, *, whole: bool) -> None:
     """Put ``remote`` in the layer's place; ``whole``: it computes the LoRA too, in one call."""
     if site.lora is None:
         setattr(site.parent, site.name, remote)
         return
     site.lora.base_layer = remote
+    _refuse_merge(site)
     if whole:
         # PEFT's layer stays, with its parameters, names and switches; only what it computes is done in one remote call.
         site.lora.forward = remote.forward  # type: ignore[method-assign]
@@ -103,4 +115,5 @@ def replace_whole(block: nn.Module, name: str, remote: nn.Module, sites: tuple[S
     for site in sites:
         if site.lora is not None:
             site.lora.base_layer = Withdrawn(site.path)
+            _refuse_merge(site)
     setattr(block, name, remote)

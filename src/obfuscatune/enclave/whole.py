@@ -87,7 +87,7 @@ class RemoteWhole(nn.Module):
             call.factors.append(f"A.{slots.last}")
             call.shapes[f"v.{slots.last}"] = (*x.shape[:-1], slots.split_last.rank(adapter))
             if changed:
-                call.push.add(f"A.{slots.last}")
+                call.push[f"A.{slots.last}"] = slots.split_last.sent
         if slots.held_last is not None and slots.held_last.begin_forward():
             call.held[slots.last] = slots.held_last
         outputs = call.run()
@@ -129,23 +129,23 @@ class RemoteAttention(RemoteWhole):
 
         Raises:
             UnsupportedModelError: cross-attention, a mask with values other than allowed and forbidden, an unknown
-            kind of
-                cache, or gradients through a cache filled by an earlier call.
+            kind of cache, or gradients through a cache filled by an earlier call.
         """
         if encoder_hidden_states is not None:
             raise UnsupportedModelError("cross-attention", where=self._layer)
         batch, new, _ = hidden_states.shape
         header: dict[str, Any] = {"causal": attention_mask is None}
-        if past_key_values is not None:
-            header["cache"] = self._mirror.request(past_key_values, self._index, batch, new, self._layer)
-            if header["cache"]["length"] and torch.is_grad_enabled() and hidden_states.requires_grad:
-                raise UnsupportedModelError(
-                    "gradients through a KV cache of an earlier call", where=self._layer, hint="use torch.no_grad()"
-                )
         mask = None
         if attention_mask is not None:
             allowed = _allowed(attention_mask, self._layer)
             mask, header["mask_shape"] = pack_mask(allowed), list(allowed.shape)
+        if past_key_values is not None:
+            trains = torch.is_grad_enabled() and (
+                hidden_states.requires_grad or any(p.requires_grad for p in self.parameters())
+            )
+            header["cache"] = self._mirror.request(
+                past_key_values, self._index, batch, new, self._layer, continued=not trains
+            )
         return self.dropout(self.remote(hidden_states, header, mask)), None
 
 

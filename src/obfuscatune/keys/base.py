@@ -97,7 +97,11 @@ class Key(Secret, ABC):
         self._check(x)
         dtype = x.dtype if x.dtype == torch.float64 else torch.float32
         rows = x.reshape(-1, self.size).to(dtype)
-        return product(rows, self._factors_for(dtype, x.device)).view(x.shape).to(x.dtype)
+        factors = self._factors_for(dtype, x.device)
+        if not torch.is_autocast_enabled(x.device.type):
+            return product(rows, factors).view(x.shape).to(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):  # keys in bfloat16 would cost five digits
+            return product(rows, factors).view(x.shape).to(x.dtype)
 
     def _factors_for(self, dtype: torch.dtype, device: torch.device) -> Factors:
         cast = self._cast.get((dtype, device))

@@ -100,10 +100,6 @@ class Stream(Secret):
             order[top], order[pick] = order[pick], order[top]
         return torch.tensor(order, dtype=torch.int64)
 
-    def signs(self, n: int) -> Tensor:
-        """Independent fair signs -1 or +1, float64 [n]."""
-        return torch.tensor(list(self.bytes(n)), dtype=torch.float64).remainder_(2).mul_(2).sub_(1)
-
 
 class MasterSecret(Secret):
     """The 32 bytes that all keys of a run derive from; the only secret to be sealed.

@@ -240,7 +240,9 @@ def _read_table(table: Any, limits: Limits) -> tuple[list[TensorSpec], int]:
         names.add(name)
         dtype = DTYPES.get(dtype_name) if type(dtype_name) is str else None
         if dtype is None:
-            raise ProtocolError("unknown dtype", got=ascii(dtype_name)[:32], expected=", ".join(DTYPES), where=name)
+            # Text only: the repr of a deeply nested list, unlike its decoding, would exhaust the stack.
+            got = ascii(dtype_name)[:32] if type(dtype_name) is str else type(dtype_name).__name__
+            raise ProtocolError("unknown dtype", got=got, expected=", ".join(DTYPES), where=name)
         if type(shape) is not list or len(shape) > limits.max_dims:
             raise ProtocolError("wrong shape", expected=f"a list of at most {limits.max_dims} sizes", where=name)
         size = extent = dtype.itemsize

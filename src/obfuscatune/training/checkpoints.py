@@ -1,8 +1,8 @@
 """What is written to disk: the adapter, in one piece or not at all, and checkpoints that hold their own keys.
 
 A checkpoint is the Trainer's own directory ``checkpoint-N`` with two files more: the master secret, without which the
-state of an optimizer on the worker means nothing, and the profile that it belongs to. The secret opens everything that
-the worker has seen: a checkpoint is as private as the data.
+state of an optimizer on the worker means nothing, and the profile that it belongs to, by name and switches. The secret
+opens everything that the worker has seen: a checkpoint is as private as the data.
 """
 
 import contextlib
@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 
 from obfuscatune.errors import ObfuscatuneError, UsageError
 from obfuscatune.keys import MasterSecret
+from obfuscatune.profiles import Profile
 
 SECRET_FILE = "master_secret"  # noqa: S105 - a file's name
 PROFILE_FILE = "obfuscatune.json"
@@ -25,6 +26,8 @@ _STATE_FILE = "trainer_state.json"  # the Trainer writes it last, so a checkpoin
 _NAME = re.compile(r"checkpoint-(\d+)")
 # PEFT reads the configuration first, so it comes last: an adapter without one is not taken for an adapter.
 _ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
+
+_TORCH_WRITE_ERRORS = ("PytorchStreamWriter", "inline_container", "iostream", "No space")
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
@@ -57,32 +60,46 @@ def find_checkpoint(resume: str, output_dir: Path) -> Path:
     return path
 
 
-def load_keys(checkpoint: Path, profile: str) -> MasterSecret:
-    """Return the master secret of a checkpoint made under the named profile.
+def load_keys(checkpoint: Path, profile: Profile) -> MasterSecret:
+    """Return the master secret of a checkpoint made under the profile's switches, by whatever name.
 
     Raises:
-        UsageError: the checkpoint was made under another profile, whose keys are others, or cannot be read.
+        UsageError: the checkpoint was made under other switches, whose keys are others, or cannot be read.
     """
     try:
-        made_under = json.loads((checkpoint / PROFILE_FILE).read_text(encoding="utf-8"))["profile"]
+        described = json.loads((checkpoint / PROFILE_FILE).read_text(encoding="utf-8"))
+        name, made_under = described["profile"], dict(described["switches"])
     except (OSError, ValueError, KeyError, TypeError):
         raise UsageError("checkpoint does not name its profile", where=str(checkpoint / PROFILE_FILE)) from None
-    if made_under != profile:
-        raise UsageError("checkpoint of another profile", got=made_under, expected=profile, where=str(checkpoint))
+    asked = _describe(profile)["switches"]
+    differing = sorted(switch for switch in {*made_under, *asked} if made_under.get(switch) != asked.get(switch))
+    if differing:
+        got, expected = (
+            ", ".join(f"{switch}={switches.get(switch)}" for switch in differing) for switches in (made_under, asked)
+        )
+        raise UsageError(
+            "checkpoint of another profile", got=f"{name} with {got}", expected=expected, where=str(checkpoint)
+        )
     return MasterSecret.load(checkpoint / SECRET_FILE)
 
 
+def _describe(profile: Profile) -> dict[str, Any]:
+    """What ``PROFILE_FILE`` holds, as JSON gives it back."""
+    described: dict[str, Any] = json.loads(json.dumps({"profile": profile.name, "switches": profile.switches()}))
+    return described
+
+
 @contextlib.contextmanager
-def whole_checkpoint(path: Path, secret: MasterSecret, profile: str) -> Iterator[None]:
+def whole_checkpoint(path: Path, secret: MasterSecret, profile: Profile) -> Iterator[None]:
     """Put the keys into a new checkpoint, which the body then writes; what fails to be written whole is removed.
 
     Raises:
         ObfuscatuneError: the disk is full, or the directory cannot be written.
     """
     with _all_or_nothing(path, "checkpoint"):
-        path.mkdir(parents=True, exist_ok=True)
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
         secret.save(path / SECRET_FILE)
-        (path / PROFILE_FILE).write_text(json.dumps({"profile": profile}) + "\n", encoding="utf-8")
+        (path / PROFILE_FILE).write_text(json.dumps(_describe(profile)) + "\n", encoding="utf-8")
         yield
 
 
@@ -92,7 +109,7 @@ def save_adapter(model: Any, output_dir: Path) -> None:
     Raises:
         ObfuscatuneError: the disk is full, or the directory cannot be written; an older adapter there is as it was.
     """
-    output_dir.mkdir(parents=True, exist_ok=True)
+    output_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=".adapter-", dir=output_dir))
     with _all_or_nothing(temporary, "adapter"):
         model.save_pretrained(temporary)
@@ -105,11 +122,16 @@ def save_adapter(model: Any, output_dir: Path) -> None:
 def _all_or_nothing(path: Path, what: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, SafetensorError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+    except BaseException as error:
         shutil.rmtree(path, ignore_errors=True)
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0][:200]
+        if not _is_failed_write(error):
+            raise
+        reason = getattr(error, "strerror", None) or (str(error) or type(error).__name__).splitlines()[0][:200]
         hint = "free some space, or choose another --output_dir"
         raise ObfuscatuneError(f"cannot save the {what}", got=reason, where=str(path.parent), hint=hint) from error
-    except BaseException:
-        shutil.rmtree(path, ignore_errors=True)
-        raise
+
+
+def _is_failed_write(error: BaseException) -> bool:
+    if isinstance(error, RuntimeError):  # torch.save's, for a full disk; it has no class of its own
+        return any(part in str(error) for part in _TORCH_WRITE_ERRORS)
+    return isinstance(error, OSError | SafetensorError)

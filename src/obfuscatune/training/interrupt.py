@@ -9,7 +9,11 @@ from transformers import TrainerCallback
 
 
 class StopOnInterrupt(TrainerCallback):
-    """A callback of the Trainer, and a context manager that takes the signal. ``requested``: whether it came."""
+    """A callback of the Trainer, and a context manager that takes the signal.
+
+    ``requested``: whether it came. If it came after the end of the last step, as in the last evaluation, the training
+    is complete; after any other step there is one more, which ends with a checkpoint.
+    """
 
     def __init__(self) -> None:
         self.requested = False
@@ -28,7 +32,7 @@ class StopOnInterrupt(TrainerCallback):
         self.requested = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
         # Not print: the signal may have come inside another one.
-        os.write(2, b"\nstopping after this step, with a checkpoint; Ctrl-C again aborts at once\n")
+        os.write(2, b"\nstopping after this step, with what was trained saved; Ctrl-C again aborts at once\n")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         """Ask the Trainer to save and to stop."""

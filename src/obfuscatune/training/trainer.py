@@ -73,7 +73,7 @@ class ProtectedTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         path = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
-        with whole_checkpoint(path, self._protected.secret, self._protected.profile.name):
+        with whole_checkpoint(path, self._protected.secret, self._protected.profile):
             super()._save_checkpoint(model, trial)
 
 

@@ -9,6 +9,11 @@ from obfuscatune.errors import ProtocolError
 from obfuscatune.worker.adapters import HeldFactors
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+# What belongs to the update rule. The rest of torch's options choose kernels (`capturable` asserts on a CPU tensor).
+OPTIONS = {
+    "adamw": frozenset({"lr", "betas", "eps", "weight_decay", "amsgrad"}),
+    "sgd": frozenset({"lr", "momentum", "dampening", "weight_decay", "nesterov"}),
+}
 
 
 class HeldOptimizer:
@@ -45,6 +50,8 @@ class HeldOptimizer:
     def _make(self, kind: Any, options: Any) -> torch.optim.Optimizer:
         if kind not in OPTIMIZERS or not isinstance(options, dict):
             raise ProtocolError("optimizer", got=repr(kind)[:40], expected=", ".join(OPTIMIZERS))
+        if not options.keys() <= OPTIONS[kind]:
+            raise ProtocolError("options of the optimizer", got=sorted(options), expected=sorted(OPTIONS[kind]))
         try:
             return OPTIMIZERS[kind]([p for _, p in self._parameters()], **options)
         except (TypeError, ValueError) as error:

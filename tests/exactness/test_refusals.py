@@ -1,0 +1,126 @@
+"""What would be silently wrong is refused, before a worker is started where it can be seen by then."""
+
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import GPT2Model
+
+import obfuscatune
+from obfuscatune import UnsupportedModelError, UsageError
+
+from .models import TARGETS, VARIANTS, error, gpt2, scalar, tokens, twins, with_lora
+
+NO_WORKER = "unix:///nonexistent/worker.sock"  # connecting there fails with another error
+
+
+def test_protected_twice(protect: Any) -> None:
+    model = gpt2()
+    with protect(model, profile="balanced"), pytest.raises(UnsupportedModelError, match="protected already"):
+        obfuscatune.protect(model, worker=NO_WORKER)
+
+
+def test_a_model_without_a_head() -> None:
+    with pytest.raises(UnsupportedModelError, match="no decoder blocks"):
+        obfuscatune.protect(GPT2Model(gpt2().config), worker=NO_WORKER)
+
+
+def test_no_block_for_the_worker() -> None:
+    with pytest.raises(UsageError, match="no block is left"):
+        obfuscatune.protect(gpt2(), worker=NO_WORKER, enclave_blocks=2)
+
+
+@pytest.mark.parametrize("variant", ["plain", "paper", "balanced", "balanced, both enclave"])
+def test_trained_biases_that_would_leave(protect: Any, variant: str) -> None:
+    profile, switches = VARIANTS[variant]
+    config = LoraConfig(r=2, target_modules=list(TARGETS), fan_in_fan_out=True, bias="all")
+    model = get_peft_model(gpt2(), config)
+    with pytest.raises(UnsupportedModelError, match="base parameter that is trained"):
+        protect(model, profile=profile, **switches)
+
+
+@pytest.mark.parametrize("variant", ["plain", "paper", "paper, lora enclave", "balanced"])
+def test_merging(protect: Any, variant: str) -> None:
+    profile, switches = VARIANTS[variant]
+    with protect(twins()[1], profile=profile, **switches) as protected:
+        with pytest.raises(UnsupportedModelError, match="cannot be merged"):
+            protected.model.merge_adapter()
+        with pytest.raises(UnsupportedModelError, match="cannot be merged"):
+            protected.model.merge_and_unload()
+
+
+@pytest.mark.parametrize("variant", ["paper", "balanced", "paper, lora split"])
+def test_another_adapter_for_each_row(protect: Any, variant: str) -> None:
+    profile, switches = VARIANTS[variant]
+    model = with_lora(gpt2())
+    if profile != "paper":
+        model.add_adapter("other", LoraConfig(r=2, target_modules=list(TARGETS), fan_in_fan_out=True))
+    names = ["default", "other" if profile != "paper" else "__base__"]
+    with protect(model, profile=profile, **switches) as protected, torch.no_grad():
+        protected.model(input_ids=tokens(2, 4))
+        with pytest.raises(UnsupportedModelError, match="adapter_names"):
+            protected.model(input_ids=tokens(2, 4), adapter_names=names)
+
+
+def test_a_model_outlives_what_protected_it(protect: Any) -> None:
+    reference, model = twins()
+    running = protect(model, profile="balanced").model
+    with torch.no_grad():
+        assert error(running(input_ids=tokens(2, 4)).logits, reference(input_ids=tokens(2, 4)).logits) < 1e-9
+
+
+def test_a_factor_that_did_not_arrive_is_sent_again(protect: Any) -> None:
+    """An interrupt between keying a factor and sending it must not leave the worker with the one before."""
+    reference, model = twins()
+    with protect(model, profile="balanced") as protected, torch.no_grad():
+        scalar(protected.model(input_ids=tokens(2, 4)).logits)
+        for each in (reference, protected.model):
+            for name, parameter in each.named_parameters():
+                if "lora_" in name:
+                    parameter.mul_(2)
+        request = protected.session.request
+
+        def interrupted(*args: Any) -> Any:
+            raise KeyboardInterrupt
+
+        protected.session.request = interrupted
+        with pytest.raises(KeyboardInterrupt):
+            protected.model(input_ids=tokens(2, 4))
+        protected.session.request = request
+        ours = protected.model(input_ids=tokens(2, 4)).logits
+        assert error(ours, reference(input_ids=tokens(2, 4)).logits) < 1e-9
+
+
+@pytest.mark.parametrize("switches", [{"enclave_blocks": 1}, {}], ids=str)
+def test_everything_trained_is_stepped(protect: Any, switches: dict[str, Any]) -> None:
+    """LoRA of a block that stays inside, and a trained head, beside factors on the worker."""
+    reference, model = twins()
+    for each in (reference, model):
+        each.get_base_model().transformer.ln_f.weight.requires_grad_(True)
+    trained = [p for p in reference.parameters() if p.requires_grad]
+    with protect(model, profile="paper", **switches) as protected:
+        optimizers = [torch.optim.SGD(trained, lr=0.1), protected.create_optimizer("sgd", lr=0.1)]
+        for _ in range(2):
+            for each, optimizer in zip((reference, protected.model), optimizers, strict=True):
+                optimizer.zero_grad()
+                scalar(each(input_ids=tokens(2, 5)).logits).backward()
+                optimizer.step()
+        state = optimizers[1].state_dict()
+        optimizers[1].load_state_dict(state)
+        ours, theirs = protected.model.state_dict(), reference.state_dict()
+        checked = [name for name in theirs if "lora_" in name or "ln_f.weight" in name]
+        assert len(checked) > 8
+        assert max(error(ours[name], theirs[name]) for name in checked) < 1e-9
+
+
+def test_keys_stay_in_float32_under_autocast(protect: Any) -> None:
+    from obfuscatune.keys import MasterSecret, build
+
+    key = build("haar", MasterSecret.generate().stream("autocast"), 64)
+    x = torch.randn(5, 64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert (x @ torch.eye(64)).dtype == torch.bfloat16  # the control: it is on
+        there_and_back = key.apply_inverse(key.apply(x))
+    assert there_and_back.dtype == torch.float32
+    assert error(there_and_back, x) < 1e-5
