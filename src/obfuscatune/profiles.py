@@ -115,8 +115,8 @@ def resolve(profile: str | Profile, **switches: Any) -> Profile:
     """Return the profile of that name with the given switches changed, checked as a whole.
 
     ``None`` leaves a switch as the profile has it. LoRA factors on the worker need the norm's own output there, so
-    ``lora_placement="worker"`` un-folds the norms, with a warning that names what this shows. A switch that has no effect
-    under the others is warned of too, and not named.
+    ``lora_placement="worker"`` un-folds the norms, with a warning that names what this shows. A switch that has no
+    effect under the others is warned of too, and not named.
 
     Raises:
         UsageError: unknown profile or switch, or a value out of range; all faults in one message.

@@ -34,10 +34,7 @@ def test_the_settings_are_frozen_and_their_records_exist() -> None:
 @pytest.mark.slow
 def test_plain_peft_learns_the_records_with_the_settings_of_the_demo(tmp_path: Path) -> None:
     """The yardstick of the demo: with the bundled model, from chance to nearly all facts."""
-    try:
-        directory = bundled.model_directory()
-    except UsageError:
-        pytest.skip("the bundled model is not there yet")
+    directory = bundled.model_directory()
     torch.manual_seed(SETTINGS.seed)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     train, asked = write_records(tmp_path, SETTINGS.seed, SETTINGS.facts)

@@ -54,13 +54,15 @@ OK = {"id": 1, "ok": True}
 WRONG: dict[str, tuple[bytes, str]] = {
     "wrong shape": (frame(OK, {"y": Y.T}), r"shape or dtype of y: got \[3, 2\] torch.float32"),
     "other rank": (frame(OK, {"y": Y.flatten()}), "shape or dtype of y"),
-    "wrong dtype": (frame(OK, {"y": Y.double()}), "shape or dtype of y"),
-    "integers": (frame(OK, {"y": Y.long()}), "shape or dtype of y"),
+    "wrong dtype": (frame(OK, {"y": Y.half()}), "shape or dtype of y"),
+    "wider dtype": (frame(OK, {"y": Y.double()}), "payload too long"),
+    "integers": (frame(OK, {"y": Y.int()}), "shape or dtype of y"),
     "NaN": (frame(OK, {"y": torch.full((2, 3), torch.nan)}), "y is not finite"),
     "one Inf": (frame(OK, {"y": Y.clone().index_fill_(1, torch.tensor(2), torch.inf)}), "y is not finite"),
     "Inf and -Inf": (frame(OK, {"y": torch.tensor([[torch.inf, -torch.inf, 0]] * 2)}), "y is not finite"),
     "no tensor": (frame(OK), r"tensors of the reply: got \[\], expected \['y'\]"),
-    "more tensors": (frame(OK, {"y": Y, "z": Y}), "tensors of the reply"),
+    "more tensors": (frame(OK, {"y": Y, "z": Y[:0]}), "tensors of the reply"),
+    "more bytes": (frame(OK, {"y": Y, "z": Y}), "payload too long"),
     "another name": (frame(OK, {"z": Y}), "tensors of the reply"),
     "earlier call": (frame({"id": 0, "ok": True}, {"y": Y}), "reply to another call: got 0, expected 1"),
     "later call": (frame({"id": 2, "ok": True}, {"y": Y}), "reply to another call"),
@@ -147,6 +149,38 @@ def test_another_version_is_refused() -> None:
             session.hello()
 
 
+def test_a_version_cannot_steer_a_terminal() -> None:
+    with session_and_peer() as (session, peer):
+        peer.sendall(frame({"id": 1, "ok": True, "version": "\x1b[2J" + "x" * 1000}))
+        with pytest.raises(WorkerFault, match="another protocol version") as caught:
+            session.hello()
+        assert "\x1b" not in str(caught.value)
+        assert len(str(caught.value)) < 300
+
+
+def test_a_reply_without_tensors_may_have_none() -> None:
+    with session_and_peer() as (session, peer):
+        peer.sendall(frame(OK, {"y": Y}))
+        with pytest.raises(WorkerFault, match="payload too long"):
+            session.request("stats", "-", {}, {}, {})
+    with session_and_peer() as (session, peer):  # the control: an export takes what comes
+        peer.sendall(frame(OK, {"y": Y}))
+        assert torch.equal(session.request("optimizer", "-", {}, {}, None)[1]["y"], Y)
+
+
+def test_a_request_beyond_the_limits_leaves_the_session_and_its_drops() -> None:
+    with session_and_peer() as (session, peer), closing(Connection(peer.dup(), peer="enclave")) as other:
+        session.drop_call(5)
+        session.drop_cache(6)
+        with pytest.raises(UsageError, match="frame cannot be sent"):
+            session.request("forward", "l", {"held": ["s"] * 5000}, {}, EXPECTED)
+        peer.sendall(frame({"id": 2, "ok": True}, {"y": Y}))
+        ask(session)
+        header, _ = other.receive()
+        assert (header["id"], header["drop"]) == (2, {"calls": [5], "caches": [6]})
+        assert session.traffic["forward"].calls == 1
+
+
 def test_the_words_of_a_worker_cannot_steer_a_terminal() -> None:
     with session_and_peer() as (session, peer):
         peer.sendall(frame({"id": 1, "ok": False, "message": "\x1b[2Jowned\r\n" + "x" * 10_000}))
@@ -189,7 +223,7 @@ def test_drops_ride_along_once_and_never_too_many() -> None:
 def test_an_interrupt_in_a_request_ends_the_session(
     error: type[BaseException], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(self: Connection) -> Any:
+    def interrupted(self: Connection, **_: Any) -> Any:
         raise error
 
     with session_and_peer() as (session, _):

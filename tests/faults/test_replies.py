@@ -41,7 +41,8 @@ def change_tensors(how: Any) -> Answer:
 
 LIES: dict[str, tuple[Answer, str]] = {
     "wrong shape": (change_tensors(lambda t: t[..., :-1].contiguous()), "shape or dtype of"),
-    "wrong dtype": (change_tensors(lambda t: t.double()), "shape or dtype of"),
+    "wrong dtype": (change_tensors(lambda t: t.half()), "shape or dtype of"),
+    "too many bytes": (change_tensors(lambda t: t.double()), "payload too long"),
     "NaN": (change_tensors(lambda t: t * torch.nan), "is not finite"),
     "Inf": (change_tensors(lambda t: t / 0), "is not finite"),
     "no tensors": (lambda connection, request, reply, outputs: connection.send(reply) and None, "tensors of the reply"),

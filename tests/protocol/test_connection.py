@@ -173,6 +173,10 @@ def test_tcp() -> None:
     big = tensor_of(torch.float64, (500, 1000), 3)
     with closing(Connection(left, peer="b")) as a, closing(Connection(right, peer="a")) as b:
         assert left.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        for sock in (left, right):  # a host that vanishes is noticed
+            assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+            assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 15
+            assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 60_000
         with running(lambda: a.send({"id": 1}, {"x": big})):
             _, got = b.receive()
     assert torch.equal(got["x"], big)
@@ -228,6 +232,20 @@ def test_nothing_is_allocated_for_a_refused_frame(row: list, monkeypatch: pytest
         peer.sendall(frame_of([["ok", "uint8", [2]]], b"\0\0"))
         connection.receive()
         assert calls == [((2,),)]
+
+
+@pytest.mark.parametrize("most", [0, 1, 2])
+def test_nothing_is_allocated_beyond_the_bound_of_one_receive(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = allocations(monkeypatch)
+    with raw_peer() as (connection, peer):
+        peer.sendall(frame_of([["x", "uint8", [2]], ["e", "float64", [0, 9]]], b"\0\0"))
+        if most == 2:  # the control: exactly the bound is taken, and an empty tensor counts nothing
+            assert connection.receive(max_payload=most)[1].keys() == {"x", "e"}
+            return
+        with pytest.raises(ProtocolError, match=f"payload too long: got 2, expected at most {most}"):
+            connection.receive(max_payload=most)
+        assert calls == []
+        assert closed(connection)
 
 
 def test_no_memory_for_a_frame_ends_the_session_only(monkeypatch: pytest.MonkeyPatch) -> None:

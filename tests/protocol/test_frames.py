@@ -150,6 +150,16 @@ def test_hostile_headers(header: object) -> None:
         decode_frame(frame_of(header), SMALL)
 
 
+@pytest.mark.parametrize("depth", [0, 1, 1000])
+def test_a_tensor_table_of_any_depth(depth: int) -> None:
+    raw = b"\x81\xa7tensors\x91\x93\xa1x" + b"\x91" * depth + b"\xa5uint8" + b"\x91\x00"
+    if depth == 0:  # the control
+        assert decode_frame(frame_of(None, raw=raw))[1].keys() == {"x"}
+        return
+    with pytest.raises(ProtocolError, match="unknown dtype: got list"):
+        decode_frame(frame_of(None, raw=raw))
+
+
 OTHER_ENCODINGS = {
     "trailing byte": b"\x81\xa7tensors\x90\x00",
     "repeated key": b"\x83\xa1a\x01\xa1a\x02\xa7tensors\x90",

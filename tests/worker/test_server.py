@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from obfuscatune.errors import ConnectionClosedError
-from obfuscatune.protocol import DTYPES, Address, Connection, Limits, connect, listen
+from obfuscatune.protocol import DTYPES, Address, Connection, Limits, address_of, connect, listen
 from obfuscatune.worker.server import serve_connection, serve_forever
 
 CPU = torch.device("cpu")
@@ -130,13 +130,84 @@ def test_a_broken_request_is_answered_and_the_next_is_served(case: tuple[int, Re
     with served() as connection:
         run_valid(connection, index)
         reply, outputs = ask(connection, header, arrays)
-        assert reply["id"] == header.get("id")
+        number = header.get("id")
+        valid = type(number) is int and number > 100 + index
+        assert reply["id"] == (number if valid else None)
+        assert valid or reply["ok"] is False
         if reply["ok"] is not True:
             assert reply["error"] in ("refused", "failed")
             assert isinstance(reply["message"], str)
             assert outputs == {}
-        reply, _ = ask(connection, {"id": 999, "op": "stats"})
-        assert (reply["id"], reply["ok"]) == (999, True)
+        following = max(number, 100) + 1 if valid else 101 + index
+        reply, _ = ask(connection, {"id": following, "op": "stats"})
+        assert (reply["id"], reply["ok"]) == (following, True)
+
+
+@pytest.mark.parametrize("number", [None, 0, -1, True, 2.0, "2", [2], 1], ids=repr)
+def test_a_wrong_id_is_refused_and_nothing_is_done(number: Any) -> None:
+    define = {"op": "define", "segment": "s", "kind": "linear", "spec": {}}
+    with served() as connection:
+        assert ask(connection, {"id": 1, "op": "hello"})[0]["ok"] is True
+        reply, _ = ask(connection, {"id": number, **define}, {"weight": ones(1, 1)})
+        assert (reply["id"], reply["ok"], reply["error"]) == (None, False, "refused")
+        assert ask(connection, {"id": 2, **define}, {"weight": ones(1, 1)})[0]["ok"] is True
+
+
+def test_an_unexpected_error_is_answered_with_its_type_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> Any:
+        raise AssertionError("0.1234")
+
+    with served() as connection:
+        with monkeypatch.context() as patch:
+            patch.setattr("obfuscatune.worker.session.WorkerSession.handle", broken)
+            reply, _ = ask(connection, {"id": 1, "op": "hello"})
+        assert (reply["error"], reply["message"]) == ("failed", "AssertionError")
+        assert ask(connection, {"id": 2, "op": "stats"})[0]["ok"] is True
+
+
+def test_a_refusal_is_short_whatever_it_quotes() -> None:
+    weights = {name: ones(1, 1) for name in ("up", "up_bias", "down")}
+    request = {"op": "define", "segment": "s", "kind": "mlp", "spec": {"activation": "x" * 100_000}}
+    with served() as connection:
+        reply, _ = ask(connection, {"id": 1, **request}, weights)
+        assert (reply["error"], len(reply["message"])) == ("refused", 500)
+
+
+def test_an_answer_beyond_the_limits_does_not_end_the_session() -> None:
+    """An id of any length is not sent back, where the header would not take it twice."""
+    with served(limits=Limits(max_header_bytes=400)) as connection:
+        reply, _ = ask(connection, {"id": "x" * 360, "op": "none"})
+        assert (reply["id"], reply["error"]) == (None, "refused")
+        assert ask(connection, {"id": 2, "op": "stats"})[0]["ok"] is True
+
+
+def test_a_silent_connection_does_not_hold_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    with listening("tcp://127.0.0.1:0") as address:
+        with monkeypatch.context() as patch:
+            patch.setattr("obfuscatune.worker.server._GREETING_SECONDS", 0.05)
+            with closing(Connection(connect(address, 10), peer="worker")) as silent:
+                silent.settimeout(20)
+                with pytest.raises(ConnectionClosedError):
+                    silent.receive()
+        with closing(Connection(connect(address, 10), peer="worker")) as second:
+            assert ask(second, {"id": 1, "op": "hello"})[0]["ok"] is True
+
+
+def test_after_its_first_request_an_enclave_may_be_silent() -> None:
+    ours, theirs = (Connection(sock, peer="the other") for sock in socket.socketpair())
+    ours.send({"id": 1, "op": "hello"})
+    theirs.settimeout(0.05)
+    thread = threading.Thread(target=serve_connection, args=(theirs, CPU))
+    thread.start()
+    with closing(ours):
+        assert ours.receive()[0]["ok"] is True
+        ours.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            ours.receive()
+        ours.settimeout(60)
+        assert ask(ours, {"id": 2, "op": "stats"})[0]["ok"] is True
+    thread.join(timeout=60)
+    assert not thread.is_alive()
 
 
 def test_a_reply_beyond_the_limits_is_an_error_and_not_the_end() -> None:
@@ -173,28 +244,36 @@ def test_a_session_ends_with_its_connection() -> None:
         assert ask(connection, {"id": 2, "op": "forward", "segment": "s0"}, {"x": ones(1, 4)})[0]["ok"] is False
 
 
-def test_a_second_enclave_is_told_that_the_worker_is_busy(tmp_path: Any) -> None:
-    address = Address(path=str(tmp_path / "w"))
-    listener = listen(address)
+@contextmanager
+def listening(text: str) -> Iterator[Address]:
+    """`serve_forever` in a thread, at the address yielded."""
+    listener = listen(Address.parse(text))
     ended: list[BaseException] = []
     thread = threading.Thread(target=_until_closed, args=(lambda: serve_forever(listener, CPU, Limits()), ended))
     thread.start()
     try:
-        with closing(Connection(connect(address, 10), peer="worker")) as first:
-            assert ask(first, {"id": 1, "op": "hello"})[0]["ok"] is True
-            for _ in range(3):
-                with closing(Connection(connect(address, 10), peer="worker")) as second:
-                    reply, _ = ask(second, {"id": 1, "op": "hello"})
-                    assert (reply["id"], reply["ok"], reply["error"]) == (None, False, "busy")
-                    with pytest.raises(ConnectionClosedError):
-                        second.receive()
-            assert ask(first, {"id": 2, "op": "stats"})[0]["ok"] is True
+        yield address_of(listener)
     finally:
         listener.shutdown(socket.SHUT_RDWR)  # wakes the accept
         thread.join(timeout=60)
         listener.close()
     assert not thread.is_alive()
     assert len(ended) == 1
+
+
+def test_a_second_enclave_is_told_that_the_worker_is_busy(tmp_path: Any) -> None:
+    with (
+        listening(f"unix://{tmp_path}/w") as address,
+        closing(Connection(connect(address, 10), peer="worker")) as first,
+    ):
+        assert ask(first, {"id": 1, "op": "hello"})[0]["ok"] is True
+        for _ in range(3):
+            with closing(Connection(connect(address, 10), peer="worker")) as second:
+                reply, _ = ask(second, {"id": 1, "op": "hello"})
+                assert (reply["id"], reply["ok"], reply["error"]) == (None, False, "busy")
+                with pytest.raises(ConnectionClosedError):
+                    second.receive()
+        assert ask(first, {"id": 2, "op": "stats"})[0]["ok"] is True
 
 
 def _until_closed(serve: Callable[[], None], ended: list[BaseException]) -> None:

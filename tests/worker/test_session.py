@@ -174,6 +174,11 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Tensor], str]] = {
     "hold without b": ({"op": "hold", "segment": "s0", "slot": "main"}, {"a": tensor(D, 1)}, "factors to hold"),
     "unknown action": ({"op": "optimizer", "action": "explode"}, {}, "optimizer action"),
     "unknown optimizer": ({"op": "optimizer", "action": "step", "kind": "lbfgs"}, {}, "optimizer"),
+    "option that asserts": (
+        {"op": "optimizer", "action": "step", "kind": "adamw", "options": {"capturable": True}, "lr": 0.1},
+        {},
+        r"options of the optimizer: got \['capturable'\], expected \['amsgrad'",
+    ),
     "state of nothing": (
         {"op": "optimizer", "action": "import", "kind": "sgd", "options": {}},
         {"s0.main.a": tensor(1)},

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from obfuscatune.errors import ProtocolError
 from obfuscatune.worker.adapters import HeldFactors, SlotInputs
+from obfuscatune.worker.products import linear
 
 # One kernel each. `gelu_new` is transformers' name for the tanh form, which it computes in seven.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -57,7 +58,8 @@ class Segment:
         unknown = set(tensors) - set(self.weights)
         if missing or unknown:
             raise ProtocolError("weights of a segment", got=sorted(tensors), expected=sorted(self.weights))
-        self.weight = tensors
+        # Matrices come as [in, out] and are kept as [out, in], the layout of `F.linear`.
+        self.weight = {name: tensor.T.contiguous() if tensor.ndim == 2 else tensor for name, tensor in tensors.items()}
         self.held: dict[str, HeldFactors] = {}
 
     def run(self, x: Tensor, slots: SlotInputs, call: Call) -> Tensor:
@@ -73,7 +75,7 @@ class LinearSegment(Segment):
 
     def run(self, x: Tensor, slots: SlotInputs, call: Call) -> Tensor:
         """Return ``[..., out]``."""
-        return slots.add("main", x, x @ self.weight["weight"])
+        return slots.add("main", x, linear(x, self.weight["weight"]))
 
 
 class MlpSegment(Segment):
@@ -90,9 +92,9 @@ class MlpSegment(Segment):
 
     def run(self, x: Tensor, slots: SlotInputs, call: Call) -> Tensor:
         """Return ``[..., d]``."""
-        hidden = torch.addmm(self.weight["up_bias"], x.flatten(0, -2), self.weight["up"]).view(*x.shape[:-1], -1)
+        hidden = linear(x, self.weight["up"], self.weight["up_bias"])
         hidden = self.activation(slots.add("up", x, hidden))
-        return slots.add("down", hidden, hidden @ self.weight["down"])
+        return slots.add("down", hidden, linear(hidden, self.weight["down"]))
 
 
 class AttentionSegment(Segment):
@@ -104,14 +106,14 @@ class AttentionSegment(Segment):
     def __init__(self, spec: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         super().__init__(spec, tensors)
         self.heads, self.scale = int(spec["heads"]), float(spec["scale"])
-        width = self.weight["qkv"].shape[1]
+        width = self.weight["qkv"].shape[0]
         if self.heads < 1 or width % (3 * self.heads):
             raise ProtocolError("heads of an attention segment", got=self.heads, expected=f"a divisor of {width // 3}")
 
     def run(self, x: Tensor, slots: SlotInputs, call: Call) -> Tensor:
         """Return ``[B, T, d]`` and set ``call.present``."""
         batch, new, _ = x.shape
-        qkv = torch.addmm(self.weight["qkv_bias"], x.flatten(0, -2), self.weight["qkv"]).view(batch, new, -1)
+        qkv = linear(x, self.weight["qkv"], self.weight["qkv_bias"])
         qkv = slots.add("qkv", x, qkv)
         q, k, v = qkv.view(batch, new, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         if call.past is not None:
@@ -120,7 +122,7 @@ class AttentionSegment(Segment):
         causal = call.causal and call.mask is None and new > 1
         h = F.scaled_dot_product_attention(q, k, v, attn_mask=call.mask, is_causal=causal, scale=self.scale)
         h = h.transpose(1, 2).flatten(2)
-        return slots.add("out", h, h @ self.weight["out"])
+        return slots.add("out", h, linear(h, self.weight["out"]))
 
 
 SEGMENTS: dict[str, type[Segment]] = {"linear": LinearSegment, "mlp": MlpSegment, "attention": AttentionSegment}

@@ -1,7 +1,7 @@
 """One session of a worker: segments, kept calls and KV caches of one connected enclave, and the operations on them.
 
-A request is a header and tensors; its answer likewise. A request that is not a valid one is a :class:`ProtocolError` with
-a message of names and shapes, which the server sends back; the session goes on.
+A request is a header and tensors; its answer likewise. A request that is not a valid one is a :class:`ProtocolError`
+with a message of names and shapes, which the server sends back; the session goes on.
 """
 
 import resource

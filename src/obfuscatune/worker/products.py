@@ -1,0 +1,22 @@
+"""The product that all segments are made of, with a faster way for the few rows of a decoding step."""
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+# Up to so many rows a product costs the reading of the weight alone, and a CPU reads it faster as the left factor. For 4
+# rows and a cold float32 weight [3072, 768], W x^T takes .45 ms and x W^T .86 ms; [2304, 768]: .30 and .68; [768, 3072]:
+# .72 and .83; [768, 768]: .19 and .28; from 64 rows on they are equal (AMD EPYC, 2 threads, torch 2.13).
+FEW_ROWS = 16
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return ``x W^T + b`` for x ``[..., in]``, weight ``[out, in]``, bias ``[out]``: what ``F.linear`` returns."""
+    rows = x.shape[:-1].numel()
+    if not 0 < rows <= FEW_ROWS or not x.is_cpu or torch.is_grad_enabled():
+        return F.linear(x, weight, bias)
+    flat = x.reshape(rows, -1)
+    if rows == 1:
+        flat = flat.expand(2, -1)  # one row alone would get the slower matrix-vector kernel
+    y = (weight @ flat.T).T[:rows].reshape(*x.shape[:-1], -1)
+    return y if bias is None else y + bias
