@@ -4,16 +4,18 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-# Up to so many rows a product costs the reading of the weight alone, and a CPU reads it faster as the left factor. For 4
-# rows and a cold float32 weight [3072, 768], W x^T takes .45 ms and x W^T .86 ms; [2304, 768]: .30 and .68; [768, 3072]:
-# .72 and .83; [768, 768]: .19 and .28; from 64 rows on they are equal (AMD EPYC, 2 threads, torch 2.13).
+# Up to so many rows a product costs the reading of the weight alone, and a CPU reads a tall one faster as the left factor.
+# For 4 rows and a cold float32 weight [3072, 768], W x^T takes .45 ms and x W^T .86 ms; [2304, 768]: .30 and .68;
+# [768, 768]: .19 and .28. A wide one is slower so, [768, 3072]: up to 2.1 and .8. From 64 rows on all are equal (AMD
+# EPYC, 1 and 2 threads, torch 2.13).
 FEW_ROWS = 16
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return ``x W^T + b`` for x ``[..., in]``, weight ``[out, in]``, bias ``[out]``: what ``F.linear`` returns."""
     rows = x.shape[:-1].numel()
-    if not 0 < rows <= FEW_ROWS or not x.is_cpu or torch.is_grad_enabled():
+    tall = weight.shape[0] >= weight.shape[1]
+    if not (tall and 0 < rows <= FEW_ROWS and x.is_cpu) or torch.is_grad_enabled():
         return F.linear(x, weight, bias)
     flat = x.reshape(rows, -1)
     if rows == 1:
