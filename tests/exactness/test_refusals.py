@@ -114,6 +114,16 @@ def test_everything_trained_is_stepped(protect: Any, switches: dict[str, Any]) -
         assert max(error(ours[name], theirs[name]) for name in checked) < 1e-9
 
 
+def test_options_of_an_optimizer_on_the_worker(protect: Any) -> None:
+    _, model = twins()
+    with protect(model, profile="paper") as protected:
+        with pytest.raises(UsageError, match=r"fused.*betas"):
+            protected.create_optimizer("adamw", lr=0.1, fused=True)
+        optimizer = protected.create_optimizer("adamw", lr=0.1, betas=(0.9, 0.95))
+        scalar(protected.model(input_ids=tokens(2, 4)).logits).backward()
+        optimizer.step()
+
+
 def test_keys_stay_in_float32_under_autocast(protect: Any) -> None:
     from obfuscatune.keys import MasterSecret, build
 

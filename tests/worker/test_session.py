@@ -45,7 +45,7 @@ def stats(session: WorkerSession) -> tuple[int, int]:
 
 def test_linear(session: WorkerSession) -> None:
     x = tensor(2, 5, D)
-    assert torch.equal(forward(session, "s0", {"x": x})["y"], x @ tensor(D, 3))
+    assert torch.allclose(forward(session, "s0", {"x": x})["y"], x @ tensor(D, 3), rtol=0, atol=1e-5)
 
 
 def test_mlp(session: WorkerSession) -> None:

@@ -20,6 +20,7 @@ from obfuscatune.enclave.session import Session
 from obfuscatune.errors import UsageError
 from obfuscatune.folding import key_rows, unkey_rows
 from obfuscatune.keys import Key
+from obfuscatune.protocol.optimizers import OPTIMIZER_OPTIONS
 
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 
@@ -205,9 +206,13 @@ class RemoteOptimizer(Optimizer):
     def __init__(
         self, adapter: HeldAdapter, local: list[nn.Parameter], *, kind: str, lr: float, **options: Any
     ) -> None:
+        unknown = sorted(options.keys() - OPTIMIZER_OPTIONS[kind])
+        if unknown:
+            expected = f"some of {', '.join(sorted(OPTIMIZER_OPTIONS[kind]))}"
+            raise UsageError("option of an optimizer on the worker", got=", ".join(unknown), expected=expected)
         self._adapter, self._kind = adapter, kind
-        self._options = {"lr": lr, **options}
-        self._local = OPTIMIZERS[kind](local, **self._options) if local else None
+        self._options = {"lr": lr, **{n: list(v) if isinstance(v, tuple) else v for n, v in options.items()}}
+        self._local = OPTIMIZERS[kind](local, lr=lr, **options) if local else None
         super().__init__([*(slot.anchor for slot in adapter.slots), *local], {"lr": lr})
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]

@@ -6,14 +6,11 @@ import torch
 from torch import Tensor
 
 from obfuscatune.errors import ProtocolError
+from obfuscatune.protocol.optimizers import OPTIMIZER_OPTIONS
 from obfuscatune.worker.adapters import HeldFactors
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 # What belongs to the update rule. The rest of torch's options choose kernels (`capturable` asserts on a CPU tensor).
-OPTIONS = {
-    "adamw": frozenset({"lr", "betas", "eps", "weight_decay", "amsgrad"}),
-    "sgd": frozenset({"lr", "momentum", "dampening", "weight_decay", "nesterov"}),
-}
 
 
 class HeldOptimizer:
@@ -50,8 +47,10 @@ class HeldOptimizer:
     def _make(self, kind: Any, options: Any) -> torch.optim.Optimizer:
         if kind not in OPTIMIZERS or not isinstance(options, dict):
             raise ProtocolError("optimizer", got=repr(kind)[:40], expected=", ".join(OPTIMIZERS))
-        if not options.keys() <= OPTIONS[kind]:
-            raise ProtocolError("options of the optimizer", got=sorted(options), expected=sorted(OPTIONS[kind]))
+        if not options.keys() <= OPTIMIZER_OPTIONS[kind]:
+            raise ProtocolError(
+                "options of the optimizer", got=sorted(options), expected=sorted(OPTIMIZER_OPTIONS[kind])
+            )
         try:
             return OPTIMIZERS[kind]([p for _, p in self._parameters()], **options)
         except (TypeError, ValueError) as error:
@@ -61,9 +60,8 @@ class HeldOptimizer:
         if self._optimizer is None:
             self._optimizer = self._make(header.get("kind"), header.get("options"))
         self._optimizer.param_groups[0]["lr"] = float(header["lr"])
-        scales = header.get(
-            "scales", {}
-        )  # gradient clipping, decided in the enclave; a slot without one is not stepped
+        # Gradient clipping, decided in the enclave; a slot without a factor is not stepped.
+        scales = header.get("scales", {})
         for name, held in self._held.items():
             for parameter in held.parameters().values():
                 if name not in scales:

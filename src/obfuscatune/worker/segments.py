@@ -14,8 +14,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from obfuscatune.errors import ProtocolError
+from obfuscatune.products import linear
 from obfuscatune.worker.adapters import HeldFactors, SlotInputs
-from obfuscatune.worker.products import linear
 
 # One kernel each. `gelu_new` is transformers' name for the tanh form, which it computes in seven.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -1,13 +1,13 @@
-"""The product that all segments are made of, with a faster way for the few rows of a decoding step."""
+"""The product with a weight, with a faster way for the few rows of a decoding step; both sides use it."""
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-# Up to so many rows a product costs the reading of the weight alone, and a CPU reads a tall one faster as the left factor.
-# For 4 rows and a cold float32 weight [3072, 768], W x^T takes .45 ms and x W^T .86 ms; [2304, 768]: .30 and .68;
-# [768, 768]: .19 and .28. A wide one is slower so, [768, 3072]: up to 2.1 and .8. From 64 rows on all are equal (AMD
-# EPYC, 1 and 2 threads, torch 2.13).
+# Up to so many rows a product costs the reading of the weight alone, and a CPU reads a tall one faster as the left
+# factor. For 4 rows and a cold float32 weight [3072, 768], W x^T takes .45 ms and x W^T .86 ms; [2304, 768]: .30 and
+# .68; [768, 768]: .19 and .28. A wide one is slower so, [768, 3072]: up to 2.1 and .8. From 64 rows on all are equal
+# (AMD EPYC, 1 and 2 threads, torch 2.13).
 FEW_ROWS = 16
 
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F  # noqa: N812
 from hypothesis import given
 from hypothesis import strategies as st
 
-from obfuscatune.worker.products import FEW_ROWS, linear
+from obfuscatune.products import FEW_ROWS, linear
 
 EXACT = 1e-12  # float64, absolute, sums of at most 40 terms of size 1; measured 3e-15
 
