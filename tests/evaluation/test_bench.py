@@ -205,6 +205,6 @@ def test_a_file_nowhere_is_refused_before_anything_is_measured(tmp_path: Path, o
 
 
 def test_profiles_are_written_as_reports_write_them() -> None:
-    for text in ("balanced", "balanced+mlp=enclave", "paper+kappa=2.0+enclave_blocks=1", "balanced+fold_norms=False"):
+    for text in ("balanced", "balanced+mlp=enclave", "paper+enclave_blocks=1", "balanced+fold_norms=False"):
         assert parse_profile(text).name == text
     assert parse_profile("balanced+fold_norms=false").fold_norms is False

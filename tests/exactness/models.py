@@ -112,10 +112,13 @@ def scalar(logits: Tensor) -> Tensor:
     return (logits * cotangent(logits.shape, logits.dtype)).sum()
 
 
-def train_everything_that_stays(model: nn.Module) -> None:
-    """Let embeddings, norms and head require gradients too, beside LoRA."""
+def train_everything_that_stays(model: nn.Module, profile: str, switches: dict[str, Any]) -> None:
+    """Let embeddings, head and norms require gradients too, beside LoRA; not the norms that are folded."""
+    resolved = resolve(profile, **switches)
     for name, parameter in model.named_parameters():
-        if not any(f".{target}." in name for target in TARGETS):
+        block = next((int(part) for part in name.split(".") if part.isdigit()), None)
+        leaves = resolved.remote and resolved.fold_norms and block is not None and block >= resolved.enclave_blocks
+        if not any(f".{target}." in name for target in TARGETS) and not leaves:
             parameter.requires_grad_(True)
 
 

@@ -281,7 +281,7 @@ def test_a_model_protected_twice_is_refused(protect: Any) -> None:
     _, model = twins()
     with protect(model, profile="paper"):
         pass
-    with pytest.raises(UnsupportedModelError, match="RemoteLinear"):
+    with pytest.raises(UnsupportedModelError, match="protected already"):
         protect(model, profile="paper")
 
 

@@ -57,9 +57,10 @@ def test_float64_logits_and_all_gradients(
     protect: Any, variant: str, config: dict[str, Any], batch: int, length: int, lora: bool
 ) -> None:
     profile, switches = VARIANTS[variant]
+    config["n_layer"] = max(config["n_layer"], 1 + switches.get("enclave_blocks", 0))
     reference, model = twins(lora=lora, **config)
-    train_everything_that_stays(reference)
-    train_everything_that_stays(model)
+    for each in (reference, model):
+        train_everything_that_stays(each, profile, switches)
     ids = tokens(batch, length)
     embeds = torch.randn(batch, length, config["n_embd"], generator=torch.Generator().manual_seed(5)).double()
     with protect(model, profile=profile, **switches) as protected:
@@ -88,6 +89,7 @@ def test_float32_logits_and_greedy_tokens(
     protect: Any, variant: str, config: dict[str, Any], batch: int, length: int
 ) -> None:
     profile, switches = VARIANTS[variant]
+    config["n_layer"] = max(config["n_layer"], 1 + switches.get("enclave_blocks", 0))
     reference, model = twins(dtype=torch.float32, **config)
     ids = tokens(batch, length)
     with protect(model, profile=profile, **switches) as protected, torch.no_grad():
