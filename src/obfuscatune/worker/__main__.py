@@ -10,7 +10,7 @@ import sys
 import torch
 
 from obfuscatune.errors import ObfuscatuneError, UsageError
-from obfuscatune.protocol import Address, Connection, Limits, close_listener, listen
+from obfuscatune.protocol import Address, Connection, Limits, address_of, close_listener, listen
 from obfuscatune.worker.server import serve_connection, serve_forever
 
 
@@ -36,7 +36,7 @@ def run(
     # A stopped service leaves as after Ctrl-C: its socket file would otherwise stay behind.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     listener = listen(address)
-    print(f"worker listening on {address} ({chosen})", flush=True)
+    print(f"worker listening on {address_of(listener)} ({chosen})", flush=True)  # the port that port 0 became
     try:
         with contextlib.suppress(KeyboardInterrupt):
             serve_forever(listener, chosen, Limits())
