@@ -1,12 +1,12 @@
 """What is where, what crossed the boundary, and what it cost: counted, not estimated."""
 
 import dataclasses
-import resource
 from dataclasses import dataclass
 from typing import Any
 
 from obfuscatune.enclave.session import Session, Traffic
 from obfuscatune.errors import UsageError, WorkerFault
+from obfuscatune.memory import peak_memory_bytes
 from obfuscatune.profiles import Profile
 
 
@@ -67,6 +67,6 @@ def make_report(profile: Profile, session: Session | None, *, enclave: int, work
         worker_parameters=worker,
         total_parameters=total,
         traffic={} if session is None else {op: dataclasses.replace(t) for op, t in session.traffic.items()},
-        enclave_peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,  # Linux counts KiB
+        enclave_peak_bytes=peak_memory_bytes(),
         worker_peak_bytes=peak,
     )

@@ -8,7 +8,6 @@ import gc
 import json
 import logging
 import os
-import resource
 import signal
 import sys
 import time
@@ -24,6 +23,7 @@ import transformers
 from obfuscatune.enclave.protected import Protected, protect
 from obfuscatune.errors import ObfuscatuneError
 from obfuscatune.evaluation.bench_workloads import SIZES, WORKLOADS, Repetition, Shape, Subject, build_model
+from obfuscatune.memory import peak_memory_bytes
 from obfuscatune.profiles import Profile
 
 LEARNING_RATE = 1e-4
@@ -88,7 +88,7 @@ class Contender:
     def report(self) -> dict[str, Any]:
         """Return peak memory so far of this process and of its worker, and the enclave's share of the parameters."""
         if self.protected is None:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
+            peak = peak_memory_bytes()
             return {"enclave_peak_bytes": peak, "worker_peak_bytes": None, "enclave_share": 1.0}
         report = self.protected.report()
         return {

@@ -4,7 +4,6 @@ A request is a header and tensors; its answer likewise. A request that is not a 
 with a message of names and shapes, which the server sends back; the session goes on.
 """
 
-import resource
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from obfuscatune.errors import ProtocolError
+from obfuscatune.memory import peak_memory_bytes
 from obfuscatune.protocol import PROTOCOL_VERSION
 from obfuscatune.protocol.bits import unpack_mask
 from obfuscatune.worker.adapters import HeldFactors, SlotInputs
@@ -161,8 +161,11 @@ class WorkerSession:
         return self._optimizer.handle(header, tensors)
 
     def _stats(self, header: dict[str, Any], tensors: dict[str, Tensor]) -> Reply:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
-        numbers = {"peak_memory_bytes": peak, "kept_calls": len(self._calls), "caches": len(self._caches)}
+        numbers = {
+            "peak_memory_bytes": peak_memory_bytes(),
+            "kept_calls": len(self._calls),
+            "caches": len(self._caches),
+        }
         return numbers, {}
 
     def _segment(self, header: Mapping[str, Any]) -> Segment:
