@@ -106,8 +106,11 @@ def test_naive_is_within_its_condition_number_times_rounding(
 ) -> None:
     reference, model = twins(**config)
     ids = tokens(batch, length)
-    with protect(model, profile="naive") as protected, torch.no_grad():
-        got = protected.model(input_ids=ids).logits
+    embeds = torch.randn(batch, length, config["n_embd"], generator=torch.Generator().manual_seed(5)).double()
+    leaves = [embeds.clone().requires_grad_() for _ in range(2)]
+    with protect(model, profile="naive") as protected:
+        with torch.no_grad():
+            got = protected.model(input_ids=ids).logits
         keys = [
             key
             for module in protected.model.modules()
@@ -117,6 +120,9 @@ def test_naive_is_within_its_condition_number_times_rounding(
         amplification = sum(key.condition_number for key in keys)
         bound = NAIVE_FACTOR * amplification * torch.finfo(torch.float64).eps
         assert error(got, reference(input_ids=ids).logits) < bound
+        for each, leaf in zip((reference, protected.model), leaves, strict=True):
+            scalar(each(inputs_embeds=leaf).logits).backward()
+        assert error(leaves[1].grad, leaves[0].grad) < bound
 
 
 def test_norms_with_a_gain_of_zero(protect: Any) -> None:

@@ -16,9 +16,9 @@ from torch import Tensor
 # 5e-4 none.
 TOLERANCE = 4e-3
 ORDER_TOLERANCE = 5e-4
-# A matrix in another order matches in nearly all of its columns. Single ones can match for another reason: where one
-# coordinate of a head dominates the others, every keyed mixture of them is nearly parallel to it (2 of 384 columns of
-# the gradient of q, k, v under one key, none under another).
+# A matrix in another order matches in nearly all of its columns. Single ones can match for another reason: where the
+# gradient of a head's q, k or v is nearly of rank one (measured: second singular value 2 % of the first), its columns
+# are nearly parallel, and so is every keyed mixture of them. Then 2 of 384 columns were found. docs/design.md says so.
 MIN_SHARE = 0.01
 MIN_LENGTH = 24
 MIN_SPREAD = 0.2  # standard deviation of the magnitudes over their root mean square
