@@ -60,6 +60,26 @@ class ConnectionClosedError(ProtocolError):
     """The peer closed the connection, in the middle of a frame or between two."""
 
 
+class FormatError(UsageError):
+    """A file or message of another party (sealed file, identity, job, policy, evidence, log) breaks its format."""
+
+
+class SealError(FormatError):
+    """A sealed file was changed, cut or made by somebody else, or is not sealed to us; none of it is used."""
+
+
+class AttestationError(ObfuscatuneError):
+    """Evidence is missing, forged, stale, or refused by the policy; names the rule that failed."""
+
+
+class ConsentError(ObfuscatuneError):
+    """The enclave refuses what an owner has not agreed to: an option, a profile, an expired, used or unsigned job."""
+
+
+class RollbackError(ObfuscatuneError):
+    """The state on disk is older than the one that the enclave wrote last: somebody put back a copy."""
+
+
 class WorkerFault(ObfuscatuneError):  # noqa: N818 - a fault of the peer, and the name users see
     """The worker died, was late, or replied with something wrong; names worker, layer and call.
 

@@ -17,6 +17,8 @@ from obfuscatune import __version__
 from obfuscatune.errors import ObfuscatuneError, UsageError
 
 VERBS = ("demo", "finetune", "generate", "worker", "inspect", "doctor", "bench")
+# Verbs with verbs of their own: modules with HELP and COMMANDS, a map of name to (function, epilog).
+GROUPS = ("identity",)
 
 EPILOG = "Examples:\n\nobfuscatune demo\n\nobfuscatune finetune --help"
 
@@ -47,6 +49,12 @@ def build_app() -> typer.Typer:
     for verb in VERBS:
         module = importlib.import_module(f"obfuscatune.cli.{verb}")
         app.command(verb, epilog=module.EPILOG)(module.command)
+    for name in GROUPS:
+        module = importlib.import_module(f"obfuscatune.cli.{name}")
+        group = typer.Typer(help=module.HELP, no_args_is_help=True, rich_markup_mode="rich")
+        for verb, (function, epilog) in module.COMMANDS.items():
+            group.command(verb, epilog=epilog)(function)
+        app.add_typer(group, name=name)
     return app
 
 

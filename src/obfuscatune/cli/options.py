@@ -52,6 +52,11 @@ def option(text: str, default: Any = MISSING, **more: Any) -> Any:
     return field(default=default, metadata={"help": text, **more})
 
 
+def argument(text: str, default: Any = MISSING, **more: Any) -> Any:
+    """Declare one argument of a record that is given by its place; as :func:`option` otherwise."""
+    return field(default=default, metadata={"help": text, "positional": True, **more})
+
+
 def expand_home(name: str | None) -> str | None:
     """Expand a leading ``~``, which no shell does in a config file; the callback of options that name a directory."""
     return None if name is None else os.path.expanduser(name)
@@ -137,6 +142,10 @@ def _parameter(name: str, hint: Any, default: Any, spelling: str, **more: Any) -
     ]
     if choices:
         more["help"] = f"{more['help']}: {', '.join(choices)}"
+    if more.pop("positional", False):
+        return inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[hint, typer.Argument(**more)]
+        )
     # Short ones: typer's own leave no room for the names, which it would cut at 80 columns.
     metavar = "NAME" if choices else next((short for kind, short in _METAVARS.items() if kind in kinds), "TEXT")
     annotation = Annotated[hint, typer.Option(spelling, metavar=metavar, **more)]
