@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from obfuscatune.enclave.cache import CacheMirror
 from obfuscatune.enclave.held import HeldAdapter, HeldSlot
+from obfuscatune.enclave.lazy import LazyWeights
 from obfuscatune.enclave.linear import RemoteLinear
 from obfuscatune.enclave.lora import SplitInput, SplitOutput
 from obfuscatune.enclave.norm import FoldedLayerNorm
@@ -42,9 +43,11 @@ class Installer:
     secret: MasterSecret
     held: HeldAdapter
     adapted: bool
+    weights: LazyWeights | None = None
     worker_parameters: int = 0
     _replacements: list[Callable[[], None]] = field(default_factory=list)
     _dropout_off: list[str] = field(default_factory=list)
+    _sites: list[Site] = field(default_factory=list)
     _segments: int = 0
 
     def __post_init__(self) -> None:
@@ -69,6 +72,11 @@ class Installer:
             norm = self._norm(block, spec.mlp_norm)
             self._linear(self._site(mlp, spec.up, where), ("mlp in", "hidden"), inner="out", norm=norm)
             self._linear(self._site(mlp, spec.down, where), ("activations", "mlp out"), inner="in", norm=None)
+        if self.weights is not None:
+            self.weights.release()
+            for site in self._sites:  # the replacements hold them
+                site.weight = site.weight.new_empty(0)
+        self._sites.clear()
 
     def install(self) -> None:
         """Replace the submodules of all keyed blocks; cannot fail half-way."""
@@ -111,6 +119,9 @@ class Installer:
 
     def _site(self, parent: nn.Module, child: str, where: str) -> Site:
         site = find_site(self.spec, parent, child, where)
+        if self.weights is not None:
+            self.weights.fill(site.path)
+        self._sites.append(site)
         self._refuse_trained(site.base, site.path)
         return site
 

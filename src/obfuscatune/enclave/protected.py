@@ -10,6 +10,7 @@ from torch import nn
 
 from obfuscatune.enclave.held import OPTIMIZERS, HeldAdapter, RemoteOptimizer
 from obfuscatune.enclave.install import Installer
+from obfuscatune.enclave.lazy import LazyWeights
 from obfuscatune.enclave.linear import RemoteLinear
 from obfuscatune.enclave.report import Report, make_report
 from obfuscatune.enclave.session import Session
@@ -33,6 +34,7 @@ def protect(
     secret: MasterSecret | None = None,
     insecure_test_seed: int | None = None,
     progress: bool = False,
+    weights: LazyWeights | None = None,
     **switches: Any,
 ) -> "Protected":
     """Run ``model`` between this process, the enclave, and a worker that sees only keyed weights and activations.
@@ -51,6 +53,7 @@ def protect(
         secret: master secret of an earlier session, to resume it bit for bit; a fresh one otherwise.
         insecure_test_seed: makes the keys predictable, for tests only; refused with a TCP worker.
         progress: show a bar while the weights are keyed.
+        weights: of a model made by `load_lazily`: its large weights, read and dropped again layer by layer.
 
     Returns:
         A context manager with ``.model``, ``.report()``, ``.create_optimizer()`` and ``.close()``.
@@ -74,7 +77,7 @@ def protect(
         session.hello()
         held = HeldAdapter(session)
         adapted = isinstance(model, PeftModel)
-        installer = Installer(session, resolved, spec, causal_lm.config, keys, held, adapted)
+        installer = Installer(session, resolved, spec, causal_lm.config, keys, held, adapted, weights)
         for index, path, block in _with_bar(blocks, progress):
             installer.key_block(block, index, path)
         if resolved.attention == "worker":

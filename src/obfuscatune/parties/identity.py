@@ -100,8 +100,15 @@ class PublicIdentity:
         return True
 
     def wrap(self, data: bytes, info: bytes) -> bytes:
-        """Return ``data`` (small: a data key) under HPKE for this identity; ``info`` binds its context."""
-        return _suite(self.suite).encrypt(data, _public_key(self.suite, self.sealing_key), info=info)
+        """Return ``data`` (small: a data key) under HPKE for this identity; ``info`` binds its context.
+
+        Raises:
+            FormatError: the sealing key has the right size but is none.
+        """
+        try:
+            return _suite(self.suite).encrypt(data, _public_key(self.suite, self.sealing_key), info=info)
+        except ValueError:
+            raise FormatError(f"identity {self.name} has a sealing key that is none") from None
 
 
 @dataclass(frozen=True, repr=False)

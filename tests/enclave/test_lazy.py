@@ -1,0 +1,84 @@
+"""A model that is read layer by layer is the same model, and never holds all of its plain weights."""
+
+import weakref
+
+import pytest
+import torch
+
+import obfuscatune
+from obfuscatune.enclave.lazy import load_lazily
+from obfuscatune.errors import UnsupportedModelError
+from obfuscatune.profiles import resolve
+
+from ..exactness.models import VARIANTS, gpt2, with_lora
+
+
+class Source:
+    """Tensors of a state dict, with a record of what was read."""
+
+    def __init__(self, tensors):
+        self.tensors, self.read = tensors, []
+
+    def names(self):
+        return self.tensors.keys()
+
+    def shape(self, name):
+        return tuple(self.tensors[name].shape)
+
+    def get(self, name):
+        self.read.append(name)
+        return self.tensors[name].clone()
+
+
+def tensors_of(model, prefix="transformer."):
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    return {prefix + name.removeprefix("transformer."): tensor for name, tensor in state.items()}
+
+
+@pytest.mark.parametrize("prefix", ["transformer.", ""])
+@pytest.mark.parametrize("variant", ["balanced", "paper", "balanced, first block inside", "enclave"])
+def test_logits_and_gradients_are_those_of_the_whole_model(variant, prefix):
+    name, switches = VARIANTS[variant]
+    plain = with_lora(gpt2())
+    profile = resolve(name, **switches)
+    model, weights = load_lazily(gpt2().config, Source(tensors_of(gpt2(), prefix)), torch.float64, profile)
+    ids = torch.randint(37, (2, 11), generator=torch.Generator().manual_seed(0))
+    with obfuscatune.protect(with_lora(model), profile=profile, weights=weights) as protected:
+        ours = protected.model(ids, labels=ids)
+        theirs = plain(ids, labels=ids)
+        torch.testing.assert_close(ours.logits, theirs.logits, rtol=1e-9, atol=1e-9)
+        if profile.lora_placement != "worker":
+            ours.loss.backward()
+            theirs.loss.backward()
+            lora = {key: p.grad for key, p in protected.model.named_parameters() if "lora_" in key}
+            assert len(lora) == 2 * 2 * 4  # factors, blocks, layers
+            for key, grad in lora.items():
+                torch.testing.assert_close(grad, plain.get_parameter(key).grad, rtol=1e-9, atol=1e-9)
+
+
+def test_large_weights_are_read_when_they_are_keyed_and_dropped_then():
+    source = Source(tensors_of(gpt2()))
+    model, weights = load_lazily(gpt2().config, source, torch.float64, resolve("balanced"))
+    large = [name for name in source.names() if ".h." in name and source.tensors[name].ndim == 2]
+    assert large and not set(large) & set(source.read)
+    weight = model.transformer.h[0].attn.c_attn.weight
+    alive = weakref.ref(weight.untyped_storage())
+    with obfuscatune.protect(model, profile="balanced", weights=weights):
+        assert sorted(set(large) & set(source.read)) == sorted(large)
+        assert weight.numel() == 0 and not alive()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("transformer.ln_f.weight"), "missing"),
+        (lambda t: t.update({"transformer.wpe.weight": torch.zeros(3, 3)}), "another shape"),
+        (lambda t: t.update({"transformer.extra": torch.zeros(3)}), "not of this model"),
+        (lambda t: t.update({"transformer.ln_f.bias": torch.zeros(15, dtype=torch.int64)}), "no floating-point"),
+    ],
+)
+def test_tensors_of_another_model_are_refused(change, message):
+    tensors = tensors_of(gpt2())
+    change(tensors)
+    with pytest.raises(UnsupportedModelError, match=message):
+        load_lazily(gpt2().config, Source(tensors), torch.float64, resolve("balanced"))
