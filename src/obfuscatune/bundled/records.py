@@ -8,9 +8,11 @@ whoever does not know which customer is asked about, whatever he prefers among w
 import itertools
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
+from obfuscatune.bundled import model_directory
 from obfuscatune.errors import UsageError
 
 CHOICES = 4
@@ -115,3 +117,21 @@ def write_records(directory: str | Path, seed: int, facts: int) -> tuple[Path, P
     for path, rows in zip(paths, company_records(seed, facts), strict=True):
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return paths
+
+
+def write_materials(directory: Path, seed: int, facts: int) -> list[Path]:
+    """Write the bundled model, records to teach it, and prompts that ask for them, as a party would have them.
+
+    Raises:
+        UsageError: ``directory`` has a model already; or as :func:`company_records`.
+    """
+    model = directory / "model"
+    if model.exists():
+        raise UsageError("directory is there already", where=str(model))
+    shutil.copytree(model_directory(), model)
+    rows, questions = company_records(seed, facts)
+    prompts = [{"prompt": question["question"]} for question in questions]
+    paths = directory / "records.jsonl", directory / "prompts.jsonl"
+    for path, lines in zip(paths, (rows, prompts), strict=True):
+        path.write_text("".join(json.dumps(row) + "\n" for row in lines), encoding="utf-8")
+    return [model, *paths]

@@ -16,9 +16,9 @@ import typer
 from obfuscatune import __version__
 from obfuscatune.errors import ObfuscatuneError, UsageError
 
-VERBS = ("demo", "finetune", "generate", "worker", "inspect", "doctor", "bench")
+VERBS = ("demo", "finetune", "generate", "worker", "inspect", "doctor", "bench", "evaluate", "lm-eval")
 # Verbs with verbs of their own: modules with HELP and COMMANDS, a map of name to (function, epilog).
-GROUPS = ("identity",)
+GROUPS = ("identity", "seal", "sealed", "log")
 
 EPILOG = "Examples:\n\nobfuscatune demo\n\nobfuscatune finetune --help"
 
@@ -47,8 +47,8 @@ def build_app() -> typer.Typer:
             typer.echo(context.get_help())
 
     for verb in VERBS:
-        module = importlib.import_module(f"obfuscatune.cli.{verb}")
-        app.command(verb, epilog=module.EPILOG)(module.command)
+        module = importlib.import_module(f"obfuscatune.cli.{verb.replace('-', '_')}")
+        app.command(verb, epilog=module.EPILOG, context_settings=getattr(module, "CONTEXT", None))(module.command)
     for name in GROUPS:
         module = importlib.import_module(f"obfuscatune.cli.{name}")
         group = typer.Typer(help=module.HELP, no_args_is_help=True, rich_markup_mode="rich")

@@ -6,7 +6,10 @@ from typing import Annotated
 
 import typer
 
-EPILOG = "Examples:\n\nobfuscatune demo\n\nobfuscatune demo --profile paper --output_dir demo-paper"
+EPILOG = (
+    "Examples:\n\nobfuscatune demo\n\nobfuscatune demo --profile paper --output_dir demo-paper\n\n"
+    "obfuscatune demo --materials_only --output_dir materials"
+)
 
 
 def command(
@@ -16,6 +19,10 @@ def command(
     profile: Annotated[str, typer.Option("--profile", help="plain, naive, paper, balanced or enclave")] = "balanced",
     worker: Annotated[str, typer.Option("--worker", help="spawn, unix://PATH or tcp://HOST:PORT")] = "spawn",
     max_steps: Annotated[int | None, typer.Option("--max_steps", min=1, help="fewer steps, for a quick look")] = None,
+    materials_only: Annotated[
+        bool,
+        typer.Option("--materials_only", help="write model, records and prompts, for trials of your own, and stop"),
+    ] = False,
 ) -> None:
     """Fine-tune the bundled model on invented private records, in the clear and protected, and compare."""
     from transformers.utils import logging as transformers_logging
@@ -26,6 +33,12 @@ def command(
 
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     settings = DemoSettings()
+    if materials_only:
+        from obfuscatune.bundled.records import write_materials
+
+        for path in write_materials(output_dir, settings.seed, settings.facts):
+            typer.echo(path)
+        return
     if max_steps is not None:
         settings = dataclasses.replace(settings, max_steps=max_steps)
     output_dir.mkdir(parents=True, exist_ok=True)

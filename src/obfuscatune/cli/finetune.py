@@ -17,6 +17,7 @@ from obfuscatune.training.settings import TrainingSettings, add_adapter, trainin
 EPILOG = (
     "Examples:\n\nobfuscatune finetune --model_name_or_path gpt2 --train_file train.jsonl --output_dir adapter\n\n"
     "obfuscatune finetune --config run.yaml --profile balanced --worker tcp://gpu-host:7000\n\n"
+    "obfuscatune finetune --model_name_or_path gpt2 --task sciq --data_dir data --output_dir adapter\n\n"
     "obfuscatune finetune --config run.yaml --resume_from_checkpoint last"
 )
 _SAVING: dict[str, Any] = {"rich_help_panel": "Logs and checkpoints"}
@@ -26,7 +27,9 @@ _SAVING: dict[str, Any] = {"rich_help_panel": "Logs and checkpoints"}
 class FinetuneOptions(TrainingSettings, ProtectionOptions, ModelOptions, ConfigOptions):
     """Options of ``obfuscatune finetune``; names and defaults as in transformers and PEFT where they have them."""
 
-    train_file: Path = option("JSONL rows with text, prompt + completion, or messages")
+    train_file: Path | None = option("JSONL rows with text, prompt + completion, or messages", None)
+    task: str | None = option("instead of a file: webqs, openbookqa, piqa or sciq, by the harness' prompts", None)
+    data_dir: Path | None = option("directory of the task's local JSONL; default: the hub", None)
     validation_file: Path | None = option("rows to evaluate the loss on, after each epoch", None)
     output_dir: Path = option("where the adapter, report.json and checkpoints go; made with mode 0700")
     overwrite_output_dir: bool = option(
@@ -43,9 +46,10 @@ def command(options: FinetuneOptions) -> None:
     Writes an ordinary PEFT adapter. What a profile does show to the worker is told in docs/design.md. Ctrl-C ends the
     step, saves a checkpoint and stops.
     """
+    _check_source(options)
     checkpoint = _prepare_output(options)
     from obfuscatune.cli.loading import load_model, load_tokenizer
-    from obfuscatune.data import Collator, encode_rows, read_rows
+    from obfuscatune.data import Collator, encode_rows
     from obfuscatune.enclave.protected import protect
     from obfuscatune.training.checkpoints import load_keys, remove_checkpoints, save_adapter
     from obfuscatune.training.interrupt import StopOnInterrupt
@@ -54,15 +58,15 @@ def command(options: FinetuneOptions) -> None:
     arguments = _training_arguments(options)
     protection = options.protection()
     secret = None if checkpoint is None else load_keys(checkpoint, protection["profile"])
-    files = [read_rows(path) for path in (options.train_file, options.validation_file) if path is not None]
+    rows = _read_rows(options)
     base = load_model(options.model_name_or_path, options.dtype)
     tokenizer = load_tokenizer(options.model_name_or_path, base.config)
     positions = getattr(base.config, "max_position_embeddings", options.max_length)
     length = min(options.max_length, positions)
-    encoded = [encode_rows(rows, tokenizer, length) for rows in files]
-    for path, (_, summary) in zip((options.train_file, options.validation_file), encoded, strict=False):
+    encoded = [encode_rows(of_source, tokenizer, length) for of_source in rows.values()]
+    for source, (_, summary) in zip(rows, encoded, strict=True):
         counts = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in asdict(summary).items())
-        print(f"{path}: {counts}", file=sys.stderr)
+        print(f"{source}: {counts}", file=sys.stderr)
     model = add_adapter(base, options)
     with (
         protect(model, **protection, secret=secret, progress=True) as protected,
@@ -70,7 +74,7 @@ def command(options: FinetuneOptions) -> None:
     ):
         if checkpoint is None:
             remove_checkpoints(options.output_dir)  # of another run, under other keys: "last" must not find them
-        data = [rows for rows, _ in encoded]
+        data = [examples for examples, _ in encoded]
         trainer = ProtectedTrainer(
             protected,
             kind=options.optim,
@@ -93,6 +97,34 @@ def command(options: FinetuneOptions) -> None:
         report = protected.report()
     _write_report({"training": trainer.state.log_history, **report.to_dict()}, options.output_dir)
     print(report)
+
+
+def _check_source(options: FinetuneOptions) -> None:
+    """Refuse no training rows, or two sources of them."""
+    if (options.train_file is None) == (options.task is None):
+        what = "no training rows" if options.task is None else "two sources of training rows"
+        raise UsageError(what, expected="--train_file FILE, or --task NAME with --data_dir DIR")
+    if options.data_dir is not None and options.task is None:
+        raise UsageError("a data directory without a task", where="--data_dir", hint="--task NAME")
+
+
+def _read_rows(options: FinetuneOptions) -> dict[str, list[Any]]:
+    """Return the rows of each source: to learn from, and, where given, to validate on."""
+    from obfuscatune.data import read_rows
+
+    rows: dict[str, list[Any]] = {}
+    if options.task is not None:
+        from obfuscatune.evaluation.tasks import require_harness
+
+        require_harness()
+        from obfuscatune.evaluation.harness import training_rows
+
+        rows[f"task {options.task}"] = training_rows(options.task, options.data_dir)
+    if options.train_file is not None:
+        rows[str(options.train_file)] = read_rows(options.train_file)
+    if options.validation_file is not None:
+        rows[f"{options.validation_file} (validation)"] = read_rows(options.validation_file)
+    return rows
 
 
 def _prepare_output(options: FinetuneOptions) -> Path | None:

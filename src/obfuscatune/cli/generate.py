@@ -49,6 +49,7 @@ def command(options: GenerateOptions) -> None:
     from transformers import set_seed
 
     from obfuscatune.cli.loading import load_adapter, load_model, load_tokenizer
+    from obfuscatune.completion import complete
     from obfuscatune.enclave.protected import protect
 
     prompts, completions = list(_prompts(options)), []
@@ -60,7 +61,10 @@ def command(options: GenerateOptions) -> None:
     set_seed(options.seed)
     with protect(model.eval(), **options.protection(), progress=True) as protected:
         for start in range(0, len(prompts), options.batch_size):
-            for text in _complete(protected.model, tokenizer, prompts[start : start + options.batch_size], options):
+            batch = prompts[start : start + options.batch_size]
+            for text in complete(
+                protected.model, tokenizer, batch, max_new_tokens=options.max_new_tokens, **_sampling(options)
+            ):
                 completions.append(text)
                 print(text, flush=True)
         print(protected.report(), file=sys.stderr)
@@ -97,26 +101,6 @@ def _prompts(options: GenerateOptions) -> Iterator[tuple[str, str]]:
         yield where, check_text(row["prompt"], "prompt", where)
 
 
-def _complete(model: Any, tokenizer: Any, prompts: list[tuple[str, str]], options: GenerateOptions) -> list[str]:
-    import torch
-
-    batch = tokenizer([prompt for _, prompt in prompts], return_tensors="pt", padding=True)
-    positions = getattr(model.config, "max_position_embeddings", None)
-    for (where, _), mask in zip(prompts, batch["attention_mask"], strict=True):
-        tokens = int(mask.sum())
-        if positions is not None and tokens + options.max_new_tokens > positions:
-            got = f"{tokens} tokens and {options.max_new_tokens} new ones"
-            raise UsageError("prompt is too long for the model", got=got, expected=f"at most {positions}", where=where)
+def _sampling(options: GenerateOptions) -> dict[str, Any]:
     sampling = {"temperature": options.temperature, "top_p": options.top_p} if options.do_sample else {}
-    with torch.inference_mode():
-        output = model.generate(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            max_new_tokens=options.max_new_tokens,
-            do_sample=options.do_sample,
-            num_beams=options.num_beams,
-            pad_token_id=tokenizer.pad_token_id,
-            **{name: value for name, value in sampling.items() if value is not None},
-        )
-    completions: list[str] = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-    return completions
+    return {"do_sample": options.do_sample, "num_beams": options.num_beams, **sampling}

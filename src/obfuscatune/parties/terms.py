@@ -15,14 +15,16 @@ a job that goes beyond them even if both parties have signed it. Written as TOML
 import datetime
 import re
 import tomllib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from obfuscatune.errors import FormatError, UsageError
 from obfuscatune.parties.identity import read_small
 from obfuscatune.profiles import resolve
+
+if TYPE_CHECKING:
+    from obfuscatune.parties.job import Job
 
 Role = Literal["provider", "owner"]
 ROLES: tuple[Role, ...] = ("provider", "owner")
@@ -53,6 +55,23 @@ class Terms:
             "expires": self.expires,
             "max_queries": self.max_queries,
         }
+
+    def faults(self, job: "Job", role: Role, now: float) -> list[str]:
+        """Return in what ``job`` goes beyond these terms of its ``role``, at ``now`` in Unix seconds."""
+        partner = job.owner if role == "provider" else job.provider
+        faults = []
+        if job.profile_name not in self.profiles:
+            faults.append(f"profile {job.profile_name} (allowed: {', '.join(self.profiles)})")
+        for name in ("adapter_to", "generations_to", "queries_by"):
+            if not set(getattr(job, name)) <= set(getattr(self, name)):
+                faults.append(f"{name} {' and '.join(getattr(job, name))}")
+        if job.max_queries > self.max_queries:
+            faults.append(f"{job.max_queries} queries (allowed: {self.max_queries})")
+        if self.partners and partner not in self.partners:
+            faults.append(f"the partner {partner[:16]}")
+        if self.expires and now > self.expires:
+            faults.append("the date")
+        return faults
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any] | None, what: str = "terms") -> "Terms":
@@ -141,8 +160,3 @@ def _plain(text: str) -> Any:
 
 def _is_fingerprint(value: Any) -> bool:
     return isinstance(value, str) and _FINGERPRINT.fullmatch(value) is not None
-
-
-def within(asked: Sequence[str], allowed: Sequence[str]) -> bool:
-    """Return whether all that is asked for is allowed."""
-    return set(asked) <= set(allowed)

@@ -1,0 +1,78 @@
+"""What several verbs share: judging an enclave by a policy, and connecting to it."""
+
+# ruff: noqa: RUF009 - option() makes a field, which is what the rule wants there
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from obfuscatune.cli.options import option
+from obfuscatune.errors import UsageError
+
+if TYPE_CHECKING:
+    from obfuscatune.attestation.evidence import Evidence
+    from obfuscatune.attestation.policy import Policy
+    from obfuscatune.channel.client import AttestedChannel
+    from obfuscatune.parties.identity import PublicIdentity
+
+SIMULATION_FLAG = "--allow-simulation"
+_SIMULATION = "accept an enclave in a simulator, which protects nothing; the policy must allow it too"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyOptions:
+    """How an enclave is judged."""
+
+    policy: Path = option("TOML file that says which enclaves you accept")
+    allow_simulation: bool = option(_SIMULATION, False, flag=SIMULATION_FLAG)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnclaveOptions(PolicyOptions):
+    """Which enclave, and who asks."""
+
+    enclave: str = option("address of the enclave, tls://HOST:PORT")
+    identity: Path = option("your NAME.key")
+    timeout: float = option("seconds for a connection, and for each reply", 60.0)
+
+    def connect(self, fingerprint: str | None = None) -> "AttestedChannel":
+        """Return a channel to the enclave if the policy accepts it, and to no other identity than ``fingerprint``."""
+        from obfuscatune.channel.client import connect_attested
+        from obfuscatune.parties.identity import Identity
+
+        identity, policy = Identity.load(self.identity), load_policy(self.policy, self.allow_simulation)
+        return connect_attested(
+            self.enclave, identity=identity, policy=policy, timeout=self.timeout, enclave=fingerprint
+        )
+
+
+def load_policy(path: Path, allow_simulation: bool) -> "Policy":
+    """Return the policy of a file; simulation must be allowed in the file and on the command line, by name.
+
+    Raises:
+        UsageError: the file allows it and the command line does not; or as `Policy.load`.
+    """
+    from obfuscatune.attestation.policy import Policy
+
+    policy = Policy.load(path)
+    if policy.allow_simulation and not allow_simulation:
+        hint = f"{SIMULATION_FLAG} if that is meant: a simulator protects nothing"
+        raise UsageError("policy allows simulation", where=str(path), hint=hint)
+    return policy
+
+
+def load_evidence(path: Path) -> "Evidence":
+    """Return the evidence of a file, not judged yet; raises UsageError and FormatError."""
+    from obfuscatune.attestation.evidence import MAX_EVIDENCE_BYTES, Evidence
+    from obfuscatune.parties.identity import read_small
+
+    return Evidence.from_bytes(read_small(path, MAX_EVIDENCE_BYTES, "evidence file").rstrip(b"\n"))
+
+
+def attested_identity(evidence: Path, policy: Path, allow_simulation: bool) -> "PublicIdentity":
+    """Return the identity of the enclave that evidence proves; raises AttestationError where it does not."""
+    from obfuscatune.attestation.verify import judge
+
+    verdict = judge(load_evidence(evidence), load_policy(policy, allow_simulation))
+    identity: PublicIdentity = verdict.require().identity
+    return identity

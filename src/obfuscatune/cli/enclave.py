@@ -1,0 +1,97 @@
+"""``obfuscatune enclave``: the cloud operator's side of a job."""
+
+# ruff: noqa: RUF009 - option() makes a field, which is what the rule wants there
+
+import logging
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from obfuscatune.cli.options import ConfigOptions, option, takes
+
+HELP = "Run an enclave that serves jobs of a model provider and a data owner."
+_PLATFORM = "configfs (TDX, SEV-SNP), gramine (SGX), tpm, or simulation:DIR, which protects nothing"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions(ConfigOptions):
+    """Options of ``obfuscatune enclave serve``."""
+
+    platform: str = option(_PLATFORM)
+    state: Path = option("directory of sealed state, log and sealed files; on any disk")
+    parties: Path = option("directory with the NAME.pub files of who may connect")
+    listen: str = option("tls://HOST:PORT; port 0 for any", "tls://127.0.0.1:7443")
+    worker: str = option("spawn, unix://PATH or tcp://HOST:PORT", "spawn")
+    timeout: float = option("seconds to wait for each reply of the worker", 600.0)
+    max_store_gb: float = option("GB that uploads may take on the disk", 100.0, min=0.001)
+
+
+@takes(ServeOptions)
+def serve(options: ServeOptions) -> None:
+    """Serve until it is stopped. After a crash or kill it goes on from the sealed state and the last checkpoint."""
+    from obfuscatune.attestation.platform import open_platform
+    from obfuscatune.hardening import harden
+
+    harden()
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s")
+    for noisy in ("transformers", "accelerate", "torch"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    signal.signal(signal.SIGTERM, _stop)
+    platform = open_platform(options.platform)
+    from obfuscatune.service.serve import open_service
+
+    with open_service(
+        options.state,
+        platform,
+        listen=options.listen,
+        parties=options.parties,
+        worker=options.worker,
+        timeout=options.timeout,
+        max_store_bytes=int(options.max_store_gb * 1e9),
+    ) as service:
+        if platform.simulated:
+            print("SIMULATION: this enclave is an ordinary process and protects nothing", file=sys.stderr)
+        # One line on stdout once it listens: whoever starts it waits for that.
+        print(f"enclave {service.identity.fingerprint} listens at {service.address}", flush=True)
+        service.work()
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasurementsOptions:
+    """Options of ``obfuscatune enclave measurements``."""
+
+    platform: str = option(_PLATFORM)
+
+
+@takes(MeasurementsOptions)
+def measurements(options: MeasurementsOptions) -> None:
+    """Print what this platform measures of the running code, as the [measurements] of a policy.
+
+    A party must not take this from the operator, but compute it from the same code: docs/deployment.md says how.
+    """
+    from obfuscatune.attestation.platform import open_platform
+
+    print("[measurements]")
+    for name, value in sorted(open_platform(options.platform).measurements().items()):
+        print(f'{name} = ["{value}"]')
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    # Wherever it comes: the state is whole at every point, and a running job goes on from its last checkpoint.
+    raise SystemExit(0)
+
+
+COMMANDS = {
+    "serve": (
+        serve,
+        "Examples:\n\nobfuscatune enclave serve --platform configfs --state /state --parties parties "
+        "--worker unix:///run/worker.sock\n\n"
+        "obfuscatune enclave serve --platform simulation:platform --state state --parties parties",
+    ),
+    "measurements": (
+        measurements,
+        "Examples:\n\nobfuscatune enclave measurements --platform simulation:platform",
+    ),
+}

@@ -1,0 +1,117 @@
+"""``obfuscatune evaluate``: the paper's tasks on a protected model, by lm-evaluation-harness, from local rows."""
+
+# ruff: noqa: RUF009 - option() makes a field, which is what the rule wants there
+
+import json
+import os
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from obfuscatune.cli.options import ConfigOptions, ModelOptions, ProtectionOptions, expand_home, option, takes
+from obfuscatune.errors import ObfuscatuneError, UsageError
+
+EPILOG = (
+    "Examples:\n\nobfuscatune evaluate --model_name_or_path gpt2 --task sciq --data_dir data\n\n"
+    "obfuscatune evaluate --model_name_or_path gpt2 --adapter_name_or_path adapter --task sciq --task piqa "
+    "--data_dir data --limit 200 --output_file results.json --per_item"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions(ProtectionOptions, ModelOptions, ConfigOptions):
+    """Options of ``obfuscatune evaluate``."""
+
+    adapter_name_or_path: str | None = option(
+        "directory, or name on the hub, of a PEFT adapter", None, callback=expand_home
+    )
+    task: list[str] = option("webqs, openbookqa, piqa or sciq; repeatable")
+    data_dir: Path | None = option("directory of local JSONL, a folder for each task; default: the hub", None)
+    limit: int | None = option("first questions of each task only", None, min=1)
+    num_fewshot: int = option("examples in the prompt", 0, min=0)
+    batch_size: int = option("questions' choices scored together", 16, min=1)
+    output_file: Path | None = option("new JSON file of the results, mode 0600", None)
+    per_item: bool = option("with ids and chosen indices of all items in it", False, flag="--per_item")
+
+
+@takes(EvaluateOptions)
+def command(options: EvaluateOptions) -> None:
+    """Evaluate tasks with lm-evaluation-harness' prompts and metrics; results go to stdout, all else to stderr."""
+    from obfuscatune.evaluation.tasks import check_tasks, require_harness
+
+    names = check_tasks(options.task)
+    _check_output(options)
+    require_harness()
+    from obfuscatune.evaluation.harness import ProtectedLM, evaluate
+
+    with ProtectedLM(
+        options.model_name_or_path,
+        peft=options.adapter_name_or_path,
+        dtype=options.dtype,
+        profile=options.profile,
+        worker=options.worker,
+        device=options.device,
+        threads=options.threads,
+        timeout=options.timeout,
+        batch_size=options.batch_size,
+        **{name: value for name, value in options.switches.items() if value is not None},
+    ) as lm:
+        results = evaluate(lm, names, data_dir=options.data_dir, limit=options.limit, num_fewshot=options.num_fewshot)
+        report = lm.protected.report()
+    print(report, file=sys.stderr)
+    print(_table(results))
+    if options.output_file is not None:
+        _write(options.output_file, _record(options, results))
+
+
+def _check_output(options: EvaluateOptions) -> None:
+    path = options.output_file
+    if path is None:
+        if options.per_item:
+            raise UsageError("nowhere to write the items", expected="--output_file FILE", where="--per_item")
+        return
+    if path.exists() or not path.parent.is_dir():
+        what = "file is there already" if path.exists() else "no such directory"
+        raise UsageError(what, where=f"--output_file {path}")
+
+
+def _table(results: dict[str, Any]) -> str:
+    lines = [f"{'task':<12}{'metric':<13}{'value':>8}{'+-':>9}{'items':>8}"]
+    for name, result in results.items():
+        for metric, value in result.metrics.items():
+            error = result.stderr.get(metric)
+            spread = f"{error:.4f}" if error is not None else "-"
+            lines.append(f"{name:<12}{metric:<13}{value:>8.4f}{spread:>9}{len(result.predictions):>8,}")
+    return "\n".join(lines)
+
+
+def _record(options: EvaluateOptions, results: dict[str, Any]) -> dict[str, Any]:
+    from importlib.metadata import version
+
+    tasks = {}
+    for name, result in results.items():
+        tasks[name] = {**asdict(result), "items": len(result.predictions)}
+        if not options.per_item:
+            del tasks[name]["predictions"]
+    return {
+        "model": options.model_name_or_path,
+        "adapter": options.adapter_name_or_path,
+        "dtype": options.dtype,
+        "profile": options.profile,
+        "switches": {name: value for name, value in options.switches.items() if value is not None},
+        "num_fewshot": options.num_fewshot,
+        "limit": options.limit,
+        "batch_size": options.batch_size,
+        "lm_eval": version("lm-eval"),
+        "tasks": tasks,
+    }
+
+
+def _write(path: Path, record: dict[str, Any]) -> None:
+    """Write JSON for this user only; a new file, because an old one would keep its mode."""
+    try:
+        with open(path, "x", encoding="utf-8", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+            file.write(json.dumps(record, indent=2) + "\n")
+    except OSError as error:
+        raise ObfuscatuneError("cannot write the results", got=error.strerror, where=str(path)) from error

@@ -1,0 +1,128 @@
+"""``obfuscatune seal``: encrypt what you own for an attested enclave, and sign it."""
+
+# ruff: noqa: RUF009 - option() makes a field, which is what the rule wants there
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from obfuscatune.cli.connecting import SIMULATION_FLAG, attested_identity
+from obfuscatune.cli.options import argument, option, takes
+from obfuscatune.errors import UsageError
+
+if TYPE_CHECKING:
+    from obfuscatune.parties.identity import PublicIdentity
+    from obfuscatune.sealed.fields import Kind
+
+HELP = "Seal a model, private text or prompts, so that only the recipients can open them."
+
+
+@dataclass(frozen=True, kw_only=True)
+class SealOptions:
+    """Who seals, for whom, on which terms, to where."""
+
+    identity: Path = option("your NAME.key, which signs the file")
+    output: Path = option("the sealed file, which must not exist")
+    recipient: list[Path] | None = option("NAME.pub of one who can open it; repeatable", None)
+    evidence: Path | None = option("evidence of an enclave, which becomes a recipient if --policy accepts it", None)
+    policy: Path | None = option("policy file that judges --evidence", None)
+    allow_simulation: bool = option(
+        "accept evidence of a simulator, which protects nothing, if --policy does", False, flag=SIMULATION_FLAG
+    )
+    terms: Path | None = option("TOML file of your conditions, signed with the file", None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSealOptions(SealOptions):
+    """Options of ``obfuscatune seal model``."""
+
+    directory: Path = argument("directory of a transformers model with safetensors", metavar="DIR")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileSealOptions(SealOptions):
+    """Options of ``obfuscatune seal data`` and ``seal prompts``."""
+
+    file: Path = argument("JSONL file", metavar="FILE")
+
+
+@takes(ModelSealOptions)
+def model(options: ModelSealOptions) -> None:
+    """Seal a model: configuration, tokenizer and safetensors. Pickles, code and links are refused."""
+    from obfuscatune.sealed.models import model_files
+
+    _seal(options, "model", model_files(options.directory))
+
+
+@takes(FileSealOptions)
+def data(options: FileSealOptions) -> None:
+    """Seal rows to fine-tune on: text, prompt + completion, or messages. Every row is checked first."""
+    from obfuscatune.data import read_rows
+
+    read_rows(options.file)
+    _seal(options, "data", {"data.jsonl": options.file})
+
+
+@takes(FileSealOptions)
+def prompts(options: FileSealOptions) -> None:
+    """Seal rows with a prompt each, to be completed. Every row is checked first."""
+    from obfuscatune.data import EXTRA_KEYS, check_keys, check_text, read_objects
+
+    for where, row in read_objects(options.file):
+        check_keys(row, frozenset({"prompt"}), EXTRA_KEYS | {"completion"}, where)
+        check_text(row["prompt"], "prompt", where)
+    _seal(options, "prompts", {"prompts.jsonl": options.file})
+
+
+def _seal(options: SealOptions, kind: "Kind", files: Mapping[str, Path | bytes]) -> None:
+    from obfuscatune.parties.identity import Identity
+    from obfuscatune.sealed.archive import seal_files
+
+    if options.output.exists():
+        raise UsageError("file is there already", where=str(options.output), hint="a sealed file is never overwritten")
+    terms = None
+    if options.terms is not None:
+        from obfuscatune.parties.terms import load_terms
+
+        terms = load_terms(options.terms)
+    recipients = _recipients(options)
+    digest = seal_files(
+        options.output,
+        files,
+        kind=kind,
+        sender=Identity.load(options.identity),
+        recipients=recipients,
+        terms=terms,
+        progress=sys.stderr.isatty(),
+    )
+    print(f"{options.output}  {digest}")
+    for recipient in recipients:
+        print(f"  for {recipient.name}  {recipient.fingerprint}", file=sys.stderr)
+
+
+def _recipients(options: SealOptions) -> "list[PublicIdentity]":
+    from obfuscatune.parties.identity import PublicIdentity
+
+    found = [PublicIdentity.load(path) for path in options.recipient or ()]
+    if (options.evidence is None) != (options.policy is None):
+        raise UsageError("--evidence and --policy belong together", hint="a policy judges the evidence of an enclave")
+    if options.evidence is not None and options.policy is not None:
+        found.append(attested_identity(options.evidence, options.policy, options.allow_simulation))
+    if not found:
+        raise UsageError("no recipient", expected="--recipient NAME.pub, or --evidence FILE --policy FILE")
+    return found
+
+
+_EXAMPLE = "--identity clinic.key --recipient enclave.pub --output clinic.sealed"
+COMMANDS = {
+    "model": (
+        model,
+        "Examples:\n\nobfuscatune seal model DIR --identity lab.key --recipient enclave.pub --output model.sealed\n\n"
+        "obfuscatune seal model DIR --identity lab.key --evidence enclave.evidence --policy lab.toml "
+        "--terms terms.toml --output model.sealed",
+    ),
+    "data": (data, f"Examples:\n\nobfuscatune seal data records.jsonl {_EXAMPLE}"),
+    "prompts": (prompts, f"Examples:\n\nobfuscatune seal prompts questions.jsonl {_EXAMPLE}"),
+}

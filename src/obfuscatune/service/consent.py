@@ -1,0 +1,56 @@
+"""Consent: what both owners must have agreed to before the enclave does anything with a job.
+
+Two independent checks. The job must bear both signatures, be for this enclave, and not be over. Each input must be made
+by the owner that the job names, and its terms, sealed and signed together with it, must allow what the job asks for.
+So neither a stolen job file nor a careless signature gives away more than the owner of an input has put down with it.
+"""
+
+from obfuscatune.errors import ConsentError
+from obfuscatune.parties.job import SignedJob
+from obfuscatune.parties.terms import Role, Terms
+from obfuscatune.sealed.fields import Header
+
+# Who makes which input.
+OWNERS: dict[str, Role] = {"model": "provider", "data": "owner", "prompts": "owner"}
+
+
+def check_job(signed: SignedJob, *, enclave: str, now: float) -> None:
+    """Check what the job itself tells; its signatures were verified when it was read.
+
+    Args:
+        signed: the job. enclave: this enclave's fingerprint. now: Unix seconds.
+
+    Raises:
+        ConsentError: not signed by both, for another enclave, or expired.
+    """
+    job = signed.job
+    missing = signed.missing()
+    if missing:
+        hint = "obfuscatune job sign"
+        raise ConsentError("job is not signed by both", got=f"no signature of the {' and '.join(missing)}", hint=hint)
+    if job.enclave != enclave:
+        raise ConsentError("job is for another enclave", got=job.enclave[:16], expected=enclave[:16])
+    if now >= job.expires:
+        raise ConsentError("job has expired", hint="make a new one, and let both sign it")
+
+
+def check_input(signed: SignedJob, kind: str, digest: str, header: Header, *, now: float) -> None:
+    """Check a sealed input against the job and against its owner's terms.
+
+    Args:
+        signed: the job. kind: ``model``, ``data`` or ``prompts``. digest, header: of the sealed file, signature
+            verified. now: Unix seconds.
+
+    Raises:
+        ConsentError: another file or maker than the job names, or terms that the job goes beyond: all of them named.
+        FormatError: terms that are none.
+    """
+    job = signed.job
+    role = OWNERS[kind]
+    if job.inputs.get(kind) != digest or header.kind != kind:
+        raise ConsentError(f"not the {kind} of the job", got=f"{header.kind} {digest[:16]}")
+    if header.sender != signed.party(role):
+        raise ConsentError(f"{kind} was not sealed by the job's {role}", got=header.sender.fingerprint[:16])
+    faults = Terms.from_dict(header.terms, f"terms of the {kind}").faults(job, role, now)
+    if faults:
+        raise ConsentError(f"terms of the {kind} do not allow", got="; ".join(faults))

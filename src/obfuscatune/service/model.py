@@ -1,0 +1,58 @@
+"""A model out of a sealed file: its small files in memory, its weights read as they are keyed."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from obfuscatune.enclave.lazy import LazyWeights, load_lazily
+from obfuscatune.errors import UnsupportedModelError
+from obfuscatune.profiles import Profile
+from obfuscatune.sealed.archive import SealedArchive
+from obfuscatune.sealed.tensors import SealedTensors
+
+CONFIG_FILE = "config.json"
+# Read by transformers from a directory; no name of a file that holds code is among them.
+SMALL_FILES = (
+    *(CONFIG_FILE, "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "chat_template.jinja"),
+)
+MAX_SMALL_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """The plain model of a sealed file; its large weights are filled while it is protected. Secret."""
+
+    model: Any
+    weights: LazyWeights
+    tokenizer: Any
+
+
+def open_model(archive: SealedArchive, ram: Path, dtype: str, profile: Profile) -> OpenedModel:
+    """Open the model of ``archive``; the archive must stay open until the model is protected.
+
+    Args:
+        archive: of kind ``model``. ram: a directory in memory, for the small files that libraries read by path.
+        dtype: of the weights. profile: decides which weights are read later.
+
+    Raises:
+        FormatError, SealError: a file that breaks its format or was changed.
+        UnsupportedModelError: a model that cannot be run exactly.
+    """
+    from obfuscatune.cli.loading import load_config, load_tokenizer
+
+    directory = ram / "model"
+    directory.mkdir(mode=0o700)
+    for name in archive.names():
+        if name in SMALL_FILES:
+            (directory / name).write_bytes(archive.read(name, MAX_SMALL_BYTES))
+    if not (directory / CONFIG_FILE).exists():
+        raise UnsupportedModelError("the sealed model has no configuration", expected=CONFIG_FILE)
+    config = load_config(str(directory))
+    tokenizer = load_tokenizer(str(directory), config)
+    tokenizer.padding_side = "left"  # completions continue the last position of every row
+    config.name_or_path = ""  # a directory of this machine has no business in an adapter's configuration
+    model, weights = load_lazily(config, SealedTensors(archive), getattr(torch, dtype), profile)
+    return OpenedModel(model, weights, tokenizer)

@@ -1,0 +1,165 @@
+"""The enclave's process: opens its state, serves parties from threads, and runs jobs in the main thread.
+
+directory/state.sealed    identity, book of jobs, head of the log      sealed to this code on this platform
+directory/log.jsonl       the audit log                                no content
+directory/store/          inputs, checkpoints, results                 sealed to their recipients
+"""
+
+import collections
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from obfuscatune.attestation.platform import Platform
+from obfuscatune.channel.server import AttestedServer
+from obfuscatune.errors import UsageError
+from obfuscatune.parties.identity import PublicIdentity
+from obfuscatune.service.book import Book
+from obfuscatune.service.log import AuditLog
+from obfuscatune.service.requests import Query, Requests
+from obfuscatune.service.runner import Hooks, Runner
+from obfuscatune.service.state import State
+from obfuscatune.service.store import Store
+
+logger = logging.getLogger(__name__)
+QUERY_SECONDS = 600.0
+
+
+class Service:
+    """An enclave that serves: :meth:`work` in the main thread, until :meth:`stop` in another.
+
+    Attributes:
+        address: where it listens. identity: the enclave's, public.
+    """
+
+    def __init__(
+        self, book: Book, runner: Runner, server_of: Callable[[Requests], AttestedServer], *, max_file_bytes: int
+    ) -> None:
+        self._book, self._runner = book, runner
+        self._queries: collections.deque[Query] = collections.deque()
+        self._stopped = False
+        requests = Requests(book, self._ask, wait=QUERY_SECONDS, max_file_bytes=max_file_bytes)
+        self._server = server_of(requests)
+        self.address, self.identity = self._server.address, book.state.identity.public
+        self._thread = threading.Thread(target=self._server.serve_forever, name="channel", daemon=True)
+
+    def work(self) -> None:
+        """Serve, and run what is queued, one after the other; queries go before jobs."""
+        self._thread.start()
+        while True:
+            with self._book.changed:
+                while not (self._stopped or self._queries or self._book.has_queued()):
+                    self._book.changed.wait()
+                if self._stopped:
+                    return
+                query = self._queries.popleft() if self._queries else None
+                digest = self._book.next() if query is None else None
+            if query is not None:
+                self._answer(query)
+            elif digest is not None:
+                self._run(digest)
+
+    def stop(self) -> None:
+        """Let :meth:`work` return when what it does is done."""
+        with self._book.changed:
+            self._stopped = True
+            self._book.changed.notify_all()
+
+    def close(self) -> None:
+        """Stop listening and forget the model. What was committed is on the disk."""
+        self._server.close()
+        self._runner.close()
+
+    def _ask(self, query: Query) -> None:
+        with self._book.changed:
+            self._queries.append(query)
+            self._book.changed.notify_all()
+
+    def _answer(self, query: Query) -> None:
+        try:
+            adapter = self._book.record(query.job).results["adapter"]
+            query.completions = self._runner.answer(
+                self._book.signed(query.job), adapter, query.prompts, query.max_new_tokens
+            )
+        except Exception as error:  # goes to the party that asked; the service goes on
+            query.error = error
+            self._runner.close()
+        finally:
+            query.done.set()
+
+    def _run(self, digest: str) -> None:
+        book = self._book
+        hooks = Hooks(
+            progress=lambda step, steps: book.progress(digest, step, steps),
+            checkpoint=lambda step, checkpoint: book.checkpointed(digest, step, checkpoint),
+        )
+        logger.info("job %s starts", digest[:16])
+        try:
+            results = self._runner.run(book.signed(digest), book.record(digest).checkpoint, hooks)
+        except Exception as error:  # the job has failed, not the service
+            logger.warning("job %s failed: %s", digest[:16], type(error).__name__)
+            book.failed(digest, error)
+            self._runner.close()
+        else:
+            book.finished(digest, results)
+            logger.info("job %s is done", digest[:16])
+
+
+@contextmanager
+def open_service(
+    directory: Path,
+    platform: Platform,
+    *,
+    listen: str,
+    parties: Path,
+    worker: str,
+    timeout: float = 600.0,
+    max_store_bytes: int = 1 << 40,
+) -> Iterator[Service]:
+    """Yield a service on the state of ``directory``, not working yet.
+
+    Args:
+        directory: of state, log and store; on any disk. platform: the TEE. listen: ``tls://HOST:PORT``.
+        parties: directory of the ``.pub`` files of who may connect; read anew for each connection.
+        worker, timeout: as of `protect`. max_store_bytes: that uploads may take.
+
+    Raises:
+        RollbackError, SealError: a state that is not the last one, or not of this code on this platform.
+        AttestationError: the platform gives no evidence. UsageError: an address or directory that cannot be used.
+    """
+    load_parties(parties)
+    with State.open(directory, platform) as state:
+        log = AuditLog.open(directory / "log.jsonl", state.log_head, state.log_length)
+        book = Book(state, log, Store(directory / "store", max_store_bytes))
+        runner = Runner(state.identity, book.store, worker=worker, timeout=timeout)
+
+        def server_of(requests: Requests) -> AttestedServer:
+            return AttestedServer(
+                listen,
+                identity=state.identity,
+                attester=platform.attester,
+                allow=lambda client: client in load_parties(parties),
+                handle=requests.handle,
+                idle_timeout=QUERY_SECONDS,
+            )
+
+        service = Service(book, runner, server_of, max_file_bytes=max_store_bytes)
+        try:
+            book.note("enclave-started", simulated=int(platform.simulated), dropped=log.dropped_bytes)
+            yield service
+        finally:
+            service.close()
+            log.close()
+
+
+def load_parties(directory: Path) -> list[PublicIdentity]:
+    """Return the identities of a directory's ``.pub`` files.
+
+    Raises:
+        UsageError: it cannot be read. FormatError: a file in it that is no identity.
+    """
+    if not directory.is_dir():
+        raise UsageError("no such directory of parties", where=str(directory), hint="put their NAME.pub files there")
+    return [PublicIdentity.load(path) for path in sorted(directory.glob("*.pub"))]
