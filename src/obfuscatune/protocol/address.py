@@ -3,15 +3,14 @@
 import contextlib
 import errno
 import os
-import re
 import socket
 import stat
 from dataclasses import dataclass
 
 from obfuscatune.errors import UsageError
+from obfuscatune.hostport import format_host_port, parse_host_port
 
 _FORMS = "unix://PATH or tcp://HOST:PORT"
-_TCP = re.compile(r"(?:\[([0-9A-Za-z:.%]+)\]|([0-9A-Za-z._-]+)):([0-9]{1,5})")
 _MAX_UNIX_PATH_BYTES = 107  # sun_path of Linux without its final zero
 _BACKLOG = 16
 
@@ -46,19 +45,16 @@ class Address:
                     hint="use a shorter one, for instance under /tmp, or a relative path",
                 )
             return cls(path=rest)
-        match = _TCP.fullmatch(rest) if scheme == "tcp" and separator else None
-        if match is None:
+        parsed = parse_host_port(rest, text) if scheme == "tcp" and separator else None
+        if parsed is None:
             hint = "for instance tcp://127.0.0.1:7000, or with IPv6 tcp://[::1]:7000"
             raise UsageError("not an address", got=repr(text), expected=_FORMS, hint=hint)
-        port = int(match[3])
-        if port > 65535:
-            raise UsageError("port out of range", got=port, expected="0 to 65535", where=text)
-        return cls(host=match[1] or match[2], port=port)
+        return cls(host=parsed[0], port=parsed[1])
 
     def __str__(self) -> str:
         if self.path:
             return f"unix://{self.path}"
-        return f"tcp://[{self.host}]:{self.port}" if ":" in self.host else f"tcp://{self.host}:{self.port}"
+        return f"tcp://{format_host_port(self.host, self.port)}"
 
 
 def address_of(listener: socket.socket) -> Address:
