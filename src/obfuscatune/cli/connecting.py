@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from obfuscatune.parties.identity import PublicIdentity
 
 SIMULATION_FLAG = "--allow-simulation"
-_SIMULATION = "accept an enclave in a simulator, which protects nothing; the policy must allow it too"
+SIMULATION_HELP = "accept an enclave in a simulator, which protects nothing; the policy must allow it too"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ class PolicyOptions:
     """How an enclave is judged."""
 
     policy: Path = option("TOML file that says which enclaves you accept")
-    allow_simulation: bool = option(_SIMULATION, False, flag=SIMULATION_FLAG)
+    allow_simulation: bool = option(SIMULATION_HELP, False, flag=SIMULATION_FLAG)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,91 @@
+"""Certificate chains that come with evidence: one spelling each, and AMD's serial numbers of zero."""
+
+import base64
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import UnsupportedAlgorithm
+
+from obfuscatune.errors import FormatError
+
+MAX_CHAIN_BYTES = 32 * 1024
+MAX_CERTIFICATES = 6
+# How a certificate of version 3 with the serial number 0 begins: two long headers, [0] { INTEGER 2 }, INTEGER 0.
+_HEADERS = slice(0, 8)
+_ZERO_SERIAL = bytes.fromhex("a003020102 020100")
+_LINE = 64
+# What the library raises beside ValueError: it derives these from Exception alone.
+_UNREADABLE = (UnsupportedAlgorithm, x509.DuplicateExtension, x509.InvalidVersion, x509.UnsupportedGeneralNameType)
+_BEGIN, _END = b"-----BEGIN CERTIFICATE-----\n", b"-----END CERTIFICATE-----\n"
+
+
+class Certificate:
+    """An X.509 certificate and the bytes that its issuer signed.
+
+    AMD's VCEKs have the serial number 0. RFC 5280 forbids it, `cryptography` 50 warns and a later one will refuse.
+    Such a certificate is read with the serial number 1 in its place, and its signature is checked over the bytes as
+    they are.
+    """
+
+    def __init__(self, der: bytes) -> None:
+        self.der = der
+        at = _HEADERS.stop + len(_ZERO_SERIAL) - 1
+        zero = der[_HEADERS.stop : at + 1] == _ZERO_SERIAL and der[0:2] == der[4:6] == b"\x30\x82"
+        readable = der[:at] + b"\1" + der[at + 1 :] if zero else der
+        try:
+            self.fields = x509.load_der_x509_certificate(readable)
+            signed = self.fields.tbs_certificate_bytes
+            self.extensions = {item.oid.dotted_string: item.value for item in self.fields.extensions}
+            self.key = self.fields.public_key()
+            # The library reads these only when they are asked for, and raises then.
+            _ = self.fields.issuer, self.fields.subject, self.valid_at(0.0)
+        except (ValueError, *_UNREADABLE) as error:
+            raise FormatError("certificate cannot be read", got=type(error).__name__) from None
+        self.signed = signed[: at - 4] + b"\0" + signed[at - 3 :] if zero else signed
+        # A certificate names its algorithm twice, once in what is signed: `cryptography` lets the two differ.
+        rest = der[4 + len(signed) :]
+        if der[:2] != b"\x30\x82" or len(rest) < 2 or rest[: 2 + rest[1]] not in signed:
+            raise FormatError("certificate names another algorithm than the one that is signed")
+
+    def issued_by(self, issuer: "Certificate") -> bool:
+        """Return whether ``issuer`` has signed this, by ECDSA or PKCS #1 v1.5, as Intel does."""
+        try:
+            self.fields.verify_directly_issued_by(issuer.fields)
+        except (ValueError, TypeError, InvalidSignature):
+            return False
+        return True
+
+    def valid_at(self, now: float) -> bool:
+        """Return whether Unix second ``now`` is within its life."""
+        start, end = self.fields.not_valid_before_utc, self.fields.not_valid_after_utc
+        return start.timestamp() <= now <= end.timestamp()
+
+
+def read_chain(pem: bytes, what: str) -> list[Certificate]:
+    """Return the certificates of a PEM text in their order; CRLF line ends and trailing white space are let pass.
+
+    Raises:
+        FormatError: too long, too many, none, anything between or around the certificates, or one that cannot be read.
+    """
+    text = pem.replace(b"\r\n", b"\n").rstrip(b"\n") + b"\n"
+    blocks = text.split(_END)
+    if len(pem) > MAX_CHAIN_BYTES or not 2 <= len(blocks) <= MAX_CERTIFICATES + 1 or blocks.pop():
+        raise FormatError(f"{what} are no chain of at most {MAX_CERTIFICATES} PEM certificates")
+    return [_read_block(block, what) for block in blocks]
+
+
+def to_pem(der: bytes) -> bytes:
+    """Return the PEM text of a certificate in the usual form."""
+    text = base64.b64encode(der)
+    return _BEGIN + b"".join(text[at : at + _LINE] + b"\n" for at in range(0, len(text), _LINE)) + _END
+
+
+def _read_block(block: bytes, what: str) -> Certificate:
+    try:
+        der = base64.b64decode(block.removeprefix(_BEGIN).replace(b"\n", b""), validate=True)
+    except ValueError:
+        der = b""
+    # Base64 has several spellings of the same bytes: only the usual one is read.
+    if not der or block + _END != to_pem(der):
+        raise FormatError(f"{what} are not PEM in the usual form")
+    return Certificate(der)

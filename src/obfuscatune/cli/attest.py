@@ -1,0 +1,245 @@
+"""``obfuscatune attest``: what evidence of an enclave says, and whether a policy accepts it."""
+
+# ruff: noqa: RUF009 - option() makes a field, which is what the rule wants there
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import typer
+
+from obfuscatune.cli.connecting import SIMULATION_FLAG, SIMULATION_HELP, load_evidence, load_policy
+from obfuscatune.cli.options import argument, option, takes
+from obfuscatune.errors import FormatError, UsageError
+
+if TYPE_CHECKING:
+    from obfuscatune.attestation.evidence import Quote
+    from obfuscatune.attestation.verdict import Verdict
+
+HELP = "Judge evidence of an enclave, show what it says, compute measurements to allow."
+QUOTE_PANEL = "A bare quote instead of EVIDENCE: judged, never accepted"
+
+Kind = Literal["sgx", "tdx", "snp"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyOptions:
+    """Options of ``obfuscatune attest verify``."""
+
+    evidence: Path | None = argument("evidence file of an enclave", None)
+    policy: Path | None = option("your policy, TOML; required with EVIDENCE", None)
+    nonce: str | None = option("64 hex digits that you sent", None)
+    allow_simulation: bool = option(SIMULATION_HELP, False, flag=SIMULATION_FLAG)
+    json: bool = option("print the verdict as JSON", False)
+    time: int | None = option("judge at this Unix second instead of now", None, min=0)
+    quote: Path | None = option("file of the raw quote or report", None, rich_help_panel=QUOTE_PANEL)
+    kind: Kind | None = option("its kind", None, rich_help_panel=QUOTE_PANEL)
+    collateral: Path | None = option("collateral of dcap-qvl, for sgx and tdx", None, rich_help_panel=QUOTE_PANEL)
+    certificates: list[Path] | None = option(
+        "VCEK, ASK, ARK for snp; PEM or DER, may be given several times", None, rich_help_panel=QUOTE_PANEL
+    )
+
+
+@takes(VerifyOptions)
+def verify(options: VerifyOptions) -> None:
+    """Judge evidence by your policy, rule by rule; exit code 0: accepted, 1: refused, 2: misuse."""
+    verdict = _judge_quote(options) if options.evidence is None else _judge_evidence(options.evidence, options)
+    print(json.dumps(verdict.to_dict(), indent=2) if options.json else verdict)
+    if not verdict.accepted:
+        raise typer.Exit(1)
+
+
+def _judge_evidence(path: Path, options: VerifyOptions) -> "Verdict":
+    from obfuscatune.attestation.verify import judge
+
+    if options.policy is None:
+        raise UsageError("no policy", expected="--policy FILE", hint="docs/attestation.md has one to start from")
+    if any((options.quote, options.kind, options.collateral, options.certificates)):
+        raise UsageError("EVIDENCE together with options of a bare quote", hint="evidence holds all of these")
+    policy = load_policy(options.policy, options.allow_simulation)
+    return judge(load_evidence(path), policy, nonce=options.nonce, now=options.time)
+
+
+def _judge_quote(options: VerifyOptions) -> "Verdict":
+    from obfuscatune.attestation.evidence import MAX_QUOTE_BYTES, Quote
+    from obfuscatune.attestation.policy import MAX_COLLATERAL_BYTES, Policy
+    from obfuscatune.attestation.verify import judge_quote
+    from obfuscatune.parties.identity import read_small
+
+    if options.quote is None or options.kind is None or options.nonce is not None:
+        raise UsageError("nothing to judge", expected="EVIDENCE, or --quote and --kind", hint="a quote has no nonce")
+    policy = Policy((options.kind,))
+    if options.policy is not None:
+        policy = load_policy(options.policy, options.allow_simulation)
+    extras = {}
+    if options.collateral is not None:
+        extras["collateral"] = read_small(options.collateral, MAX_COLLATERAL_BYTES, "collateral")
+    if options.certificates:
+        extras["certificates"] = b"".join(_pem(path) for path in options.certificates)
+    quote = Quote(options.kind, read_small(options.quote, MAX_QUOTE_BYTES, "quote"), extras)
+    return judge_quote(quote, policy, now=options.time)
+
+
+def _pem(path: Path) -> bytes:
+    from obfuscatune.attestation.certificates import MAX_CHAIN_BYTES, to_pem
+    from obfuscatune.parties.identity import read_small
+
+    data = read_small(path, MAX_CHAIN_BYTES, "certificates")
+    return data if data.startswith(b"-----BEGIN ") else to_pem(data)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FetchOptions:
+    """Options of ``obfuscatune attest fetch``."""
+
+    enclave: str = option("address of the enclave, tls://HOST:PORT")
+    output: Path = option("file for the evidence; must not exist")
+    timeout: float = option("seconds", 30.0)
+
+
+@takes(FetchOptions)
+def fetch(options: FetchOptions) -> None:
+    """Fetch fresh evidence from an enclave, without saying who asks. It is not judged here: `attest verify` does that.
+
+    Its claims name the nonce that was sent, and the TLS key of this very connection.
+    """
+    from obfuscatune.channel.client import fetch_evidence
+
+    evidence, nonce = fetch_evidence(options.enclave, timeout=options.timeout)
+    try:
+        with options.output.open("xb") as file:
+            file.write(evidence.to_bytes() + b"\n")
+    except OSError as error:
+        raise UsageError("cannot write the evidence", got=error.strerror, where=str(options.output)) from None
+    print(f"{options.output}  {evidence.quote.kind}  nonce {nonce}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShowOptions:
+    """Options of ``obfuscatune attest show``."""
+
+    evidence: Path = argument("evidence file of an enclave")
+
+
+@takes(ShowOptions)
+def show(options: ShowOptions) -> None:
+    """Print what evidence says of itself. Nothing of it is verified."""
+    from obfuscatune.attestation.claims import EnclaveClaims
+
+    evidence = load_evidence(options.evidence)
+    claims = EnclaveClaims.from_dict(dict(evidence.claims))
+    print("NOT VERIFIED: this is what the file says of itself; `attest verify` judges it\n")
+    lines = {
+        "kind": evidence.quote.kind,
+        "enclave": f"{claims.identity.name}  {claims.identity.fingerprint}",
+        "tls key": claims.tls_key,
+        "nonce": claims.nonce or "none",
+        "issued": claims.issued,
+        "version": claims.version,
+        "quote": f"{len(evidence.quote.quote)} bytes",
+        **{f"with {name!r}": f"{len(data)} bytes" for name, data in evidence.quote.extras.items()},
+        **_peek(evidence.quote),
+    }
+    _table(lines)
+
+
+def _peek(quote: "Quote") -> dict[str, str]:
+    """Return what a quote says, not verified; of a TPM the key, as a policy names it."""
+    from obfuscatune.attestation import dcap, snp
+
+    if quote.kind == "tpm":
+        return {"key": key} if (key := _key_hash(quote.extras.get("key", b""))) else {}
+    return snp.peek(quote.quote) if quote.kind == "snp" else dcap.peek(quote.quote)
+
+
+def _key_hash(pem: bytes) -> str:
+    import hashlib
+
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key
+
+    try:
+        key = load_pem_public_key(pem)
+    except (ValueError, UnsupportedAlgorithm):
+        return ""
+    return hashlib.sha256(key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureOptions:
+    """Options of ``obfuscatune attest measure``."""
+
+    event_log: Path | None = option("TDX event log (CCEL) of a boot that you trust", None)
+    quote: Path | None = option("quote or report of a machine that you trust", None)
+    kind: Kind = option("of the quote", "tdx")
+    simulation: bool = option("of this program, as the simulator measures it", False)
+
+
+@takes(MeasureOptions)
+def measure(options: MeasureOptions) -> None:
+    """Print a table [measurements] for a policy: from a TDX event log, from a quote, or of this program."""
+    from obfuscatune.attestation.policy import MEASUREMENTS
+
+    found: dict[str, str] = {}
+    if options.quote is not None:
+        found |= _measured_by_quote(options.quote, options.kind)
+    if options.event_log is not None:
+        replayed = _replay(options.event_log)
+        differ = [name for name, value in replayed.items() if found.get(name, value) != value]
+        if differ:
+            raise FormatError("the event log does not give the quote's registers", got=", ".join(differ))
+        found |= replayed
+    if options.simulation:
+        from obfuscatune.attestation.measurement import measure_code
+
+        found |= dict.fromkeys(("mrtd", "measurement"), measure_code().hex())
+    names = {name for kind in MEASUREMENTS.values() for name in kind}
+    if not found:
+        raise UsageError("nothing to measure", expected="--event_log, --quote or --simulation")
+    if options.quote is not None:
+        print("# Of a quote that was not verified: use this only if you trust the machine that it comes from.")
+    print("[measurements]")
+    for name, value in found.items():
+        if name in names:
+            print(f'{name} = ["{value}"]')
+
+
+def _measured_by_quote(path: Path, kind: Kind) -> Mapping[str, str]:
+    from obfuscatune.attestation.evidence import MAX_QUOTE_BYTES, Quote
+    from obfuscatune.parties.identity import read_small
+
+    return _peek(Quote(kind, read_small(path, MAX_QUOTE_BYTES, "quote")))
+
+
+def _replay(path: Path) -> dict[str, str]:
+    from obfuscatune.attestation import eventlog
+    from obfuscatune.parties.identity import read_small
+
+    return eventlog.replay(eventlog.read(read_small(path, eventlog.MAX_LOG_BYTES, "event log")))
+
+
+def _table(lines: Mapping[str, Any]) -> None:
+    width = max(map(len, lines))
+    for name, value in lines.items():
+        print(f"{name:{width}}  {value}")
+
+
+COMMANDS = {
+    "fetch": (
+        fetch,
+        "Examples:\n\nobfuscatune attest fetch --enclave tls://cloud.example:7443 --output enclave.evidence",
+    ),
+    "verify": (
+        verify,
+        "Examples:\n\nobfuscatune attest verify enclave.evidence --policy clinic.toml\n\n"
+        "obfuscatune attest verify --quote tdx_quote --kind tdx --collateral collateral.json --time 1750331763",
+    ),
+    "show": (show, "Examples:\n\nobfuscatune attest show enclave.evidence"),
+    "measure": (
+        measure,
+        "Examples:\n\nobfuscatune attest measure --event_log ccel.bin --quote tdx_quote\n\n"
+        "obfuscatune attest measure --simulation",
+    ),
+}
