@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from obfuscatune.cli.connecting import EnclaveOptions
 from obfuscatune.cli.options import argument, option, takes
-from obfuscatune.errors import FormatError, RollbackError
+from obfuscatune.errors import FormatError, ProtocolError, RollbackError, UsageError
 
 if TYPE_CHECKING:
     from obfuscatune.parties.identity import PublicIdentity
@@ -51,6 +52,38 @@ def check(options: CheckOptions) -> None:
     _show(checked, options.earlier)
 
 
+@dataclass(frozen=True, kw_only=True)
+class FetchOptions(EnclaveOptions):
+    """Options of ``obfuscatune log fetch``."""
+
+    file: Path = argument("where the copy goes; must not exist")
+
+
+@takes(FetchOptions)
+def fetch(options: FetchOptions) -> None:
+    """Fetch the whole log from an enclave, check it, and keep it; compare it later with `log check --earlier`."""
+    import os
+
+    from obfuscatune.service import log
+
+    with options.connect() as channel:
+        reply, page = channel.request({"op": "log", "start": 0})
+        lines = page
+        while page and len(lines) <= log.MAX_COPY_BYTES:
+            reply, page = channel.request({"op": "log", "start": lines.count(b"\n")})
+            lines += page
+        head = reply.get("head")
+        if not isinstance(head, dict):
+            raise ProtocolError("enclave's log without a head")
+        checked = log.check(lines, head, channel.enclave)
+    try:
+        with open(options.file, "xb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+            file.write(log.join_copy(lines, head))
+    except OSError as error:
+        raise UsageError("cannot write the copy", got=error.strerror, where=str(options.file)) from None
+    print(f"{options.file}  {len(checked.entries)} entries, signed by {channel.enclave.fingerprint}")
+
+
 def _load_enclave(path: Path) -> "PublicIdentity":
     from obfuscatune.attestation.claims import EnclaveClaims
     from obfuscatune.attestation.evidence import FORMAT, MAX_EVIDENCE_BYTES, Evidence
@@ -67,15 +100,13 @@ def _load_enclave(path: Path) -> "PublicIdentity":
 def _show(checked: "CheckedLog", earlier: Path | None) -> None:
     from datetime import UTC, datetime
 
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("entry", "time", "event", "job", "party", "details")
+    # Plain columns, so that a line stays a line in a narrow terminal and for grep.
+    print(f"{'entry':>6}  {'time (UTC)':<19}  {'job':<12}  {'party':<12}  event and details")
     for entry in checked.entries:
         when = datetime.fromtimestamp(entry.time, UTC).strftime("%Y-%m-%d %H:%M:%S")
-        details = " ".join(f"{name}={value}" for name, value in sorted(entry.details.items()))
-        table.add_row(str(entry.seq), when, entry.event, (entry.job or "")[:12], (entry.party or "")[:12], details)
-    Console().print(table)
+        details = "".join(f" {name}={value}" for name, value in sorted(entry.details.items()))
+        job, party = (entry.job or "-")[:12], (entry.party or "-")[:12]
+        print(f"{entry.seq:>6}  {when}  {job:<12}  {party:<12}  {entry.event}{details}")
     print(f"{len(checked.entries)} entries, the chain is whole")
     if checked.signer is None:
         print("whose log it is was not checked: give --enclave")
@@ -88,6 +119,10 @@ def _show(checked: "CheckedLog", earlier: Path | None) -> None:
 
 
 COMMANDS = {
+    "fetch": (
+        fetch,
+        "Examples:\n\nobfuscatune log fetch monday.log --enclave tls://HOST:7443 --identity lab.key --policy lab.toml",
+    ),
     "check": (
         check,
         "Examples:\n\nobfuscatune log check monday.log --enclave enclave.json\n\n"

@@ -14,7 +14,7 @@ MAX_LINE_BYTES = 4096
 DIGEST = re.compile(r"[0-9a-f]{64}")
 END_OF_TIME = 253_402_300_800  # the year 10000, which no calendar of Python has
 _MAX_DETAILS = 16
-_WORD = re.compile(r"[A-Za-z0-9._:+-]{1,80}")
+_WORD = re.compile(r"[A-Za-z0-9._:+=-]{1,80}")
 _NAME = re.compile(r"[a-z][a-z0-9_-]{0,39}")
 _FIELDS = {"details", "event", "job", "party", "previous", "seq", "time"}
 

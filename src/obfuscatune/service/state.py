@@ -11,9 +11,10 @@ random and not the version: after a crash the same version is written again with
 Rollback: each commit writes version n + 1 beside, renames, and only then moves the platform's counter from n to n + 1.
 A state opens where its version is the counter, or one more (the crash came between rename and counter); everything else
 is refused. One more thing is needed. The operator may kill the enclave between rename and counter, keep that file, put
-back the one before, and offer the kept one later, when another commit has moved the counter to its number. So the first
-commit after an opening, or after a commit that failed, is made twice: the counter then stands past all files that were
-ever written and not confirmed. What a commit covers may be acted upon once :meth:`State.commit` has returned.
+back the one before, and offer the kept one later, when another commit has moved the counter to its number. So an
+opening commits what it found at once, and twice: the first write of a process may have siblings of its number, the
+second has none. A commit after one that failed is made twice for the same reason. What a commit covers may be acted
+upon once :meth:`State.commit` has returned.
 
 A counter alone cannot tell two enclaves that run at once. The lock file keeps an operator from that by accident; one
 who does it on purpose can undo a commit. (A second machine cannot: key and counter are the platform's.) Where the
@@ -27,21 +28,19 @@ import threading
 import warnings
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
+from obfuscatune.attestation.platform import Platform
 from obfuscatune.errors import FormatError, ObfuscatuneError, RollbackError, SealError, UsageError
 from obfuscatune.parties.canonical import decode, encode
 from obfuscatune.parties.identity import Identity, read_small
 from obfuscatune.service.durable import rename, write_private
 from obfuscatune.service.entries import NO_ENTRIES
-
-if TYPE_CHECKING:
-    from obfuscatune.attestation.platform import Platform
 
 FORMAT = "obfuscatune enclave state 1"
 MAX_BYTES = 16 << 20
@@ -72,7 +71,7 @@ class State:
         lock: reentrant.
     """
 
-    def __init__(self, directory: Path, platform: "Platform", key: bytes | None, lock_file: int) -> None:
+    def __init__(self, directory: Path, platform: Platform, key: bytes | None, lock_file: int) -> None:
         self._path, self._counter, self._lock_file = directory / "state.sealed", platform.counter, lock_file
         self._cipher = None if key is None else AESGCM(_derive(key))
         self._version = 0
@@ -84,7 +83,7 @@ class State:
         self.lock = threading.RLock()
 
     @classmethod
-    def open(cls, directory: Path, platform: "Platform") -> "State":
+    def open(cls, directory: Path, platform: Platform) -> "State":
         """Open the state of ``directory``, or begin one at the first start. Close it, or use it in a ``with``.
 
         Raises:

@@ -37,9 +37,8 @@ class Upload:
         self._lock, self._ended = threading.Lock(), False
         self._part, self._whole = directory / f"{digest}.{size}.part", directory / f"{digest}.sealed"
         with open(self._part, "ab", opener=_private) as file:
-            if file.tell() > size:
-                file.truncate(0)
-            self._offset = file.tell()
+            self._offset = file.tell() if file.tell() <= size else 0
+            file.truncate(self._offset)
 
     @property
     def offset(self) -> int:
@@ -225,7 +224,7 @@ class Store:
         used = outstanding = 0
         for entry in os.scandir(self.directory):
             try:
-                there = entry.stat(follow_symlinks=False).st_size
+                there = entry.stat(follow_symlinks=False).st_size if entry.is_file(follow_symlinks=False) else 0
             except FileNotFoundError:
                 continue  # an upload ended meanwhile
             if not _PART.fullmatch(entry.name):
