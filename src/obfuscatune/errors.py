@@ -6,6 +6,8 @@ dtypes, counts and paths. Both sides of the boundary import this module; it know
 
 from typing import Any
 
+_MAX_SHOWN = 2000
+
 
 class ObfuscatuneError(Exception):
     """Base of all errors of the package, rendered as ``what: got ..., expected ... (where)`` and a hint line.
@@ -28,11 +30,11 @@ class ObfuscatuneError(Exception):
         hint: str | None = None,
     ) -> None:
         self.what, self.got, self.expected, self.where, self.hint = what, got, expected, where, hint
-        parts = [f"got {got}"] if got is not None else []
-        parts += [f"expected {expected}"] if expected is not None else []
-        text = f"{what}: {', '.join(parts)}" if parts else what
-        text += f" (at {where})" if where else ""
-        text += f"\nhint: {hint}" if hint else ""
+        parts = [f"got {_shown(got)}"] if got is not None else []
+        parts += [f"expected {_shown(expected)}"] if expected is not None else []
+        text = f"{_shown(what)}: {', '.join(parts)}" if parts else _shown(what)
+        text += f" (at {_shown(where)})" if where else ""
+        text += f"\nhint: {_shown(hint)}" if hint else ""
         super().__init__(text)
 
 
@@ -90,3 +92,10 @@ class WorkerFault(ObfuscatuneError):  # noqa: N818 - a fault of the peer, and th
         self.worker, self.layer, self.call = worker, layer, call
         details.setdefault("hint", "start the worker again and resume from the last checkpoint")
         super().__init__(what, where=f"worker {worker}, layer {layer}, call {call}", **details)
+
+
+def _shown(value: Any) -> str:
+    """Return a part's text; a name out of another party's file could clear the terminal, or forge a line of a log."""
+    text = str(value)
+    text = text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}... ({len(text)} characters)"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -3,8 +3,10 @@
 # ruff: noqa: RUF009 - option() makes a field, which is what the rule wants there
 
 import logging
+import os
 import signal
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -34,10 +36,14 @@ def serve(options: ServeOptions) -> None:
     from obfuscatune.attestation.platform import open_platform
     from obfuscatune.hardening import harden
 
-    harden()
+    if options.platform != "gramine":  # it has no prctl; the host cannot read or trace an SGX enclave
+        harden()
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s")
     for noisy in ("transformers", "accelerate", "torch"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
+    # Libraries' own bars and warnings: of a model that is not the operator's.
+    os.environ["TQDM_DISABLE"] = "1"
+    warnings.filterwarnings("ignore", message="Could not find a config file in None")
     signal.signal(signal.SIGTERM, _stop)
     platform = open_platform(options.platform)
     from obfuscatune.service.serve import open_service
@@ -58,26 +64,6 @@ def serve(options: ServeOptions) -> None:
         service.work()
 
 
-@dataclass(frozen=True, kw_only=True)
-class MeasurementsOptions:
-    """Options of ``obfuscatune enclave measurements``."""
-
-    platform: str = option(_PLATFORM)
-
-
-@takes(MeasurementsOptions)
-def measurements(options: MeasurementsOptions) -> None:
-    """Print what this platform measures of the running code, as the [measurements] of a policy.
-
-    A party must not take this from the operator, but compute it from the same code: docs/deployment.md says how.
-    """
-    from obfuscatune.attestation.platform import open_platform
-
-    print("[measurements]")
-    for name, value in sorted(open_platform(options.platform).measurements().items()):
-        print(f'{name} = ["{value}"]')
-
-
 def _stop(number: int, frame: FrameType | None) -> None:
     # Wherever it comes: the state is whole at every point, and a running job goes on from its last checkpoint.
     raise SystemExit(0)
@@ -89,9 +75,5 @@ COMMANDS = {
         "Examples:\n\nobfuscatune enclave serve --platform configfs --state /state --parties parties "
         "--worker unix:///run/worker.sock\n\n"
         "obfuscatune enclave serve --platform simulation:platform --state state --parties parties",
-    ),
-    "measurements": (
-        measurements,
-        "Examples:\n\nobfuscatune enclave measurements --platform simulation:platform",
     ),
 }

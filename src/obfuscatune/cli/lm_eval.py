@@ -30,7 +30,11 @@ class LmEvalOptions:
     """Options of ``obfuscatune lm-eval``."""
 
     data_dir: Path | None = option("local JSONL for webqs, openbookqa, piqa and sciq; default: the hub", None)
-    arguments: list[str] | None = argument("options of the harness' own run", None, metavar="OPTIONS")
+    arguments: list[str] | None = argument(
+        "the harness' own: --model_args --tasks --limit --batch_size --num_fewshot --output_path and all others",
+        None,
+        metavar="OPTIONS",
+    )
 
 
 @takes(LmEvalOptions)

@@ -2,6 +2,9 @@
 
 import logging
 from dataclasses import dataclass
+from typing import Literal
+
+import typer
 
 from obfuscatune.cli.options import option, takes
 
@@ -18,6 +21,7 @@ class WorkerOptions:
     listen: str = option("unix://PATH or tcp://HOST:PORT; port 0 lets the system choose")
     device: str = option("where keyed weights live: cpu, cuda, cuda:1", "cpu")
     threads: int | None = option("CPU threads; default: torch's", None, min=1)
+    sandbox: Literal["auto", "bubblewrap", "none"] = option("no network, no files: auto is where it can be had", "auto")
 
 
 @takes(WorkerOptions)
@@ -30,4 +34,5 @@ def command(options: WorkerOptions) -> None:
     from obfuscatune.worker.__main__ import run
 
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
-    run(listen_on=options.listen, device=options.device, threads=options.threads)
+    code = run(listen_on=options.listen, device=options.device, threads=options.threads, mode=options.sandbox)
+    raise typer.Exit(code)

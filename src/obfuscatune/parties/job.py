@@ -39,7 +39,7 @@ class Job:
         provider, owner, enclave: fingerprints of the identities. model, data, prompts: digests of sealed files; without
             prompts there are no generations.
         profile, switches: what the worker sees. dtype: of the weights. training: settings that are not the defaults.
-        max_new_tokens: of each generation.
+        max_new_tokens: longest completion, of the job's prompts and of queries.
         adapter_to, generations_to: roles whose identities the results are sealed to.
         queries_by, max_queries: roles who may ask the running enclave, and how many prompts in all.
         created, expires: Unix seconds. nonce: 64 hex digits, so that no two jobs are the same.
@@ -195,9 +195,12 @@ class SignedJob:
             raise FormatError(f"{what} is no job", expected="a job and its signatures")
         job = Job.from_dict(fields["job"])
         message = encode(fields["job"])
-        pairs = [_signature(entry, job, message) for entry in fields["signatures"][: len(ROLES) + 1]]
-        if len({public.fingerprint for public, _ in pairs}) != len(fields["signatures"]):
-            raise FormatError(f"{what} has two signatures of one party, or too many")
+        if len(fields["signatures"]) > len(ROLES):
+            raise FormatError(f"{what} has too many signatures", expected=f"at most {len(ROLES)}")
+        pairs = [_signature(entry, job, message) for entry in fields["signatures"]]
+        signers = [public.fingerprint for public, _ in pairs]
+        if signers != sorted(set(signers)):
+            raise FormatError(f"{what} has two signatures of one party, or not in the order of fingerprints")
         return cls(job, tuple(pairs))
 
     @classmethod
@@ -213,7 +216,10 @@ def _signature(entry: Any, job: Job, message: bytes) -> tuple[PublicIdentity, by
     try:
         signature = base64.b64decode(entry["signature"], validate=True)
     except (ValueError, TypeError):
-        raise FormatError("a signature that is not base64") from None
+        signature = b""
+    # Decoders ignore the unused bits of the last digit: without the comparison, one signature has several spellings.
+    if len(signature) != 64 or base64.b64encode(signature).decode() != entry["signature"]:
+        raise FormatError("a signature that is not the base64 of 64 bytes")
     if job.role_of(public.fingerprint) is None:
         raise ConsentError("signed by somebody who is no party of the job", got=f"{public.name}")
     if not public.verify(signature, _CONTEXT, message):

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from obfuscatune.errors import FormatError, UsageError
 from obfuscatune.parties.identity import read_small
-from obfuscatune.profiles import resolve
+from obfuscatune.profiles import SWITCHES, resolve
 
 if TYPE_CHECKING:
     from obfuscatune.parties.job import Job
@@ -82,8 +82,9 @@ class Terms:
         """
         if fields is None:
             return cls()
+        if not isinstance(fields, dict):
+            raise FormatError(f"{what} are not a map", got=type(fields).__name__)
         faults = [f"unknown {name[:40]!r}" for name in sorted(set(fields) - _NAMES)]
-        values: dict[str, Any] = {}
         for name in ("adapter_to", "generations_to", "queries_by"):
             if name in fields:
                 faults += [] if _are_roles(fields[name]) else [f"{name} is not a list of {' and '.join(ROLES)}"]
@@ -98,7 +99,7 @@ class Terms:
                 faults.append(f"{name} is not a number from 0 to {greatest}")
         if faults:
             raise FormatError(f"{what} do not fit", got="; ".join(faults))
-        values = {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}
+        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}
         return cls(**values)
 
 
@@ -111,8 +112,9 @@ def load_terms(path: Path) -> dict[str, Any]:
     data = read_small(path, 65_536, "terms")
     try:
         fields = tomllib.loads(data.decode("utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise FormatError("terms are not TOML", got=str(error), where=str(path)) from None
+    except (ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits, too
+        got = str(error) if isinstance(error, tomllib.TOMLDecodeError) else type(error).__name__
+        raise FormatError("terms are not TOML", got=got, where=str(path)) from None
     day = fields.get("expires")
     if isinstance(day, datetime.date) and not isinstance(day, datetime.datetime):
         end = datetime.datetime.combine(day, datetime.time.max, datetime.UTC)
@@ -122,8 +124,10 @@ def load_terms(path: Path) -> dict[str, Any]:
 
 def profile_name(profile: Any, switches: Any) -> str:
     """Return the name of the profile with these switches, as terms list it; raises FormatError for an unknown one."""
-    if not isinstance(profile, str) or not isinstance(switches, dict) or not all(type(k) is str for k in switches):
+    if not isinstance(profile, str) or not isinstance(switches, dict):
         raise FormatError("profile or switches of a wrong type")
+    if not set(switches) <= set(SWITCHES):
+        raise FormatError("unknown switch of a profile", expected=f"some of {', '.join(SWITCHES)}")
     try:
         return resolve(profile, **switches).name
     except UsageError as error:
@@ -142,7 +146,7 @@ def _is_profile(value: Any) -> bool:
     try:
         given = dict(switch.split("=", 1) for switch in switches)
         return profile_name(name, {key: _plain(text) for key, text in given.items()}) == value
-    except (FormatError, ValueError, UserWarning):
+    except (FormatError, ValueError):
         return False
 
 

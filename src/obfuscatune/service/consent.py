@@ -6,7 +6,7 @@ So neither a stolen job file nor a careless signature gives away more than the o
 """
 
 from obfuscatune.errors import ConsentError
-from obfuscatune.parties.job import SignedJob
+from obfuscatune.parties.job import Job, SignedJob
 from obfuscatune.parties.terms import Role, Terms
 from obfuscatune.sealed.fields import Header
 
@@ -54,3 +54,24 @@ def check_input(signed: SignedJob, kind: str, digest: str, header: Header, *, no
     faults = Terms.from_dict(header.terms, f"terms of the {kind}").faults(job, role, now)
     if faults:
         raise ConsentError(f"terms of the {kind} do not allow", got="; ".join(faults))
+
+
+def check_query(job: Job, party: str, *, prompts: int, before: int, tokens: int, now: float) -> None:
+    """Check a query of the running enclave against the job.
+
+    Args:
+        job: one that is done. party: fingerprint of who asks. prompts: asked for now. before: answered so far.
+        tokens: longest completion asked for. now: Unix seconds.
+
+    Raises:
+        ConsentError: no right to queries, more or longer ones than the job allows, or it has expired.
+    """
+    if job.role_of(party) not in job.queries_by:
+        raise ConsentError("the job gives this party no queries")
+    if now >= job.expires:
+        raise ConsentError("job has expired", hint="make a new one, and let both sign it")
+    if tokens > job.max_new_tokens:
+        raise ConsentError("completions longer than the job allows", got=tokens, expected=f"<= {job.max_new_tokens}")
+    if before + prompts > job.max_queries:
+        got, expected = f"{before} before and {prompts} now", f"at most {job.max_queries}"
+        raise ConsentError("queries of the job are used up", got=got, expected=expected)

@@ -1,21 +1,26 @@
 """The requests of parties: each names an operation, and sees only jobs in which the party has a role."""
 
+import contextlib
 import json
+import os
 import threading
-import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from obfuscatune.channel.transfer import Piece, serve_piece
 from obfuscatune.errors import ConsentError, FormatError, ObfuscatuneError, ProtocolError, UsageError
 from obfuscatune.parties.identity import PublicIdentity
-from obfuscatune.parties.job import SignedJob
+from obfuscatune.parties.job import Job, SignedJob
+from obfuscatune.sealed.header import open_file
 from obfuscatune.service.book import Book
 from obfuscatune.service.consent import OWNERS
 
 MAX_PROMPTS = 256
 MAX_PROMPT_BYTES = 1 << 20
+MAX_WAITING = 4  # queries of one party at a time: each holds a connection and its prompts
+_MAX_TOKENS = 65_536
 _RESULT_ROLES = {"adapter": "adapter_to", "output": "generations_to"}
 
 Reply = tuple[dict[str, Any], bytes]
@@ -26,11 +31,26 @@ class Query:
     """Prompts of a party on their way to the thread that has the model. Secret."""
 
     job: str
+    party: str
     prompts: list[str] = field(repr=False)
     max_new_tokens: int
-    done: threading.Event = field(default_factory=threading.Event)
+    done: threading.Event = field(default_factory=threading.Event, repr=False)
     completions: list[str] = field(default_factory=list, repr=False)
-    error: BaseException | None = None
+    error: BaseException | None = field(default=None, repr=False)
+    _taken: bool = field(default=False, repr=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def take(self) -> bool:
+        """Return whether it is to be answered, or else dropped: whoever asked waits no longer."""
+        with self._lock:
+            self._taken = True
+            return bool(self.prompts)
+
+    def drop(self) -> None:
+        """Forget the prompts, unless they are being answered."""
+        with self._lock:
+            if not self._taken:
+                self.prompts.clear()
 
 
 class Requests:
@@ -43,6 +63,9 @@ class Requests:
 
     def __init__(self, book: Book, ask: Callable[[Query], None], *, wait: float, max_file_bytes: int) -> None:
         self._book, self._ask, self._wait, self._max_file_bytes = book, ask, wait, max_file_bytes
+        self._lock = threading.Lock()  # of the two below
+        self._waiting: Counter[str] = Counter()
+        self._fetched: set[tuple[str, str, str]] = set()
         self._operations: dict[str, Callable[[PublicIdentity, dict[str, Any], bytes], Reply]] = {
             "submit": self._submit,
             "resume_upload": self._resume_upload,
@@ -72,36 +95,34 @@ class Requests:
         return self._tell(digest, party), b""
 
     def _resume_upload(self, party: PublicIdentity, fields: dict[str, Any], payload: bytes) -> Reply:
-        digest, size = self._input(party, fields)
+        _, digest, size = self._input(party, fields)
         return {"offset": size if self._book.store.has(digest) else self._book.store.begin(digest, size).offset}, b""
 
     def _upload(self, party: PublicIdentity, fields: dict[str, Any], payload: bytes) -> Reply:
-        digest, size = self._input(party, fields)
+        job, digest, size = self._input(party, fields)
         piece = Piece.of(fields, payload, max_bytes=self._max_file_bytes)
         upload = self._book.store.begin(digest, size)
         upload.write(piece.offset, piece.data)
         if piece.is_last:
             upload.finish()
-            self._book.note("input", self._own(party, fields), party.fingerprint, file=digest, bytes=size)
+            self._book.note("input", job, party.fingerprint, file=digest, bytes=size)
             self._book.review()
         return {}, b""
 
-    def _input(self, party: PublicIdentity, fields: dict[str, Any]) -> tuple[str, int]:
-        """Return digest and size of an input that this party owes to one of its jobs: nothing else is stored."""
-        job = self._book.signed(self._own(party, fields)).job
+    def _input(self, party: PublicIdentity, fields: dict[str, Any]) -> tuple[str, str, int]:
+        """Return job, digest and size of an input that this party owes to a waiting job: nothing else is stored."""
+        name, job = self._own(party, fields)
         digest, size = fields.get("file"), fields.get("size")
-        role = job.role_of(party.fingerprint)
-        mine = [file for kind, file in job.inputs.items() if OWNERS[kind] == role]
+        role, waits = job.role_of(party.fingerprint), self._book.record(name).status == "waiting"
+        mine = [file for kind, file in job.inputs.items() if OWNERS[kind] == role and waits]
         if not isinstance(digest, str) or digest not in mine:
-            raise ConsentError("not an input that this party owes to the job", expected=f"{len(mine)} of digests in it")
+            raise ConsentError("not an input that this party owes to the job", expected=f"one of {len(mine)} digests")
         if type(size) is not int or not 0 < size <= self._max_file_bytes:
             raise UsageError("size of an upload", got=size, expected=f"1 to {self._max_file_bytes} bytes")
-        return digest, size
+        return name, digest, size
 
     def _status(self, party: PublicIdentity, fields: dict[str, Any], payload: bytes) -> Reply:
-        if fields.get("job") is None:
-            return {"jobs": [self._tell(digest, party) for digest in self._book.jobs_of(party.fingerprint)]}, b""
-        return self._tell(self._own(party, fields), party), b""
+        return self._tell(self._own(party, fields)[0], party), b""
 
     def _tell(self, digest: str, party: PublicIdentity) -> dict[str, Any]:
         """Return what a party may know of a job: progress, no content."""
@@ -119,53 +140,73 @@ class Requests:
         }
 
     def _download(self, party: PublicIdentity, fields: dict[str, Any], payload: bytes) -> Reply:
-        job, kind = self._own(party, fields), fields.get("kind")
+        job, kind = self._own(party, fields)[0], fields.get("kind")
         results = self._tell(job, party)["results"]
-        if kind not in results:
+        if not isinstance(kind, str) or kind not in results:
             raise ConsentError("no such result for this party", got=f"{len(results)} results for it")
-        path = self._book.store.path(results[kind])
-        with path.open("rb") as file:
-            reply = serve_piece(fields, file, path.stat().st_size)
-        if fields.get("offset") == 0:
-            self._book.note("fetched", job, party.fingerprint, result=str(kind))
+        with open_file(self._book.store.path(results[kind])) as file:
+            reply = serve_piece(fields, file, os.fstat(file.fileno()).st_size)
+        fetched = (job, party.fingerprint, kind)
+        with self._lock:
+            first = fetched not in self._fetched
+            self._fetched.add(fetched)
+        if first:  # and not at every piece, or every time: a party must not be able to flood the log
+            self._book.note("fetched", job, party.fingerprint, result=kind)
         return reply
 
     def _log(self, party: PublicIdentity, fields: dict[str, Any], payload: bytes) -> Reply:
         start = fields.get("start")
         if type(start) is not int:
             raise ProtocolError("log without a start")
-        with self._book.state.lock:  # a head that covers exactly what is committed
-            head = self._book.log.signed_head(self._book.state.identity)
-            return {"head": head}, self._book.log.lines(start)
+        head, lines = self._book.committed_log(start)
+        return {"head": head}, lines
 
     def _generate(self, party: PublicIdentity, fields: dict[str, Any], payload: bytes) -> Reply:
-        digest = self._own(party, fields)
-        job, record = self._book.signed(digest).job, self._book.record(digest)
-        if job.role_of(party.fingerprint) not in job.queries_by:
-            raise ConsentError("the job gives this party no queries")
-        if record.status != "done":
-            raise UsageError("the job is not done", got=record.status, hint="obfuscatune job watch")
-        if time.time() >= job.expires:
-            raise ConsentError("job has expired", hint="make a new one, and let both sign it")
-        tokens = fields.get("max_new_tokens")
-        if type(tokens) is not int or not 1 <= tokens <= 65_536:
-            raise UsageError("max_new_tokens", expected="1 to 65536")
-        query = Query(digest, _prompts(payload), tokens)
-        self._book.count_queries(digest, party.fingerprint, len(query.prompts))
-        self._ask(query)
-        if not query.done.wait(self._wait):
+        digest, tokens, wait = self._own(party, fields)[0], fields.get("max_new_tokens"), fields.get("wait", self._wait)
+        if type(tokens) is not int or not 1 <= tokens <= _MAX_TOKENS:
+            raise UsageError("max_new_tokens", expected=f"1 to {_MAX_TOKENS}")
+        if type(wait) not in (int, float) or not 0 < wait < float("inf"):
+            raise UsageError("wait", expected="seconds for which the client stays")
+        query = Query(digest, party.fingerprint, _prompts(payload), tokens)
+        self._book.check_query(digest, party.fingerprint, len(query.prompts), tokens)
+        with self._place(party.fingerprint):
+            self._ask(query)
+            answered = query.done.wait(min(wait, self._wait))
+            query.drop()
+        if not answered:
             raise ObfuscatuneError("the enclave is busy", hint="ask again when the running job is done")
         if query.error is not None:
-            raise query.error
+            raise _told(query.error)
         return {}, json.dumps(query.completions, ensure_ascii=False).encode()
 
-    def _own(self, party: PublicIdentity, fields: dict[str, Any]) -> str:
-        """Return the digest of the job that a request names, if the party has a role in it."""
-        digest = fields.get("job")
-        # One answer for a job that is not there and for one of others.
-        if not isinstance(digest, str) or digest not in self._book.jobs_of(party.fingerprint):
-            raise UsageError("no such job of this party", hint="obfuscatune job submit")
-        return digest
+    @contextlib.contextmanager
+    def _place(self, party: str) -> Iterator[None]:
+        """Hold one of a party's places among the waiting queries."""
+        with self._lock:
+            if self._waiting[party] >= MAX_WAITING:
+                raise UsageError("too many queries at a time", expected=f"at most {MAX_WAITING} of a party")
+            self._waiting[party] += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._waiting[party] -= 1
+
+    def _own(self, party: PublicIdentity, fields: dict[str, Any]) -> tuple[str, Job]:
+        """Return the job that a request names, and its digest, if the party has a role in it."""
+        job = self._book.job_of(fields.get("job"), party.fingerprint)
+        return job.digest, job
+
+
+def _told(error: BaseException) -> ObfuscatuneError:
+    """What a party hears of its query's failure: of the rest of the job's world, which may be the other's, the class.
+
+    What is said of a prompt, by its number, and of consent is this party's own business.
+    """
+    of_prompt = isinstance(error, UsageError) and (error.where or "").startswith("prompt ")
+    if isinstance(error, ObfuscatuneError) and (of_prompt or isinstance(error, ConsentError)):
+        return error
+    return ObfuscatuneError("the query failed in the enclave", got=type(error).__name__)
 
 
 def _prompts(payload: bytes) -> list[str]:
@@ -175,12 +216,17 @@ def _prompts(payload: bytes) -> list[str]:
         raise FormatError("prompts are too long", got=f"{len(payload)} bytes", expected=f"at most {MAX_PROMPT_BYTES}")
     prompts: Any = None
     try:
-        prompts = json.loads(payload)
+        prompts = json.loads(payload.decode("utf-8"))
     except (ValueError, RecursionError):
         problem = FormatError("prompts are not JSON")
     if problem is not None:  # outside the handler: the decoder's exception holds the text
         raise problem
     fits = isinstance(prompts, list) and 1 <= len(prompts) <= MAX_PROMPTS
-    if not fits or not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
+    if not fits or not all(isinstance(prompt, str) and prompt.strip() and _is_text(prompt) for prompt in prompts):
         raise FormatError("not a list of prompts", expected=f"1 to {MAX_PROMPTS} texts")
     return list(prompts)
+
+
+def _is_text(prompt: str) -> bool:
+    """Whether no half of a surrogate pair is in it, which JSON can spell and no tokenizer takes."""
+    return not any("\ud800" <= char <= "\udfff" for char in prompt)

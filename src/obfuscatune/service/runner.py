@@ -6,6 +6,7 @@ are sealed files only. The checkpoints hold the master secret of the keys and ar
 
 import contextlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -148,7 +149,7 @@ class Runner:
             for name in archive.names():
                 if "/" in name:
                     raise FormatError(f"a file in a folder, in a sealed {kind}")
-                with archive.open(name) as source, (target / name).open("xb") as file:
+                with archive.open(name) as source, open(target / name, "xb", opener=_private) as file:
                     shutil.copyfileobj(source, file, 1 << 20)
         return target
 
@@ -183,7 +184,8 @@ class Runner:
         trainer = ProtectedTrainer(
             protected,
             kind=settings.optim,
-            args=training_arguments(settings, str(ram / "run"), report_to="none", disable_tqdm=True),
+            args=training_arguments(settings, str(ram / "run"), report_to="none"),
+            quiet=True,  # the terminal is the operator's
             train_dataset=rows,
             data_collator=Collator(tokenizer.pad_token_id),
         )
@@ -244,6 +246,10 @@ def _complete(protected: Protected, tokenizer: Any, prompts: Sequence[str], max_
         batch = named[start : start + _BATCH]
         done += complete(protected.model, tokenizer, batch, max_new_tokens=max_new_tokens, do_sample=False)
     return done
+
+
+def _private(name: str, flags: int) -> int:
+    return os.open(name, flags, 0o600)
 
 
 def _files(directory: Path) -> dict[str, Path | bytes]:

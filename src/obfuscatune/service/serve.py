@@ -79,6 +79,9 @@ class Service:
 
     def _answer(self, query: Query) -> None:
         try:
+            if not query.take():
+                return
+            self._book.count_query(query.job, query.party, len(query.prompts), query.max_new_tokens)
             adapter = self._book.record(query.job).results["adapter"]
             query.completions = self._runner.answer(
                 self._book.signed(query.job), adapter, query.prompts, query.max_new_tokens

@@ -40,14 +40,16 @@ class TrainingSettings:
     per_device_train_batch_size: int = _setting("rows of a batch", 8, min=1, **_TRAINING)
     per_device_eval_batch_size: int = _setting("rows of a batch in evaluation", 8, min=1, **_TRAINING)
     gradient_accumulation_steps: int = _setting("batches in one step", 1, min=1, **_TRAINING)
-    num_train_epochs: float = _setting("passes over the data", 3.0, min=0, **_TRAINING)
+    num_train_epochs: float = _setting("passes over the data", 3.0, min=0, max=1e6, **_TRAINING)
     max_steps: int = _setting("steps; above 0 it overrides num_train_epochs", -1, min=-1, **_TRAINING)
     warmup_steps: float = _setting("steps of linear warm-up; below 1: their share", 0.0, min=0, **_TRAINING)
     lr_scheduler_type: str = _setting("schedule after the warm-up", "linear", **_TRAINING)
     weight_decay: float = _setting("decoupled in AdamW", 0.0, min=0, **_TRAINING)
     max_grad_norm: float = _setting("gradients are clipped to this norm; 0 for not", 1.0, min=0, **_TRAINING)
     optim: Literal["adamw", "sgd"] = _setting("optimizer", "adamw", **_TRAINING)
-    seed: int = _setting("of the adapter's start and the order of rows; keys are never seeded", 42, min=0, **_TRAINING)
+    seed: int = _setting(
+        "of the adapter's start and the order of rows; keys are never seeded", 42, min=0, max=2**32 - 1, **_TRAINING
+    )
 
     lora_r: int = _setting("rank", 16, min=1, **_LORA)
     lora_alpha: int = _setting("scale, times the rank", 32, min=1, **_LORA)
@@ -67,15 +69,15 @@ class TrainingSettings:
         Raises:
             FormatError: unknown names, wrong types or values out of range, all in one message.
         """
-        if not isinstance(values, dict):
-            raise FormatError(f"{what} are not a map", got=type(values).__name__)
+        if not isinstance(values, dict) or not all(type(name) is str for name in values):
+            raise FormatError(f"{what} are not a map of names", got=type(values).__name__)
         hints = typing.get_type_hints(cls)
         fields = {f.name: f for f in dataclasses.fields(cls)}
         faults = [f"unknown {name[:40]!r}" for name in sorted(values) if name not in fields]
         given = {}
         for name in sorted(set(values) & set(fields)):
             value, metadata = values[name], fields[name].metadata
-            if hints[name] is float and type(value) is int:
+            if hints[name] is float and type(value) is int and abs(value) <= 1 << 53:
                 value = float(value)
             fault = _fault(value, hints[name], metadata.get("min"), metadata.get("max"))
             faults += [f"{name} is {fault}"] if fault else []

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 from tqdm.auto import tqdm
-from transformers import ProgressCallback, Trainer
+from transformers import PrinterCallback, ProgressCallback, Trainer
 
 from obfuscatune.data import IGNORED_LABEL
 from obfuscatune.enclave.protected import Protected
@@ -21,15 +21,18 @@ class ProtectedTrainer(Trainer):
     Args:
         protected: what ``protect`` returned; its model is trained by the optimizer that it makes.
         kind: ``adamw`` or ``sgd``.
+        quiet: print nothing: the loss tells of the data, and the terminal may be somebody else's.
         args, more: as of ``Trainer``.
     """
 
-    def __init__(self, protected: Protected, *, kind: str, args: Any, **more: Any) -> None:
+    def __init__(self, protected: Protected, *, kind: str, args: Any, quiet: bool = False, **more: Any) -> None:
         optimizer = protected.create_optimizer(kind, lr=args.learning_rate, weight_decay=args.weight_decay)
         super().__init__(model=protected.model, args=args, optimizers=(optimizer, None), **more)
         self._protected, self._tokens = protected, 0
-        self.remove_callback(ProgressCallback)
-        self.add_callback(ProgressOnStderr())
+        for printing in (ProgressCallback, PrinterCallback):
+            self.remove_callback(printing)
+        if not quiet:
+            self.add_callback(ProgressOnStderr())
         self._last: tuple[float, ...] | None = None
 
     def training_step(self, model: Any, inputs: dict[str, Any], *more: Any, **named: Any) -> torch.Tensor:
