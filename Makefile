@@ -11,7 +11,7 @@ test test-slow demo bench: export OMP_WAIT_POLICY := passive
 test test-slow: export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint format bench clean
+.PHONY: help setup demo test test-slow lint check-deploy format bench fuzz clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 20
@@ -37,12 +37,19 @@ lint: setup  ## check style, formatting and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+check-deploy: setup  ## check what is in deploy/, as far as a machine without a TEE can
+	$(BIN)/python -B deploy/check.py
+
 format: setup  ## format and repair what can be repaired
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 bench: setup  ## run the benchmarks
 	$(BIN)/obfuscatune bench
+
+fuzz: setup  ## fuzz every parser with atheris, FUZZ_SECONDS (60) each
+	$(BIN)/python -m pip install --quiet --editable '.[fuzz]' --constraint constraints.txt
+	$(BIN)/python tools/fuzz --seconds $(or $(FUZZ_SECONDS),60)
 
 clean:  ## remove .venv and all caches
 	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist

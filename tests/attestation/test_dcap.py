@@ -134,12 +134,8 @@ def test_a_real_root_pasted_into_a_simulated_chain_is_refused(simulated_tdx) -> 
     shift = len(ours) - len(theirs)
     for at in (632, 632 + 4 + 130, len(forged.quote) - len(chain) - 4):  # the three lengths around the chain
         raw = raw[:at] + (int.from_bytes(raw[at : at + 4], "little") + shift).to_bytes(4, "little") + raw[at + 4 :]
-    fields = json.loads(forged.extras["collateral"])
-    material = json.dumps(
-        {name: text.replace(theirs.decode(), ours.decode()) for name, text in fields.items()}
-    ).encode()
     both = replace(TDX_POLICY, allow_simulation=True, simulation_roots=(root(simulated_tdx),))
-    found = judge_quote(Quote("tdx", raw, {"collateral": material}), both)
+    found = verdict(Quote("tdx", raw, quote.extras), both)
     assert failed(found) == ["signature"]
     assert found.failed[0].got.startswith("Verification failed")
     assert not found.simulation

@@ -11,7 +11,7 @@ from obfuscatune.attestation.policy import Policy
 from obfuscatune.attestation.verify import judge_quote
 from obfuscatune.errors import FormatError
 
-from .enclaves import root
+from .enclaves import policy, root
 from .samples import (
     DEBUG_POLICY,
     SNP_POLICY,
@@ -129,6 +129,24 @@ def test_a_serial_number_of_zero_is_read_without_a_warning_and_checked_as_it_is(
     assert ask.signed == ask.fields.tbs_certificate_bytes
 
 
+@pytest.mark.parametrize(
+    "respell",
+    [
+        lambda pem: pem.replace(b"\n", b"", 3).replace(b"-----", b"-----\n", 2),
+        lambda pem: pem.replace(b"-----\nMI", b"-----\nM\nI"),
+        lambda pem: pem.replace(b"-----BEGIN", b"X: y\n-----BEGIN", 1),
+        lambda pem: pem.replace(b"==\n", b"=\n"),
+        lambda pem: pem + b"x",
+    ],
+)
+def test_a_chain_has_one_spelling(respell) -> None:
+    pem = load("snp/virtee_cert_chain_milan")
+    assert len(read_chain(pem, "test")) == len(read_chain(pem.replace(b"\n", b"\r\n"), "test")) == 2
+    assert respell(pem) != pem
+    with pytest.raises(FormatError):
+        read_chain(respell(pem), "test")
+
+
 def test_turin_reads_its_own_layout_of_the_tcb() -> None:
     report = bytearray(module.REPORT_BYTES)
     report[0x180:0x188] = bytes([9, 1, 2, 3, 0, 0, 0, 4])
@@ -136,6 +154,42 @@ def test_turin_reads_its_own_layout_of_the_tcb() -> None:
     milan = {"bootloader": 9, "tee": 1, "snp": 0, "microcode": 4}
     assert module._tcb(bytes(report), 0x180, "Turin") == {"fmc": 9, **turin}
     assert module._tcb(bytes(report), 0x180, "Milan") == milan
+
+
+@pytest.mark.parametrize(
+    ("at", "byte", "rule", "allowing"),
+    [
+        (0x0A, 0x07, "migration", {}),
+        (0x0A, 0x0B, "debug", {"allow_debug": True}),
+        (0x30, 1, "vmpl", {"max_vmpl": 1}),
+        (0x33, 0xFF, "vmpl", {}),
+        (0x40, 1, "platform", {"allow_smt": True}),
+        (0x48, 1 << 2, "chip", {}),
+        (0x48, 7 << 2, "chip", {}),
+        (0x180, 5, "chip", {}),
+        (0x1A0, None, "chip", {}),
+        (0x1F0, 2, "launch tcb", {"min_tcb": {"bootloader": 2, "tee": 0, "snp": 8, "microcode": 115}}),
+    ],
+)
+def test_each_field_of_a_signed_report_is_judged(
+    at: int, byte: int | None, rule: str, allowing: dict, simulated_snp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reports that are signed as they are, of firmware or of a chip that they should not come from."""
+    attester = simulated_snp.attester
+    make = attester._report
+
+    def report(report_data: bytes) -> bytes:
+        made = bytearray(make(report_data))
+        made[at] = made[at] ^ 1 if byte is None else byte
+        return bytes(made)
+
+    monkeypatch.setattr(attester, "_report", report)
+    allow_smt = rule != "platform"
+    strict = policy(simulated_snp, allow_smt=allow_smt, measurements={})
+    forged = attester.quote(bytes(64))
+    assert failed(judge_quote(forged, strict)) == [rule]
+    if allowing:
+        assert not judge_quote(forged, replace(strict, **allowing)).failed
 
 
 def test_peeking_refuses_what_is_no_report() -> None:

@@ -3,8 +3,7 @@
 import base64
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
-from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 
 from obfuscatune.errors import FormatError
 

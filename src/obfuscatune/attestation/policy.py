@@ -35,7 +35,8 @@ PINS: Mapping[Kind, tuple[frozenset[str], ...]] = {
     "sgx": (frozenset({"mrenclave"}), frozenset({"mrsigner", "isv_prod_id", "isv_svn"})),
     "tdx": (frozenset({"mrtd"}),),
     "snp": (frozenset({"measurement"}),),
-    "tpm": tuple(frozenset({name}) for name in MEASUREMENTS["tpm"]),
+    # Not those from 16 on, which software may reset.
+    "tpm": tuple(frozenset({f"pcr{number}"}) for number in range(16)),
 }
 # Intel's, without Revoked, which nobody can allow.
 TCB_STATUSES = (

@@ -1,0 +1,153 @@
+"""``obfuscatune attest``: exit codes, verdicts that name their rule, JSON, and the outputs that the document shows."""
+
+import json
+import re
+import shlex
+import time
+from pathlib import Path
+
+import pytest
+
+from obfuscatune.attestation.claims import EnclaveClaims
+from obfuscatune.attestation.evidence import Evidence, attest
+from obfuscatune.attestation.simulator import SimulatedPlatform
+from obfuscatune.parties.identity import Identity
+
+FOLDER = Path(__file__).parents[2] / ".." / "shared" / "attestation"
+needs_samples = pytest.mark.skipif(not FOLDER.is_dir(), reason="the samples of ../shared/attestation are not here")
+NONCE, TLS_KEY = "ab" * 32, "cd" * 32
+ENCLAVE = Identity.generate("enclave")
+DOCUMENT = Path(__file__).parents[2] / "docs" / "attestation.md"
+BLOCKS = re.findall(r"```\n\$ obfuscatune (.*?)\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def platform(tmp_path_factory: pytest.TempPathFactory) -> SimulatedPlatform:
+    return SimulatedPlatform.create(tmp_path_factory.mktemp("hardware") / "tdx")
+
+
+@pytest.fixture
+def files(tmp_path: Path, platform: SimulatedPlatform, run) -> tuple[Path, Path]:
+    """An evidence file, and a policy that accepts it, written with the help of ``attest measure``."""
+    policy, made = tmp_path / "policy.toml", tmp_path / "enclave.evidence"
+    claims = EnclaveClaims(ENCLAVE.public, TLS_KEY, NONCE, int(time.time()), "0.1.0")
+    made.write_bytes(attest(platform.attester, claims.to_dict()).to_bytes() + b"\n")
+    policy.write_text(
+        f'[platform]\nkinds = ["tdx"]\n[simulation]\nallow = true\nroot = "{platform.root}"\n'
+        + run("attest", "measure", "--simulation").out
+    )
+    return made, policy
+
+
+def test_accepted_evidence(files: tuple[Path, Path], run) -> None:
+    made, policy = files
+    outcome = run("attest", "verify", made, "--policy", policy, "--nonce", NONCE, "--allow-simulation")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.out.endswith("\naccepted; SIMULATION, it protects nothing\n")
+    assert re.search(r"^ok +nonce ", outcome.out, re.MULTILINE)
+    assert re.search(r"^not judged +tls key ", outcome.out, re.MULTILINE)
+
+
+def test_refused_evidence_names_the_rule(files: tuple[Path, Path], run) -> None:
+    made, policy = files
+    outcome = run("attest", "verify", made, "--policy", policy, "--nonce", "00" * 32, "--allow-simulation")
+    assert outcome.code == 1
+    assert re.search(rf"^FAILED +nonce +{NONCE}\n +expected: 0+$", outcome.out, re.MULTILINE)
+    assert "\nrefused: nonce; SIMULATION" in outcome.out
+    late = run("attest", "verify", made, "--policy", policy, "--allow-simulation", "--time", 1_000_000_000)
+    assert late.code == 1 and "refused: signature, claims" in late.out
+
+
+def test_json_is_for_scripts(files: tuple[Path, Path], run) -> None:
+    made, policy = files
+    arguments = ("attest", "verify", made, "--policy", policy, "--allow-simulation", "--json")
+    verdict = json.loads(run(*arguments).out)
+    assert verdict["accepted"] and verdict["simulation"]
+    assert (verdict["claims"]["tls_key"], verdict["claims"]["nonce"]) == (TLS_KEY, NONCE)
+    refused = run(*arguments, "--nonce", "00" * 32)
+    assert refused.code == 1
+    assert [rule["name"] for rule in json.loads(refused.out)["rules"] if rule["passed"] is False] == ["nonce"]
+
+
+def test_simulation_is_switched_on_by_name_in_both_places(files: tuple[Path, Path], run) -> None:
+    made, policy = files
+    outcome = run("attest", "verify", made, "--policy", policy)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "--allow-simulation" in outcome.err
+    policy.write_text(re.sub(r"\[simulation\].*?(?=\[measurements)", "", policy.read_text(), flags=re.DOTALL))
+    outcome = run("attest", "verify", made, "--policy", policy, "--allow-simulation")
+    assert outcome.code == 1
+    assert "under another root" in outcome.out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["EVIDENCE"],
+        ["EVIDENCE", "--policy", "none.toml"],
+        ["EVIDENCE", "--policy", "POLICY", "--allow-simulation", "--kind", "tdx"],
+        ["POLICY", "--policy", "POLICY", "--allow-simulation"],
+        ["EVIDENCE", "--policy", "EVIDENCE"],
+        ["--quote", "EVIDENCE"],
+        ["--quote", "EVIDENCE", "--kind", "tdx", "--nonce", NONCE],
+        ["--quote", "none", "--kind", "tdx"],
+        ["--quote", "EVIDENCE", "--kind", "tpm"],
+    ],
+)
+def test_misuse_is_said(arguments: list[str], files: tuple[Path, Path], run) -> None:
+    names = dict(zip(("EVIDENCE", "POLICY"), files, strict=True))
+    outcome = run("attest", "verify", *(names.get(word, word) for word in arguments))
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err.startswith("error: ") and "Traceback" not in outcome.err
+
+
+def test_a_bare_quote_is_judged_and_never_accepted(files: tuple[Path, Path], tmp_path: Path, run) -> None:
+    made, policy = files
+    quote = Evidence.from_bytes(made.read_bytes().rstrip()).quote
+    (tmp_path / "quote").write_bytes(quote.quote)
+    (tmp_path / "collateral").write_bytes(quote.extras["collateral"])
+    arguments = ("--quote", tmp_path / "quote", "--kind", "tdx", "--collateral", tmp_path / "collateral")
+    judged = run("attest", "verify", *arguments, "--policy", policy, "--allow-simulation")
+    assert (judged.code, judged.err) == (1, "")
+    assert "FAILED" not in judged.out
+    assert judged.out.endswith("\nrefused: no claims of an enclave; SIMULATION, it protects nothing\n")
+
+
+def test_show_says_that_nothing_is_verified(files: tuple[Path, Path], run) -> None:
+    outcome = run("attest", "show", files[0])
+    assert outcome.code == 0
+    assert outcome.out.startswith("NOT VERIFIED")
+    assert all(text in outcome.out for text in (ENCLAVE.public.fingerprint, NONCE, TLS_KEY, "mrtd"))
+
+
+def test_measure_wants_something_to_measure(run, tmp_path: Path) -> None:
+    assert run("attest", "measure").code == 2
+    (tmp_path / "log").write_bytes(b"no log")
+    outcome = run("attest", "measure", "--event_log", tmp_path / "log")
+    assert (outcome.code, outcome.out) == (2, "")
+
+
+@needs_samples
+@pytest.mark.parametrize(("command", "printed"), BLOCKS, ids=[command[:60] for command, _ in BLOCKS])
+def test_the_document_shows_what_is_printed(
+    command: str, printed: str, run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in FOLDER.iterdir():
+        if folder.is_dir():
+            (tmp_path / folder.name).symlink_to(folder.resolve())
+    text = re.search(r"```toml\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)[1]
+    (tmp_path / "tdx.toml").write_text(text.replace('collateral = "collateral.json"\n', ""))
+    monkeypatch.chdir(tmp_path)
+    outcome = run(*shlex.split(command))
+    assert outcome.out == printed
+    assert outcome.code == (1 if "verify" in command else 0)
+
+
+@needs_samples
+def test_an_event_log_of_another_boot_is_refused(run) -> None:
+    outcome = run(
+        "attest", "measure", "--event_log", FOLDER / "ccel/ccel_data.dat", "--quote", FOLDER / "dcap/tdx_quote"
+    )
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "does not give the quote's registers" in outcome.err

@@ -1,0 +1,226 @@
+"""Targets of files and messages: canonical JSON, identities, sealed files and payloads, jobs, frames, state, log."""
+
+import json
+import struct
+import warnings
+from pathlib import Path
+from typing import Any
+
+from target import Target
+
+from obfuscatune.parties.canonical import decode, encode
+from obfuscatune.parties.identity import Identity, PublicIdentity
+
+
+def _identities() -> tuple[Identity, Identity, Identity]:
+    provider, owner, enclave = (Identity.generate(name, "x25519") for name in ("provider", "owner", "enclave"))
+    return provider, owner, enclave
+
+
+def canonical(scratch: Path) -> Target:
+    """Canonical JSON, under every other format."""
+    seeds = (b"{}", encode({"a": [1, -2.5, None, True, "\u00e9\n"], "b": {"c": {}}, "d": 2**64 - 1}))
+    return Target(lambda data: decode(data, "input"), seeds)
+
+
+def identity(scratch: Path) -> Target:
+    """A public identity."""
+    seeds = tuple(
+        encode(Identity.generate("clinic", suite).public.to_dict()) for suite in ("x25519", "mlkem768-x25519")
+    )
+    return Target(lambda data: PublicIdentity.from_dict(decode(data, "identity")), seeds)
+
+
+def sealed_file(scratch: Path) -> Target:
+    """A whole sealed file, opened by its recipient, every byte read."""
+    from obfuscatune.sealed import SealedArchive, SealedReader, seal_files
+
+    provider, _, enclave = _identities()
+    path = scratch / "sealed"
+
+    def parse(data: bytes) -> None:
+        path.write_bytes(data)
+        with SealedReader(path, enclave) as reader:
+            archive = SealedArchive(reader)
+            for name in archive.names():
+                archive.read(name, 1 << 20)
+
+    seal_files(path, {"a": b"x" * 70_000, "b/c": b""}, kind="data", sender=provider, recipients=[enclave.public])
+    return Target(parse, (path.read_bytes(),), strict=True)
+
+
+def sealed_header(scratch: Path) -> Target:
+    """The header record of a sealed file, whose signature its own sender makes: any sender may make any header."""
+    from obfuscatune.sealed import seal_files
+    from obfuscatune.sealed.fields import PREFIX, Header
+
+    provider, owner, enclave = _identities()
+    path = scratch / "sealed"
+    recipients = [owner.public, enclave.public]
+    seal_files(path, {"a": b"x"}, kind="model", sender=provider, recipients=recipients, terms={"max_queries": 3})
+    data = path.read_bytes()
+    length = PREFIX.unpack(data[: PREFIX.size])[-1]
+    return Target(lambda data: Header.from_bytes(data, "header"), (data[PREFIX.size : PREFIX.size + length],))
+
+
+class _Payload:
+    """Plain bytes in the place of a sealed file's payload: the sender of a file chooses every one of them."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data, self.payload_bytes = data, len(data)
+
+    def read(self, offset: int, length: int) -> bytes:
+        part = self.data[offset : offset + length]
+        if offset < 0 or len(part) != length:
+            raise AssertionError("read beyond the payload")
+        return part
+
+    def read_into(self, offset: int, buffer: Any) -> None:
+        buffer[:] = self.read(offset, len(buffer))
+
+
+def archive(scratch: Path) -> Target:
+    """The payload of a sealed file: table of contents, safetensors headers, index of shards, tensors."""
+    import torch
+    from safetensors.torch import save
+
+    from obfuscatune.sealed.archive import SealedArchive
+    from obfuscatune.sealed.contents import encode_contents
+    from obfuscatune.sealed.tensors import SealedTensors
+
+    def parse(data: bytes) -> None:
+        tensors = SealedTensors(SealedArchive(_Payload(data)))  # type: ignore[arg-type]
+        for name in tensors.names():
+            tensors.get(name)
+
+    def payload(files: dict[str, bytes]) -> bytes:
+        return encode_contents({name: len(file) for name, file in files.items()}) + b"".join(files.values())
+
+    one = save({"w": torch.ones(2, 3), "flag": torch.tensor([True, False])})
+    two = save({"v": torch.zeros(0, 4, dtype=torch.bfloat16)})
+    index = {"metadata": {}, "weight_map": {"w": "a.safetensors", "flag": "a.safetensors", "v": "b.safetensors"}}
+    shards = {"a.safetensors": one, "b.safetensors": two, "model.safetensors.index.json": json.dumps(index).encode()}
+    return Target(parse, (payload({"model.safetensors": one}), payload(shards)))
+
+
+def tensor_header(scratch: Path) -> Target:
+    """The header of a safetensors file alone, in an archive that fits around it."""
+    import torch
+    from safetensors.torch import save
+
+    from obfuscatune.sealed.archive import SealedArchive
+    from obfuscatune.sealed.contents import encode_contents
+    from obfuscatune.sealed.tensors import SealedTensors
+
+    def parse(data: bytes) -> None:
+        file = struct.pack("<Q", len(data)) + data + bytes(64)
+        tensors = SealedTensors(SealedArchive(_Payload(encode_contents({"model.safetensors": len(file)}) + file)))  # type: ignore[arg-type]
+        for name in tensors.names():
+            tensors.get(name)
+
+    saved = save({"w": torch.ones(2, 4), "v": torch.zeros(8)})
+    (length,) = struct.unpack("<Q", saved[:8])
+    return Target(parse, (saved[8 : 8 + length],))
+
+
+def job(scratch: Path) -> Target:
+    """A job with two signatures."""
+    from obfuscatune.parties.job import Job, SignedJob
+
+    provider, owner, enclave = _identities()
+    prints = {"provider": provider, "owner": owner, "enclave": enclave}
+    names = {role: who.public.fingerprint for role, who in prints.items()}
+    made = Job(
+        **names, model="1" * 64, data="2" * 64, adapter_to=("owner",), queries_by=("owner",), created=1, expires=2**33
+    )
+    signed = SignedJob(made).sign(provider).sign(owner)
+    return Target(SignedJob.from_bytes, (signed.to_bytes(), SignedJob(made).to_bytes()))
+
+
+def terms(scratch: Path) -> Target:
+    """An owner's terms, as a sealed header carries them."""
+    from obfuscatune.parties.terms import Terms
+
+    made = Terms(profiles=("balanced", "enclave"), partners=("0" * 64,), max_queries=5, expires=2**33)
+    return Target(lambda data: Terms.from_dict(decode(data, "terms")), (encode(made.to_dict()), b"{}"))
+
+
+def channel_frame(scratch: Path) -> Target:
+    """One message of the attested channel, in the state that allows most."""
+    from obfuscatune.channel.frames import SESSION, encode_message, read_message
+    from obfuscatune.errors import ConnectionClosedError
+
+    def parse(data: bytes) -> None:
+        rest = memoryview(data)
+
+        def read(size: int) -> bytes:
+            nonlocal rest
+            if size > SESSION.payload:
+                raise AssertionError("asked for more than the limits")
+            if size > len(rest):
+                raise ConnectionClosedError("connection is closed")
+            part, rest = rest[:size], rest[size:]
+            return bytes(part)
+
+        read_message(read, SESSION)
+
+    fields = {"verb": "upload", "offset": 0, "size": 4, "list": [1, {"a": None}]}
+    return Target(parse, (encode_message(fields, b"data", SESSION) + b"data", encode_message({}, b"", SESSION)))
+
+
+def protocol_frame(scratch: Path) -> Target:
+    """One frame between enclave and worker."""
+    import torch
+
+    from obfuscatune.protocol import TensorSpec, decode_frame, encode_head
+
+    specs = [TensorSpec("x", torch.float32, (2, 3)), TensorSpec("mask", torch.bool, (2,))]
+    fields = {"op": "forward", "id": 7, "options": {"scale": 0.5, "names": ["a", "b"]}}
+    seeds = tuple(head + bytes(size) for head, size in (encode_head(fields, specs), encode_head({}, [])))
+    return Target(decode_frame, seeds)
+
+
+def state(scratch: Path) -> Target:
+    """The enclave's state on the operator's disk."""
+    from types import SimpleNamespace
+
+    from obfuscatune.service.state import State
+
+    platform: Any = SimpleNamespace(sealing_key=lambda: b"k" * 32, counter=None)
+    path = scratch / "state.sealed"
+
+    def parse(data: bytes) -> None:
+        path.write_bytes(data)
+        path.chmod(0o600)
+        State.open(scratch, platform).close()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        State.open(scratch, platform).close()
+    return Target(parse, (path.read_bytes(),), strict=True)
+
+
+def log_copy(scratch: Path) -> Target:
+    """A party's copy of the audit log."""
+    from obfuscatune.service.log import AuditLog, check, join_copy, split_copy
+
+    _, _, enclave = _identities()
+    log = AuditLog.open(scratch / "log", "0" * 64, 0)
+    for event in ("start", "job-taken", "stop"):
+        log.append(event, job="1" * 64, party="2" * 64, bytes=7, profile="balanced")
+    seed = join_copy(log.lines(0), log.signed_head(enclave))
+    log.close()
+
+    def parse(data: bytes) -> None:
+        lines, head = split_copy(data)
+        check(lines, head, enclave.public)
+
+    return Target(parse, (seed,), strict=True)
+
+
+def log_entry(scratch: Path) -> Target:
+    """One line of the audit log, which follows any other."""
+    from obfuscatune.service.entries import Entry
+
+    entry = Entry(3, 1_700_000_000, "job-taken", "1" * 64, None, {"profile": "balanced", "bytes": 7}, "0" * 64)
+    return Target(Entry.from_bytes, (entry.to_bytes(),))

@@ -1,0 +1,41 @@
+"""The table of targets, by name.
+
+A target imports its parser when it is built, so that one that is missing or was renamed is an error and never a target
+that is skipped.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import attested
+import formats
+from target import Target
+
+TARGETS: dict[str, Callable[[Path], Target]] = {
+    build.__name__: build
+    for build in (
+        formats.canonical,
+        formats.identity,
+        formats.sealed_file,
+        formats.sealed_header,
+        formats.archive,
+        formats.tensor_header,
+        formats.job,
+        formats.terms,
+        formats.channel_frame,
+        formats.protocol_frame,
+        formats.state,
+        formats.log_copy,
+        formats.log_entry,
+        attested.claims,
+        attested.evidence,
+        attested.policy,
+        attested.certificate,
+        attested.judged_tdx,
+        attested.judged_snp,
+        attested.judged_tpm,
+        attested.tpm_quote,
+        attested.tpm_signature,
+        attested.event_log,
+    )
+}
