@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from obfuscatune import durable
 from obfuscatune.errors import FormatError, ObfuscatuneError, RollbackError, SealError, UsageError
 from obfuscatune.parties.identity import Identity
-from obfuscatune.service import durable
 from obfuscatune.service.entries import NO_ENTRIES, Entry
 from obfuscatune.service.log import AuditLog, check, join_copy, split_copy
 

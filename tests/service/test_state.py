@@ -16,9 +16,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from obfuscatune import durable
 from obfuscatune.attestation.platform import open_platform
 from obfuscatune.errors import FormatError, ObfuscatuneError, RollbackError, SealError, UsageError
-from obfuscatune.service import durable
 from obfuscatune.service.state import State
 
 from .platforms import Counter, FileCounter, MemoryPlatform, new_platform
@@ -440,7 +440,7 @@ def _full(*_: object) -> None:
 CHILD = """
 import itertools, os, signal, sys
 from pathlib import Path
-from obfuscatune.service import durable
+from obfuscatune import durable
 from obfuscatune.service.state import State
 sys.path.insert(0, sys.argv[1])
 from platforms import FileCounter, MemoryPlatform

@@ -34,10 +34,10 @@ from obfuscatune.attestation.evidence import Attester
 from obfuscatune.attestation.measurement import MEASUREMENT_BYTES, measure_code
 from obfuscatune.attestation.quoting import derive_sealing_key, own_measurements
 from obfuscatune.attestation.simulated_pki import Flaws
+from obfuscatune.durable import rename, write_private
 from obfuscatune.errors import AttestationError, FormatError, UsageError
 from obfuscatune.parties.canonical import decode, encode
 from obfuscatune.parties.identity import read_small
-from obfuscatune.service.durable import rename, write_private
 
 SimulatedKind = Literal["tdx", "snp"]
 FORMAT = "obfuscatune simulated hardware 1"

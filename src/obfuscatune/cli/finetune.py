@@ -48,9 +48,9 @@ def command(options: FinetuneOptions) -> None:
     """
     _check_source(options)
     checkpoint = _prepare_output(options)
-    from obfuscatune.cli.loading import load_model, load_tokenizer
     from obfuscatune.data import Collator, encode_rows
     from obfuscatune.enclave.protected import protect
+    from obfuscatune.loading import load_model, load_tokenizer
     from obfuscatune.training.checkpoints import load_keys, remove_checkpoints, save_adapter
     from obfuscatune.training.interrupt import StopOnInterrupt
     from obfuscatune.training.trainer import ProtectedTrainer

@@ -74,9 +74,9 @@ def command(options: GenerateOptions) -> None:
 def _complete_here(options: GenerateOptions, name: str, prompts: list[tuple[str, str]]) -> list[str]:
     from transformers import set_seed
 
-    from obfuscatune.cli.loading import load_adapter, load_model, load_tokenizer
     from obfuscatune.completion import complete
     from obfuscatune.enclave.protected import protect
+    from obfuscatune.loading import load_adapter, load_model, load_tokenizer
 
     completions: list[str] = []
     model = load_model(name, options.dtype)

@@ -22,7 +22,7 @@ class InspectOptions(ModelOptions):
 @takes(InspectOptions)
 def command(options: InspectOptions) -> None:
     """Show a model's shapes, and for each profile what stays in the enclave and what crosses. Loads no weights."""
-    from obfuscatune.cli.loading import load_config
+    from obfuscatune.loading import load_config
 
     found = examine(load_config(options.model_name_or_path), options.dtype)
     found = {"model": options.model_name_or_path, **found}

@@ -146,7 +146,20 @@ def _parameter(name: str, hint: Any, default: Any, spelling: str, **more: Any) -
         return inspect.Parameter(
             name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[hint, typer.Argument(**more)]
         )
+    if "ceiling" in more:
+        more["callback"] = _at_most(more.pop("ceiling"))
     # Short ones: typer's own leave no room for the names, which it would cut at 80 columns.
     metavar = "NAME" if choices else next((short for kind, short in _METAVARS.items() if kind in kinds), "TEXT")
     annotation = Annotated[hint, typer.Option(spelling, metavar=metavar, **more)]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _at_most(ceiling: float) -> Callable[[Any], Any]:
+    """A callback that refuses larger values; typer's own range would take the room of the option's name in the help."""
+
+    def check(value: Any) -> Any:
+        if value is not None and value > ceiling:
+            raise typer.BadParameter(f"{value} is above {ceiling:g}")
+        return value
+
+    return check

@@ -15,11 +15,11 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from obfuscatune.cli.loading import load_adapter, load_config, load_model, load_tokenizer
 from obfuscatune.data import Row
 from obfuscatune.enclave.protected import Protected, protect
 from obfuscatune.errors import UsageError
 from obfuscatune.evaluation.tasks import check_tasks, packaged_configs, write_configs
+from obfuscatune.loading import load_adapter, load_config, load_model, load_tokenizer
 from obfuscatune.profiles import SWITCHES
 
 MODEL_NAME = "obfuscatune"

@@ -121,7 +121,8 @@ def read_exactly(file: BinaryIO, offset: int, buffer: memoryview, what: str) -> 
     done = 0
     while done < len(buffer):
         try:
-            count = os.preadv(file.fileno(), [buffer[done:]], offset + done)
+            file.seek(offset + done)  # not preadv, which Gramine has not
+            count = file.readinto(buffer[done:])  # type: ignore[attr-defined]
         except OSError as error:
             raise UsageError(f"cannot read the {what}", got=error.strerror) from None
         if not count:

@@ -27,10 +27,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from obfuscatune.durable import sync, write_all
 from obfuscatune.errors import FormatError, ObfuscatuneError, RollbackError, SealError, UsageError
 from obfuscatune.parties.canonical import decode, encode
 from obfuscatune.parties.identity import Identity, PublicIdentity
-from obfuscatune.service.durable import sync, write_all
 from obfuscatune.service.entries import DIGEST, END_OF_TIME, MAX_LINE_BYTES, Chain, Entry, matches, split_lines
 
 FORMAT = "obfuscatune log head 1"

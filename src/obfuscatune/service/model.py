@@ -41,7 +41,7 @@ def open_model(archive: SealedArchive, ram: Path, dtype: str, profile: Profile) 
         FormatError, SealError: a file that breaks its format or was changed.
         UnsupportedModelError: a model that cannot be run exactly.
     """
-    from obfuscatune.cli.loading import load_config, load_tokenizer
+    from obfuscatune.loading import load_config, load_tokenizer
 
     directory = ram / "model"
     directory.mkdir(mode=0o700)

@@ -113,7 +113,7 @@ class Runner:
             if adapter is None:
                 model = add_adapter(opened.model, job.settings)
             else:
-                from obfuscatune.cli.loading import load_adapter
+                from obfuscatune.loading import load_adapter
 
                 model = load_adapter(opened.model, str(self._unpack(adapter, "adapter", ram / "adapter"))).eval()
             protected = stack.enter_context(

@@ -36,10 +36,10 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from obfuscatune.attestation.platform import Platform
+from obfuscatune.durable import rename, write_private
 from obfuscatune.errors import FormatError, ObfuscatuneError, RollbackError, SealError, UsageError
 from obfuscatune.parties.canonical import decode, encode
 from obfuscatune.parties.identity import Identity, read_small
-from obfuscatune.service.durable import rename, write_private
 from obfuscatune.service.entries import NO_ENTRIES
 
 FORMAT = "obfuscatune enclave state 1"

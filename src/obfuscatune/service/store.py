@@ -18,10 +18,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from obfuscatune.durable import rename, sync
 from obfuscatune.errors import FormatError, ObfuscatuneError, ProtocolError, SealError, UsageError
 from obfuscatune.sealed.fields import HASH_BYTES, TAG_BYTES, Kind
 from obfuscatune.sealed.header import SignedHeader, open_file, read_exactly, read_header
-from obfuscatune.service.durable import rename, sync
 from obfuscatune.service.entries import DIGEST, matches
 
 ABANDONED_SECONDS = 24 * 3600

@@ -26,7 +26,10 @@ _TRAINER_FIELDS = (
 
 
 def _setting(text: str, default: Any, **more: Any) -> Any:
-    """A field with its line of help and, for numbers, its least and greatest value; the command line reads both."""
+    """A field with its line of help and, for numbers, its least and greatest value; the command line reads both.
+
+    A greatest value that is only there against nonsense is a ``ceiling``: no line of help shows it.
+    """
     return field(default=default, metadata={"help": text, **more})
 
 
@@ -40,7 +43,7 @@ class TrainingSettings:
     per_device_train_batch_size: int = _setting("rows of a batch", 8, min=1, **_TRAINING)
     per_device_eval_batch_size: int = _setting("rows of a batch in evaluation", 8, min=1, **_TRAINING)
     gradient_accumulation_steps: int = _setting("batches in one step", 1, min=1, **_TRAINING)
-    num_train_epochs: float = _setting("passes over the data", 3.0, min=0, max=1e6, **_TRAINING)
+    num_train_epochs: float = _setting("passes over the data", 3.0, min=0, ceiling=1e6, **_TRAINING)
     max_steps: int = _setting("steps; above 0 it overrides num_train_epochs", -1, min=-1, **_TRAINING)
     warmup_steps: float = _setting("steps of linear warm-up; below 1: their share", 0.0, min=0, **_TRAINING)
     lr_scheduler_type: str = _setting("schedule after the warm-up", "linear", **_TRAINING)
@@ -48,7 +51,7 @@ class TrainingSettings:
     max_grad_norm: float = _setting("gradients are clipped to this norm; 0 for not", 1.0, min=0, **_TRAINING)
     optim: Literal["adamw", "sgd"] = _setting("optimizer", "adamw", **_TRAINING)
     seed: int = _setting(
-        "of the adapter's start and the order of rows; keys are never seeded", 42, min=0, max=2**32 - 1, **_TRAINING
+        "of the adapter's start and the order of rows; keys are never seeded", 42, min=0, ceiling=2**32 - 1, **_TRAINING
     )
 
     lora_r: int = _setting("rank", 16, min=1, **_LORA)
@@ -79,7 +82,7 @@ class TrainingSettings:
             value, metadata = values[name], fields[name].metadata
             if hints[name] is float and type(value) is int and abs(value) <= 1 << 53:
                 value = float(value)
-            fault = _fault(value, hints[name], metadata.get("min"), metadata.get("max"))
+            fault = _fault(value, hints[name], metadata.get("min"), metadata.get("max", metadata.get("ceiling")))
             faults += [f"{name} is {fault}"] if fault else []
             given[name] = value
         if faults:

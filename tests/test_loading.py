@@ -10,7 +10,7 @@ MEBIBYTE = 2**20
 PROGRAM = """
 import re, sys
 from pathlib import Path
-from obfuscatune.cli.loading import load_model
+from obfuscatune.loading import load_model
 
 def private_memory():
     return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
