@@ -13,7 +13,7 @@ FORBIDDEN = (
     *(f"obfuscatune.{name}" for name in ("keys", "families", "folding", "enclave", "profiles", "training", "cli")),
     *("transformers", "peft", "cryptography"),
 )
-MODULES = ("__main__", "adapters", "optimizer", "segments", "server", "session")
+MODULES = ("__main__", "adapters", "optimizer", "sandbox", "segments", "server", "session")
 WORKER = (
     *("obfuscatune.worker", "obfuscatune.protocol", "obfuscatune.errors"),
     *(f"obfuscatune.worker.{name}" for name in MODULES),

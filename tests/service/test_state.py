@@ -98,14 +98,28 @@ def test_a_counter_that_was_put_back_is_refused(tmp_path: Path) -> None:
         State.open(tmp_path, platform)
 
 
-def test_a_deleted_state_does_not_reset_the_jobs(tmp_path: Path) -> None:
+def test_a_deleted_state_is_another_enclave_and_cannot_come_back(tmp_path: Path) -> None:
     platform = new_platform()
     last_commit(tmp_path, platform, {JOB: {"used": 1}})
+    with State.open(tmp_path, platform) as state:
+        before = state.identity.public
+    kept = (tmp_path / "state.sealed").read_bytes()
     (tmp_path / "state.sealed").unlink()
-    with pytest.raises(RollbackError, match="missing") as caught:
+    with pytest.warns(UserWarning, match="new enclave"), State.open(tmp_path, platform) as state:
+        assert state.identity.public != before  # so no job of before is for it, used up or not
+        assert state.jobs == {}
+    (tmp_path / "state.sealed").write_bytes(kept)
+    with pytest.raises(RollbackError, match="older"):
         State.open(tmp_path, platform)
-    assert "used up" in (caught.value.hint or "")
-    assert not (tmp_path / "state.sealed").exists()
+
+
+def test_a_first_start_on_a_counter_that_was_used_before(tmp_path: Path) -> None:
+    platform = new_platform()
+    platform.counter.count = 41  # a TPM begins a new counter where any before it ended
+    with pytest.warns(UserWarning, match="new enclave"), State.open(tmp_path, platform) as state:
+        identity = state.identity.public
+    with State.open(tmp_path, platform) as state:
+        assert state.identity.public == identity
 
 
 def test_another_key_is_refused(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@
 |---|---|---|---|
 | ``configfs`` | TDX or SEV-SNP guest, by configfs-tsm | SNP: from the chip; TDX: none | none |
 | ``gramine`` | SGX, by Gramine | from MRENCLAVE and the processor | none |
-| ``tpm`` | vTPM | sealed to the PCRs | in the TPM |
+| ``tpm`` | vTPM | from its seed and the PCRs | in the TPM |
 | ``simulation:DIR`` | TDX, simulated: protects nothing | from DIR | in DIR |
 | ``simulation-snp:DIR`` | SEV-SNP, simulated: protects nothing | from DIR | in DIR |
 """

@@ -44,6 +44,10 @@ from obfuscatune.service.entries import NO_ENTRIES
 
 FORMAT = "obfuscatune enclave state 1"
 MAX_BYTES = 16 << 20
+NEW_IDENTITY = (
+    "no state is here, and the platform's counter has been used: if there was a state, put it back; otherwise this is a "
+    "new enclave, and what was sealed to an earlier one cannot be opened"
+)
 _MAGIC = FORMAT.encode() + b"\0"
 _HEADER_BYTES = len(_MAGIC) + 8
 _NONCE_BYTES = 12
@@ -145,16 +149,13 @@ class State:
             warnings.warn(NO_COUNTER, stacklevel=3)
         if there:
             self._read()
-        elif self._counter is not None and self._cipher is not None and (count := self._counter.read()) != 0:
-            raise RollbackError(
-                "the enclave's state is missing",
-                got=f"a counter of {count}",
-                expected="0 where no state was ever written",
-                where=str(self._path),
-                hint="put the file back; without it, jobs that are used up could run again",
-            )
         else:
             self.identity = Identity.generate("enclave")
+            if self._counter is not None and self._cipher is not None and (count := self._counter.read()):
+                # Of a TPM's new counter, or of a state that is lost. Jobs that were used up stay used up: they name an
+                # identity that is gone.
+                self._version = count
+                warnings.warn(NEW_IDENTITY, stacklevel=3)
         self.commit()
 
     def _read(self) -> None:
