@@ -13,7 +13,8 @@ from obfuscatune.attestation.policy import Policy
 from obfuscatune.attestation.verdict import Verdict
 from obfuscatune.attestation.verify import judge
 from obfuscatune.attestation.vtpm import PCRS
-from obfuscatune.errors import AttestationError
+from obfuscatune.errors import AttestationError, RollbackError, SealError
+from obfuscatune.service.state import State
 
 from .enclaves import NONCE, TLS_KEY, claims
 from .samples import failed
@@ -206,3 +207,23 @@ def test_a_program_that_misbehaves_is_ended(
     with pytest.raises(AttestationError, match=message) as caught:
         open_platform("tpm")
     assert "secret" not in str(caught.value)
+
+
+def test_an_enclaves_state_on_a_tpm(tpm: SoftwareTpm, tmp_path: Path) -> None:
+    """Sealed to the TPM and its PCRs, counted by it: it opens after a restart, and not after another boot."""
+    with tpm.running():
+        open_platform("tpm").counter.increment()
+        with pytest.warns(UserWarning, match="new enclave"), State.open(tmp_path, open_platform("tpm")) as state:
+            identity = state.identity.public
+        older = (tmp_path / "state.sealed").read_bytes()
+    with tpm.running():
+        with State.open(tmp_path, open_platform("tpm")) as state:
+            assert state.identity.public == identity
+        newer = (tmp_path / "state.sealed").read_bytes()
+        (tmp_path / "state.sealed").write_bytes(older)
+        with pytest.raises(RollbackError, match="older"):
+            State.open(tmp_path, open_platform("tpm"))
+        (tmp_path / "state.sealed").write_bytes(newer)
+        tpm.extend(14)
+        with pytest.raises(SealError, match="does not open"):
+            State.open(tmp_path, open_platform("tpm"))

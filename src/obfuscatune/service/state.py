@@ -45,8 +45,8 @@ from obfuscatune.service.entries import NO_ENTRIES
 FORMAT = "obfuscatune enclave state 1"
 MAX_BYTES = 16 << 20
 NEW_IDENTITY = (
-    "no state is here, and the platform's counter has been used: if there was a state, put it back; otherwise this is a "
-    "new enclave, and what was sealed to an earlier one cannot be opened"
+    "no state is here, though the platform's counter has been used: if there was a state, put it back; otherwise this "
+    "is a new enclave, and what was sealed to an earlier one cannot be opened"
 )
 _MAGIC = FORMAT.encode() + b"\0"
 _HEADER_BYTES = len(_MAGIC) + 8
