@@ -1,0 +1,347 @@
+"""The book: a job's life, what is logged of it and when, and that it lives once."""
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from obfuscatune.errors import ConsentError, ObfuscatuneError, UsageError
+from obfuscatune.sealed.header import read_header
+from obfuscatune.service import book as book_module
+from obfuscatune.service.book import MAX_STARTS, Book
+from obfuscatune.service.log import check
+
+from .jobs import CANARY, CLINIC, LAB, Enclave, open_enclave, sign
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+OWNER = CLINIC.public.fingerprint
+
+
+@pytest.fixture
+def enclave(tmp_path: Path) -> Iterator[Enclave]:
+    with open_enclave(tmp_path) as opened:
+        yield opened
+
+
+@pytest.fixture
+def later(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Put the book's clock forward."""
+
+    class Clock:
+        ahead = 0.0
+
+        def time(self) -> float:
+            return time.time() + self.ahead
+
+    clock = Clock()
+    monkeypatch.setattr(book_module, "time", clock)
+
+    def put(seconds: float) -> None:
+        clock.ahead = seconds
+
+    return put
+
+
+def test_a_life(enclave: Enclave) -> None:
+    signed = enclave.signed_job(stored=False)
+    digest = enclave.submit(signed)
+    assert enclave.book.record(digest).status == "waiting" and enclave.book.next() is None
+    assert enclave.book.missing(digest) == signed.job.inputs
+    assert enclave.book.submit(signed, OWNER) == digest  # the other party's submission finds it
+    for path in enclave.directory.glob("*-*.sealed"):
+        assert not enclave.book.has_queued()
+        enclave.store(path_digest(path), path)
+        enclave.book.review()
+    assert enclave.book.has_queued() and enclave.book.next() == digest and enclave.book.next() is None
+    enclave.book.progress(digest, 3, 10)
+    enclave.book.checkpointed(digest, 3, enclave.result("checkpoint"))
+    results = {"adapter": enclave.result("adapter"), "output": enclave.result("output")}
+    enclave.book.finished(digest, results)
+    record = enclave.book.record(digest)
+    assert (record.status, record.results, record.checkpoint, record.step) == ("done", results, None, 3)
+    assert enclave.told() == ["submitted", "queued", "started", "checkpoint", "done"]
+    assert all(entry.job == digest for entry in enclave.events())
+    done = enclave.events()[-1].details
+    assert done == {"adapter-file": results["adapter"], "output-file": results["output"]}
+
+
+def path_digest(path: Path) -> str:
+    return read_header(path).digest
+
+
+def test_the_log_holds_no_content_and_a_party_can_check_it(enclave: Enclave) -> None:
+    digest = enclave.done_job()
+    enclave.book.count_query(digest, OWNER, 2, 3)
+    enclave.book.note("fetched", digest, OWNER)
+    head, lines = enclave.book.committed_log(0)
+    assert check(lines, head, enclave.state.identity.public).new_entries == enclave.log.length
+    for word in CANARY.split():
+        assert word.encode() not in lines
+    assert enclave.events()[-2].details == {"prompts": 2} and enclave.events()[-2].party == OWNER
+
+
+def test_every_entry_is_committed_when_it_is_there(enclave: Enclave, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The entry before the state, and both before the book says so."""
+    order: list[tuple[int, int]] = []
+    commit = enclave.state.commit
+
+    def watched() -> None:
+        commit()
+        order.append((enclave.log.length, enclave.state.log_length))
+
+    monkeypatch.setattr(enclave.state, "commit", watched)
+    enclave.done_job()
+    assert order == [(n, n) for n in range(1, 5)]
+
+
+@pytest.mark.parametrize("broken", ["log", "state"])
+def test_nothing_is_acted_upon_that_is_not_committed(
+    enclave: Enclave, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    digest = enclave.submit(enclave.signed_job())
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise ObfuscatuneError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*((enclave.log, "append", fail) if broken == "log" else (enclave.state, "commit", fail)))
+        with pytest.raises(ObfuscatuneError, match="disk is full"):
+            enclave.book.next()
+        assert enclave.book.record(digest).status == "queued"
+        with pytest.raises(ObfuscatuneError, match="disk is full"):
+            enclave.submit(enclave.signed_job(stored=False))
+        assert len(enclave.book._records) == 1
+    assert enclave.book.committed_log(0)[0]["length"] == enclave.state.log_length
+    assert enclave.book.next() == digest
+
+
+@pytest.mark.parametrize("status", ["done", "refused"])
+def test_a_used_up_job_is_refused_for_ever(enclave: Enclave, status: str) -> None:
+    terms = {"data": {"profiles": ["enclave"]}} if status == "refused" else None
+    signed = enclave.signed_job(terms)
+    digest = enclave.submit(signed)
+    if status == "done":
+        enclave.book.next()
+        enclave.book.finished(digest, {})
+    assert enclave.book.record(digest).status == status
+    for _ in range(3):
+        with pytest.raises(ConsentError, match=f"job is used up: got {status}"):
+            enclave.submit(signed)
+    assert enclave.book.next() is None
+    assert enclave.told().count("refused") == 1 + (status == "refused")  # noted once: the log is not to be flooded
+    enclave.book.review()
+    book = Book(enclave.state, enclave.log, enclave.book.store)  # and after a restart
+    with pytest.raises(ConsentError, match="used up"):
+        book.submit(signed, OWNER)
+
+
+@pytest.mark.parametrize("signer", [LAB, CLINIC])
+def test_a_job_without_consent_is_not_taken_in(enclave: Enclave, signer: Any) -> None:
+    job = enclave.signed_job().job
+    with pytest.raises(ConsentError, match="not signed by both"):
+        enclave.book.submit(sign(job, signer), OWNER)
+    with pytest.raises(UsageError, match="no such job"):
+        enclave.book.record(job.digest)
+    assert enclave.told() == ["refused"] and enclave.events()[0].details == {"reason": "ConsentError"}
+
+
+@pytest.mark.parametrize("kind", ["model", "data", "prompts"])
+def test_an_input_of_somebody_else(enclave: Enclave, kind: str) -> None:
+    digest, path = enclave.seal(kind, LAB if kind != "model" else CLINIC)
+    enclave.store(digest, path)
+    job = enclave.submit(enclave.signed_job(**{kind: digest}))
+    record = enclave.book.record(job)
+    assert record.status == "refused" and f"{kind} was not sealed by" in record.reason and enclave.book.next() is None
+    assert enclave.events()[-1].details == {"cause": "ConsentError"}
+
+
+def test_a_refusals_text_is_for_the_parties_and_not_for_the_log(enclave: Enclave) -> None:
+    job = enclave.submit(enclave.signed_job({"model": {"max_queries": 1}, "data": {"adapter_to": []}}))
+    assert "terms of the model do not allow: got 10 queries" in enclave.book.record(job).reason
+    odd = enclave.submit(enclave.signed_job({"data": {"profiles": [CANARY]}}))
+    assert enclave.book.record(odd).reason == "FormatError"
+    assert "Zebediah" not in str(enclave.events())
+
+
+def test_one_bad_job_does_not_hold_up_others(enclave: Enclave) -> None:
+    switches = dict.fromkeys(("attention", "mlp"), "enclave") | {"keys": "conditioned", "inner_keys": "haar"}
+    switches |= {"kappa": 12345.678, "enclave_blocks": 1}
+    long = enclave.signed_job({k: {"profiles": []} for k in ("model", "data")}, switches=switches)
+    assert len(long.job.profile_name) > 80  # more than a word of the log
+    name = [long.job.profile_name]
+    allowed = enclave.signed_job({k: {"profiles": name} for k in ("model", "data", "prompts")}, switches=switches)
+    digests = [enclave.submit(signed) for signed in (long, allowed, enclave.signed_job())]
+    assert [enclave.book.record(d).status for d in digests] == ["refused", "queued", "queued"]
+    words = [e.details["profile"] for e in enclave.events() if e.event == "queued"]
+    assert words[0] == f"{name[0][:77]}..." and words[1] == "balanced"
+
+
+def test_a_profile_with_a_switch_is_a_word_of_the_log(enclave: Enclave) -> None:
+    allowed = {"profiles": ["balanced+mlp=enclave"]}
+    enclave.submit(
+        enclave.signed_job(dict.fromkeys(("model", "data", "prompts"), allowed), switches={"mlp": "enclave"})
+    )
+    assert enclave.events()[-1].details == {"profile": "balanced+mlp=enclave"}
+
+
+def test_expiry(enclave: Enclave, later: Any) -> None:
+    queued, waiting = enclave.submit(enclave.signed_job()), enclave.signed_job(stored=False)
+    digest = enclave.submit(waiting)
+    new = enclave.signed_job()
+    later(4000)
+    with pytest.raises(ConsentError, match="expired"):
+        enclave.submit(new)
+    for path in enclave.directory.glob("*-*.sealed"):
+        if not enclave.book.store.has(path_digest(path)):
+            enclave.store(path_digest(path), path)
+    enclave.book.review()
+    assert enclave.book.record(digest).status == "refused" and "expired" in enclave.book.record(digest).reason
+    assert enclave.book.next() is None and enclave.book.record(queued).status == "refused"
+
+
+def test_terms_hold_when_a_job_starts_and_not_only_when_it_is_queued(enclave: Enclave, later: Any) -> None:
+    signed = enclave.signed_job({"data": {"expires": int(time.time()) + 100}})
+    digest = enclave.submit(signed)
+    assert enclave.book.record(digest).status == "queued"
+    later(200)
+    assert time.time() + 200 < signed.job.expires
+    assert enclave.book.next() is None and "the date" in enclave.book.record(digest).reason
+
+
+def test_an_input_that_the_disk_lost_fails_and_is_owed_again(enclave: Enclave) -> None:
+    signed = enclave.signed_job()
+    digest = enclave.submit(signed)
+    enclave.book.store.remove(signed.job.data)
+    assert enclave.book.next() is None and enclave.book.record(digest).status == "failed"
+    enclave.submit(signed)
+    assert enclave.book.record(digest).status == "waiting" and enclave.book.missing(digest) == {"data": signed.job.data}
+
+
+def test_a_failed_job_goes_to_the_end_of_the_queue_with_its_checkpoint(enclave: Enclave) -> None:
+    first, second = enclave.signed_job(), enclave.signed_job()
+    digests = [enclave.submit(first), enclave.submit(second)]
+    assert enclave.book.next() == digests[0]
+    checkpoint = enclave.result("checkpoint")
+    enclave.book.checkpointed(digests[0], 2, checkpoint)
+    enclave.book.failed(digests[0], ValueError(CANARY))
+    assert enclave.book.record(digests[0]).reason == "ValueError"
+    assert enclave.events()[-1].details == {"cause": "ValueError"}
+    enclave.submit(first)
+    assert enclave.told()[-2:] == ["submitted-again", "queued"]
+    assert enclave.book.record(digests[0]).checkpoint == checkpoint
+    assert [enclave.book.next(), enclave.book.next()] == [digests[1], digests[0]]
+
+
+def test_jobs_queue_in_order(enclave: Enclave) -> None:
+    digests = [enclave.submit(enclave.signed_job()) for _ in range(5)]
+    assert [enclave.book.next() for _ in range(6)] == [*digests, None]
+
+
+def test_a_job_goes_on_after_a_kill(tmp_path: Path) -> None:
+    with open_enclave(tmp_path) as enclave:
+        running, queued = enclave.submit(enclave.signed_job()), enclave.submit(enclave.signed_job())
+        enclave.book.next()
+        old = enclave.result("checkpoint")
+        enclave.book.checkpointed(running, 1, old)
+        checkpoint = enclave.result("checkpoint")
+        enclave.book.checkpointed(running, 2, checkpoint)
+        assert not enclave.book.store.has(old) and enclave.book.store.has(checkpoint)
+        enclave.book.progress(running, 3, 4)  # not committed: gone
+        platform = enclave.platform
+    with open_enclave(tmp_path, platform) as enclave:
+        record = enclave.book.record(running)
+        assert (record.status, record.checkpoint, record.step) == ("queued", checkpoint, 2)
+        assert enclave.told()[-1] == "resumed"
+        assert [enclave.book.next(), enclave.book.next()] == [running, queued]
+        enclave.book.finished(running, {})
+        assert not enclave.book.store.has(checkpoint)
+
+
+def test_a_job_that_brings_the_enclave_down_fails_in_the_end(tmp_path: Path) -> None:
+    platform = None
+    for _ in range(MAX_STARTS):
+        with open_enclave(tmp_path, platform) as enclave:
+            if platform is None:
+                signed = enclave.signed_job()
+                enclave.submit(signed)
+            assert enclave.book.next() == signed.job.digest
+            platform = enclave.platform
+    with open_enclave(tmp_path, platform) as enclave:
+        record = enclave.book.record(signed.job.digest)
+        assert (record.status, record.reason) == ("failed", "Interrupted") and enclave.book.next() is None
+        enclave.submit(signed)
+        assert enclave.book.next() == signed.job.digest
+
+
+def test_an_upload_whose_entry_the_crash_took_is_found(tmp_path: Path) -> None:
+    with open_enclave(tmp_path) as enclave:
+        digest = enclave.submit(enclave.signed_job(stored=False))
+        for path in tmp_path.glob("*-*.sealed"):
+            enclave.store(path_digest(path), path)
+        platform = enclave.platform
+    with open_enclave(tmp_path, platform) as enclave:
+        assert enclave.book.record(digest).status == "queued"
+
+
+def test_queries_are_counted_before_they_are_answered(tmp_path: Path) -> None:
+    with open_enclave(tmp_path) as enclave:
+        digest = enclave.done_job(max_queries=10)
+        enclave.book.count_query(digest, OWNER, 9, 32)
+        with pytest.raises(ConsentError, match="used up"):
+            enclave.book.count_query(digest, OWNER, 2, 32)
+        platform = enclave.platform
+    with open_enclave(tmp_path, platform) as enclave:
+        assert enclave.book.record(digest).queries == 9
+        enclave.book.count_query(digest, OWNER, 1, 32)
+        with pytest.raises(ConsentError, match="used up"):
+            enclave.book.count_query(digest, OWNER, 1, 32)
+
+
+def test_a_number_that_the_state_cannot_hold(enclave: Enclave) -> None:
+    digest = enclave.submit(enclave.signed_job())
+    enclave.book.next()
+    enclave.book.progress(digest, 1, 10**300)
+    enclave.book.commit()
+
+
+def test_one_party_cannot_fill_the_book(enclave: Enclave, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(book_module, "MAX_PARTY_BYTES", 20_000)
+    for _ in range(20):
+        try:
+            enclave.submit(enclave.signed_job(stored=False))
+        except UsageError as error:
+            assert "no room" in str(error)
+            break
+    else:
+        raise AssertionError("as many as it liked")
+    assert enclave.told().count("submitted") == len(enclave.book._records) >= 1
+
+
+def test_submissions_from_many_threads(enclave: Enclave) -> None:
+    jobs = [enclave.signed_job() for _ in range(4)]
+    failures: list[BaseException] = []
+    barrier = threading.Barrier(8)
+
+    def work(number: int) -> None:
+        try:
+            barrier.wait()
+            for signed in jobs[number % 4 :] + jobs[: number % 4]:
+                digest = enclave.book.submit(signed, OWNER)
+                enclave.book.has_queued(), enclave.book.missing(digest), enclave.book.record(digest)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert enclave.told().count("submitted") == enclave.told().count("queued") == 4
+    started = [enclave.book.next() for _ in range(5)]
+    assert sorted(map(str, started)) == sorted([*[signed.job.digest for signed in jobs], "None"])
+    head, lines = enclave.book.committed_log(0)
+    check(lines, head, enclave.state.identity.public)

@@ -1,0 +1,346 @@
+"""Requests of parties that may be hostile: types, sizes, jobs and results of others, queries of those who have left."""
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from obfuscatune.errors import ConsentError, FormatError, ObfuscatuneError, ProtocolError, SealError, UsageError
+from obfuscatune.parties.job import Job
+from obfuscatune.service.requests import MAX_PROMPT_BYTES, MAX_WAITING, Query
+
+from .jobs import CANARY, CLINIC, LAB, STRANGER, Enclave, job_fields, open_enclave, sign
+
+OPERATIONS = ["submit", "resume_upload", "upload", "status", "download", "log", "generate"]
+OF_A_JOB = [name for name in OPERATIONS if name not in ("submit", "log")]
+PROMPTS = json.dumps(["the colour is"]).encode()
+values: st.SearchStrategy[Any] = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 1 << 64) | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=5), inner, max_size=2),
+    max_leaves=4,
+)
+
+
+@pytest.fixture
+def enclave(tmp_path: Path) -> Iterator[Enclave]:
+    with open_enclave(tmp_path) as opened:
+        yield opened
+
+
+def ask(enclave: Enclave, party: Any, op: str, payload: bytes = b"", **fields: Any) -> tuple[dict[str, Any], bytes]:
+    return enclave.requests.handle(party.public, {"op": op, **fields}, payload)
+
+
+class Answering:
+    """The thread that has the model, which answers what ``ask`` hands over."""
+
+    def __init__(self, enclave: Enclave, answer: Callable[[Query], None]) -> None:
+        self.enclave, self.answer = enclave, answer
+        enclave.requests._ask = self.take  # type: ignore[method-assign]
+
+    def take(self, query: Query) -> None:
+        self.enclave.queries.append(query)
+
+        def work() -> None:
+            try:
+                if query.take():
+                    self.answer(query)
+            except Exception as error:
+                query.error = error
+            finally:
+                query.done.set()
+
+        threading.Thread(target=work).start()
+
+
+def test_from_the_job_to_the_results(enclave: Enclave) -> None:
+    model, model_path = enclave.seal("model")
+    data, data_path = enclave.seal("data")
+    signed = enclave.signed_job(model=model, data=data, prompts=None)
+    job = signed.job.digest
+    told, _ = ask(enclave, LAB, "submit", signed.to_bytes())
+    assert told["status"] == "waiting" and told["missing"] == {"model": model, "data": data}
+    for party, digest, path in ((LAB, model, model_path), (CLINIC, data, data_path)):
+        content, size = path.read_bytes(), path.stat().st_size
+        assert ask(enclave, party, "resume_upload", job=job, file=digest, size=size)[0] == {"offset": 0}
+        half = content[:1000]
+        ask(enclave, party, "upload", half, job=job, file=digest, size=size, offset=0)
+        assert ask(enclave, party, "resume_upload", job=job, file=digest, size=size)[0] == {"offset": 1000}
+        ask(enclave, party, "upload", content[1000:], job=job, file=digest, size=size, offset=1000)
+    assert ask(enclave, CLINIC, "status", job=job)[0]["status"] == "queued"
+    assert enclave.told() == ["submitted", "input", "input", "queued"]
+    enclave.book.next()
+    adapter = enclave.result("adapter")
+    enclave.book.finished(job, {"adapter": adapter})
+    told, _ = ask(enclave, CLINIC, "status", job=job)
+    assert told["status"] == "done" and told["results"] == {"adapter": adapter}
+    for _ in range(2):
+        reply, piece = ask(enclave, CLINIC, "download", job=job, kind="adapter", offset=0)
+        assert piece == enclave.book.store.path(adapter).read_bytes() and reply == {"size": len(piece)}
+    assert enclave.told()[-2:] == ["done", "fetched"]  # once
+    head, lines = ask(enclave, LAB, "log", start=0)
+    assert head["head"]["length"] == len(lines.splitlines()) == enclave.log.length
+
+
+@pytest.mark.parametrize("op", OF_A_JOB)
+def test_a_job_of_others_is_as_one_that_is_not_there(enclave: Enclave, op: str) -> None:
+    job = enclave.done_job()
+    told = []
+    for digest in (job, "00" * 32, "x" * 100_000, None, 7, [], {}):
+        with pytest.raises(UsageError) as caught:
+            ask(enclave, STRANGER, op, PROMPTS, job=digest, kind="adapter", offset=0, max_new_tokens=1)
+        told.append(str(caught.value))
+    assert len(set(told)) == 1
+    assert op == "generate" or "no such job" in told[0]
+
+
+def test_only_its_parties_submit_a_job(enclave: Enclave) -> None:
+    with pytest.raises(ConsentError, match="other parties"):
+        ask(enclave, STRANGER, "submit", enclave.signed_job().to_bytes())
+    with pytest.raises(ConsentError, match="not signed by both"):
+        ask(enclave, LAB, "submit", sign(enclave.signed_job().job, LAB).to_bytes())
+    with pytest.raises(ConsentError, match="another enclave"):
+        ask(enclave, LAB, "submit", sign(Job(**job_fields())).to_bytes())
+    assert enclave.told() == ["refused", "refused"]
+
+
+def test_only_what_is_owed_is_stored(enclave: Enclave) -> None:
+    signed = enclave.signed_job(stored=False)
+    job, inputs = signed.job.digest, signed.job.inputs
+    enclave.submit(signed)
+    foreign = [(CLINIC, inputs["model"]), (LAB, inputs["data"]), (LAB, inputs["prompts"]), (LAB, "00" * 32)]
+    for party, file in [*foreign, *[(LAB, wrong) for wrong in (None, 7, [], "../x")]]:
+        for op in ("upload", "resume_upload"):
+            with pytest.raises(ConsentError, match="not an input that this party owes"):
+                ask(enclave, party, op, b"x", job=job, file=file, size=1, offset=0)
+    for size in (0, -1, True, 1.0, None, (1 << 20) + 1, 1 << 63):
+        with pytest.raises(UsageError, match="size of an upload"):
+            ask(enclave, LAB, "resume_upload", job=job, file=inputs["model"], size=size)
+    for offset in (-1, 2, True, None, 1 << 64):
+        with pytest.raises((UsageError, ProtocolError)):
+            ask(enclave, LAB, "upload", b"xx", job=job, file=inputs["model"], size=2, offset=offset)
+    assert not list(enclave.book.store.directory.glob("*.sealed"))
+
+
+def test_nothing_is_owed_to_a_job_that_waits_no_longer(enclave: Enclave) -> None:
+    job = enclave.done_job()
+    model = enclave.book.signed(job).job.model
+    for _ in range(2):
+        with pytest.raises(ConsentError, match="not an input that this party owes"):
+            ask(enclave, LAB, "resume_upload", job=job, file=model, size=10)
+        enclave.book.store.remove(model)
+
+
+def test_another_file_than_the_job_names_is_not_kept(enclave: Enclave) -> None:
+    signed = enclave.signed_job(stored=False)
+    job = enclave.submit(signed)
+    _, path = enclave.seal("model")
+    content = path.read_bytes()
+    with pytest.raises(SealError, match="another file"):
+        ask(enclave, LAB, "upload", content, job=job, file=signed.job.model, size=len(content), offset=0)
+    assert enclave.book.missing(job) == signed.job.inputs and enclave.told() == ["submitted"]
+
+
+def test_results_are_for_whom_the_job_names(enclave: Enclave) -> None:
+    job = enclave.done_job(adapter_to=("owner",), generations_to=("provider",))
+    for party, kind in ((LAB, "adapter"), (CLINIC, "output")):
+        assert kind not in ask(enclave, party, "status", job=job)[0]["results"]
+        with pytest.raises(ConsentError, match="no such result"):
+            ask(enclave, party, "download", job=job, kind=kind, offset=0)
+    for kind in (None, 7, [], {}, "checkpoint", "model"):
+        with pytest.raises(ConsentError, match="no such result"):
+            ask(enclave, CLINIC, "download", job=job, kind=kind, offset=0)
+    for offset in (None, -1, True, 1 << 40, "0"):
+        with pytest.raises(UsageError, match="offset"):
+            ask(enclave, CLINIC, "download", job=job, kind="adapter", offset=offset)
+    assert ask(enclave, LAB, "download", job=job, kind="output", offset=0)[1]
+
+
+def test_a_query(enclave: Enclave) -> None:
+    def answer(query: Query) -> None:
+        query.completions = [prompt.upper() for prompt in query.prompts]
+
+    Answering(enclave, answer)
+    job = enclave.done_job()
+    _, payload = ask(enclave, CLINIC, "generate", json.dumps(["a é", CANARY]).encode(), job=job, max_new_tokens=5)
+    assert json.loads(payload) == ["A É", CANARY.upper()]
+    assert "Zebediah" not in repr(enclave.queries[0])
+
+
+def test_queries_that_the_job_does_not_give(enclave: Enclave, monkeypatch: pytest.MonkeyPatch) -> None:
+    job, waiting = enclave.done_job(), enclave.submit(enclave.signed_job())
+    with pytest.raises(UsageError, match="not done"):
+        ask(enclave, CLINIC, "generate", PROMPTS, job=waiting, max_new_tokens=1)
+    with pytest.raises(ConsentError, match="no queries"):
+        ask(enclave, LAB, "generate", PROMPTS, job=job, max_new_tokens=1)
+    with pytest.raises(ConsentError, match="longer"):
+        ask(enclave, CLINIC, "generate", PROMPTS, job=job, max_new_tokens=33)
+    with pytest.raises(ConsentError, match="used up"):
+        ask(enclave, CLINIC, "generate", json.dumps(["x"] * 11).encode(), job=job, max_new_tokens=1)
+    for tokens in (0, -1, True, 1.0, None, 65_537, "1"):
+        with pytest.raises(UsageError, match="max_new_tokens"):
+            ask(enclave, CLINIC, "generate", PROMPTS, job=job, max_new_tokens=tokens)
+    for wait in (0, -1, True, None, "1", float("inf"), float("nan")):
+        with pytest.raises(UsageError, match="wait"):
+            ask(enclave, CLINIC, "generate", PROMPTS, job=job, max_new_tokens=1, wait=wait)
+    expires = enclave.book.signed(job).job.expires
+    monkeypatch.setattr("obfuscatune.service.book.time.time", lambda: expires)
+    with pytest.raises(ConsentError, match="expired"):
+        ask(enclave, CLINIC, "generate", PROMPTS, job=job, max_new_tokens=1)
+    assert enclave.queries == [] and enclave.book.record(job).queries == 0
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b"",
+        b"[]",
+        b"{}",
+        b'"x"',
+        b"[1]",
+        b'[""]',
+        b'["  "]',
+        b'["x", null]',
+        b'["\\ud800 half a pair"]',
+        b'["\xed\xa0\x80"]',
+        '["x"]'.encode("utf-16"),
+        b"[" * 100_000,
+        b"[" + b"9" * 5000 + b"]",
+        json.dumps(["x"] * 257).encode(),
+        json.dumps([CANARY] * 300).encode()[:-1],
+        b'["' + b"x" * MAX_PROMPT_BYTES + b'"]',
+    ],
+    ids=range(16),
+)
+def test_prompts_of_a_wrong_form(enclave: Enclave, payload: bytes) -> None:
+    job = enclave.done_job()
+    with pytest.raises(FormatError) as caught:
+        ask(enclave, CLINIC, "generate", payload, job=job, max_new_tokens=1)
+    assert "Zebediah" not in str(caught.value) and caught.value.__context__ is None
+    assert enclave.queries == [] and enclave.book.record(job).queries == 0
+
+
+def test_of_a_failure_the_class_only(enclave: Enclave) -> None:
+    """The model is the provider's, who asks is the owner: its names are not for the other."""
+    job = enclave.done_job()
+    errors = [
+        ValueError(CANARY),
+        UsageError(CANARY, where="model.safetensors"),
+        FormatError(f"sealed file /secret/{CANARY}"),
+        SealError("x", got=CANARY),
+    ]
+    for error in errors:
+
+        def fail(query: Query, error: Exception = error) -> None:
+            raise error
+
+        Answering(enclave, fail)
+        with pytest.raises(ObfuscatuneError) as caught:
+            ask(enclave, CLINIC, "generate", PROMPTS, job=job, max_new_tokens=1)
+        assert str(caught.value) == f"the query failed in the enclave: got {type(error).__name__}"
+    for told in (UsageError("prompt is too long", where="prompt 3"), ConsentError("queries of the job are used up")):
+
+        def refuse(query: Query, error: Exception = told) -> None:
+            raise error
+
+        Answering(enclave, refuse)
+        with pytest.raises(type(told), match=told.what):
+            ask(enclave, CLINIC, "generate", PROMPTS, job=job, max_new_tokens=1)
+
+
+def test_a_query_whose_client_has_gone_is_dropped(enclave: Enclave) -> None:
+    job = enclave.done_job()
+    with pytest.raises(ObfuscatuneError, match="busy"):
+        ask(enclave, CLINIC, "generate", PROMPTS, job=job, max_new_tokens=1, wait=0.01)
+    (query,) = enclave.queries
+    assert query.prompts == [] and not query.take()
+    assert enclave.book.record(job).queries == 0
+
+
+def test_a_query_that_is_being_answered_keeps_its_prompts() -> None:
+    query = Query("ab" * 32, "cd" * 32, ["x"], 1)
+    assert query.take()
+    query.drop()
+    assert query.prompts == ["x"]
+
+
+def test_a_party_has_few_queries_at_a_time(tmp_path: Path) -> None:
+    with open_enclave(tmp_path) as enclave:
+        job = enclave.done_job(queries_by=("provider", "owner"))
+        arrived = threading.Semaphore(0)
+        take = enclave.queries.append
+
+        def hold(query: Query) -> None:
+            take(query)
+            arrived.release()
+
+        enclave.requests._ask = hold  # type: ignore[method-assign]
+
+        def one(party: Any) -> threading.Thread:
+            thread = threading.Thread(
+                target=lambda: ask(enclave, party, "generate", PROMPTS, job=job, max_new_tokens=1)
+            )
+            thread.start()
+            assert arrived.acquire(timeout=30)
+            return thread
+
+        threads = [one(CLINIC) for _ in range(MAX_WAITING)]
+        with pytest.raises(UsageError, match="too many queries"):
+            ask(enclave, CLINIC, "generate", PROMPTS, job=job, max_new_tokens=1)
+        threads.append(one(LAB))  # the other party has places of its own
+        for query in enclave.queries:
+            query.done.set()
+        for thread in threads:
+            thread.join()
+        threads = [one(CLINIC)]  # and a place is free again
+        enclave.queries[-1].done.set()
+        threads[0].join()
+
+
+@pytest.mark.parametrize("start", [None, -1, True, 1.0, "0", 99])
+def test_a_log_from_nowhere(enclave: Enclave, start: Any) -> None:
+    with pytest.raises((ProtocolError, UsageError)):
+        ask(enclave, LAB, "log", start=start)
+
+
+@pytest.mark.parametrize("op", [None, 7, [], {}, "", "handle", "_submit", "__class__"])
+def test_an_unknown_operation(enclave: Enclave, op: Any) -> None:
+    with pytest.raises(ProtocolError, match="unknown operation"):
+        enclave.requests.handle(LAB.public, {"op": op}, b"")
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Enclave, list[Any]]]:
+    with open_enclave(tmp_path_factory.mktemp("served"), wait=0.001) as opened:
+        waiting = opened.submit(opened.signed_job(stored=False))
+        yield opened, [waiting, opened.done_job()]
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data(), st.sampled_from(OPERATIONS), st.sampled_from([LAB, CLINIC, STRANGER]), st.binary(max_size=30))
+def test_arbitrary_requests(
+    served: tuple[Enclave, list[Any]], data: st.DataObject, op: str, party: Any, payload: bytes
+) -> None:
+    enclave, jobs = served
+    job = enclave.book.signed(jobs[0]).job
+    known = {
+        "job": st.sampled_from(jobs),
+        "file": st.sampled_from([job.model, job.data]),
+        "kind": st.sampled_from(["adapter", "output"]),
+        "size": st.integers(1, 40),
+        "offset": st.integers(0, 40),
+        "start": st.integers(0, 3),
+        "max_new_tokens": st.integers(1, 3),
+    }
+    fields = data.draw(st.fixed_dictionaries({}, optional={name: right | values for name, right in known.items()}))
+    payload = data.draw(st.sampled_from([payload, PROMPTS, enclave.book.signed(jobs[0]).to_bytes()]))
+    try:
+        reply, _ = ask(enclave, party, op, payload, **fields)
+    except ObfuscatuneError:
+        return
+    assert isinstance(reply, dict)
