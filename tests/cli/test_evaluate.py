@@ -73,7 +73,8 @@ def test_a_task_is_learnt_and_evaluated_without_a_script(
     predictions = adapted["tasks"]["webqs"]["predictions"]
     assert [item["id"] for item in predictions] == [f"validation-{i}" for i in range(6)]
     assert all((item["choice"], item["greedy"]) == (1, [1]) for item in predictions)
-    assert {name for item in predictions for name in item} == {"id", "choice", "choice_norm", "greedy"}
+    names = {"id", "choice", "choice_norm", "greedy", "answers", "likelihoods"}
+    assert all(item.keys() == names and len(item["likelihoods"]) == 2 for item in predictions)
 
 
 @pytest.mark.usefixtures("quiet")

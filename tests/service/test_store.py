@@ -235,8 +235,30 @@ def test_what_the_enclave_fails_to_make_leaves_nothing(store: Store) -> None:
     with pytest.raises(SealError, match="another kind"):
         store.put("output", lambda path: seal(path, kind="adapter"))
     with pytest.raises(FormatError):
-        store.put("output", lambda path: path.write_bytes(b"not sealed at all"))
+        store.put("output", lambda path: str(path.write_bytes(b"not sealed at all")))
     assert names(store) == [] and list((store.directory / "own").iterdir()) == []
+
+
+def test_a_file_exchanged_on_the_disk_while_it_is_taken_in_is_refused(store: Store) -> None:
+    """Anybody can seal a checkpoint to the enclave, with keys of their own; it must not get into the book."""
+
+    def exchanged(path: Path) -> str:
+        digest = seal(path, kind="checkpoint")
+        seal(path, b"with other keys", kind="checkpoint")
+        return digest
+
+    with pytest.raises(SealError, match="exchanged"):
+        store.put("checkpoint", exchanged)
+    assert names(store) == [] and list((store.directory / "own").iterdir()) == []
+
+
+def test_an_upload_follows_no_link(store: Store, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.write_bytes(b"before")
+    (store.directory / f"{FILE.digest}.{len(FILE.data)}.part").symlink_to(elsewhere)
+    with pytest.raises(ObfuscatuneError, match="upload"):
+        upload(store, FILE)
+    assert elsewhere.read_bytes() == b"before"
 
 
 def test_a_full_store_takes_the_enclaves_own_files(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import logging
 import os
 import signal
 import sys
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -38,12 +37,14 @@ def serve(options: ServeOptions) -> None:
 
     if options.platform != "gramine":  # it has no prctl; the host cannot read or trace an SGX enclave
         harden()
+    _take_stderr()
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s")
     for noisy in ("transformers", "accelerate", "torch"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    # Libraries' own bars and warnings: of a model that is not the operator's.
-    os.environ["TQDM_DISABLE"] = "1"
-    warnings.filterwarnings("ignore", message="Could not find a config file in None")
+    # Libraries' own bars and warnings: of a model that is not the operator's. transformers sets its level when it is
+    # imported, by the operator's variable; at "info" it prints the model's configuration.
+    os.environ |= {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    os.environ["HF_HUB_OFFLINE"] = "1"  # nothing that a sealed model names is looked up anywhere
     signal.signal(signal.SIGTERM, _stop)
     platform = open_platform(options.platform)
     from obfuscatune.service.serve import open_service
@@ -62,6 +63,18 @@ def serve(options: ServeOptions) -> None:
         # One line on stdout once it listens: whoever starts it waits for that.
         print(f"enclave {service.identity.fingerprint} listens at {service.address}", flush=True)
         service.work()
+
+
+def _take_stderr() -> None:
+    """Keep the terminal for what Python says: what native code writes there goes nowhere.
+
+    A panic in a tokenizer's Rust prints what it fell over, and both the tokenizer and the text belong to others.
+    """
+    sys.stderr.flush()
+    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

@@ -68,8 +68,11 @@ def load_lazily(
     from transformers import AutoModelForCausalLM
 
     spec = family_of(config)
+    _check(config, source)
     with torch.device("meta"):
-        skeleton: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+        skeleton: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            config, dtype=dtype, trust_remote_code=False
+        )
     wanted = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
     if config.tie_word_embeddings:
         wanted = {name: shape for name, shape in wanted.items() if name not in (skeleton._tied_weights_keys or {})}
@@ -86,7 +89,23 @@ def load_lazily(
         if name not in leaving:
             _copy(tensor, source.get(names[name]))
     model = type(skeleton).from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
+    # It calls itself "None" now. PEFT writes the name into adapters, and looks for a directory or a model on the hub of
+    # that name: the one is the operator's, the other anybody's.
+    model.name_or_path = model.config.name_or_path = ""
     return model.eval(), LazyWeights(model, source, {name: names[name] for name in wanted if name in leaving})
+
+
+def _check(config: Any, source: TensorSource) -> None:
+    """Refuse what a configuration of another party can ask for before a tensor of it is looked at."""
+    if getattr(config, "quantization_config", None) is not None:
+        raise UnsupportedModelError("a quantized model", expected="plain floating-point weights")
+    attention = config._attn_implementation
+    if attention not in (None, "eager", "sdpa"):  # others are code that is loaded by this name, from the hub too
+        raise UnsupportedModelError("attention of the model's configuration", expected="eager or sdpa")
+    layers = config.num_hidden_layers
+    if type(layers) is not int or not 1 <= layers <= len(source.names()):  # each is made before weights are compared
+        expected = f"1 to {len(source.names())}, the number of tensors"
+        raise UnsupportedModelError("number of layers in the configuration", expected=expected)
 
 
 def _match(wanted: dict[str, tuple[int, ...]], source: TensorSource, skeleton: Any) -> dict[str, str]:

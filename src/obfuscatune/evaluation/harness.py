@@ -4,7 +4,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -120,12 +120,15 @@ class Prediction:
     Args:
         choice: the likeliest. choice_norm: the likeliest by character, the one of ``acc_norm``.
         greedy: those that greedy decoding would write; ``exact_match`` asks for one of them.
+        answers: the right ones. likelihoods: log-likelihood of each, in nats; two predictions may be equal without.
     """
 
     id: str
     choice: int
     choice_norm: int
     greedy: tuple[int, ...]
+    answers: tuple[int, ...]
+    likelihoods: tuple[float, ...] = field(compare=False)
 
 
 @dataclass(frozen=True)
@@ -230,7 +233,10 @@ def _prediction(sample: dict[str, Any]) -> Prediction:
     lengths = np.array([float(len(continuation) - 1) for _, continuation in sample["arguments"]])
     greedy = tuple(index for index, (_, is_greedy) in enumerate(sample["filtered_resps"]) if is_greedy)
     key = str(sample["doc"].get("id", sample["doc_id"]))
-    return Prediction(key, int(np.argmax(likelihoods)), int(np.argmax(likelihoods / lengths)), greedy)
+    target = sample["target"]
+    answers = tuple(int(index) for index in (target if isinstance(target, list) else [target]))
+    chosen = int(np.argmax(likelihoods)), int(np.argmax(likelihoods / lengths))
+    return Prediction(key, *chosen, greedy, answers, tuple(likelihoods.tolist()))
 
 
 @contextmanager

@@ -63,7 +63,8 @@ class AuditLog:
             UsageError: the file cannot be opened.
         """
         try:
-            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+            flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+            handle = os.open(path, flags, 0o600)
         except OSError as error:
             raise UsageError("cannot open the audit log", got=error.strerror, where=str(path)) from None
         log = cls(handle, path)

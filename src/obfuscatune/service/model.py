@@ -53,6 +53,5 @@ def open_model(archive: SealedArchive, ram: Path, dtype: str, profile: Profile) 
     config = load_config(str(directory))
     tokenizer = load_tokenizer(str(directory), config)
     tokenizer.padding_side = "left"  # completions continue the last position of every row
-    config.name_or_path = ""  # a directory of this machine has no business in an adapter's configuration
     model, weights = load_lazily(config, SealedTensors(archive), getattr(torch, dtype), profile)
     return OpenedModel(model, weights, tokenizer)

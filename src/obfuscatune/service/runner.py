@@ -18,10 +18,11 @@ from transformers import TrainerCallback
 from obfuscatune.completion import complete
 from obfuscatune.data import Collator, check_text, encode_rows, read_objects, read_rows
 from obfuscatune.enclave.protected import Protected, protect
-from obfuscatune.errors import FormatError, SealError
+from obfuscatune.errors import ConsentError, FormatError, SealError
 from obfuscatune.keys import MasterSecret
 from obfuscatune.parties.identity import Identity, PublicIdentity
 from obfuscatune.parties.job import Job, SignedJob
+from obfuscatune.parties.terms import Terms
 from obfuscatune.profiles import resolve
 from obfuscatune.sealed.archive import SealedArchive, seal_files
 from obfuscatune.sealed.fields import Kind
@@ -67,14 +68,16 @@ class Runner:
 
         Raises:
             ObfuscatuneError: the worker failed, an input breaks its format, the model cannot be run exactly.
+            ConsentError: more prompts than the provider's terms allow.
         """
         job = signed.job
         with self._open(job, checkpoint) as (protected, tokenizer, ram, keep):
+            prompts = self._prompts(job, ram)  # now, because their fault should not cost a training
             self._train(job, protected, tokenizer, ram, hooks)
             protected.model.eval()
             results = {"adapter": self._seal_adapter(signed, protected, ram)}
             if job.prompts is not None:
-                results["output"] = self._seal_generations(signed, protected, tokenizer, ram)
+                results["output"] = self._seal_generations(signed, protected, tokenizer, prompts)
             if job.queries_by:
                 keep()
         return results
@@ -172,6 +175,20 @@ class Runner:
             path.write_bytes(archive.read(archive.names()[0], MAX_DATA_BYTES))
         return path
 
+    def _prompts(self, job: Job, ram: Path) -> list[str]:
+        """Read the job's prompts; how many they are nobody but the owner could see before."""
+        if job.prompts is None:
+            return []
+        path = self._rows(job.prompts, "prompts", ram)
+        prompts = [check_text(row.get("prompt"), "prompt", where) for where, row in read_objects(path)]
+        path.unlink()
+        with self._reader(job.model, "model") as model:
+            allowed = Terms.from_dict(model.terms, "terms of the model").max_queries
+        if len(prompts) + job.max_queries > allowed:
+            got = f"{len(prompts)} in the file and {job.max_queries} later"
+            raise ConsentError("more prompts than the model's terms allow", got=got, expected=f"at most {allowed}")
+        return prompts
+
     # the steps of a job
 
     def _train(self, job: Job, protected: Protected, tokenizer: Any, ram: Path, hooks: Hooks) -> None:
@@ -202,11 +219,8 @@ class Runner:
         # To the enclave too: it answers queries with it after a restart.
         return self._seal("adapter", _files(path), [*recipients, self._identity.public])
 
-    def _seal_generations(self, signed: SignedJob, protected: Protected, tokenizer: Any, ram: Path) -> str:
+    def _seal_generations(self, signed: SignedJob, protected: Protected, tokenizer: Any, prompts: Sequence[str]) -> str:
         job = signed.job
-        path = self._rows(str(job.prompts), "prompts", ram)
-        prompts = [check_text(row.get("prompt"), "prompt", where) for where, row in read_objects(path)]
-        path.unlink()
         completions = _complete(protected, tokenizer, prompts, job.max_new_tokens)
         rows = [{"prompt": a, "completion": b} for a, b in zip(prompts, completions, strict=True)]
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -25,6 +25,8 @@ from obfuscatune.service.store import Store
 
 logger = logging.getLogger(__name__)
 QUERY_SECONDS = 600.0
+# What ends the service. A panic in a tokenizer's Rust is no Exception, and a party's file can make one.
+_STOPS = (SystemExit, KeyboardInterrupt)
 
 
 class Service:
@@ -86,7 +88,9 @@ class Service:
             query.completions = self._runner.answer(
                 self._book.signed(query.job), adapter, query.prompts, query.max_new_tokens
             )
-        except Exception as error:  # goes to the party that asked; the service goes on
+        except _STOPS:
+            raise
+        except BaseException as error:  # goes to the party that asked; the service goes on
             query.error = error
             self._runner.close()
         finally:
@@ -101,7 +105,9 @@ class Service:
         logger.info("job %s starts", digest[:16])
         try:
             results = self._runner.run(book.signed(digest), book.record(digest).checkpoint, hooks)
-        except Exception as error:  # the job has failed, not the service
+        except _STOPS:
+            raise
+        except BaseException as error:  # the job has failed, not the service
             logger.warning("job %s failed: %s", digest[:16], type(error).__name__)
             book.failed(digest, error)
             self._runner.close()

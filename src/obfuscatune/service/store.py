@@ -65,7 +65,7 @@ class Upload:
                 got = f"{offset + len(data)} bytes"
                 raise ProtocolError("upload is longer than announced", got=got, expected=f"{self.size}")
             try:
-                with open(self._part, "r+b", buffering=0) as file:
+                with open(self._part, "r+b", buffering=0, opener=_private) as file:
                     file.truncate(offset)  # what a write left that failed half way
                     file.seek(offset)
                     left = memoryview(data)
@@ -172,20 +172,22 @@ class Store:
             self._uploads[digest] = upload
             return upload
 
-    def put(self, kind: Kind, write: Callable[[Path], object]) -> str:
+    def put(self, kind: Kind, write: Callable[[Path], str]) -> str:
         """Take in a file that the enclave makes; return its digest.
 
         Args:
             kind: what it must be.
-            write: called with a path that is free; seals the file there.
+            write: called with a path that is free; seals the file there and returns its digest.
 
         Raises:
-            SealError: it is of another kind. Whatever ``write`` raises; nothing is kept then.
+            SealError: of another kind, or exchanged on the disk. Whatever ``write`` raises. Nothing is kept then.
         """
         path = self._own / secrets.token_hex(16)
         try:
-            write(path)
+            digest = write(path)
             signed = read_header(path)
+            if signed.digest != digest:  # anybody can seal to the enclave: a checkpoint, with keys that he knows
+                raise SealError("a sealed file was exchanged on the disk", got=signed.digest, expected=digest)
             if signed.header.kind != kind:
                 raise SealError("sealed file of another kind", got=signed.header.kind, expected=kind)
             try:
@@ -274,4 +276,5 @@ def _fault(what: str, error: OSError, path: Path) -> ObfuscatuneError:
 
 
 def _private(name: str, flags: int) -> int:
-    return os.open(name, flags | os.O_CLOEXEC, 0o600)
+    # A link that the disk's owner left in a file's place would lead an upload to anywhere on this machine.
+    return os.open(name, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)

@@ -112,7 +112,9 @@ def save_adapter(model: Any, output_dir: Path) -> None:
     output_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=".adapter-", dir=output_dir))
     with _all_or_nothing(temporary, "adapter"):
-        model.save_pretrained(temporary)
+        # Left to itself, PEFT adds the base model's whole embedding where LoRA is on the head, or where a configuration
+        # that it finds by the model's name, on this disk or on the hub, has another vocabulary.
+        model.save_pretrained(temporary, save_embedding_layers=False)
         for name in _ADAPTER_FILES:
             (temporary / name).replace(output_dir / name)
     shutil.rmtree(temporary)

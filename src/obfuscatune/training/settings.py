@@ -161,12 +161,12 @@ def training_arguments(settings: TrainingSettings, output_dir: str, **more: Any)
     try:
         return TrainingArguments(
             output_dir=output_dir,
-            use_cpu=True,  # the enclave's part; what may run on an accelerator is the worker
             dataloader_pin_memory=False,
             remove_unused_columns=False,
             prediction_loss_only=True,
             **{name: getattr(settings, name) for name in _TRAINER_FIELDS},
-            **more,
+            # The enclave's part is on the CPU; what may run on an accelerator is the worker.
+            **{"use_cpu": True, **more},
         )
     except ValueError as error:
         raise UsageError("training options", got=str(error).splitlines()[0]) from error

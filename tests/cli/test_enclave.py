@@ -1,0 +1,37 @@
+"""What `enclave serve` lets the operator read, besides its own lines: nothing, whatever the libraries would print."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+# A service that, instead of serving, does what a hostile model and a curious operator would make it do.
+PROGRAM = """
+import contextlib, os, sys, types
+from obfuscatune.cli import main
+
+@contextlib.contextmanager
+def open_service(*_, **__):
+    import huggingface_hub.constants, transformers
+    from tokenizers import decoders
+    transformers.utils.logging.get_logger("transformers.models.x").warning("CANARY of a library")
+    os.write(2, b"CANARY of native code\\n")
+    with contextlib.suppress(BaseException):
+        decoders.Strip("h", 10, 10).decode(["h"])
+    print("offline", huggingface_hub.constants.HF_HUB_OFFLINE, file=sys.stderr)
+    raise SystemExit(0)
+    yield
+
+# In the place of the module, which would import transformers before the verb has set the scene.
+sys.modules["obfuscatune.service.serve"] = types.SimpleNamespace(open_service=open_service)
+sys.exit(main(["enclave", "serve", "--platform", f"simulation:{sys.argv[1]}", "--state", "s", "--parties", "p"]))
+"""
+
+
+def test_libraries_and_native_code_print_nothing(tmp_path: Path) -> None:
+    environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "debug", "HF_HUB_OFFLINE": "0"}
+    done = subprocess.run(  # noqa: S603
+        [sys.executable, "-c", PROGRAM, str(tmp_path / "platform")], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0 and done.stdout == "", done.stderr
+    assert done.stderr == "offline True\n"

@@ -1,0 +1,224 @@
+"""One job run in this process, with inputs, disk and surroundings that are against the enclave."""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from obfuscatune.errors import ConsentError, SealError, UsageError
+from obfuscatune.parties.identity import Identity
+from obfuscatune.parties.job import Job, SignedJob
+from obfuscatune.sealed.archive import SealedArchive, seal_files
+from obfuscatune.sealed.header import read_header
+from obfuscatune.sealed.models import model_files
+from obfuscatune.sealed.reader import SealedReader
+from obfuscatune.service.runner import Hooks, Runner
+from obfuscatune.service.store import Store
+
+LAB, CLINIC, ENCLAVE = (Identity.generate(name, "x25519") for name in ("lab", "clinic", "enclave"))
+ROWS = "".join(json.dumps({"prompt": f"row {i} is", "completion": f" {i}"}) + "\n" for i in range(4))
+PROMPTS = "".join(json.dumps({"prompt": f"row {i} is"}) + "\n" for i in range(3))
+SILENT = Hooks(progress=lambda step, steps: None, checkpoint=lambda step, digest: None)
+CONFIG = {"vocab_size": 258, "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 32, "eos_token_id": 256}
+
+
+@dataclass
+class Place:
+    """A store with a model of one block, four rows and three prompts, and how to run a job on them."""
+
+    store: Store
+    model: Path
+
+    def put(self, kind: Any, files: Any, sender: Identity, **more: Any) -> str:
+        return self.store.put(
+            kind,
+            lambda path: seal_files(path, files, kind=kind, sender=sender, recipients=[ENCLAVE.public], **more),
+        )
+
+    def signed(self, *, terms: dict[str, Any] | None = None, **changes: Any) -> SignedJob:
+        fields = {
+            "training": {"max_steps": 2, "save_steps": 1, "lora_r": 2, "max_length": 24},
+            "profile": "enclave",
+            "max_new_tokens": 1,
+            "adapter_to": ("owner",),
+            "generations_to": ("owner",),
+            **changes,
+        }
+        job = Job(
+            provider=LAB.public.fingerprint,
+            owner=CLINIC.public.fingerprint,
+            enclave=ENCLAVE.public.fingerprint,
+            model=self.put("model", model_files(self.model), LAB, terms=terms),
+            data=self.put("data", {"data.jsonl": ROWS.encode()}, CLINIC),
+            prompts=self.put("prompts", {"prompts.jsonl": PROMPTS.encode()}, CLINIC),
+            expires=int(time.time()) + 3600,
+            **fields,
+        )
+        return SignedJob(job).sign(LAB).sign(CLINIC)
+
+    def run(self, signed: SignedJob, checkpoint: str | None = None, hooks: Hooks = SILENT) -> dict[str, str]:
+        runner = Runner(ENCLAVE, self.store, worker="none")
+        try:
+            return runner.run(signed, checkpoint, hooks)
+        finally:
+            runner.close()
+
+    def files(self, digest: str) -> dict[str, bytes]:
+        """What the owner finds in a result."""
+        with SealedReader(self.store.path(digest), CLINIC) as reader:
+            archive = SealedArchive(reader)
+            return {name: archive.read(name, 1 << 24) for name in archive.names()}
+
+
+@pytest.fixture
+def place(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Place:
+    torch.manual_seed(0)
+    model = tmp_path / "model"
+    GPT2LMHeadModel(GPT2Config(**CONFIG)).save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    return Place(Store(tmp_path / "store", 1 << 30), model)
+
+
+def change(path: Path, **fields: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def recipients(place: Place, digest: str) -> set[str]:
+    return {recipient.fingerprint for recipient in read_header(place.store.path(digest)).header.recipients}
+
+
+def weights_in(place: Place, adapter: str) -> list[str]:
+    """The names of tensors of the base model in an adapter."""
+    tensors = safetensors.torch.load(place.files(adapter)["adapter_model.safetensors"])
+    assert any("lora_B" in name for name in tensors)
+    base = safetensors.torch.load_file(place.model / "model.safetensors")
+    return [n for n, t in tensors.items() if "lora_" not in n or any(torch.equal(t, b) for b in base.values())]
+
+
+def test_a_job_gives_adapter_and_generations(place: Place) -> None:
+    results = place.run(place.signed())
+    assert sorted(place.files(results["adapter"])) == ["adapter_config.json", "adapter_model.safetensors"]
+    rows = place.files(results["output"])["generations.jsonl"].decode().splitlines()
+    assert [json.loads(row)["prompt"] for row in rows] == [json.loads(line)["prompt"] for line in PROMPTS.splitlines()]
+    assert weights_in(place, results["adapter"]) == []
+    assert json.loads(place.files(results["adapter"])["adapter_config.json"])["base_model_name_or_path"] is None
+
+
+@pytest.mark.parametrize("who", [("provider",), ("owner",), ("provider", "owner"), ()])
+def test_results_are_sealed_to_those_whom_the_job_names_and_to_nobody_else(place: Place, who: tuple[Any, ...]) -> None:
+    named = {{"provider": LAB, "owner": CLINIC}[role].public.fingerprint for role in who}
+    own = ENCLAVE.public.fingerprint
+    results = place.run(place.signed(adapter_to=who))
+    assert recipients(place, results["adapter"]) == named | {own}  # the enclave answers queries with it
+    assert recipients(place, results["output"]) == {CLINIC.public.fingerprint}
+    results = place.run(place.signed(generations_to=who))
+    assert recipients(place, results["output"]) == (named or {own})
+
+
+def test_the_profile_in_force_is_the_signed_one(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    class SeenError(Exception):
+        pass
+
+    def see(model: Any, *, profile: Any, **_: Any) -> None:
+        raise SeenError(profile.name)
+
+    monkeypatch.setattr("obfuscatune.service.runner.protect", see)
+    with pytest.raises(SeenError, match=r"^balanced\+mlp=enclave$"):
+        place.run(place.signed(profile="balanced", switches={"mlp": "enclave"}))
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`", "ignore:fan_in_fan_out is set to True")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")  # in checkpoints, the enclave's own
+def test_no_weight_of_the_model_leaves_with_an_adapter_of_the_head(place: Place) -> None:
+    training = {"max_steps": 1, "lora_r": 2, "lora_target_modules": ["c_attn", "lm_head"]}
+    assert weights_in(place, place.run(place.signed(training=training))["adapter"]) == []
+
+
+def test_no_weight_of_the_model_leaves_for_a_file_in_the_operators_directory(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PEFT compares the vocabulary with that of the model that it finds by name: here by the name "None"."""
+    named = tmp_path / "cwd" / "None"
+    named.mkdir(parents=True)
+    GPT2Config(**{**CONFIG, "vocab_size": 5}).save_pretrained(named)
+    monkeypatch.chdir(named.parent)
+    assert weights_in(place, place.run(place.signed())["adapter"]) == []
+
+
+def test_a_checkpoint_put_in_by_the_operator_is_not_resumed(place: Place) -> None:
+    """He seals to the enclave, as anybody can, and would know the keys of what goes on from there."""
+    saved: list[str] = []
+    place.run(place.signed(), hooks=Hooks(SILENT.progress, lambda step, digest: saved.append(digest)))
+    signed = place.signed()
+    assert len(saved) == 2 and sorted(place.run(signed, saved[0])) == ["adapter", "output"]
+    forged = place.put("checkpoint", {"master_secret": b"known"}, Identity.generate("operator", "x25519"))
+    place.store.path(forged).replace(place.store.path(saved[0]))
+    with pytest.raises(SealError, match="exchanged"):
+        place.run(signed, saved[0])
+
+
+@pytest.mark.parametrize("kind", ["model", "data", "prompts"])
+def test_an_input_exchanged_after_consent_is_refused(place: Place, kind: str) -> None:
+    signed, other = place.signed(), place.signed()
+    place.store.path(other.job.inputs[kind]).replace(place.store.path(signed.job.inputs[kind]))
+    with pytest.raises(SealError, match="exchanged"):
+        place.run(signed)
+
+
+@pytest.mark.parametrize(("allowed", "later"), [(2, 0), (3, 0), (4, 2), (5, 2)])
+def test_prompts_of_the_file_count_among_those_that_the_model_allows(place: Place, allowed: int, later: int) -> None:
+    signed = place.signed(terms={"max_queries": allowed, "profiles": ["enclave"]}, max_queries=later)
+    if 3 + later <= allowed:
+        assert sorted(place.run(signed)) == ["adapter", "output"]
+    else:
+        with pytest.raises(ConsentError, match=f"3 in the file and {later} later"):
+            place.run(signed)
+
+
+@pytest.mark.parametrize(
+    ("file", "fields"),
+    [
+        ("config.json", {"model_type": "other", "auto_map": {"AutoConfig": "{code}--code.Config"}}),
+        ("tokenizer_config.json", {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": [None, "{code}--code.T"]}}),
+    ],
+)
+def test_code_of_a_model_is_not_run_whatever_the_operator_types(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, fields: dict[str, Any]
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda text="": asked.append(text) or "y")
+    code = tmp_path / "code"
+    code.mkdir()
+    (code / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
+    change(place.model / file, **json.loads(json.dumps(fields).replace("{code}", str(code))))
+    run: Callable[[], object] = lambda: place.run(place.signed())  # noqa: E731
+    if file == "config.json":
+        with pytest.raises(UsageError):
+            run()
+    else:  # the family has a tokenizer of its own, which is taken
+        run()
+    assert not asked and not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantized"),
+        ({"attn_implementation": "somebody/kernel"}, "attention"),
+        ({"_attn_implementation": "flash_attention_2"}, "attention"),
+        ({"n_layer": 10**9}, "number of layers"),
+    ],
+)
+def test_configurations_that_ask_for_more_than_a_model_are_refused(
+    place: Place, fields: dict[str, Any], said: str
+) -> None:
+    change(place.model / "config.json", **fields)
+    with pytest.raises(UsageError, match=said):
+        place.run(place.signed())
