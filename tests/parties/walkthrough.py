@@ -123,7 +123,7 @@ class Machines:
         self.started: dict[str, str] = {}
         self.output: list[str] = []
         self._said = threading.Event()
-        self._readers: list[tuple[subprocess.Popen[str], threading.Thread]] = []
+        self.readers: list[tuple[subprocess.Popen[str], threading.Thread]] = []
 
     def run(self, machine: str, command: str) -> str:
         """Run a command of the document and return its output; one that ends in & is left running."""
@@ -171,7 +171,7 @@ class Machines:
             raise AssertionError(f"{command}\n{''.join(self.output[-20:])}")
         reader = threading.Thread(target=lambda: self.output.extend(process.stdout), daemon=True)
         reader.start()
-        self._readers.append((process, reader))
+        self.readers.append((process, reader))
 
     def kill(self, kind: str) -> None:
         """kill -9."""
@@ -230,7 +230,7 @@ class Machines:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait(30)
-        for process, reader in self._readers:
+        for process, reader in self.readers:
             reader.join(30)
             process.stdout.close()
         self.tap.close()

@@ -134,11 +134,11 @@ def test_the_profile_in_force_is_the_signed_one(place: Place, monkeypatch: pytes
         place.run(place.signed(profile="balanced", switches={"mlp": "enclave"}))
 
 
-@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`", "ignore:fan_in_fan_out is set to True")
-@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")  # in checkpoints, the enclave's own
-def test_no_weight_of_the_model_leaves_with_an_adapter_of_the_head(place: Place) -> None:
-    training = {"max_steps": 1, "lora_r": 2, "lora_target_modules": ["c_attn", "lm_head"]}
-    assert weights_in(place, place.run(place.signed(training=training))["adapter"]) == []
+@pytest.mark.parametrize("layer", ["lm_head", "wte"])
+def test_lora_is_on_the_layers_of_the_blocks_only(place: Place, layer: str) -> None:
+    training = {"max_steps": 1, "lora_r": 2, "lora_target_modules": ["c_attn", layer]}
+    with pytest.raises(ConsentError, match="other layers"):
+        place.run(place.signed(training=training))
 
 
 def test_no_weight_of_the_model_leaves_for_a_file_in_the_operators_directory(

@@ -7,7 +7,7 @@ a job that goes beyond them even if both parties have signed it. Written as TOML
     adapter_to = ["provider"]            # who may get the trained adapter
     generations_to = ["owner"]           # who may get completions of the job's prompts
     queries_by = ["owner"]               # who may ask the running enclave for completions
-    max_queries = 1000                   # prompts, in one job
+    max_queries = 1000                   # prompts, in one job: those sealed with it and those asked later
     partners = ["<fingerprint>"]         # who the other party may be; without it: anybody whose job this owner signs
     expires = 2027-06-30                 # no job starts after this day (UTC)
 """

@@ -19,6 +19,7 @@ from obfuscatune.completion import complete
 from obfuscatune.data import Collator, check_text, encode_rows, read_objects, read_rows
 from obfuscatune.enclave.protected import Protected, protect
 from obfuscatune.errors import ConsentError, FormatError, SealError
+from obfuscatune.families import family_of
 from obfuscatune.keys import MasterSecret
 from obfuscatune.parties.identity import Identity, PublicIdentity
 from obfuscatune.parties.job import Job, SignedJob
@@ -36,7 +37,7 @@ from obfuscatune.training.trainer import ProtectedTrainer
 
 MAX_DATA_BYTES = 4 << 30
 _BATCH = 8  # prompts completed together
-_PREFIX = "obfuscatune-enclave"
+RAM_PREFIX = "obfuscatune-enclave"
 
 
 @dataclass(frozen=True)
@@ -109,11 +110,12 @@ class Runner:
         self.close()
         profile = resolve(job.profile, **job.switches)
         with contextlib.ExitStack() as stack:
-            ram = stack.enter_context(ram_directory(_PREFIX))
+            ram = stack.enter_context(ram_directory(RAM_PREFIX))
             secret = None if checkpoint is None else self._unpack_checkpoint(checkpoint, ram, profile)
             reader = stack.enter_context(self._reader(job.model, "model"))
             opened = open_model(SealedArchive(reader), ram, job.dtype, profile)
             if adapter is None:
+                _check_targets(job, opened.model.config)
                 model = add_adapter(opened.model, job.settings)
             else:
                 from obfuscatune.loading import load_adapter
@@ -231,6 +233,14 @@ class Runner:
         return self._store.put(
             kind, lambda path: seal_files(path, files, kind=kind, sender=self._identity, recipients=recipients)
         )
+
+
+def _check_targets(job: Job, config: Any) -> None:
+    """Refuse LoRA but on the layers of the blocks: on the head or an embedding it would tell of their weights."""
+    known = {child for _, child in family_of(config).linears()}
+    others = sorted(set(job.settings.targets()) - known)
+    if others:
+        raise ConsentError("LoRA on other layers than those of the blocks", expected=", ".join(sorted(known)))
 
 
 class _SealCheckpoints(TrainerCallback):

@@ -19,7 +19,8 @@ from obfuscatune.parties.identity import PublicIdentity
 from obfuscatune.service.book import Book
 from obfuscatune.service.log import AuditLog
 from obfuscatune.service.requests import Query, Requests
-from obfuscatune.service.runner import Hooks, Runner
+from obfuscatune.service.runner import RAM_PREFIX, Hooks, Runner
+from obfuscatune.service.scratch import ram_directory
 from obfuscatune.service.state import State
 from obfuscatune.service.store import Store
 
@@ -139,6 +140,8 @@ def open_service(
         AttestationError: the platform gives no evidence. UsageError: an address or directory that cannot be used.
     """
     load_parties(parties)
+    with ram_directory(RAM_PREFIX):
+        pass  # removes what an enclave that was killed has left in memory
     with State.open(directory, platform) as state:
         log = AuditLog.open(directory / "log.jsonl", state.log_head, state.log_length)
         book = Book(state, log, Store(directory / "store", max_store_bytes))

@@ -54,7 +54,7 @@ class TrainingSettings:
         "of the adapter's start and the order of rows; keys are never seeded", 42, min=0, ceiling=2**32 - 1, **_TRAINING
     )
 
-    lora_r: int = _setting("rank", 16, min=1, **_LORA)
+    lora_r: int = _setting("rank", 16, min=1, ceiling=4096, **_LORA)
     lora_alpha: int = _setting("scale, times the rank", 32, min=1, **_LORA)
     lora_dropout: float = _setting("dropout on the adapter's input", 0.0, min=0, max=1, **_LORA)
     lora_target_modules: list[str] | None = _setting(
