@@ -165,7 +165,7 @@ def test_nothing_is_left_in_ram_directories_when_the_enclave_ends(walked):
     machines.stop("enclave")
     pids = {process.pid for process, _ in machines.readers}
     assert len(pids) >= 3  # the worker, the enclave that was killed, the one that went on
-    left = [path for path in Path("/dev/shm").glob("obfuscatune-enclave.*")]  # noqa: S108 - only looked at
+    left = list(Path("/dev/shm").glob("obfuscatune-enclave.*"))  # noqa: S108 - only looked at
     assert not [path for path in left if int(path.name.split(".")[1]) in pids]
 
 
