@@ -29,6 +29,7 @@ def command(
     repetitions: Annotated[int, typer.Option(help="alternating rounds, of which medians are taken")] = 5,
     threads: Annotated[int | None, typer.Option(help="CPU threads of each process; default: torch's")] = None,
     device: Annotated[str, typer.Option(help="device of the plain model and of the workers")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="of the weights: float32 or bfloat16")] = "float32",
     json_file: Annotated[Path | None, typer.Option("--json", help="write all numbers to this file")] = None,
     markdown: Annotated[Path | None, typer.Option(help="write the tables to this file")] = None,
 ) -> None:
@@ -48,6 +49,7 @@ def command(
         repetitions=repetitions,
         threads=threads,
         device=device,
+        dtype=dtype,
     )
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:

@@ -17,7 +17,7 @@ import torch
 from obfuscatune.errors import UsageError
 from obfuscatune.evaluation.bench_contender import ContenderSpec
 from obfuscatune.evaluation.bench_process import ContenderProcess, WaitPolicy
-from obfuscatune.evaluation.bench_workloads import PROMPT_TOKENS, SIZES, WORKLOADS, Shape
+from obfuscatune.evaluation.bench_workloads import DTYPES, PROMPT_TOKENS, SIZES, WORKLOADS, Shape
 from obfuscatune.profiles import PROFILES, SWITCHES, Profile, resolve
 
 KEY = "key"  # the workload that only protects: seconds and peak memory, nothing timed against plain
@@ -34,7 +34,7 @@ class BenchOptions:
     Attributes:
         sizes, workloads: names. profiles: ``NAME`` or ``NAME+switch=value+...``, as reports write them.
         shape: of the workloads. repetitions: rounds that count. threads: of each process, torch's default otherwise.
-        device: of plain and of the workers.
+        device: of plain and of the workers. dtype: of the weights.
     """
 
     sizes: Sequence[str] = ("small",)
@@ -44,6 +44,7 @@ class BenchOptions:
     repetitions: int = 5
     threads: int | None = None
     device: str = "cpu"
+    dtype: str = "float32"
 
     def __post_init__(self) -> None:
         faults = [f"--size {name}: not one of {', '.join(SIZES)}" for name in self.sizes if name not in SIZES]
@@ -52,6 +53,8 @@ class BenchOptions:
         for option, names in (("size", self.sizes), ("profile", self.profiles), ("workload", self.workloads)):
             if not names or len(set(names)) != len(names):
                 faults.append(f"--{option}: none, or one of them twice")
+        if self.dtype not in DTYPES:
+            faults.append(f"--dtype {self.dtype}: not one of {', '.join(DTYPES)}")
         counts = {"repetitions": self.repetitions, "batch_size": self.shape.batch_size}
         counts |= {"seq_length": self.shape.seq_length, "new_tokens": self.shape.new_tokens}
         if self.threads is not None:
@@ -187,7 +190,7 @@ def _start(stack: ExitStack, options: BenchOptions, size: str) -> tuple[list[Con
     threads = options.threads or torch.get_num_threads()
 
     def start(profile: Profile | None, label: str, policy: WaitPolicy) -> ContenderProcess:
-        spec = ContenderSpec(size, options.shape, profile, threads, options.device)
+        spec = ContenderSpec(size, options.shape, profile, threads, options.device, options.dtype)
         return stack.enter_context(ContenderProcess(spec, label=f"{size} {label}", wait_policy=policy))
 
     policies = PLAIN_POLICIES if _timed(options) else ()

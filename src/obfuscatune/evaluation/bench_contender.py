@@ -37,7 +37,7 @@ class ContenderSpec:
         size: a key of ``SIZES``. shape: of the workloads.
         profile: the switches of a profile; None runs the model in the clear, as Hugging Face and PEFT do.
         threads: of this process, and as many of its worker, which computes while this process waits.
-        device: where the plain model runs, or the worker.
+        device: where the plain model runs, or the worker. dtype: of the weights.
     """
 
     size: str
@@ -45,6 +45,7 @@ class ContenderSpec:
     profile: Profile | None
     threads: int
     device: str
+    dtype: str = "float32"
 
 
 class Contender:
@@ -60,7 +61,7 @@ class Contender:
         """Build the model anew and protect it; returns the seconds of the latter, a worker's start included."""
         self.close()
         gc.collect()  # the former model goes before the next one comes
-        self._model = build_model(SIZES[self.spec.size], adapter=adapter)
+        self._model = build_model(SIZES[self.spec.size], adapter=adapter, dtype=self.spec.dtype)
         if self.spec.profile is None:
             self._model.to(self.spec.device)
             return {"obfuscation_seconds": 0.0}
@@ -79,8 +80,8 @@ class Contender:
         calls, moved = self._crossed()
         started = time.perf_counter()
         repeat()
-        if torch.device(self.spec.device).type == "cuda":
-            torch.cuda.synchronize()
+        if self.spec.profile is None and torch.device(self.spec.device).type == "cuda":
+            torch.cuda.synchronize()  # a worker's replies wait for its device by themselves
         seconds = time.perf_counter() - started
         calls_after, moved_after = self._crossed()
         return {"seconds": seconds, "calls": calls_after - calls, "bytes": moved_after - moved}

@@ -74,8 +74,11 @@ class Workload:
     prepare: Callable[[Subject, Shape], Repetition]
 
 
-def build_model(size: Size, *, adapter: bool) -> Any:
-    """Return a float32 GPT-2 of that size, without dropout; with LoRA on all four linear layers where asked."""
+DTYPES = ("float32", "bfloat16")
+
+
+def build_model(size: Size, *, adapter: bool, dtype: str = "float32") -> Any:
+    """Return a GPT-2 of that size, without dropout; with LoRA (float32) on all four linear layers where asked."""
     torch.manual_seed(0)
     config = GPT2Config(
         vocab_size=size.vocabulary,
@@ -89,7 +92,7 @@ def build_model(size: Size, *, adapter: bool) -> Any:
         bos_token_id=0,
         eos_token_id=0,
     )
-    model: Any = GPT2LMHeadModel(config)
+    model: Any = GPT2LMHeadModel(config).to(getattr(torch, dtype))
     if not adapter:
         return model.eval()
     targets = ["c_attn", "c_proj", "c_fc"]

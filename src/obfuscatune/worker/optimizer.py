@@ -86,7 +86,9 @@ class HeldOptimizer:
             target, _, key = name.partition("/")
             if target not in parameters:
                 raise ProtocolError("state of a factor", got=target, expected="one that is held")
-            if key:
+            if key == "step":  # torch counts on the CPU: on a GPU each step would wait for it
+                self._optimizer.state[parameters[target]][key] = tensor.cpu()
+            elif key:
                 self._optimizer.state[parameters[target]][key] = tensor
             else:
                 with torch.no_grad():
