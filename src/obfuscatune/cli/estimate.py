@@ -11,7 +11,7 @@ MLP, worker            1      d out, d back          W_up, b_up, W_down
 MLP, enclave           2      in + out of both       W_up, W_down
 =====================  =====  =====================  ==========================================
 
-With ``mix_rows`` each linear layer sends its tiles with their noise rows and gets a product for each tile. How many that
+With ``mix_rows`` each linear layer sends tiles with their noise rows and gets a product for each tile. How many that
 are depends on the tokens of a call; the table is for `ROWS` of them then.
 
 A number is one element of the model's dtype. Framing adds up to about 200 bytes to a request and to a reply.

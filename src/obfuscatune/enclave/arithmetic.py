@@ -6,7 +6,7 @@ The share that stays in the enclave is what an accelerator cannot take over, so 
 from dataclasses import dataclass
 
 from obfuscatune.enclave.mixing import padded_rows, tile_starts, tile_width
-from obfuscatune.keys.rows import block_size, mixed_rows
+from obfuscatune.keys.rows import block_size, mixed_rows, round_count
 from obfuscatune.profiles import Profile
 
 
@@ -28,8 +28,8 @@ def mixed_call(rows: int, width: int, out: int, largest_tile: int) -> CallCost:
     tile = tile_width(padded, width, largest_tile)
     tiles, total = len(tile_starts(width, tile)), mixed_rows(padded + tile)
     whitening = padded * tile**2 + tile**3 // 3
-    noise = tile * tile * 2 * block_size(tile)
-    mixing = total * (tile + out) * 2 * block_size(total)
+    noise = tile * tile * round_count(tile) * block_size(tile)
+    mixing = total * (tile + out) * round_count(total) * block_size(total)
     return CallCost(
         enclave=tiles * (whitening + noise + mixing),
         worker=tiles * total * tile * out,

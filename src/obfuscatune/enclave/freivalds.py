@@ -7,8 +7,8 @@ rows and each column of R
 
 for the cost of k (in + out) multiply-adds a row instead of in * out. The right side is the typical size of a row of the
 product, tau eight times the rounding error of an honest one, relative to it (`NOISE`, measured). For an error e of a
-row, e r is normal with standard deviation |e|: an honest row is refused with probability below 1e-15, and one that is wrong
-by rho of its size passes with probability (.8 tau / rho)^k. With k as in `CHECKS` that is at most 2^-40 for a row that
+row, e r is normal with standard deviation |e|: an honest row is refused with probability below 1e-15, and one wrong by
+rho of its size passes with probability (.8 tau / rho)^k. With k as in `CHECKS` that is at most 2^-40 for a row that
 is wrong as a whole (rho = 1), and for any rho above .0035 in float32. Errors below tau are not seen: they are what
 rounding does. The vectors stay secret as long as nothing is told about them but "all was right": the session ends at
 the first fault. Source: Freivalds, "Probabilistic machines can use less running time", IFIP 1977; for float products

@@ -34,7 +34,7 @@ _POWER_STEPS = 6
 
 
 def padded_rows(rows: int) -> int:
-    """The row counts that the worker sees: 8, 32, then 64, 96, 128, 192, 256, 384 and so on; at most 1/2 more."""
+    """The row counts that the worker sees: 8, 32, 48, 64, 96, 128, 192, 256, 384 and so on."""
     if rows <= 32:
         return 8 if rows <= 8 else 32
     power = 1 << (rows - 1).bit_length()
