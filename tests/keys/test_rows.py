@@ -12,12 +12,12 @@ def mixer(seed: int = 1) -> RowMixer:
 
 
 def matrices(rows: int, count: int = 2, seed: int = 1) -> torch.Tensor:
-    return mixer(seed).draw(count, rows, torch.float64).mix(torch.eye(rows, dtype=torch.float64).repeat(count, 1, 1))
+    return mixer(seed).draw(count, rows).mix(torch.eye(rows, dtype=torch.float64).repeat(count, 1, 1))
 
 
 @pytest.mark.parametrize("rows", [1, 15, 128, 192, 320])
 def test_orthogonal_and_undone(rows: int) -> None:
-    mixing = mixer().draw(2, rows, torch.float64)
+    mixing = mixer().draw(2, rows)
     x = torch.randn(2, rows, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     y = mixing.mix(x)
     assert (y.mT @ y - x.mT @ x).abs().max() < 1e-12
@@ -33,7 +33,7 @@ def test_every_row_is_in_every_row() -> None:
 def test_no_two_parts_or_draws_are_alike() -> None:
     drawer = mixer()
     identity = torch.eye(15, dtype=torch.float64).repeat(2, 1, 1)
-    first, second = (drawer.draw(2, 15, torch.float64).mix(identity) for _ in range(2))
+    first, second = (drawer.draw(2, 15).mix(identity) for _ in range(2))
     rows = torch.cat([*first, *second])
     assert ((rows @ rows.T).abs() > 0.999).sum() == len(rows)
     assert torch.equal(matrices(15), matrices(15))

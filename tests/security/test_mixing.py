@@ -124,6 +124,28 @@ def test_norms_of_mixed_rows_do_not_tell_equal_rows_from_others(monkeypatch: pyt
     assert auc(leverage_variance(equal, 40), leverage_variance(flat, 40)) > 0.9
 
 
+def rounding_along(view: View, calls: int = 300) -> float:
+    """How far the rounding errors of Y^T Y along the strong direction are from those along others, in deviations."""
+    errors = torch.zeros(WIDTH, WIDTH, dtype=torch.float64)
+    for _ in range(calls):
+        y = view(rows()).double()
+        error = y.T @ y - torch.eye(WIDTH)
+        errors += error @ error
+    others = torch.nn.functional.normalize(normal(WIDTH, 200), dim=0)
+    along = (others * (errors @ others)).sum(0)
+    return ((DIRECTION @ errors @ DIRECTION - along.mean()) / along.std()).abs().item()
+
+
+def test_rounding_errors_show_nothing() -> None:
+    def rounded_before(x: Tensor) -> Tensor:  # the control: float32 arithmetic on what is not mixed yet
+        y = mix(x, MIXER, 512)
+        z = y._mixing.unmix(y.sent, y.sent.shape[1]).float()
+        return y._mixing.mix(z.double() + 1e-7 * z.abs().amax() * (z @ DIRECTION.float())[..., None])[0]
+
+    assert rounding_along(lambda x: mix(x.float(), MIXER, 512).sent[0]) < 4
+    assert rounding_along(rounded_before) > 4
+
+
 def test_what_really_crosses_is_an_isometry_in_every_call(tmp_path: Path) -> None:
     recording = record("strict", {}, tmp_path)
     calls = [tensors["x"] for fields, tensors in recording.frames("to worker") if fields["op"] == "multiply"]

@@ -49,19 +49,19 @@ class RowMixer(Secret):
         self._stream = stream
         self._pools: dict[int, Tensor] = {}
 
-    def draw(self, count: int, rows: int, dtype: torch.dtype) -> "RowMixing":
+    def draw(self, count: int, rows: int) -> "RowMixing":
         """``count`` independent mixings of so many rows each, a number that `mixed_rows` gives."""
         size = block_size(rows)
-        rounds = [self._round(count, rows, size, dtype) for _ in range(round_count(rows))]
+        rounds = [self._round(count, rows, size) for _ in range(round_count(rows))]
         return RowMixing(rounds, self._order(count, rows), count)
 
-    def _round(self, count: int, rows: int, size: int, dtype: torch.dtype) -> Round:
+    def _round(self, count: int, rows: int, size: int) -> Round:
         if size not in self._pools:
             self._pools[size] = haar_blocks(self._stream, POOL, size)
         blocks = count * rows // size
         chosen = self._pools[size][self._stream.indices(POOL, blocks)]
         left, right = self._stream.signs(2, blocks, size)
-        return self._order(count, rows), (left[:, :, None] * chosen * right[:, None, :]).to(dtype)
+        return self._order(count, rows), left[:, :, None] * chosen * right[:, None, :]
 
     def _order(self, count: int, rows: int) -> Tensor:
         """Permutations of the rows of each part, as one index into the rows of all parts."""
@@ -75,18 +75,18 @@ class RowMixing(Secret):
         self._rounds, self._last, self._count = rounds, last, count
 
     def mix(self, z: Tensor) -> Tensor:
-        """Return A z, part by part, for z ``[count, rows, width]``."""
+        """Return A z, part by part, for z ``[count, rows, width]`` in float64."""
         x = z.flatten(0, 1)
         for order, blocks in self._rounds:
             x = _blockwise(blocks, x.index_select(0, order))
         return x.index_select(0, self._last).view(z.shape)
 
     def unmix(self, y: Tensor, rows: int) -> Tensor:
-        """Return the first ``rows`` rows of A^T y, part by part, for y ``[count, all rows, width]``."""
+        """Return the first ``rows`` rows of A^T y, part by part, for y ``[count, all rows, width]``, in its dtype."""
         x = y.flatten(0, 1)
         order = self._last.argsort()
         for before, blocks in reversed(self._rounds):
-            x = _blockwise(blocks.mT, x.index_select(0, order))
+            x = _blockwise(blocks.mT.to(x.dtype), x.index_select(0, order))
             order = before.argsort()
         return x.index_select(0, order.view(self._count, -1)[:, :rows].flatten()).view(self._count, rows, -1)
 
