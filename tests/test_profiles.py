@@ -12,7 +12,7 @@ from obfuscatune.profiles import PROFILES, SWITCHES, Profile, resolve
 
 
 def test_the_named_profiles() -> None:
-    assert list(PROFILES) == ["plain", "naive", "paper", "balanced", "enclave"]
+    assert list(PROFILES) == ["plain", "naive", "paper", "balanced", "strict", "enclave"]
     assert all(name == profile.name and profile.summary for name, profile in PROFILES.items())
     assert [name for name, profile in PROFILES.items() if not profile.remote] == ["enclave"]
 
@@ -42,6 +42,26 @@ def test_paper_and_balanced_are_what_the_design_says() -> None:
     assert balanced.head_kappa <= 4
 
 
+def test_strict_keeps_everything_but_products_inside() -> None:
+    strict = PROFILES["strict"]
+    assert (strict.attention, strict.mlp, strict.lora_placement) == ("enclave", "enclave", "enclave")
+    assert strict.mix_rows and strict.verify and strict.keys == strict.inner_keys == "monarch"
+    assert resolve("strict", mix_rows=False).name == "strict+mix_rows=False"
+    assert resolve("strict", mix_tile=128).mix_tile == 128
+
+
+@pytest.mark.parametrize("switch", [{"attention": "worker"}, {"mlp": "worker"}, {"lora_placement": "split"}], ids=str)
+def test_rows_are_mixed_only_where_every_output_returns(switch: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="mix_rows needs attention, mlp and lora_placement in the enclave"):
+        resolve("strict", **switch)
+
+
+def test_what_the_worker_adds_of_an_adapter_cannot_be_verified() -> None:
+    with pytest.raises(UsageError, match="verify needs lora_placement=enclave"):
+        resolve("paper", verify=True)
+    assert resolve("paper", verify=True, lora_placement="enclave").verify
+
+
 def test_profiles_cannot_be_changed() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         PROFILES["paper"].keys = "identity"  # type: ignore[misc]
@@ -67,14 +87,16 @@ CHANGES: dict[str, Any] = {
     "key_block": 16,
     "kappa": 8.0,
     "head_kappa": 1.0,
+    "mix_tile": 128,
+    "verify": True,
 }
 
 
-IDLE_IN_BALANCED = {"inner_keys", "kappa"}
+IDLE_IN_BALANCED = {"inner_keys", "kappa", "mix_tile", "verify"}
 
 
 def test_every_switch_can_be_set_alone() -> None:
-    assert set(CHANGES) == set(SWITCHES)
+    assert {*CHANGES, "mix_rows"} == set(SWITCHES)  # which fits no profile but strict
     for switch, value in CHANGES.items():
         idle = switch in IDLE_IN_BALANCED
         with pytest.warns(UserWarning, match=f"{switch} has no effect") if idle else contextlib.nullcontext():
@@ -129,7 +151,7 @@ def test_no_warning_where_nothing_is_unfolded(name: str, switches: dict[str, Any
 
 
 def test_an_unknown_profile_names_the_known_ones() -> None:
-    with pytest.raises(UsageError, match=r"balancd.*plain, naive, paper, balanced, enclave"):
+    with pytest.raises(UsageError, match=r"balancd.*plain, naive, paper, balanced, strict, enclave"):
         resolve("balancd")
 
 
@@ -157,6 +179,9 @@ def test_all_faults_come_in_one_message() -> None:
         ("kappa", float("nan")),
         ("kappa", float("inf")),
         ("fold_norms", "no"),
+        ("mix_rows", 1),
+        ("verify", 3),
+        ("mix_tile", 32),
         ("head_keys", 1),
     ],
 )

@@ -40,6 +40,11 @@ class Profile:
         key_block: block size of Monarch keys.
         kappa: condition number of ``conditioned`` keys.
         head_kappa: condition number of each head's key.
+        mix_rows: mix the rows of every call with noise rows, by a secret used once; everything but the linear layers
+            runs in the enclave then.
+        mix_tile: the most columns that are mixed by one secret; as many noise rows go with them.
+        verify: check every product of a linear layer against a secret vector, where all of its input and output is in
+            the enclave.
     """
 
     name: str
@@ -57,6 +62,9 @@ class Profile:
     key_block: int = 64
     kappa: float = 1.0
     head_kappa: float = 4.0
+    mix_rows: bool = False
+    mix_tile: int = 512
+    verify: bool = False
 
     def switches(self) -> dict[str, str | int | float | bool]:
         """Return what the profile does, as plain values by name: equal exactly where two profiles do the same."""
@@ -94,6 +102,14 @@ PROFILES: dict[str, Profile] = {
             head_keys=True,
             permute_mlp=True,
             fold_norms=True,
+        ),
+        Profile(
+            name="strict",
+            summary="linear layers alone on the worker, rows mixed with noise by secrets used once, products verified",
+            keys="monarch",
+            inner_keys="monarch",
+            mix_rows=True,
+            verify=True,
         ),
         Profile(name="enclave", summary="everything stays in the enclave; no worker", remote=False),
     )
@@ -163,6 +179,8 @@ def _without_effect(profile: Profile, changed: dict[str, Any]) -> dict[str, str]
         "head_keys": (profile.attention == "worker", "attention on the worker"),
         "head_kappa": (profile.attention == "worker" and profile.head_keys, "head_keys"),
         "permute_mlp": (profile.mlp == "worker", "mlp on the worker"),
+        "mix_tile": (profile.mix_rows, "mix_rows"),
+        "verify": (inside or not profile.verify, "attention or mlp in the enclave"),
     }
     if not profile.remote:
         return {name: f"{name} has no effect: everything stays in the enclave" for name in changed}
@@ -176,10 +194,10 @@ def _faults(profile: Profile) -> list[str]:
         for name, allowed in _CHOICES.items()
         if getattr(profile, name) not in allowed
     ]
-    for name in ("head_keys", "permute_mlp", "fold_norms"):
+    for name in ("head_keys", "permute_mlp", "fold_norms", "mix_rows", "verify"):
         if not isinstance(getattr(profile, name), bool):
             faults.append(f"{name} is {getattr(profile, name)!r}, not true or false")
-    for name, least in (("enclave_blocks", 0), ("key_block", 2)):
+    for name, least in (("enclave_blocks", 0), ("key_block", 2), ("mix_tile", 64)):
         value = getattr(profile, name)
         if type(value) is not int or value < least:
             faults.append(f"{name} is {value!r}, not a whole number of at least {least}")
@@ -187,4 +205,9 @@ def _faults(profile: Profile) -> list[str]:
         value = getattr(profile, name)
         if type(value) not in (int, float) or not 1 <= value <= MAX_KAPPA:
             faults.append(f"{name} is {value!r}, not a number from 1 to {MAX_KAPPA:g}")
+    inside = (profile.attention, profile.mlp, profile.lora_placement) == ("enclave",) * 3
+    if profile.remote and profile.mix_rows and not inside:
+        faults.append("mix_rows needs attention, mlp and lora_placement in the enclave")
+    if profile.remote and profile.verify and profile.lora_placement != "enclave":
+        faults.append("verify needs lora_placement=enclave: what the worker adds of an adapter is not verified")
     return faults

@@ -49,6 +49,24 @@ def test_the_estimate_is_what_a_forward_counts(profile: str, model_dir: Path, wo
         assert 0 <= framing <= 200 * calls
 
 
+def test_the_estimate_of_mixed_rows_is_what_a_forward_of_as_many_counts(model_dir: Path, worker: str, run) -> None:
+    from obfuscatune.cli.estimate import ROWS
+
+    found = json.loads(run("inspect", "--model_name_or_path", model_dir, "--json").out)
+    row = next(row for row in found["profiles"] if row["profile"] == "strict")
+    model = AutoModelForCausalLM.from_pretrained(model_dir).eval()
+    with obfuscatune.protect(model, profile="strict", worker=worker) as protected, torch.no_grad():
+        protected.model(torch.ones(ROWS // 16, 16, dtype=torch.int64), use_cache=False)
+        traffic = protected.report().traffic["multiply"]
+    per_block = ROWS * row["keyed_blocks"]
+    assert traffic.calls == row["calls_per_layer"] * row["keyed_blocks"]
+    rates = (row["bytes_sent_per_token_and_layer"], row["bytes_received_per_token_and_layer"])
+    for counted, rate in zip((traffic.bytes_sent, traffic.bytes_received), rates, strict=True):
+        # Rates are rounded down to whole numbers for each of four calls.
+        assert -200 * traffic.calls <= counted - rate * per_block <= 200 * traffic.calls + 4 * 4 * per_block
+    assert 0 < row["enclave_arithmetic"] < 1
+
+
 def test_inspect_refuses_other_families(tmp_path: Path, run) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", "architectures": ["BertModel"]}))
     outcome = run("inspect", "--model_name_or_path", tmp_path)

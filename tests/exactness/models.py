@@ -32,6 +32,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         {**MONARCH, "attention": "enclave", "mlp": "enclave", "lora_placement": "split"},
     ),
     "balanced, first block inside": ("balanced", {**MONARCH, "enclave_blocks": 1}),
+    "balanced, both enclave, verified": (
+        "balanced",
+        {**MONARCH, "attention": "enclave", "mlp": "enclave", "verify": True},
+    ),
     "balanced, lora split": ("balanced", {**MONARCH, "lora_placement": "split"}),
     "balanced, lora worker": ("balanced", {**MONARCH, "lora_placement": "worker", "fold_norms": False}),
     "balanced, haar": ("balanced", {"keys": "haar"}),
@@ -42,6 +46,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "balanced, no head keys": ("balanced", {**MONARCH, "head_keys": False}),
     "balanced, no permutation": ("balanced", {**MONARCH, "permute_mlp": False}),
     "balanced, norms not folded": ("balanced", {**MONARCH, "fold_norms": False}),
+    "strict": ("strict", MONARCH),
+    "strict, norms folded": ("strict", {"fold_norms": True}),
+    "strict, first block inside": ("strict", {**MONARCH, "enclave_blocks": 1}),
     "enclave": ("enclave", {}),
 }
 

@@ -15,7 +15,15 @@ from .models import END, VARIANTS, error, tokens, twins
 LOGITS = 1e-9  # float64, relative to the largest; measured 4e-14
 
 # Where the cache is, and what is folded, keyed or inside, are what may go wrong here.
-KINDS = ["plain", "paper", "balanced", "balanced, attention enclave", "balanced, first block inside", "enclave"]
+KINDS = [
+    "plain",
+    "paper",
+    "balanced",
+    "balanced, attention enclave",
+    "balanced, first block inside",
+    "strict",
+    "enclave",
+]
 
 
 @pytest.fixture(scope="module", params=KINDS)

@@ -99,8 +99,13 @@ def adapter(model: Any) -> dict[str, Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize(
     ("train", "switches"),
-    [(by_trainer, {"key_block": 4}), (by_trainer, {"mlp": "enclave"}), (by_hand, {})],
-    ids=["trainer", "trainer, mlp inside", "by hand"],
+    [
+        (by_trainer, {"key_block": 4}),
+        (by_trainer, {"mlp": "enclave"}),
+        (by_trainer, {"profile": "strict"}),
+        (by_hand, {}),
+    ],
+    ids=["trainer", "trainer, mlp inside", "trainer, strict", "by hand"],
 )
 def test_thirty_steps_of_adamw(
     protect: Any, tmp_path: Path, train: Train, switches: dict[str, Any], dtype: torch.dtype

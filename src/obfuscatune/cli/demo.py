@@ -16,7 +16,9 @@ def command(
     output_dir: Annotated[Path, typer.Option("--output_dir", help="records, adapter and page go here")] = Path(
         "obfuscatune-demo"
     ),
-    profile: Annotated[str, typer.Option("--profile", help="plain, naive, paper, balanced or enclave")] = "balanced",
+    profile: Annotated[
+        str, typer.Option("--profile", help="plain, naive, paper, balanced, strict or enclave")
+    ] = "balanced",
     worker: Annotated[str, typer.Option("--worker", help="spawn, unix://PATH or tcp://HOST:PORT")] = "spawn",
     max_steps: Annotated[int | None, typer.Option("--max_steps", min=1, help="fewer steps, for a quick look")] = None,
     materials_only: Annotated[

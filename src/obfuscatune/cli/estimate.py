@@ -11,6 +11,9 @@ MLP, worker            1      d out, d back          W_up, b_up, W_down
 MLP, enclave           2      in + out of both       W_up, W_down
 =====================  =====  =====================  ==========================================
 
+With ``mix_rows`` each linear layer sends tiles with their noise rows and gets a product for each tile. How many that
+are depends on the tokens of a call; the table is for `ROWS` of them then.
+
 A number is one element of the model's dtype. Framing adds up to about 200 bytes to a request and to a reply.
 """
 
@@ -19,13 +22,19 @@ from typing import Any
 
 from torch import nn
 
+from obfuscatune.enclave.arithmetic import mixed_call, of_keys
 from obfuscatune.families import FamilySpec
 from obfuscatune.profiles import Profile
+
+ROWS, LENGTH = 512, 128  # tokens of the call, and of one of its texts, that the estimate is for
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Parameters on either side; calls, and bytes per token, of one keyed block in one forward."""
+    """Parameters on either side; calls, bytes per token, and share of the arithmetic, of one keyed block in a forward.
+
+    ``enclave_arithmetic`` counts multiply-adds of keys, mixing, checks and attention in the enclave, over all.
+    """
 
     profile: str
     enclave_parameters: int
@@ -35,6 +44,7 @@ class Estimate:
     calls_per_layer: int
     bytes_sent_per_token_and_layer: int
     bytes_received_per_token_and_layer: int
+    enclave_arithmetic: float
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON."""
@@ -51,9 +61,9 @@ def estimate(model: nn.Module, spec: FamilySpec, profile: Profile, itemsize: int
     blocks = [
         block for index, _, block in spec.iter_blocks(model) if profile.remote and index >= profile.enclave_blocks
     ]
-    worker = calls = sent = received = 0
+    worker = calls = sent = received = inside = outside = 0
     for block in blocks:
-        calls = sent = received = 0  # the same in every block
+        calls = sent = received = inside = outside = 0  # the same in every block
         for part, first, last, side in (
             (spec.attention, spec.qkv, spec.out, profile.attention),
             (spec.mlp, spec.up, spec.down, profile.mlp),
@@ -62,12 +72,27 @@ def estimate(model: nn.Module, spec: FamilySpec, profile: Profile, itemsize: int
             shapes = [tuple(spec.weight_in_out(parent.get_submodule(name)).shape) for name in (first, last)]
             (in_first, out_first), (in_last, out_last) = shapes
             worker += in_first * out_first + in_last * out_last
+            if part == spec.attention:
+                attention = 2 * LENGTH * ROWS * in_last
+                inside, outside = (inside + attention, outside) if side == "enclave" else (inside, outside + attention)
             if side == "worker":
                 worker, calls = worker + out_first, calls + 1
                 sent, received = sent + in_first, received + out_last
-            else:
-                calls += 2
-                sent, received = sent + in_first + in_last, received + out_first + out_last
+                inside += ROWS * (of_keys(profile.keys, in_first, profile) + of_keys(profile.keys, out_last, profile))
+                outside += ROWS * (in_first * out_first + in_last * out_last)
+                continue
+            calls += 2
+            families = (profile.keys, profile.inner_keys, profile.inner_keys, profile.keys)
+            sizes = (in_first, out_first, in_last, out_last)
+            inside += ROWS * sum(of_keys(f, size, profile) for f, size in zip(families, sizes, strict=True))
+            for width, out in shapes:
+                if profile.mix_rows:
+                    call = mixed_call(ROWS, width, out, profile.mix_tile)
+                    sent, received = sent + call.sent // ROWS, received + call.received // ROWS
+                    inside, outside = inside + call.enclave, outside + call.worker
+                else:
+                    sent, received = sent + width, received + out
+                    outside += ROWS * width * out
     return Estimate(
         profile=profile.name,
         enclave_parameters=total - worker,
@@ -77,4 +102,5 @@ def estimate(model: nn.Module, spec: FamilySpec, profile: Profile, itemsize: int
         calls_per_layer=calls,
         bytes_sent_per_token_and_layer=sent * itemsize,
         bytes_received_per_token_and_layer=received * itemsize,
+        enclave_arithmetic=inside / (inside + outside) if blocks else 1.0,
     )

@@ -71,7 +71,7 @@ def _show(found: dict[str, Any]) -> None:
             print(f"{name:<12}{value:,}" if type(value) is int else f"{name:<12}{value}")
     table = Table(title=f"one forward of a keyed block, in {found['dtype']}")
     table.add_column("profile")
-    for header in ("in the enclave", "share", "calls", "bytes out/token", "bytes back/token"):
+    for header in ("in the enclave", "share", "calls", "bytes out/token", "bytes back/token", "arithmetic"):
         table.add_column(header, justify="right")
     for row in found["profiles"]:
         table.add_row(
@@ -81,5 +81,6 @@ def _show(found: dict[str, Any]) -> None:
             f"{row['calls_per_layer']}",
             f"{row['bytes_sent_per_token_and_layer']:,}",
             f"{row['bytes_received_per_token_and_layer']:,}",
+            f"{100 * row['enclave_arithmetic']:.1f} %",
         )
     Console().print(table)

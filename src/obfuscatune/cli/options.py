@@ -39,6 +39,9 @@ _SWITCH_HELP = {
     "key_block": "block size of Monarch keys",
     "kappa": "condition number of conditioned keys",
     "head_kappa": "condition number of each head's key",
+    "mix_rows": "mix the rows of each call with noise rows",
+    "mix_tile": "most columns that one secret mixes",
+    "verify": "check each product by a secret vector",
 }
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from obfuscatune.enclave.freivalds import Check
 from obfuscatune.enclave.held import HeldSlot
 from obfuscatune.enclave.session import Session
 
@@ -30,6 +31,7 @@ class RemoteCall:
         header: further fields of the request (mask shape, cache, causal).
         mask: packed mask, if any.
         shapes: shape of each tensor of the reply.
+        check: verifies ``y = x W``, and the backward's ``dx = dy W^T``, of a linear segment without a LoRA slot.
     """
 
     session: Session
@@ -42,6 +44,7 @@ class RemoteCall:
     held: dict[str, HeldSlot] = field(default_factory=dict)
     header: dict[str, Any] = field(default_factory=dict)
     mask: Tensor | None = None
+    check: Check | None = None
     id: int = 0
 
     def run(self) -> dict[str, Tensor]:
@@ -69,6 +72,8 @@ class RemoteCall:
         }
         expected = {name: (shape, dtype) for name, shape in self.shapes.items()}
         reply, outputs = self.session.request("forward", self.layer, header, sent, expected)
+        if self.check is not None:
+            self.check.require(self.session, self.layer, sent["x"], outputs["y"])
         self.id = reply["id"]
         for arrived in self.push.values():
             arrived()
@@ -79,6 +84,8 @@ class RemoteCall:
         header = {"segment": self.segment, "call": self.id, "wants": wants, "fresh": fresh}
         expected = {name: (tuple(self.tensors[name].shape), self.tensors[name].dtype) for name in wants}
         reply, found = self.session.request("backward", self.layer, header, grads, expected)
+        if self.check is not None:
+            self.check.require(self.session, self.layer, grads["y"], found["x"], transpose=True)
         norms = reply.get("gradient_norms")
         if not isinstance(norms, dict):
             raise self.session.fault("gradient norms", self.layer, got=type(norms).__name__, expected="map")

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from obfuscatune.enclave.cache import CacheMirror
+from obfuscatune.enclave.freivalds import Check
 from obfuscatune.enclave.held import HeldAdapter, HeldSlot
 from obfuscatune.enclave.lazy import LazyWeights
 from obfuscatune.enclave.linear import RemoteLinear
 from obfuscatune.enclave.lora import SplitInput, SplitOutput
+from obfuscatune.enclave.mixed import MixedLinear
 from obfuscatune.enclave.norm import FoldedLayerNorm
 from obfuscatune.enclave.session import Session
 from obfuscatune.enclave.sites import Site, adapters_by_name, find_site, replace_linear, replace_whole
@@ -27,6 +29,7 @@ from obfuscatune.errors import UnsupportedModelError
 from obfuscatune.families import FamilySpec
 from obfuscatune.folding import key_attention, key_mlp, key_weight
 from obfuscatune.keys import ConcatKey, IdentityKey, Key, MasterSecret, build, haar, per_head
+from obfuscatune.keys.rows import RowMixer
 from obfuscatune.keys.source import Stream
 from obfuscatune.profiles import Profile
 from obfuscatune.protocol import ACTIVATION_NAMES
@@ -52,6 +55,11 @@ class Installer:
 
     def __post_init__(self) -> None:
         self._mirror = CacheMirror(self.session)
+        # Never of the master secret: a resumed session would mix other rows by the same secrets, and meet a worker that
+        # may have learnt the vectors of the check from the fault that ended the last one.
+        fresh = self.secret if self.secret.is_test else MasterSecret.generate()
+        self._mixer = RowMixer(fresh.stream("rows of calls"))
+        self._checks = fresh.stream("vectors of checks")
 
     def key_block(self, block: nn.Module, index: int, path: str) -> None:
         """Key and ship one block; the replacements wait for :meth:`install`."""
@@ -155,7 +163,27 @@ class Installer:
         key_in = self._key(stream, names[0], site.weight.shape[0], inner=inner == "in")
         key_out = self._key(stream, names[1], site.weight.shape[1], inner=inner == "out")
         weight, bias = site.folded(norm)
-        segment = self._define(site.path, "linear", {}, {"weight": key_weight(weight, key_in, key_out)}, dtype)
+        keyed = key_weight(weight, key_in, key_out).to(dtype)
+        if self.profile.mix_rows and dtype == torch.bfloat16:
+            keyed = keyed.float()  # rows of the noise's size would lose two of three digits
+        segment = self._define(site.path, "linear", {}, {"weight": keyed}, keyed.dtype)
+        check = Check(keyed, self._checks) if self.profile.verify else None
+        if self.profile.mix_rows:
+            mixed = MixedLinear(
+                self.session,
+                segment=segment,
+                layer=site.path,
+                key_in=key_in,
+                key_out=key_out,
+                bias=bias.to(dtype),
+                folded=norm is not None,
+                wire_dtype=keyed.dtype,
+                mixer=self._mixer,
+                tile=self.profile.mix_tile,
+                check=check,
+            )
+            self._replacements.append(lambda: replace_linear(site, mixed, whole=False))
+            return
         split = held = None
         if site.lora is not None and self.profile.lora_placement == "split":
             split = SplitInput("main", site.lora, site.path, lambda r: haar(stream(f"rank {r}"), r), key_out)
@@ -169,6 +197,7 @@ class Installer:
             key_out=key_out,
             bias=bias.to(dtype),
             folded=norm is not None,
+            check=check,
             split=split,
             held=held,
         )

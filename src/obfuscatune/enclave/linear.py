@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from obfuscatune.enclave.calls import RemoteCall
+from obfuscatune.enclave.freivalds import Check
 from obfuscatune.enclave.held import HeldSlot
 from obfuscatune.enclave.lora import SplitInput
 from obfuscatune.enclave.norm import normalized_rows
@@ -20,6 +21,7 @@ class RemoteLinear(nn.Module):
     Args:
         bias: ``[out]``, in the enclave; with folded norms it holds the norm's bias too.
         folded: whether the norm before it is folded into W.
+        check: verifies every product, where the profile says so.
         split, held: LoRA of a placement that PEFT's own layer does not compute, if any.
     """
 
@@ -33,6 +35,7 @@ class RemoteLinear(nn.Module):
         key_out: Key,
         bias: Tensor,
         folded: bool,
+        check: Check | None = None,
         split: SplitInput | None = None,
         held: HeldSlot | None = None,
     ) -> None:
@@ -42,7 +45,7 @@ class RemoteLinear(nn.Module):
         self.in_features, self.out_features = key_in.size, key_out.size
         self._session, self._segment, self._layer = session, segment, layer
         self._key_in, self._key_out, self._folded = key_in, key_out, folded
-        self._split, self._held = split, held
+        self._check, self._split, self._held = check, split, held
         if held is not None:
             self.anchor = held.anchor
 
@@ -55,6 +58,7 @@ class RemoteLinear(nn.Module):
             self._layer,
             tensors={"x": encode(rows, self._key_in)},
             shapes={"y": (*x.shape[:-1], self.out_features)},
+            check=self._check,
         )
         add_lora(call, x, split=self._split, held=self._held, slot="main")
         y = decode(call.run()["y"], self._key_out)

@@ -12,6 +12,7 @@ from obfuscatune.enclave.held import OPTIMIZERS, HeldAdapter, RemoteOptimizer
 from obfuscatune.enclave.install import Installer
 from obfuscatune.enclave.lazy import LazyWeights
 from obfuscatune.enclave.linear import RemoteLinear
+from obfuscatune.enclave.mixed import MixedLinear
 from obfuscatune.enclave.report import Report, make_report
 from obfuscatune.enclave.session import Session
 from obfuscatune.enclave.spawn import open_session
@@ -192,7 +193,7 @@ def _causal_lm(model: nn.Module) -> Any:
 
 def _blocks(causal_lm: nn.Module, spec: FamilySpec, profile: Profile) -> list[tuple[int, str, nn.Module]]:
     """The blocks that leave for the worker."""
-    if any(isinstance(module, RemoteLinear | RemoteWhole) for module in causal_lm.modules()):
+    if any(isinstance(module, RemoteLinear | MixedLinear | RemoteWhole) for module in causal_lm.modules()):
         raise UnsupportedModelError("the model is protected already", hint="load it again to protect it anew")
     try:
         blocks = list(spec.iter_blocks(causal_lm))

@@ -38,7 +38,7 @@ class BenchOptions:
     """
 
     sizes: Sequence[str] = ("small",)
-    profiles: Sequence[str] = ("paper", "balanced")
+    profiles: Sequence[str] = ("paper", "balanced", "strict")
     workloads: Sequence[str] = tuple(WORKLOADS)
     shape: Shape = field(default_factory=Shape)
     repetitions: int = 5

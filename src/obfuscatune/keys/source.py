@@ -100,6 +100,25 @@ class Stream(Secret):
             order[top], order[pick] = order[pick], order[top]
         return torch.tensor(order, dtype=torch.int64)
 
+    def permutations(self, count: int, n: int) -> Tensor:
+        """Independent uniform permutations of 0..n-1, int64 [count, n], in one pass: the order of 64-bit words.
+
+        Two equal words would make an order likelier than another; among n words that has a chance of n^2 / 2^65.
+        """
+        return self._words(count * n).view(count, n).argsort(dim=1)
+
+    def signs(self, *shape: int) -> Tensor:
+        """Independent uniform signs, float64 1 or -1, of the given shape."""
+        n = math.prod(shape)
+        bits = torch.frombuffer(bytearray(self.bytes(n)), dtype=torch.uint8) & 1 if n else torch.empty(0)
+        return bits.double().mul_(2).sub_(1).view(shape)
+
+    def indices(self, bound: int, *shape: int) -> Tensor:
+        """Independent uniform integers in 0..bound-1, int64. Raises: `UsageError` unless bound is a power of two."""
+        if bound < 1 or bound & (bound - 1):
+            raise UsageError("a bound of random numbers is not a power of two", got=bound)
+        return (self._words(math.prod(shape)) & (bound - 1)).view(shape)
+
 
 class MasterSecret(Secret):
     """The 32 bytes that all keys of a run derive from; the only secret to be sealed.

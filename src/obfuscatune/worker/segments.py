@@ -77,6 +77,22 @@ class LinearSegment(Segment):
         """Return ``[..., out]``."""
         return slots.add("main", x, linear(x, self.weight["weight"]))
 
+    def multiply(self, x: Tensor, *, transpose: bool) -> Tensor:
+        """Return ``x_i W_i`` ``[tiles, rows, out]`` for x ``[tiles, rows, w]``.
+
+        Tile i takes the rows of W (of its transpose) from ``min(i w, in - w)`` on.
+        """
+        weight = self.weight["weight"] if not transpose else self.weight["weight"].T  # [out, in]
+        if x.ndim != 3 or not 1 <= x.shape[2] <= weight.shape[1] or x.shape[0] != -(-weight.shape[1] // x.shape[2]):
+            raise ProtocolError("tiles of rows", got=list(x.shape), expected=f"tiles of {weight.shape[1]} columns")
+        if x.dtype != weight.dtype:
+            raise ProtocolError("dtype of rows", got=x.dtype, expected=weight.dtype)
+        y = x.new_empty(*x.shape[:2], weight.shape[0])
+        for i, part in enumerate(x):
+            start = min(i * x.shape[2], weight.shape[1] - x.shape[2])
+            torch.mm(part, weight[:, start : start + x.shape[2]].T, out=y[i])
+        return y
+
 
 class MlpSegment(Segment):
     """``y = act(x W1 + b1) W2``, on ``[..., d]``."""

@@ -16,7 +16,7 @@ from obfuscatune.protocol import PROTOCOL_VERSION
 from obfuscatune.protocol.bits import unpack_mask
 from obfuscatune.worker.adapters import HeldFactors, SlotInputs
 from obfuscatune.worker.optimizer import HeldOptimizer
-from obfuscatune.worker.segments import SEGMENTS, Call, Segment
+from obfuscatune.worker.segments import SEGMENTS, Call, LinearSegment, Segment
 
 Reply = tuple[dict[str, Any], dict[str, Tensor]]
 
@@ -40,6 +40,7 @@ class WorkerSession:
             "hold": self._hold,
             "forward": self._forward,
             "backward": self._backward,
+            "multiply": self._multiply,
             "optimizer": self._optimize,
             "stats": self._stats,
         }
@@ -156,6 +157,13 @@ class WorkerSession:
             parameter.grad = grad if parameter.grad is None else parameter.grad + grad
         norms = {slot: factors.gradient_norm() for slot, factors in segment.held.items()}
         return {"gradient_norms": norms}, dict(zip(wants, found, strict=False))
+
+    def _multiply(self, header: dict[str, Any], tensors: dict[str, Tensor]) -> Reply:
+        """Multiply tiles of rows by their parts of a linear segment's weight, or of its transpose; nothing is kept."""
+        segment, transpose = self._segment(header), header.get("transpose")
+        if not isinstance(segment, LinearSegment) or set(tensors) != {"x"} or not isinstance(transpose, bool):
+            raise ProtocolError("product", got=sorted(tensors), expected="x, for a linear segment, and transpose")
+        return {}, {"y": segment.multiply(tensors["x"], transpose=transpose)}
 
     def _optimize(self, header: dict[str, Any], tensors: dict[str, Tensor]) -> Reply:
         return self._optimizer.handle(header, tensors)

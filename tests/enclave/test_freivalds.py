@@ -1,0 +1,85 @@
+"""Freivalds' check: honest products of every dtype pass, with room; wrong ones do not."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from obfuscatune.enclave.freivalds import CHECKS, FACTOR, NOISE, Check
+from obfuscatune.keys import MasterSecret
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+GENERATOR = torch.Generator().manual_seed(0)
+
+
+def case(dtype: torch.dtype, width: int = 768, out: int = 768, rows: int = 256) -> tuple[Check, Tensor, Tensor]:
+    weight = torch.randn(width, out, generator=GENERATOR).to(dtype)
+    x = (torch.randn(rows, width, generator=GENERATOR) * torch.logspace(1, -2, width)).to(dtype)
+    return Check(weight, MasterSecret.from_insecure_test_seed(5).stream("check")), x, x @ weight
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_bound_of_the_documents(dtype: torch.dtype) -> None:
+    assert (0.8 * FACTOR * NOISE[dtype]) ** CHECKS[dtype] < 2**-40
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("width", "out"), [(768, 2304), (3072, 768), (64, 15)])
+def test_honest_products_are_far_from_the_limit(dtype: torch.dtype, width: int, out: int) -> None:
+    check, x, y = case(dtype, width, out)
+    assert check.holds(x, y)
+    check._tolerance /= 2  # 1e5 calls of 1e4 numbers are 1e9: 6 of 16 or more standard deviations
+    assert check.holds(x, y)
+    check._tolerance /= 100
+    assert not check.holds(x, y)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_transpose_and_tiles(dtype: torch.dtype) -> None:
+    weight = torch.randn(96, 40, generator=GENERATOR).to(dtype)
+    check = Check(weight, MasterSecret.from_insecure_test_seed(5).stream("check"))
+    x, g = (torch.randn(9, n, generator=GENERATOR).to(dtype) for n in (32, 40))
+    assert check.holds(x, x @ weight[64:], start=64) and not check.holds(x, x @ weight[64:], start=32)
+    assert check.holds(g, g @ weight.T, transpose=True)
+
+
+def one(y: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    y = y.clone()
+    y[17] = change(y[17])
+    return y
+
+
+WRONG: dict[str, Callable[[Tensor], Tensor]] = {
+    "zeros": lambda y: y * 0,
+    "one row of zeros": lambda y: one(y, lambda row: row * 0),
+    "rows swapped": lambda y: y.index_select(0, torch.tensor([1, 0, *range(2, len(y))])),
+    "another sign": lambda y: -y,
+    "one row a little larger": lambda y: one(y, lambda row: row * 1.05),
+    "noise in one entry": lambda y: one(y, lambda row: row + 0.05 * row.norm() * (torch.arange(len(row)) == 3)),
+    "NaN": lambda y: one(y, lambda row: row * torch.nan),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("wrong", WRONG)
+def test_wrong_products_are_refused(wrong: str, dtype: torch.dtype) -> None:
+    check, x, y = case(dtype)
+    assert not check.holds(x, WRONG[wrong](y))
+
+
+def test_what_is_smaller_than_rounding_is_not_seen() -> None:
+    check, x, y = case(torch.float32)
+    assert check.holds(x, one(y, lambda row: row * (1 + 1e-7)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_honest_products_pass_by_the_million(dtype: torch.dtype) -> None:
+    for _ in range(20):
+        weight = torch.randn(768, 768, generator=GENERATOR).to(dtype)
+        check = Check(weight, MasterSecret.from_insecure_test_seed(5).stream("check"))
+        check._tolerance *= 0.75
+        for _ in range(10):
+            x = torch.randn(4096, 768, generator=GENERATOR).to(dtype)
+            assert check.holds(x, x @ weight)
