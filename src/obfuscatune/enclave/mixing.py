@@ -124,5 +124,5 @@ def mix(x: Tensor, mixer: RowMixer, largest_tile: int) -> Mixed:
     z[:, rows : rows + tile] = mixer.draw(len(tiles), tile).mix(noise / root[:, None, None])
     mixing = mixer.draw(len(tiles), total)
     # In float64, and rounded once: of Y, which depends on no data. The rounding errors of float32 arithmetic depend on
-    # what it is done with: 400 calls of 128 rows showed the rows' strongest direction by them, at 12 standard errors.
+    # what it is done with: 400 calls of 128 rows showed the rows' strongest direction by them, at 12 deviations.
     return Mixed(mixing.mix(z).to(x.dtype), mixing, root, len(x))

@@ -18,7 +18,7 @@ from obfuscatune.keys.source import Secret, Stream
 BLOCK = 64
 LARGE_BLOCK = 128  # above 2048 rows: with b^2 < m many pairs of rows would share no block, and not be mixed at all
 # How well a call's view tells equal rows from Gaussian ones by the variance of its rows' norms, as the area under the
-# curve (chance .5) of 100 calls, 512 tokens, 256 noise rows: .99 after 2 rounds, .60 after 3, .46 after 4.
+# curve (chance .5) of 60 to 100 calls, 512 tokens, 256 noise rows: .99 after 2 rounds, .60 after 3, .46 after 4.
 ROUNDS = 4
 POOL = 64  # Haar matrices of one size; a power of two, to be drawn from without rejection
 
