@@ -35,6 +35,18 @@ CHANGED = {
     "key_block": 2,
     "kappa": 2.0,
     "head_kappa": 1.0,
+    "mix_rows": True,
+    "mix_tile": 64,
+    "verify": True,
+}
+# What a switch needs of the others to be allowed, or to have an effect.
+INSIDE = {"attention": "enclave", "mlp": "enclave"}
+NEEDS = {
+    "kappa": {"keys": "conditioned", "attention": "enclave"},
+    "inner_keys": {"keys": "conditioned", "attention": "enclave"},
+    "mix_rows": INSIDE,
+    "mix_tile": {**INSIDE, "mix_rows": True},
+    "verify": {"attention": "enclave"},
 }
 roles = st.sampled_from([(), ("provider",), ("owner",), ("provider", "owner")])
 terms = st.builds(
@@ -87,7 +99,7 @@ def test_each_profile_by_its_name(profile: str, role: Role) -> None:
 
 @pytest.mark.parametrize("switch", SWITCHES)
 def test_each_switch_is_another_profile(switch: str) -> None:
-    base = {"keys": "conditioned", "attention": "enclave"} if switch in ("kappa", "inner_keys") else {}
+    base = NEEDS.get(switch, {})
     without, with_it = job(switches=base), job(switches={**base, switch: CHANGED[switch]})
     assert with_it.profile_name != without.profile_name
     assert Terms(profiles=(without.profile_name,)).faults(without, "owner", NOW) == []
