@@ -18,7 +18,7 @@ from obfuscatune.errors import ObfuscatuneError, UsageError
 
 VERBS = ("demo", "finetune", "generate", "worker", "inspect", "doctor", "bench", "evaluate", "lm-eval")
 # Verbs with verbs of their own: modules with HELP and COMMANDS, a map of name to (function, epilog).
-GROUPS = ("identity", "enclave", "seal", "sealed", "job", "log", "attest")
+GROUPS = ("identity", "enclave", "seal", "sealed", "job", "log", "attest", "reproduce")
 
 EPILOG = "Examples:\n\nobfuscatune demo\n\nobfuscatune finetune --help"
 
