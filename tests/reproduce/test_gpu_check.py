@@ -59,8 +59,3 @@ def test_a_broken_yardstick_passes_nothing() -> None:
     assert equality._row(LOGITS, float("nan"), 0.1, 0.2, judged=True)["verdict"] == FAILED
     assert worst({"a": torch.ones(2)}, {"b": torch.ones(2)}) != worst({"a": torch.ones(2)}, {"a": torch.ones(2)})
     assert worst({"a": torch.tensor([1.0, 3.0])}, {"a": torch.tensor([1.0, 2.0])}) == 0.5
-
-
-@pytest.mark.slow
-def test_all_profiles_pass_here(tmp_path: Path) -> None:
-    assert run(tmp_path, device="cpu", cost_preset=None) == 0
