@@ -68,9 +68,10 @@ def invented(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_what_is_measured_and_what_is_not(tmp_path: Path, invented: list[str]) -> None:
     path = run("tiny", tmp_path, command=["reproduce", "cost"])
-    assert invented == ["small balanced key", "small paper key", "small naive key", "small prefill", "xl balanced key"]
+    keys = [f"small {profile} key" for profile in cost.PROFILES]
+    assert invented == [*keys, "small prefill", "xl balanced key"]
     rows = {(row["model"], row["profile"]): row for row in read_csv(tmp_path / "cost.csv")}
-    assert len(rows) == 4 * 3
+    assert len(rows) == 4 * len(cost.PROFILES)
     small, large = rows["small", "paper"], rows["xl", "balanced"]
     assert (small["key time, s"], small["peak of keying, GiB"], small["prefill, x"]) == ("1.5", "3.0", "2.5")
     assert (large["key time, s"], large["prefill, x"], large["paper, %"]) == ("1.5", "", "5.33")
@@ -85,16 +86,16 @@ def test_what_is_measured_and_what_is_not(tmp_path: Path, invented: list[str]) -
     for name in ("cost.png", "cost.svg", "cost.html"):
         assert (tmp_path / name).stat().st_size > 0
     run("tiny", tmp_path)
-    assert len(invented) == 5
+    assert len(invented) == 6
 
 
 def test_no_measurement_begins_after_the_time(tmp_path: Path, invented: list[str]) -> None:
     path = run("tiny", tmp_path, seconds=0.0)
     assert invented == []
-    assert "left out for lack of time: 5" in path.read_text()
+    assert "left out for lack of time: 6" in path.read_text()
     run("tiny", tmp_path, sizes=["xl"])
     assert invented == ["xl balanced key"]
-    assert "left out for lack of time: 4" in run("tiny", tmp_path, seconds=0.0).read_text()
+    assert "left out for lack of time: 5" in run("tiny", tmp_path, seconds=0.0).read_text()
 
 
 def test_large_sizes_are_alone_in_the_memory_of_a_cpu(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from obfuscatune.reproduce.cost_report import Measured, write_report
 from obfuscatune.reproduce.provenance import describe
 
 TRUE_SIZES = ("small", "medium", "large", "xl")
-PROFILES = ("balanced", "paper", "naive")
+PROFILES = ("balanced", "paper", "naive", "strict")
 # On a CPU the weights of plain, enclave and worker are all in its memory: from this size on one at a time, so that
 # GPT2-XL stays within 20 GiB.
 _APART_ON_CPU = ("large", "xl")
@@ -57,8 +57,8 @@ PRESETS = {
     "small": Preset(
         parts=(
             Part(size="small"),
-            Part(size="medium", profiles=("balanced", "paper"), workloads=("prefill", "lora_step"), rounds=2),
-            Part(size="large", profiles=("balanced", "paper"), workloads=()),
+            Part(size="medium", profiles=("balanced", "paper", "strict"), workloads=("prefill", "lora_step"), rounds=2),
+            Part(size="large", profiles=("balanced", "paper", "strict"), workloads=("prefill",), rounds=2),
             Part(size="xl", profiles=("balanced", "paper"), workloads=()),
         )
     ),
