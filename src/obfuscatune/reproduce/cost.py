@@ -29,7 +29,7 @@ TRUE_SIZES = ("small", "medium", "large", "xl")
 PROFILES = ("balanced", "paper", "naive", "strict")
 # On a CPU the weights of plain, enclave and worker are all in its memory: from this size on one at a time, so that
 # GPT2-XL stays within 20 GiB.
-_APART_ON_CPU = ("large", "xl")
+_APART_ON_CPU = ("medium", "large", "xl")
 
 
 @dataclass(frozen=True, kw_only=True)
