@@ -278,4 +278,5 @@ def _refuse_output(model: Any, name: str, why: str) -> None:
         if wanted is not None and wanted is not False:  # a number may choose one of several, 0 the first
             raise UnsupportedModelError(f"{name}: {reason}", hint=f"protect with {hint}")
 
-    model.register_forward_pre_hook(check, with_kwargs=True)
+    for each in (model, model.base_model):  # the one without the head can be called alone
+        each.register_forward_pre_hook(check, with_kwargs=True)
