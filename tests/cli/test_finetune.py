@@ -85,6 +85,7 @@ def test_the_adapter_loads_in_peft_and_generates_the_same(
     assert run(*generate, *both).out != outcome.out, "the adapter makes no difference"
 
 
+@pytest.mark.filterwarnings("ignore:attn.resid_dropout")
 @pytest.mark.parametrize("profile", ["balanced", "paper", "stream"])
 def test_a_resumed_run_ends_in_the_same_bits(profile: str, finetune: list[object], tmp_path: Path, run) -> None:
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
@@ -110,6 +111,7 @@ def test_a_resumed_run_ends_in_the_same_bits(profile: str, finetune: list[object
         assert "got balanced with mlp=worker, expected mlp=enclave" in outcome.err
 
 
+@pytest.mark.filterwarnings("ignore:attn.resid_dropout")
 @pytest.mark.parametrize(
     "switches", [(), ("--profile", "paper"), ("--profile", "stream"), ("--lora_placement", "split", "--mlp", "enclave")]
 )

@@ -21,6 +21,7 @@ def test_inspect_prints_a_table_and_json(model_dir: Path, run) -> None:
     assert "balanced" in table and "parameters  22,224" in table
 
 
+@pytest.mark.filterwarnings("ignore:attn.resid_dropout")
 @pytest.mark.parametrize("profile", ["plain", "paper", "balanced", "stream", "enclave"])
 def test_the_estimate_is_what_a_forward_counts(profile: str, model_dir: Path, worker: str, run) -> None:
     found = json.loads(run("inspect", "--model_name_or_path", model_dir, "--json").out)
