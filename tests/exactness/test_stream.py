@@ -70,6 +70,31 @@ def test_what_comes_back_is_the_plain_body_less_the_mean_of_its_rows(pair: tuple
     assert error(found[1], found[0]) > BROKEN
 
 
+def test_nothing_lies_along_the_direction_that_centring_shows(protect: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights and factors write nothing to it, so it is known; and read nothing from it, so it tells nothing."""
+    crossed: dict[str, list[Tensor]] = {}
+    original = Session.request
+
+    def noting(self: Session, op: str, layer: str, header: Any, tensors: Any, expected: Any) -> Any:
+        for name, tensor in tensors.items():
+            crossed.setdefault(name, []).append(tensor.clone())
+        return original(self, op, layer, header, tensors, expected)
+
+    monkeypatch.setattr(Session, "request", noting)
+    with protect(twins()[1], profile="stream") as protected, torch.no_grad():
+        protected.model(input_ids=tokens(2, 5))
+        direction = body_of(protected.model)._key.apply(torch.ones(15, dtype=torch.float64))
+    reads = ["qkv", "up", "A.0.qkv", "A.1.up"]
+    writes = ["out", "down", "bias", "x", "B.0.out", "B.1.down"]
+    for name in reads:
+        for tensor in crossed[name]:
+            assert (direction @ tensor).abs().max() < EXACT * tensor.abs().max(), name
+    for name in writes:
+        for tensor in crossed[name]:
+            assert (tensor @ direction).abs().max() < EXACT * tensor.abs().max(), name
+    assert (crossed["up"][0].T @ centre(direction)).abs().max() > BROKEN  # another direction
+
+
 def test_names_and_weights_of_the_adapter_stay(pair: tuple[Any, Any]) -> None:
     plain, ours = (dict(model.named_parameters()) for model in (pair[0], pair[1].model))
     assert set(ours) <= set(plain)
@@ -197,7 +222,7 @@ def no_offset(model: Any) -> None:
 
 
 def not_centred(model: Any) -> None:
-    pair_of(model, "down")._centred = False
+    pair_of(model, "down")._writes = False
 
 
 def swapped_slots(model: Any) -> None:

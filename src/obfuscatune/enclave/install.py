@@ -272,6 +272,10 @@ class Installer:
         """Return the keys of what enters and of what leaves a whole submodule."""
         return self._key(stream, f"{part} in", size), self._key(stream, f"{part} out", size)
 
+    def _reading(self, site: Site, norm: nn.LayerNorm | None) -> tuple[Tensor, Tensor]:
+        """Return weight and bias, in float64, of a layer that reads normalized rows."""
+        return site.folded(norm)
+
     def _written(self, rows: Tensor) -> Tensor:
         """Return, for what writes the residual stream (a weight's or a bias' rows), what it is to write; float64."""
         return rows.double()
@@ -293,7 +297,7 @@ class Installer:
         # Held LoRA of the output layer sees the heads' output as it is on the worker, so it must be the true one.
         secret_biases = profile.head_keys and profile.lora_placement != "worker"
         keyed = key_attention(
-            qkv=qkv.folded(norm),
+            qkv=self._reading(qkv, norm),
             out=(self._written(out.weight), self._written(out.bias)),
             key_in=key_in,
             key_qkv=key_qkv,
@@ -324,8 +328,13 @@ class Installer:
         key_in, key_out = self._around(stream, "mlp", d)
         family = "permutation" if profile.permute_mlp else "identity"
         key_hidden = build(family, stream("neurons"), hidden)
-        down_weight = self._written(down.weight)
-        keyed = key_mlp(up=up.folded(norm), down=down_weight, key_in=key_in, key_hidden=key_hidden, key_out=key_out)
+        keyed = key_mlp(
+            up=self._reading(up, norm),
+            down=self._written(down.weight),
+            key_in=key_in,
+            key_hidden=key_hidden,
+            key_out=key_out,
+        )
         segment = self._define(where, "mlp", {"activation": activation}, keyed, up.weight.dtype)
         between, bias = (key_hidden, key_hidden), self._written(down.bias)
         return Shipped(segment, where, up, down, norm, stream, key_in, key_out, *between, bias)

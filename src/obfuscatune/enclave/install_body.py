@@ -3,14 +3,15 @@ r"""Keying all blocks under one rotation R of the residual stream, and putting o
 With the stream centred, ``C = I - 11^T/d``, and the norms folded, every block reads ``RMSNorm(x*) = RMSNorm(x) R`` and
 writes rows under ``C R``:
 
-    Wqkv* = R^-1 W' [M|M^-T|N],  Wo* = N^-1 Wo C R,  bo* = bo C R,
-    W1*   = R^-1 W1' P,          W2* = P^T W2 C R,   b2* = b2 C R.
+    Wqkv* = R^-1 C W' [M|M^-T|N],  Wo* = N^-1 Wo C R,  bo* = bo C R,
+    W1*   = R^-1 C W1' P,          W2* = P^T W2 C R,   b2* = b2 C R.
 
 Source: our SECURITY analysis, section 4.3; centring as in SliceGPT (arXiv 2401.15024).
 """
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,6 +79,12 @@ class BodyInstaller(Installer):
             self._rotation = self._key(stream, "residual stream", size)
         return self._rotation, self._rotation
 
+    def _reading(self, site: Site, norm: nn.LayerNorm | None) -> tuple[Tensor, Tensor]:
+        # The direction 1 R is the one that nothing is written to, so the worker finds it, and what a weight has along
+        # it: the sums of W' over its inputs, plain in the MLP up to order. Centred rows do not need it.
+        weight, bias = site.folded(norm)
+        return centre(weight.T).T, bias
+
     def _written(self, rows: Tensor) -> Tensor:
         return centre(rows.double())
 
@@ -97,27 +104,13 @@ class BodyInstaller(Installer):
 
     def _add(self, part: Shipped, first: str, last: str) -> None:
         gain, shift = (None, None) if part.norm is None else (part.norm.weight.detach(), part.norm.bias.detach())
-        self._pair(part, part.first, first, part.key_in, part.key_first, gain=gain, shift=shift)
-        self._pair(part, part.last, last, part.key_last, part.key_out, shift=part.offset, centred=True)
+        self._pair(part, part.first, first, part.key_in, key_out=part.key_first, gain=gain, shift=shift, reads=True)
+        self._pair(part, part.last, last, part.key_last, key_out=part.key_out, shift=part.offset, writes=True)
         self._shipped.append(part)
 
-    def _pair(
-        self,
-        part: Shipped,
-        site: Site,
-        slot: str,
-        key: Key,
-        key_out: Key,
-        *,
-        gain: Tensor | None = None,
-        shift: Tensor | None = None,
-        centred: bool = False,
-    ) -> None:
+    def _pair(self, part: Shipped, site: Site, slot: str, key: Key, **options: Any) -> None:
         if site.lora is None:
             return
         self._note_lora_dropout(site.lora)
         name, make = f"{len(self._shipped)}.{slot}", rank_keys(part.stream, slot)
-        pair = PushedPair(
-            name, site.lora, site.path, make, key, key_out=key_out, gain=gain, shift=shift, centred=centred
-        )
-        self._pairs.append(pair)
+        self._pairs.append(PushedPair(name, site.lora, site.path, make, key, **options))

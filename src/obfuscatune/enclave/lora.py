@@ -141,7 +141,7 @@ class PushedPair(_Split):
     Args:
         key: R_in. key_out: R_out.
         gain, shift: ``[in]``, None where they are 1 and 0.
-        centred: whether the output is of the centred residual stream; B is centred then.
+        reads, writes: whether input or output is of the centred residual stream; ``diag(gain) A`` or B is centred then.
     """
 
     def __init__(
@@ -155,10 +155,11 @@ class PushedPair(_Split):
         key_out: Key,
         gain: Tensor | None = None,
         shift: Tensor | None = None,
-        centred: bool = False,
+        reads: bool = False,
+        writes: bool = False,
     ) -> None:
         super().__init__(slot, layer, path, rank_key, key)
-        self._key_out, self._gain, self._shift, self._centred = key_out, gain, shift, centred
+        self._key_out, self._gain, self._shift, self._reads, self._writes = key_out, gain, shift, reads, writes
 
     def inputs(self, adapter: str) -> tuple[dict[str, Tensor], list[str], dict[str, Callable[[], None]]]:
         """Return the factors that are needed, the names of all that the worker uses, and, by name, those to send."""
@@ -170,11 +171,12 @@ class PushedPair(_Split):
 
         def keyed_a() -> Tensor:
             gained = a if self._gain is None else a * self._gain.to(a.dtype)
+            gained = centre(gained) if self._reads else gained
             return encode(self.key.apply_inverse_transpose(gained).T, rank_key)
 
         def keyed_b() -> Tensor:
             rows = encode(b, rank_key).T
-            return encode(centre(rows) if self._centred else rows, self._key_out)
+            return encode(centre(rows) if self._writes else rows, self._key_out)
 
         found: dict[str, Tensor] = {}
         uses = [f"A.{self.slot}", f"B.{self.slot}"]
