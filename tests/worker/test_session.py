@@ -9,7 +9,7 @@ from torch import Tensor
 from obfuscatune.errors import ProtocolError
 from obfuscatune.protocol.bits import pack_mask
 from obfuscatune.worker.adapters import SlotInputs
-from obfuscatune.worker.segments import Call
+from obfuscatune.worker.segments import Call, _RmsNorm
 from obfuscatune.worker.session import WorkerSession
 
 D, HIDDEN, HEADS, RANK = 8, 16, 2, 2
@@ -94,6 +94,19 @@ def spelled_out(session: WorkerSession, x: Tensor) -> Tensor:
 def test_a_body_is_its_parts_one_after_another(session: WorkerSession) -> None:
     x = tensor(2, 5, D)
     torch.testing.assert_close(forward(session, "s3", {"x": x})["y"], spelled_out(session, x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_rms_norm_is_torchs_own_in_both_directions(dtype: torch.dtype) -> None:
+    x, gradient = tensor(2, 5, 64).to(dtype), tensor(2, 5, 64, seed=1).to(dtype)
+    found = []
+    for norm in (lambda x: _RmsNorm.apply(x, 0.1), lambda x: torch.nn.functional.rms_norm(x, (64,), eps=0.1)):
+        leaf = x.clone().requires_grad_()
+        y = norm(leaf)
+        found.append((y.detach(), torch.autograd.grad(y, leaf, gradient)[0]))
+    tolerance = {"rtol": 0.02, "atol": 0.02} if dtype == torch.bfloat16 else {}  # its y is rounded in between
+    torch.testing.assert_close(found[0], found[1], **tolerance)
+    assert not torch.allclose(found[0][1], gradient)
 
 
 def test_the_cache_of_a_body_is_that_of_all_its_attentions(session: WorkerSession) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from obfuscatune.errors import ProtocolError
@@ -187,8 +188,36 @@ class BodySegment(Segment):
         return x
 
     def _step(self, index: int, slots: SlotInputs, call: Call, x: Tensor) -> Tensor:
-        rows = F.rms_norm(x, x.shape[-1:], eps=self.eps[index])
+        rows: Tensor = _RmsNorm.apply(x, self.eps[index])  # type: ignore[no-untyped-call]
         return x + self.parts[index].run(rows, slots, call) + self.bias[index]
+
+
+class _RmsNorm(torch.autograd.Function):
+    """``y = s x`` with ``s = 1 / sqrt(mean(x^2) + eps)``; ``dx = s (dy - y mean(dy y))``. Half dtypes in float32.
+
+    On a CPU torch differentiates its own step by step: 512 rows of 768 take .5 to 3 ms there and back, .3 here and in a
+    LayerNorm.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
+        wide = _wide(x)
+        scale = (torch.linalg.vecdot(wide, wide).unsqueeze(-1) / x.shape[-1] + eps).rsqrt()
+        y: Tensor = (wide * scale).to(x.dtype)
+        ctx.save_for_backward(y, scale)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        y, scale = ctx.saved_tensors
+        wide, rows = _wide(grad), _wide(y)
+        along = torch.linalg.vecdot(wide, rows).unsqueeze(-1) / y.shape[-1]
+        return (torch.addcmul(wide, rows, along, value=-1) * scale).to(grad.dtype), None
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def _is_eps(value: Any) -> bool:
