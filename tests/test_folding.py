@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from obfuscatune.folding import fold_norm, key_attention, key_mlp, key_rows, key_weight, unkey_rows
+from obfuscatune.folding import centre, fold_norm, key_attention, key_mlp, key_rows, key_weight, unkey_rows
 from obfuscatune.keys import FAMILIES, ConcatKey, IdentityKey, Key, MasterSecret, build, per_head
 
 EXACT = 1e-11  # relative to the largest entry, keys of condition number up to 8; measured below 2e-13
@@ -55,6 +55,17 @@ def test_fold_norm_works_in_float64_and_leaves_its_arguments() -> None:
     folded = fold_norm(weight, bias, gain, shift)
     assert [t.dtype for t in folded] == [torch.float64] * 2
     assert all(torch.equal(a, b) for a, b in zip(before, (weight, bias, gain, shift), strict=True))
+
+
+@given(st.integers(2, 9), SEEDS, st.sampled_from(["haar", "monarch", "identity"]))
+def test_a_centred_layer_norm_commutes_with_a_rotation(d: int, seed: int, family: str) -> None:
+    rows, rotation = normal(seed, 3, d) + 5, key(family, seed, "stream", d)
+    layer_norm = torch.nn.functional.layer_norm(rows, (d,), eps=0.1)
+    rms_norm = lambda x: x / (x.square().mean(-1, keepdim=True) + 0.1).sqrt()  # noqa: E731
+    centred = centre(rows)
+    assert_equal(centred.sum(-1), torch.zeros(3, dtype=torch.float64))
+    assert_equal(rms_norm(rotation.apply(centred)), rotation.apply(layer_norm))
+    assert (rms_norm(rotation.apply(rows)) - rotation.apply(layer_norm)).abs().max() > 0.1  # it must be centred
 
 
 @given(SIZES, SIZES, SEEDS, FAMILY, FAMILY)

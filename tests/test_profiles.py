@@ -12,7 +12,7 @@ from obfuscatune.profiles import PROFILES, SWITCHES, Profile, resolve
 
 
 def test_the_named_profiles() -> None:
-    assert list(PROFILES) == ["plain", "naive", "paper", "balanced", "strict", "enclave"]
+    assert list(PROFILES) == ["plain", "naive", "paper", "balanced", "strict", "stream", "enclave"]
     assert all(name == profile.name and profile.summary for name, profile in PROFILES.items())
     assert [name for name, profile in PROFILES.items() if not profile.remote] == ["enclave"]
 
@@ -62,6 +62,34 @@ def test_what_the_worker_adds_of_an_adapter_cannot_be_verified() -> None:
     assert resolve("paper", verify=True, lora_placement="enclave").verify
 
 
+def test_stream_is_balanced_in_one_call() -> None:
+    stream = PROFILES["stream"]
+    assert resolve("balanced", rotate_stream=True, lora_placement="split").switches() == stream.switches()
+    assert resolve("stream", enclave_blocks=1).enclave_blocks == 1
+    assert resolve("stream", keys="identity", head_keys=False).name == "stream+keys=identity+head_keys=False"
+
+
+@pytest.mark.parametrize(
+    ("switches", "message"),
+    [
+        ({"attention": "enclave"}, "rotate_stream needs attention and mlp on the worker"),
+        ({"mlp": "enclave"}, "rotate_stream needs attention and mlp on the worker"),
+        ({"lora_placement": "worker"}, "rotate_stream needs lora_placement=split"),
+        ({"lora_placement": "enclave"}, "rotate_stream needs lora_placement=split"),
+        ({"fold_norms": False}, "rotate_stream needs fold_norms"),
+        ({"keys": "conditioned"}, "rotate_stream needs orthogonal keys, which conditioned ones are not"),
+        ({"keys": "gaussian"}, "rotate_stream needs orthogonal keys"),
+        ({"mix_rows": True}, "mix_rows needs"),
+        ({"verify": True}, "verify needs"),
+        ({"rotate_stream": 1}, "rotate_stream is 1"),
+    ],
+    ids=str,
+)
+def test_what_a_rotated_stream_cannot_have(switches: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        resolve("stream", **switches)
+
+
 def test_profiles_cannot_be_changed() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         PROFILES["paper"].keys = "identity"  # type: ignore[misc]
@@ -96,7 +124,8 @@ IDLE_IN_BALANCED = {"inner_keys", "kappa", "mix_tile", "verify"}
 
 
 def test_every_switch_can_be_set_alone() -> None:
-    assert {*CHANGES, "mix_rows"} == set(SWITCHES)  # which fits no profile but strict
+    # These fit no profile but strict and stream.
+    assert {*CHANGES, "mix_rows", "rotate_stream"} == set(SWITCHES)
     for switch, value in CHANGES.items():
         idle = switch in IDLE_IN_BALANCED
         with pytest.warns(UserWarning, match=f"{switch} has no effect") if idle else contextlib.nullcontext():
@@ -151,7 +180,7 @@ def test_no_warning_where_nothing_is_unfolded(name: str, switches: dict[str, Any
 
 
 def test_an_unknown_profile_names_the_known_ones() -> None:
-    with pytest.raises(UsageError, match=r"balancd.*plain, naive, paper, balanced, strict, enclave"):
+    with pytest.raises(UsageError, match=r"balancd.*plain, naive, paper, balanced, strict, stream, enclave"):
         resolve("balancd")
 
 

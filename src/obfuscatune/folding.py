@@ -34,6 +34,15 @@ def fold_norm(weight: Tensor, bias: Tensor | None, gain: Tensor, shift: Tensor |
     return gain.double()[:, None] * weight, folded_bias
 
 
+def centre(rows: Tensor) -> Tensor:
+    r"""Return ``x C`` with ``C = I - 11^T/d``: rows ``[..., d]`` less their mean.
+
+    A residual stream that is centred, and into which only centred rows are written, makes of every LayerNorm an
+    RMSNorm, which commutes with a rotation: ``RMSNorm(x R) = RMSNorm(x) R``. In the dtype of the rows, differentiable.
+    """
+    return rows - rows.mean(dim=-1, keepdim=True)
+
+
 def key_weight(weight: Tensor, key_in: Key, key_out: Key) -> Tensor:
     """Return ``R_in^-1 W R_out`` in float64, for ``weight`` ``[in, out]``."""
     return key_out.apply(unkey_rows(weight.double(), key_in))

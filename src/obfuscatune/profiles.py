@@ -35,7 +35,8 @@ class Profile:
         fold_norms: fold norm gain and bias into the next weight, so that the worker sees rows of constant norm.
         lora_placement: ``enclave``: PEFT's own layers around the remote linear where input and output are in the
             enclave, split elsewhere; ``split``: one factor pushed to the worker after each step, the optimizer in the
-            enclave; ``worker``: both factors and the optimizer on the worker, in keyed coordinates.
+            enclave; ``worker``: both factors and the optimizer on the worker, in keyed coordinates. With
+            ``rotate_stream``, ``split`` pushes both factors.
         enclave_blocks: how many first blocks stay in the enclave as they are.
         key_block: block size of Monarch keys.
         kappa: condition number of ``conditioned`` keys.
@@ -45,6 +46,8 @@ class Profile:
         mix_tile: the most columns that are mixed by one secret; as many noise rows go with them.
         verify: check every product of a linear layer against a secret vector, where all of its input and output is in
             the enclave.
+        rotate_stream: keep the residual stream on the worker too, under one secret rotation, so that all blocks are one
+            call.
     """
 
     name: str
@@ -65,6 +68,7 @@ class Profile:
     mix_rows: bool = False
     mix_tile: int = 512
     verify: bool = False
+    rotate_stream: bool = False
 
     def switches(self) -> dict[str, str | int | float | bool]:
         """Return what the profile does, as plain values by name: equal exactly where two profiles do the same."""
@@ -110,6 +114,19 @@ PROFILES: dict[str, Profile] = {
             inner_keys="monarch",
             mix_rows=True,
             verify=True,
+        ),
+        Profile(
+            name="stream",
+            summary="all blocks on the worker in one call: it gets the working body in one unknown rotation",
+            keys="monarch",
+            inner_keys="monarch",
+            attention="worker",
+            mlp="worker",
+            head_keys=True,
+            permute_mlp=True,
+            fold_norms=True,
+            lora_placement="split",
+            rotate_stream=True,
         ),
         Profile(name="enclave", summary="everything stays in the enclave; no worker", remote=False),
     )
@@ -194,7 +211,7 @@ def _faults(profile: Profile) -> list[str]:
         for name, allowed in _CHOICES.items()
         if getattr(profile, name) not in allowed
     ]
-    for name in ("head_keys", "permute_mlp", "fold_norms", "mix_rows", "verify"):
+    for name in ("head_keys", "permute_mlp", "fold_norms", "mix_rows", "verify", "rotate_stream"):
         if not isinstance(getattr(profile, name), bool):
             faults.append(f"{name} is {getattr(profile, name)!r}, not true or false")
     for name, least in (("enclave_blocks", 0), ("key_block", 2), ("mix_tile", 64)):
@@ -210,4 +227,19 @@ def _faults(profile: Profile) -> list[str]:
         faults.append("mix_rows needs attention, mlp and lora_placement in the enclave")
     if profile.remote and profile.verify and profile.lora_placement != "enclave":
         faults.append("verify needs lora_placement=enclave: what the worker adds of an adapter is not verified")
+    if profile.remote and profile.rotate_stream:
+        faults += _faults_of_a_rotated_stream(profile)
+    return faults
+
+
+def _faults_of_a_rotated_stream(profile: Profile) -> list[str]:
+    faults = []
+    if (profile.attention, profile.mlp) != ("worker", "worker"):
+        faults.append("rotate_stream needs attention and mlp on the worker")
+    if profile.lora_placement != "split":
+        faults.append("rotate_stream needs lora_placement=split: what LoRA reads and writes is on the worker")
+    if not profile.fold_norms:
+        faults.append("rotate_stream needs fold_norms: a gain does not commute with a rotation")
+    if profile.keys in ("conditioned", "gaussian"):
+        faults.append(f"rotate_stream needs orthogonal keys, which {profile.keys} ones are not")
     return faults

@@ -21,7 +21,8 @@ def test_inspect_prints_a_table_and_json(model_dir: Path, run) -> None:
     assert "balanced" in table and "parameters  22,224" in table
 
 
-@pytest.mark.parametrize("profile", ["plain", "paper", "balanced", "enclave"])
+@pytest.mark.filterwarnings("ignore:attn.resid_dropout")
+@pytest.mark.parametrize("profile", ["plain", "paper", "balanced", "stream", "enclave"])
 def test_the_estimate_is_what_a_forward_counts(profile: str, model_dir: Path, worker: str, run) -> None:
     found = json.loads(run("inspect", "--model_name_or_path", model_dir, "--json").out)
     row = next(row for row in found["profiles"] if row["profile"] == profile)
@@ -38,14 +39,13 @@ def test_the_estimate_is_what_a_forward_counts(profile: str, model_dir: Path, wo
         report.worker_parameters,
     )
     (calls, *first), (both_calls, *both) = counts
-    blocks = row["keyed_blocks"]
-    assert calls == both_calls / 2 == row["calls_per_layer"] * blocks
-    rates = (row["bytes_sent_per_token_and_layer"], row["bytes_received_per_token_and_layer"])
+    assert calls == both_calls / 2 == row["calls"] == (1 if profile == "stream" else row["calls"])
+    rates = (row["bytes_sent_per_token"], row["bytes_received_per_token"])
     for of_first, of_both, rate in zip(first, both, rates, strict=True):
         # The second forward less the first: framing cancels, but for the digits of the calls' numbers.
         tokens = BATCH * (LONG - SHORT)
-        assert of_both - 2 * of_first == pytest.approx(rate * blocks * tokens, abs=8 * max(1, calls))
-        framing = of_first - rate * blocks * BATCH * SHORT
+        assert of_both - 2 * of_first == pytest.approx(rate * tokens, abs=8 * max(1, calls))
+        framing = of_first - rate * BATCH * SHORT
         assert 0 <= framing <= 200 * calls
 
 
@@ -58,12 +58,11 @@ def test_the_estimate_of_mixed_rows_is_what_a_forward_of_as_many_counts(model_di
     with obfuscatune.protect(model, profile="strict", worker=worker) as protected, torch.no_grad():
         protected.model(torch.ones(ROWS // 16, 16, dtype=torch.int64), use_cache=False)
         traffic = protected.report().traffic["multiply"]
-    per_block = ROWS * row["keyed_blocks"]
-    assert traffic.calls == row["calls_per_layer"] * row["keyed_blocks"]
-    rates = (row["bytes_sent_per_token_and_layer"], row["bytes_received_per_token_and_layer"])
+    assert traffic.calls == row["calls"] == 4 * row["keyed_blocks"]
+    rates = (row["bytes_sent_per_token"], row["bytes_received_per_token"])
     for counted, rate in zip((traffic.bytes_sent, traffic.bytes_received), rates, strict=True):
-        # Rates are rounded down to whole numbers for each of four calls.
-        assert -200 * traffic.calls <= counted - rate * per_block <= 200 * traffic.calls + 4 * 4 * per_block
+        # Rates are rounded down to whole numbers for each call.
+        assert -200 * traffic.calls <= counted - rate * ROWS <= 200 * traffic.calls + 4 * ROWS * traffic.calls
     assert 0 < row["enclave_arithmetic"] < 1
 
 

@@ -36,7 +36,7 @@ def tensors_of(model, prefix="transformer."):
 
 
 @pytest.mark.parametrize("prefix", ["transformer.", ""])
-@pytest.mark.parametrize("variant", ["balanced", "paper", "balanced, first block inside", "enclave"])
+@pytest.mark.parametrize("variant", ["balanced", "paper", "balanced, first block inside", "stream", "enclave"])
 def test_logits_and_gradients_are_those_of_the_whole_model(variant, prefix):
     name, switches = VARIANTS[variant]
     plain = with_lora(gpt2())

@@ -49,6 +49,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "strict": ("strict", MONARCH),
     "strict, norms folded": ("strict", {"fold_norms": True}),
     "strict, first block inside": ("strict", {**MONARCH, "enclave_blocks": 1}),
+    "stream": ("stream", MONARCH),
+    "stream, haar, no head keys": ("stream", {"keys": "haar", "head_keys": False}),
+    "stream, no permutation": ("stream", {**MONARCH, "permute_mlp": False}),
+    "stream, first block inside": ("stream", {**MONARCH, "enclave_blocks": 1}),
     "enclave": ("enclave", {}),
 }
 

@@ -24,6 +24,7 @@ INSIDE = [
     "balanced",
     "balanced, both enclave",
     "balanced, both enclave, lora split",
+    "stream",
 ]
 
 
@@ -138,7 +139,7 @@ def test_another_adapter_than_the_worker_has_is_refused(protect: Any) -> None:
 
 
 @pytest.mark.parametrize("targets", [("c_attn",), ("c_proj",), ("c_fc",), ("c_attn", "c_fc")])
-@pytest.mark.parametrize("variant", ["paper, lora split", "balanced", "balanced, both enclave, lora split"])
+@pytest.mark.parametrize("variant", ["paper, lora split", "balanced", "balanced, both enclave, lora split", "stream"])
 def test_lora_on_some_layers_only(protect: Any, variant: str, targets: tuple[str, ...]) -> None:
     profile, switches = VARIANTS[variant]
     reference = with_lora(gpt2(), targets=targets, use_rslora=True)

@@ -129,7 +129,7 @@ def test_stale_factors_show(protect: Any, monkeypatch: pytest.MonkeyPatch) -> No
     reference, model = twins()
     with protect(model) as protected, torch.no_grad():
         protected.model(input_ids=tokens(1, 3))
-        monkeypatch.setattr(lora._Split, "factor", lambda self, parameter, keyed: (None, False))
+        monkeypatch.setattr(lora._Split, "factor", lambda self, name, parameter, keyed: (None, False))
         for each in (reference, protected.model):
             for name, parameter in each.named_parameters():
                 if "lora_B" in name and "c_attn" in name:

@@ -9,6 +9,7 @@ import torch
 from transformers import DynamicCache
 
 from obfuscatune import UnsupportedModelError
+from obfuscatune.enclave.body import RemoteBody
 
 from .models import END, VARIANTS, error, tokens, twins
 
@@ -22,6 +23,8 @@ KINDS = [
     "balanced, attention enclave",
     "balanced, first block inside",
     "strict",
+    "stream",
+    "stream, first block inside",
     "enclave",
 ]
 
@@ -140,13 +143,25 @@ def test_two_caches_side_by_side(pair: tuple[Any, Any]) -> None:
             assert error(got, pair[0](input_ids=ids).logits[:, 4:]) < LOGITS
 
 
-def test_generation_from_embeddings_and_hidden_states(pair: tuple[Any, Any]) -> None:
+def test_generation_from_embeddings(pair: tuple[Any, Any]) -> None:
     embeds = torch.randn(2, 3, 15, generator=torch.Generator().manual_seed(2)).double()
     mask = torch.ones(2, 3, dtype=torch.int64)
     arguments = {"inputs_embeds": embeds, "attention_mask": mask, "max_new_tokens": 5, "do_sample": False}
     assert torch.equal(pair[1].generate(**arguments), pair[0].generate(**arguments))
+
+
+def test_hidden_states(pair: tuple[Any, Any]) -> None:
+    ids = tokens(2, 3)
     with torch.no_grad():
-        expected, got = (model(inputs_embeds=embeds, output_hidden_states=True).hidden_states for model in pair)
+        expected, got = (model.get_base_model().transformer(input_ids=ids).last_hidden_state for model in pair)
+        assert error(got, expected) < LOGITS
+        if any(isinstance(module, RemoteBody) for module in pair[1].modules()):
+            for model in (pair[1], pair[1].get_base_model().transformer):
+                for wanted in (True, 0):
+                    with pytest.raises(UnsupportedModelError, match="output_hidden_states: the blocks' outputs stay"):
+                        model(input_ids=ids, output_hidden_states=wanted)
+            return
+        expected, got = (model(input_ids=ids, output_hidden_states=True).hidden_states for model in pair)
     assert len(got) == len(expected) == 3
     assert max(error(g, e) for g, e in zip(got, expected, strict=True)) < LOGITS
 

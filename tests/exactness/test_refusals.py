@@ -15,9 +15,10 @@ from .models import TARGETS, VARIANTS, error, gpt2, scalar, tokens, twins, with_
 NO_WORKER = "unix:///nonexistent/worker.sock"  # connecting there fails with another error
 
 
-def test_protected_twice(protect: Any) -> None:
+@pytest.mark.parametrize("profile", ["balanced", "stream"])
+def test_protected_twice(protect: Any, profile: str) -> None:
     model = gpt2()
-    with protect(model, profile="balanced"), pytest.raises(UnsupportedModelError, match="protected already"):
+    with protect(model, profile=profile), pytest.raises(UnsupportedModelError, match="protected already"):
         obfuscatune.protect(model, worker=NO_WORKER)
 
 
@@ -31,7 +32,7 @@ def test_no_block_for_the_worker() -> None:
         obfuscatune.protect(gpt2(), worker=NO_WORKER, enclave_blocks=2)
 
 
-@pytest.mark.parametrize("variant", ["plain", "paper", "balanced", "balanced, both enclave"])
+@pytest.mark.parametrize("variant", ["plain", "paper", "balanced", "balanced, both enclave", "stream"])
 def test_trained_biases_that_would_leave(protect: Any, variant: str) -> None:
     profile, switches = VARIANTS[variant]
     config = LoraConfig(r=2, target_modules=list(TARGETS), fan_in_fan_out=True, bias="all")
@@ -40,7 +41,7 @@ def test_trained_biases_that_would_leave(protect: Any, variant: str) -> None:
         protect(model, profile=profile, **switches)
 
 
-@pytest.mark.parametrize("variant", ["plain", "paper", "paper, lora enclave", "balanced"])
+@pytest.mark.parametrize("variant", ["plain", "paper", "paper, lora enclave", "balanced", "stream"])
 def test_merging(protect: Any, variant: str) -> None:
     profile, switches = VARIANTS[variant]
     with protect(twins()[1], profile=profile, **switches) as protected:
@@ -50,7 +51,7 @@ def test_merging(protect: Any, variant: str) -> None:
             protected.model.merge_and_unload()
 
 
-@pytest.mark.parametrize("variant", ["paper", "balanced", "paper, lora split"])
+@pytest.mark.parametrize("variant", ["paper", "balanced", "paper, lora split", "stream"])
 def test_another_adapter_for_each_row(protect: Any, variant: str) -> None:
     profile, switches = VARIANTS[variant]
     model = with_lora(gpt2())
@@ -70,10 +71,11 @@ def test_a_model_outlives_what_protected_it(protect: Any) -> None:
         assert error(running(input_ids=tokens(2, 4)).logits, reference(input_ids=tokens(2, 4)).logits) < 1e-9
 
 
-def test_a_factor_that_did_not_arrive_is_sent_again(protect: Any) -> None:
+@pytest.mark.parametrize("profile", ["balanced", "stream"])
+def test_a_factor_that_did_not_arrive_is_sent_again(protect: Any, profile: str) -> None:
     """An interrupt between keying a factor and sending it must not leave the worker with the one before."""
     reference, model = twins()
-    with protect(model, profile="balanced") as protected, torch.no_grad():
+    with protect(model, profile=profile) as protected, torch.no_grad():
         scalar(protected.model(input_ids=tokens(2, 4)).logits)
         for each in (reference, protected.model):
             for name, parameter in each.named_parameters():

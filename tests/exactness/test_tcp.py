@@ -25,7 +25,7 @@ def address() -> Iterator[str]:
             process.terminate()
 
 
-@pytest.mark.parametrize("profile", ["paper", "balanced"])
+@pytest.mark.parametrize("profile", ["paper", "balanced", "stream"])
 def test_step_and_generation(address: str, profile: str) -> None:
     reference, model = twins()
     ids = tokens(2, 5)
@@ -35,7 +35,7 @@ def test_step_and_generation(address: str, profile: str) -> None:
         assert error(logits[1], logits[0]) < 1e-9
         for each in logits:
             scalar(each).backward()
-        if profile == "balanced":
+        if profile != "paper":
             assert worst(gradients(protected.model), gradients(reference)) < 1e-9
         prompt = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": 5, "do_sample": False}
         assert torch.equal(protected.model.generate(**prompt), reference.generate(**prompt))

@@ -103,9 +103,10 @@ def adapter(model: Any) -> dict[str, Tensor]:
         (by_trainer, {"key_block": 4}),
         (by_trainer, {"mlp": "enclave"}),
         (by_trainer, {"profile": "strict"}),
+        (by_trainer, {"profile": "stream", "key_block": 4}),
         (by_hand, {}),
     ],
-    ids=["trainer", "trainer, mlp inside", "trainer, strict", "by hand"],
+    ids=["trainer", "trainer, mlp inside", "trainer, strict", "trainer, stream", "by hand"],
 )
 def test_thirty_steps_of_adamw(
     protect: Any, tmp_path: Path, train: Train, switches: dict[str, Any], dtype: torch.dtype
@@ -124,8 +125,8 @@ def test_thirty_steps_of_adamw(
 
 @pytest.mark.parametrize(
     ("profile", "switches"),
-    [("balanced", {}), ("paper", {}), ("paper", {"lora_placement": "split"}), ("enclave", {})],
-    ids=["balanced", "paper", "paper, split", "enclave"],
+    [("balanced", {}), ("paper", {}), ("paper", {"lora_placement": "split"}), ("stream", {}), ("enclave", {})],
+    ids=["balanced", "paper", "paper, split", "stream", "enclave"],
 )
 def test_the_exported_adapter_fits_the_original_model(
     protect: Any, tmp_path: Path, profile: str, switches: dict[str, Any]

@@ -40,6 +40,7 @@ def test_roles_shapes_and_scale_are_the_models(inner: int | None, inverse: bool,
         model = GPT2LMHeadModel(cfg)
     spec = family_of(cfg)
     width, hidden = spec.width(cfg), spec.hidden(cfg)
+    assert isinstance(model.get_submodule(spec.final_norm), nn.LayerNorm)
     blocks = list(spec.iter_blocks(model))
     assert [index for index, _, _ in blocks] == [0, 1, 2]
     for index, path, block in blocks:

@@ -14,7 +14,7 @@ import obfuscatune
 from .workers import IDS, generate, loss_of, new_model, worker_in_a_thread
 
 
-@pytest.fixture(params=["plain", "paper", "balanced"])
+@pytest.fixture(params=["plain", "paper", "balanced", "stream"])
 def protected(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Any]:
     with (
         worker_in_a_thread(tmp_path) as address,

@@ -38,6 +38,7 @@ CHANGED = {
     "mix_rows": True,
     "mix_tile": 64,
     "verify": True,
+    "rotate_stream": True,
 }
 # What a switch needs of the others to be allowed, or to have an effect.
 INSIDE = {"attention": "enclave", "mlp": "enclave"}
@@ -47,6 +48,7 @@ NEEDS = {
     "mix_rows": INSIDE,
     "mix_tile": {**INSIDE, "mix_rows": True},
     "verify": {"attention": "enclave"},
+    "rotate_stream": {"lora_placement": "split"},
 }
 roles = st.sampled_from([(), ("provider",), ("owner",), ("provider", "owner")])
 terms = st.builds(

@@ -21,10 +21,11 @@ def test_without_a_gpu_it_says_so(
     assert not (tmp_path / "out").exists()
 
 
-def test_balanced_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("profile", ["balanced", "stream"])
+def test_the_profile_passes(monkeypatch: pytest.MonkeyPatch, profile: str) -> None:
     monkeypatch.setattr(equality, "_ADAMW_STEPS", 2)
     monkeypatch.setattr(equality, "_NEW_TOKENS", 3)
-    rows = list(check(["balanced"], dtype="float32", device="cpu"))
+    rows = list(check([profile], dtype="float32", device="cpu"))
     assert [row["quantity"] for row in rows] == [LOGITS, GRADIENTS, LOSSES, TOKENS]
     assert {row["verdict"] for row in rows} == {OK}
 

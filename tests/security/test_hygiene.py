@@ -21,7 +21,7 @@ from obfuscatune.errors import KeyFaultError, WorkerFault
 from .recording import Recording, new_model, recording_worker
 
 
-@pytest.fixture(scope="module", params=["paper", "balanced"])
+@pytest.fixture(scope="module", params=["paper", "balanced", "stream"])
 def protected(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     path = tmp_path_factory.mktemp("hygiene") / "worker"
     with (

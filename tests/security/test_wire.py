@@ -82,6 +82,8 @@ CASES: dict[str, tuple[str, dict[str, Any], Table]] = {
     "balanced+attention=enclave+mlp=enclave": ("balanced", {"attention": "enclave", "mlp": "enclave"}, {}),
     "strict": ("strict", {}, {}),
     "strict, blocks of 8": ("strict", {"key_block": 8}, {}),
+    "stream": ("stream", {}, ATTENTION | NEURONS | FOLDED),
+    "stream, blocks of 8": ("stream", {"key_block": 8}, ATTENTION | NEURONS | FOLDED),
 }
 
 
@@ -112,8 +114,11 @@ def test_worker_learns_what_the_profile_says_and_nothing_else(case: tuple[str, R
     ],
     ids=str,
 )
-def test_a_key_that_is_left_out_shows(switch: dict[str, Any], shown: Table, tmp_path: Path) -> None:
-    recording = record("balanced", switch, tmp_path)
+@pytest.mark.parametrize("profile", ["balanced", "stream"])
+def test_a_key_that_is_left_out_shows(profile: str, switch: dict[str, Any], shown: Table, tmp_path: Path) -> None:
+    if profile == "stream" and "keys" in switch:  # its stream is centred, and no gradient of a block's output is apart
+        shown = {"ln_1 normalized rows": AS_IT_IS}
+    recording = record(profile, switch, tmp_path)
     found = search(recording.truth, recording.seen())
     assert {name: found.get(name) for name in shown} == shown
 
@@ -139,19 +144,21 @@ def test_headers_hold_words_of_the_protocol_only(case: tuple[str, Recording]) ->
     _, recording = case
     words = {word for fields, tensors in recording.frames("to worker") for word in [*strings_of(fields), *tensors]}
     assert {"define", "x"} | ({"multiply"} if "strict" in case[0] else {"forward", "backward"}) <= words
-    foreign = {word for word in words - PROTOCOL_WORDS if not re.fullmatch(r"s\d+(\.(main|qkv|out|up|down))?", word)}
+    foreign = {word for word in words - PROTOCOL_WORDS if not re.fullmatch(NAMES, word)}
     assert not foreign, "a request says more than it must"
     for raw in recording.raw.values():
-        for word in (b"acme", b"transformer", b"GPT2", b"c_attn", b"c_fc", b"lora", b"default", b"balanced"):
+        for word in (b"acme", b"transformer", b"GPT2", b"c_attn", b"c_fc", b"lora", b"default", b"balanced", b"stream"):
             assert word not in raw
 
 
+# Of segments and their held slots, and of the slots of a body's parts.
+NAMES = r"s\d+(\.(main|qkv|out|up|down))?|[ABc]\.\d+\.(qkv|out|up|down)"
 PROTOCOL_WORDS = {
     *("id", "op", "drop", "calls", "caches", "segment", "kind", "spec", "heads", "scale", "activation", "slot"),
     *("keep", "factors", "held", "causal", "mask_shape", "cache", "length", "rows", "call", "wants", "fresh"),
     *("action", "options", "scales", "lr", "a", "b"),
     *("hello", "define", "hold", "forward", "backward", "optimizer", "stats", "step", "export", "sgd"),
-    *("multiply", "transpose"),
+    *("multiply", "transpose", "body", "parts", "eps", "bias", "recompute"),
     *("linear", "attention", "mlp", "gelu_new", "main", "qkv", "out", "up", "down"),
     *("x", "y", "mask", "weight", "qkv_bias", "up_bias"),
     *(f"{kind}.{slot}" for kind in "uvAB" for slot in ("main", "qkv", "out", "up", "down")),

@@ -8,9 +8,12 @@ from torch import Tensor
 
 from obfuscatune.errors import ProtocolError
 from obfuscatune.protocol.bits import pack_mask
+from obfuscatune.worker.adapters import SlotInputs
+from obfuscatune.worker.segments import Call, _RmsNorm
 from obfuscatune.worker.session import WorkerSession
 
 D, HIDDEN, HEADS, RANK = 8, 16, 2, 2
+EPS = 0.5  # so large that a wrong one shows
 
 
 def tensor(*shape: int, seed: int = 0) -> Tensor:
@@ -25,6 +28,7 @@ def session() -> WorkerSession:
     define(session, "s0", "linear", {}, {"weight": tensor(D, 3)})
     define(session, "s1", "attention", {"heads": HEADS, "scale": 0.5}, attention)
     define(session, "s2", "mlp", {"activation": "gelu"}, mlp)
+    define(session, "s3", "body", {"parts": ["s1", "s2", "s1"], "eps": [EPS] * 3}, {"bias": tensor(3, D)})
     return session
 
 
@@ -79,6 +83,87 @@ def test_a_cache_goes_on_where_it_stopped_in_any_order_of_rows(session: WorkerSe
     assert again.shape == (3, 3, D)
 
 
+def spelled_out(session: WorkerSession, x: Tensor) -> Tensor:
+    """The body of the session, a part at a time."""
+    for segment, bias in zip(("s1", "s2", "s1"), tensor(3, D), strict=True):
+        rows = x / (x.square().mean(-1, keepdim=True) + EPS).sqrt()
+        x = x + forward(session, segment, {"x": rows})["y"] + bias
+    return x
+
+
+def test_a_body_is_its_parts_one_after_another(session: WorkerSession) -> None:
+    x = tensor(2, 5, D)
+    torch.testing.assert_close(forward(session, "s3", {"x": x})["y"], spelled_out(session, x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_rms_norm_is_torchs_own_in_both_directions(dtype: torch.dtype) -> None:
+    x, gradient = tensor(2, 5, 64).to(dtype), tensor(2, 5, 64, seed=1).to(dtype)
+    found = []
+    for norm in (lambda x: _RmsNorm.apply(x, 0.1), lambda x: torch.nn.functional.rms_norm(x, (64,), eps=0.1)):
+        leaf = x.clone().requires_grad_()
+        y = norm(leaf)
+        found.append((y.detach(), torch.autograd.grad(y, leaf, gradient)[0]))
+    tolerance = {"rtol": 0.02, "atol": 0.02} if dtype == torch.bfloat16 else {}  # its y is rounded in between
+    torch.testing.assert_close(found[0], found[1], **tolerance)
+    assert not torch.allclose(found[0][1], gradient)
+
+
+def test_the_cache_of_a_body_is_that_of_all_its_attentions(session: WorkerSession) -> None:
+    x = tensor(3, 5, D)
+    whole = forward(session, "s3", {"x": x})["y"]
+    forward(session, "s3", {"x": x[:, :4]}, cache={"id": 1, "length": 0, "rows": None})
+    rows = [2, 0, 0]
+    last = forward(session, "s3", {"x": x[rows, 4:]}, cache={"id": 1, "length": 4, "rows": rows})["y"]
+    torch.testing.assert_close(last, whole[rows, 4:])
+    wrong = forward(session, "s3", {"x": x[rows, 4:]}, cache={"id": 1, "length": 4, "rows": [1, 2, 0]})["y"]
+    assert not torch.allclose(wrong, last)
+    assert stats(session) == (0, 1)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_both_factors_of_slots_of_a_body(session: WorkerSession, recompute: bool) -> None:
+    x, gradient = tensor(2, 3, D).requires_grad_(), tensor(2, 3, D, seed=1)
+    a, b, c = (t.requires_grad_() for t in (tensor(D, RANK), tensor(RANK, HIDDEN, seed=2), tensor(RANK)))
+    names = ["A.1.up", "B.1.up", "c.1.up"]
+    leaves = dict(zip(names, (a, b, c), strict=True))
+
+    def with_lora(rows: Tensor) -> Tensor:
+        hidden = rows @ tensor(D, HIDDEN) + tensor(HIDDEN) + (rows @ a + c) @ b
+        return torch.nn.functional.gelu(hidden) @ tensor(HIDDEN, D)
+
+    def block(x: Tensor) -> Tensor:
+        bias = tensor(3, D)
+        rows = lambda x: x / (x.square().mean(-1, keepdim=True) + EPS).sqrt()  # noqa: E731
+        attention = session._segments["s1"].run
+        x = x + attention(rows(x), SlotInputs({}, {}), Call()) + bias[0]
+        x = x + with_lora(rows(x)) + bias[1]
+        return x + attention(rows(x), SlotInputs({}, {}), Call()) + bias[2]
+
+    expected = block(x)
+    wanted = torch.autograd.grad(expected, [x, a, b, c], gradient)
+    fields = {"id": 7, "keep": True, "factors": names, "recompute": recompute}
+    y = forward(session, "s3", {"x": x.detach(), **{n: t.detach() for n, t in leaves.items()}}, **fields)["y"]
+    torch.testing.assert_close(y, expected.detach())
+    request = {"op": "backward", "segment": "s3", "call": 7, "wants": ["x", *names]}
+    found = session.handle(request, {"y": gradient})[1]
+    torch.testing.assert_close(found, dict(zip(["x", *names], wanted, strict=True)))
+    plain = forward(session, "s3", {"x": x.detach()})["y"]
+    assert not torch.allclose(plain, y)
+
+
+def test_recomputing_keeps_less(session: WorkerSession) -> None:
+    def kept(recompute: bool) -> int:
+        sizes: list[int] = []
+        note = lambda t: (sizes.append(t.numel()), t)[1]  # noqa: E731
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+            forward(session, "s3", {"x": tensor(2, 5, D)}, id=8, keep=True, recompute=recompute)
+        session.handle({"op": "hello", "drop": {"calls": [8]}}, {})
+        return sum(sizes)
+
+    assert kept(True) < kept(False) / 4
+
+
 def test_backward_gives_the_gradients_asked_for_and_forgets_the_call(session: WorkerSession) -> None:
     x, u, b, gradient = tensor(2, D), tensor(2, RANK), tensor(RANK, 3), tensor(2, 3)
     fields = {"id": 7, "keep": True, "factors": ["B.main"]}
@@ -128,6 +213,7 @@ def test_drop_forgets_calls_and_caches_and_knows_no_unknown_one(session: WorkerS
     assert stats(session) == (0, 0)
 
 
+BODY = {"op": "define", "segment": "n", "kind": "body"}
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Tensor], str]] = {
     "no operation": ({}, {}, "operation"),
     "unknown operation": ({"op": "__init__"}, {}, "operation"),
@@ -152,6 +238,33 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Tensor], str]] = {
         {"qkv": tensor(D, 3 * D), "qkv_bias": tensor(3 * D), "out": tensor(D, D)},
         "heads of an attention segment",
     ),
+    "body of nothing": ({**BODY, "spec": {"parts": [], "eps": []}}, {"bias": tensor(0, D)}, "parts of a body"),
+    "body of an unknown part": (
+        {**BODY, "spec": {"parts": ["s9"], "eps": [EPS]}},
+        {"bias": tensor(1, D)},
+        "parts of a body",
+    ),
+    "body of a linear": ({**BODY, "spec": {"parts": ["s0"], "eps": [EPS]}}, {"bias": tensor(1, D)}, "parts of a body"),
+    "body of a body": ({**BODY, "spec": {"parts": ["s3"], "eps": [EPS]}}, {"bias": tensor(1, D)}, "parts of a body"),
+    "body of parts without names": (
+        {**BODY, "spec": {"parts": [["s1"]], "eps": [EPS]}},
+        {"bias": tensor(1, D)},
+        "parts of a body",
+    ),
+    "too few eps": ({**BODY, "spec": {"parts": ["s1", "s2"], "eps": [EPS]}}, {"bias": tensor(2, D)}, "eps of a body"),
+    "negative eps": ({**BODY, "spec": {"parts": ["s1"], "eps": [-1.0]}}, {"bias": tensor(1, D)}, "eps of a body"),
+    "eps that is no number": ({**BODY, "spec": {"parts": ["s1"], "eps": ["1"]}}, {"bias": tensor(1, D)}, "eps of a"),
+    "too few rows of bias": (
+        {**BODY, "spec": {"parts": ["s1", "s2"], "eps": [EPS] * 2}},
+        {"bias": tensor(1, D)},
+        "widths of a body",
+    ),
+    "bias of another width": (
+        {**BODY, "spec": {"parts": ["s1"], "eps": [EPS]}},
+        {"bias": tensor(1, D + 1)},
+        "widths of a body",
+    ),
+    "hold in a body": ({"op": "hold", "segment": "s3", "slot": "1.up"}, {"a": tensor(D, 1)}, "factors to hold"),
     "forward of an unknown segment": ({"op": "forward", "segment": "s9"}, {"x": tensor(2, D)}, "segment"),
     "forward without x": ({"op": "forward", "segment": "s0"}, {}, "input x"),
     "forward of a vector": ({"op": "forward", "segment": "s0"}, {"x": tensor(D)}, "input x"),
@@ -211,6 +324,16 @@ def test_a_cache_may_not_be_longer_than_it_is(session: WorkerSession) -> None:
     for segment, length in (("s1", 3), ("s2", 1)):
         with pytest.raises(ProtocolError, match="KV cache"):
             forward(session, segment, {"x": tensor(1, 1, D)}, cache={"id": 1, "length": length, "rows": None})
+
+
+def test_parts_of_unequal_width_are_no_body(session: WorkerSession) -> None:
+    narrow = {"up": tensor(D, HIDDEN), "up_bias": tensor(HIDDEN), "down": tensor(HIDDEN, D - 1)}
+    define(session, "s4", "mlp", {"activation": "gelu"}, narrow)
+    flat = {"up": tensor(D), "up_bias": tensor(HIDDEN), "down": tensor(HIDDEN, D)}
+    define(session, "s5", "mlp", {"activation": "gelu"}, flat)
+    for part, match in (("s4", "widths of a body"), ("s5", "weights of a part of a body")):
+        with pytest.raises(ProtocolError, match=match):
+            define(session, "n", "body", {"parts": ["s1", part], "eps": [EPS] * 2}, {"bias": tensor(2, D)})
 
 
 def test_kept_calls_and_caches_are_bounded(session: WorkerSession, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ def command(
         "obfuscatune-demo"
     ),
     profile: Annotated[
-        str, typer.Option("--profile", help="plain, naive, paper, balanced, strict or enclave")
+        str, typer.Option("--profile", help="plain, naive, paper, balanced, strict, stream or enclave")
     ] = "balanced",
     worker: Annotated[str, typer.Option("--worker", help="spawn, unix://PATH or tcp://HOST:PORT")] = "spawn",
     max_steps: Annotated[int | None, typer.Option("--max_steps", min=1, help="fewer steps, for a quick look")] = None,

@@ -1,6 +1,6 @@
 """What a profile keeps in the enclave and what crosses the boundary, computed from shapes alone.
 
-In a forward without an adapter and without padding, for one block of which nothing stays in the enclave:
+In a forward without an adapter and without padding, for each block that does not stay in the enclave:
 
 =====================  =====  =====================  ==========================================
 part, and its side     calls  numbers per token      parameters on the worker
@@ -12,7 +12,8 @@ MLP, enclave           2      in + out of both       W_up, W_down
 =====================  =====  =====================  ==========================================
 
 With ``mix_rows`` each linear layer sends tiles with their noise rows and gets a product for each tile. How many that
-are depends on the tokens of a call; the table is for `ROWS` of them then.
+are depends on the tokens of a call; the table is for `ROWS` of them then. With ``rotate_stream`` all blocks together
+are one call, d numbers out and d back, and the biases that write the residual stream are on the worker too.
 
 A number is one element of the model's dtype. Framing adds up to about 200 bytes to a request and to a reply.
 """
@@ -31,7 +32,7 @@ ROWS, LENGTH = 512, 128  # tokens of the call, and of one of its texts, that the
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Parameters on either side; calls, bytes per token, and share of the arithmetic, of one keyed block in a forward.
+    """Parameters on either side; calls, bytes per token, and share of the arithmetic, of a forward of all keyed blocks.
 
     ``enclave_arithmetic`` counts multiply-adds of keys, mixing, checks and attention in the enclave, over all.
     """
@@ -41,9 +42,9 @@ class Estimate:
     worker_parameters: int
     enclave_share: float
     keyed_blocks: int
-    calls_per_layer: int
-    bytes_sent_per_token_and_layer: int
-    bytes_received_per_token_and_layer: int
+    calls: int
+    bytes_sent_per_token: int
+    bytes_received_per_token: int
     enclave_arithmetic: float
 
     def to_dict(self) -> dict[str, Any]:
@@ -62,8 +63,7 @@ def estimate(model: nn.Module, spec: FamilySpec, profile: Profile, itemsize: int
         block for index, _, block in spec.iter_blocks(model) if profile.remote and index >= profile.enclave_blocks
     ]
     worker = calls = sent = received = inside = outside = 0
-    for block in blocks:
-        calls = sent = received = inside = outside = 0  # the same in every block
+    for index, block in enumerate(blocks):
         for part, first, last, side in (
             (spec.attention, spec.qkv, spec.out, profile.attention),
             (spec.mlp, spec.up, spec.down, profile.mlp),
@@ -76,15 +76,19 @@ def estimate(model: nn.Module, spec: FamilySpec, profile: Profile, itemsize: int
                 attention = 2 * LENGTH * ROWS * in_last
                 inside, outside = (inside + attention, outside) if side == "enclave" else (inside, outside + attention)
             if side == "worker":
-                worker, calls = worker + out_first, calls + 1
-                sent, received = sent + in_first, received + out_last
-                inside += ROWS * (of_keys(profile.keys, in_first, profile) + of_keys(profile.keys, out_last, profile))
+                worker += out_first
                 outside += ROWS * (in_first * out_first + in_last * out_last)
+                if profile.rotate_stream:
+                    worker += out_last
+                if not profile.rotate_stream or (index == 0 and part == spec.attention):
+                    calls, sent, received = calls + 1, sent + in_first, received + out_last
+                    sizes = (in_first, out_last)
+                    inside += ROWS * sum(of_keys(profile.keys, size, profile) for size in sizes)
                 continue
             calls += 2
             families = (profile.keys, profile.inner_keys, profile.inner_keys, profile.keys)
-            sizes = (in_first, out_first, in_last, out_last)
-            inside += ROWS * sum(of_keys(f, size, profile) for f, size in zip(families, sizes, strict=True))
+            four = zip(families, (in_first, out_first, in_last, out_last), strict=True)
+            inside += ROWS * sum(of_keys(family, size, profile) for family, size in four)
             for width, out in shapes:
                 if profile.mix_rows:
                     call = mixed_call(ROWS, width, out, profile.mix_tile)
@@ -99,8 +103,8 @@ def estimate(model: nn.Module, spec: FamilySpec, profile: Profile, itemsize: int
         worker_parameters=worker,
         enclave_share=(total - worker) / total,
         keyed_blocks=len(blocks),
-        calls_per_layer=calls,
-        bytes_sent_per_token_and_layer=sent * itemsize,
-        bytes_received_per_token_and_layer=received * itemsize,
+        calls=calls,
+        bytes_sent_per_token=sent * itemsize,
+        bytes_received_per_token=received * itemsize,
         enclave_arithmetic=inside / (inside + outside) if blocks else 1.0,
     )

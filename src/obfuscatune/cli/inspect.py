@@ -69,7 +69,7 @@ def _show(found: dict[str, Any]) -> None:
     for name, value in found.items():
         if name != "profiles":
             print(f"{name:<12}{value:,}" if type(value) is int else f"{name:<12}{value}")
-    table = Table(title=f"one forward of a keyed block, in {found['dtype']}")
+    table = Table(title=f"one forward of all keyed blocks, in {found['dtype']}")
     table.add_column("profile")
     for header in ("in the enclave", "share", "calls", "bytes out/token", "bytes back/token", "arithmetic"):
         table.add_column(header, justify="right")
@@ -78,9 +78,9 @@ def _show(found: dict[str, Any]) -> None:
             row["profile"],
             f"{row['enclave_parameters']:,}",
             f"{100 * row['enclave_share']:.1f} %",
-            f"{row['calls_per_layer']}",
-            f"{row['bytes_sent_per_token_and_layer']:,}",
-            f"{row['bytes_received_per_token_and_layer']:,}",
+            f"{row['calls']}",
+            f"{row['bytes_sent_per_token']:,}",
+            f"{row['bytes_received_per_token']:,}",
             f"{100 * row['enclave_arithmetic']:.1f} %",
         )
     Console().print(table)

@@ -42,6 +42,7 @@ _SWITCH_HELP = {
     "mix_rows": "mix the rows of each call with noise rows",
     "mix_tile": "most columns that one secret mixes",
     "verify": "check each product by a secret vector",
+    "rotate_stream": "all blocks in one call, under one rotation of the residual stream",
 }
 
 

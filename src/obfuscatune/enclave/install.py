@@ -35,6 +35,32 @@ from obfuscatune.profiles import Profile
 from obfuscatune.protocol import ACTIVATION_NAMES
 
 
+@dataclass(slots=True, repr=False)  # a repr would show secret biases
+class Shipped:
+    """A whole submodule whose keyed weights the worker has, and what the enclave needs to use it.
+
+    Attributes:
+        segment, path: its name on the worker, and in the model. first, last: its two layers, norms not folded.
+        norm: that was folded into the first one, if any. stream: randomness by name.
+        key_in, key_out: of what enters and leaves. key_first, key_last: of the stream between, as LoRA sees it.
+        bias: ``[d]``, float64, of the un-keyed output. offset: what the true input of the last layer has more than the
+            worker's, ``[d]``, if anything.
+    """
+
+    segment: str
+    path: str
+    first: Site
+    last: Site
+    norm: nn.LayerNorm | None
+    stream: Callable[[str], Stream]
+    key_in: Key
+    key_out: Key
+    key_first: Key
+    key_last: Key
+    bias: Tensor
+    offset: Tensor | None = None
+
+
 @dataclass
 class Installer:
     """Keys, ships and replaces; one per protected model."""
@@ -42,7 +68,7 @@ class Installer:
     session: Session
     profile: Profile
     spec: FamilySpec
-    config: Any
+    model: Any
     secret: MasterSecret
     held: HeldAdapter
     adapted: bool
@@ -86,13 +112,17 @@ class Installer:
                 site.weight = site.weight.new_empty(0)
         self._sites.clear()
 
+    def finish(self) -> None:
+        """Ship what is not of one block, after the last of them."""
+
     def install(self) -> None:
         """Replace the submodules of all keyed blocks; cannot fail half-way."""
         if self._dropout_off:  # first, because a filter may turn the warning into an error
             names = ", ".join(sorted(set(self._dropout_off)))
+            first = "rotate_stream=False, " if self.profile.rotate_stream else ""
             warnings.warn(
                 f"{names} > 0 cannot be run exactly on keyed values and is switched off there. "
-                "attention='enclave', mlp='enclave' and lora_placement='enclave' together keep all dropout.",
+                f"{first}attention='enclave', mlp='enclave' and lora_placement='enclave' together keep all dropout.",
                 stacklevel=3,
             )
         for replace in self._replacements:
@@ -204,13 +234,60 @@ class Installer:
         self._replacements.append(lambda: replace_linear(site, remote, whole=split is not None or held is not None))
 
     def _whole_attention(self, block: nn.Module, attention: nn.Module, index: int, where: str) -> None:
+        shipped = self._ship_attention(block, attention, index, where)
+        remote = RemoteAttention(
+            self.session,
+            dropout=attention.get_submodule(self.spec.dropout),
+            mirror=self._mirror,
+            index=index,
+            **self._parts(shipped, "qkv", "out"),
+        )
+        self._replacements.append(
+            lambda: replace_whole(block, self.spec.attention, remote, (shipped.first, shipped.last))
+        )
+
+    def _whole_mlp(self, block: nn.Module, mlp: nn.Module, where: str) -> None:
+        shipped = self._ship_mlp(block, mlp, where)
+        remote = RemoteMlp(
+            self.session, dropout=mlp.get_submodule(self.spec.mlp_dropout), **self._parts(shipped, "up", "down")
+        )
+        self._replacements.append(lambda: replace_whole(block, self.spec.mlp, remote, (shipped.first, shipped.last)))
+
+    def _parts(self, shipped: Shipped, first: str, last: str) -> dict[str, Any]:
+        """What every whole submodule takes; ``first`` and ``last`` are its slots."""
+        return {
+            "segment": shipped.segment,
+            "layer": shipped.path,
+            "key_in": shipped.key_in,
+            "key_out": shipped.key_out,
+            "bias": shipped.bias.to(shipped.last.weight.dtype),
+            "folded": shipped.norm is not None,
+            "slots": self._slots(shipped, first, last),
+            "children": adapters_by_name(shipped.first, shipped.last),
+        }
+
+    # whole submodules
+
+    def _around(self, stream: Callable[[str], Stream], part: str, size: int) -> tuple[Key, Key]:
+        """Return the keys of what enters and of what leaves a whole submodule."""
+        return self._key(stream, f"{part} in", size), self._key(stream, f"{part} out", size)
+
+    def _reading(self, site: Site, norm: nn.LayerNorm | None) -> tuple[Tensor, Tensor]:
+        """Return weight and bias, in float64, of a layer that reads normalized rows."""
+        return site.folded(norm)
+
+    def _written(self, rows: Tensor) -> Tensor:
+        """Return, for what writes the residual stream (a weight's or a bias' rows), what it is to write; float64."""
+        return rows.double()
+
+    def _ship_attention(self, block: nn.Module, attention: nn.Module, index: int, where: str) -> Shipped:
         spec, profile = self.spec, self.profile
         qkv, out = self._site(attention, spec.qkv, where), self._site(attention, spec.out, where)
         norm = self._norm(block, spec.attention_norm)
-        shape = spec.attention_shape(self.config, index)
+        shape = spec.attention_shape(self.model.config, index)
         stream = self._streams(where, qkv.weight, out.weight)
         d = out.weight.shape[1]
-        key_in, key_out = self._key(stream, "attention in", d), self._key(stream, "attention out", d)
+        key_in, key_out = self._around(stream, "attention", d)
         if profile.head_keys:
             key_q, key_k, key_v = per_head(stream("heads"), shape.heads, shape.head_dim, profile.head_kappa)
             key_qkv: Key = ConcatKey([key_q, key_k, key_v])
@@ -220,41 +297,25 @@ class Installer:
         # Held LoRA of the output layer sees the heads' output as it is on the worker, so it must be the true one.
         secret_biases = profile.head_keys and profile.lora_placement != "worker"
         keyed = key_attention(
-            qkv=qkv.folded(norm),
-            out=(out.weight, out.bias),
+            qkv=self._reading(qkv, norm),
+            out=(self._written(out.weight), self._written(out.bias)),
             key_in=key_in,
             key_qkv=key_qkv,
             key_value=key_value,
             key_out=key_out,
             stream=stream("biases") if secret_biases else None,
         )
-        dtype = qkv.weight.dtype
         fields = {"heads": shape.heads, "scale": shape.scale}
-        segment = self._define(where, "attention", fields, keyed.keyed, dtype)
-        slots = self._slots(("qkv", qkv, key_qkv), ("out", out, key_value), segment, stream, key_in, key_out)
-        if isinstance(slots.split_last, SplitOutput):
-            slots.split_last.offset = keyed.value_offset.to(dtype)
-        if getattr(self.config, spec.attention_dropout, 0.0) > 0:
+        segment = self._define(where, "attention", fields, keyed.keyed, qkv.weight.dtype)
+        if getattr(self.model.config, spec.attention_dropout, 0.0) > 0:
             self._dropout_off.append(spec.attention_dropout)
-        remote = RemoteAttention(
-            self.session,
-            dropout=attention.get_submodule(spec.dropout),
-            mirror=self._mirror,
-            index=index,
-            segment=segment,
-            layer=where,
-            key_in=key_in,
-            key_out=key_out,
-            bias=keyed.bias.to(dtype),
-            folded=norm is not None,
-            slots=slots,
-            children=adapters_by_name(qkv, out),
-        )
-        self._replacements.append(lambda: replace_whole(block, spec.attention, remote, (qkv, out)))
+        offset = keyed.value_offset if secret_biases else None
+        between = (key_qkv, key_value)
+        return Shipped(segment, where, qkv, out, norm, stream, key_in, key_out, *between, keyed.bias, offset)
 
-    def _whole_mlp(self, block: nn.Module, mlp: nn.Module, where: str) -> None:
+    def _ship_mlp(self, block: nn.Module, mlp: nn.Module, where: str) -> Shipped:
         spec, profile = self.spec, self.profile
-        activation = spec.activation(self.config)
+        activation = spec.activation(self.model.config)
         if activation not in ACTIVATION_NAMES:
             expected = f"one of {', '.join(ACTIVATION_NAMES)}"
             raise UnsupportedModelError(
@@ -264,52 +325,37 @@ class Installer:
         norm = self._norm(block, spec.mlp_norm)
         stream = self._streams(where, up.weight, down.weight)
         d, hidden = up.weight.shape
-        key_in, key_out = self._key(stream, "mlp in", d), self._key(stream, "mlp out", d)
+        key_in, key_out = self._around(stream, "mlp", d)
         family = "permutation" if profile.permute_mlp else "identity"
         key_hidden = build(family, stream("neurons"), hidden)
-        keyed = key_mlp(up=up.folded(norm), down=down.weight, key_in=key_in, key_hidden=key_hidden, key_out=key_out)
-        dtype = up.weight.dtype
-        segment = self._define(where, "mlp", {"activation": activation}, keyed, dtype)
-        slots = self._slots(("up", up, key_hidden), ("down", down, key_hidden), segment, stream, key_in, key_out)
-        remote = RemoteMlp(
-            self.session,
-            dropout=mlp.get_submodule(spec.mlp_dropout),
-            segment=segment,
-            layer=where,
+        keyed = key_mlp(
+            up=self._reading(up, norm),
+            down=self._written(down.weight),
             key_in=key_in,
+            key_hidden=key_hidden,
             key_out=key_out,
-            bias=down.bias.detach().clone(),
-            folded=norm is not None,
-            slots=slots,
-            children=adapters_by_name(up, down),
         )
-        self._replacements.append(lambda: replace_whole(block, spec.mlp, remote, (up, down)))
+        segment = self._define(where, "mlp", {"activation": activation}, keyed, up.weight.dtype)
+        between, bias = (key_hidden, key_hidden), self._written(down.bias)
+        return Shipped(segment, where, up, down, norm, stream, key_in, key_out, *between, bias)
 
     # LoRA
 
-    def _slots(
-        self,
-        first: tuple[str, Site, Key],
-        last: tuple[str, Site, Key],
-        segment: str,
-        stream: Callable[[str], Stream],
-        key_in: Key,
-        key_out: Key,
-    ) -> WholeSlots:
-        """LoRA of the two layers of a whole submodule; beside each site, the key of the stream between the two."""
-        (first_name, first_site, key_first), (last_name, last_site, key_last) = first, last
-        slots = WholeSlots(first_name, last_name)
+    def _slots(self, shipped: Shipped, first: str, last: str) -> WholeSlots:
+        """LoRA of the two layers of a whole submodule."""
+        slots, segment = WholeSlots(first, last), shipped.segment
         if self.profile.lora_placement == "worker":
-            slots.held_first = self._hold(first_site, segment, first_name, key_in, key_first)
-            slots.held_last = self._hold(last_site, segment, last_name, key_last, key_out)
+            slots.held_first = self._hold(shipped.first, segment, first, shipped.key_in, shipped.key_first)
+            slots.held_last = self._hold(shipped.last, segment, last, shipped.key_last, shipped.key_out)
             return slots
-        if first_site.lora is not None:
-            make = _rank_keys(stream, first_name)
-            slots.split_first = SplitInput(first_name, first_site.lora, first_site.path, make, key_first)
-        if last_site.lora is not None:
-            make = _rank_keys(stream, last_name)
-            slots.split_last = SplitOutput(last_name, last_site.lora, last_site.path, make, key_last)
-            self._note_lora_dropout(last_site.lora)
+        if (lora := shipped.first.lora) is not None:
+            make = rank_keys(shipped.stream, first)
+            slots.split_first = SplitInput(first, lora, shipped.first.path, make, shipped.key_first)
+        if (lora := shipped.last.lora) is not None:
+            make, path = rank_keys(shipped.stream, last), shipped.last.path
+            offset = None if shipped.offset is None else shipped.offset.to(shipped.last.weight.dtype)
+            slots.split_last = SplitOutput(last, lora, path, make, shipped.key_last, offset)
+            self._note_lora_dropout(lora)
         return slots
 
     def _hold(self, site: Site, segment: str, slot: str, key_in: Key, key_out: Key) -> HeldSlot | None:
@@ -343,5 +389,6 @@ class Installer:
             self._dropout_off.append("lora_dropout")
 
 
-def _rank_keys(stream: Callable[[str], Stream], slot: str) -> Callable[[int], Key]:
+def rank_keys(stream: Callable[[str], Stream], slot: str) -> Callable[[int], Key]:
+    """Return what makes the secret rotation of a slot's low-rank numbers, by their number."""
     return lambda rank: haar(stream(f"{slot} rank {rank}"), rank)

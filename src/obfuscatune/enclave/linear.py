@@ -1,5 +1,6 @@
 """A remote linear layer: ``y = x W + b`` with W on the worker, keyed on both sides."""
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -73,6 +74,6 @@ def add_lora(call: RemoteCall, x: Tensor, *, split: SplitInput | None, held: Hel
         call.tensors.update({name: tensor.to(x.dtype) for name, tensor in tensors.items()})
         call.factors.append(f"B.{slot}")
         if changed:
-            call.push[f"B.{slot}"] = split.sent
+            call.push[f"B.{slot}"] = partial(split.sent, "B")
     elif held is not None and held.begin_forward():
         call.held[slot] = held

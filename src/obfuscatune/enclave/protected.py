@@ -8,8 +8,10 @@ import torch
 from peft import PeftModel
 from torch import nn
 
+from obfuscatune.enclave.body import RemoteBody
 from obfuscatune.enclave.held import OPTIMIZERS, HeldAdapter, RemoteOptimizer
 from obfuscatune.enclave.install import Installer
+from obfuscatune.enclave.install_body import BodyInstaller
 from obfuscatune.enclave.lazy import LazyWeights
 from obfuscatune.enclave.linear import RemoteLinear
 from obfuscatune.enclave.mixed import MixedLinear
@@ -73,14 +75,18 @@ def protect(
     if not resolved.remote:
         return Protected(model, resolved, None, None, keys, total_parameters=total, worker_parameters=0)
     blocks = _blocks(causal_lm, spec, resolved)
+    if resolved.rotate_stream:
+        _check_final_norm(causal_lm, spec)
     session = open_session(worker, timeout=timeout, threads=threads, device=device)
     try:
         session.hello()
         held = HeldAdapter(session)
         adapted = isinstance(model, PeftModel)
-        installer = Installer(session, resolved, spec, causal_lm.config, keys, held, adapted, weights)
+        kind = BodyInstaller if resolved.rotate_stream else Installer
+        installer = kind(session, resolved, spec, causal_lm, keys, held, adapted, weights)
         for index, path, block in _with_bar(blocks, progress):
             installer.key_block(block, index, path)
+        installer.finish()
         if resolved.attention == "worker":
             causal_lm.set_attn_implementation("sdpa")  # its masks say only what is allowed, and None for causal
         installer.install()
@@ -88,7 +94,10 @@ def protect(
         session.close()
         raise
     if resolved.attention == "worker":
-        _refuse_attention_weights(causal_lm)
+        _refuse_output(causal_lm, "output_attentions", 'attention weights stay on the worker: attention="enclave"')
+    if resolved.rotate_stream:
+        what = "the blocks' outputs stay on the worker: rotate_stream=False. The last hidden state is there"
+        _refuse_output(causal_lm, "output_hidden_states", what)
     head = causal_lm.get_output_embeddings()
     if type(head) is nn.Linear:
         # A quarter of a decoding step of GPT-2 small is the reading of this weight.
@@ -193,7 +202,7 @@ def _causal_lm(model: nn.Module) -> Any:
 
 def _blocks(causal_lm: nn.Module, spec: FamilySpec, profile: Profile) -> list[tuple[int, str, nn.Module]]:
     """The blocks that leave for the worker."""
-    if any(isinstance(module, RemoteLinear | MixedLinear | RemoteWhole) for module in causal_lm.modules()):
+    if any(isinstance(module, RemoteLinear | MixedLinear | RemoteWhole | RemoteBody) for module in causal_lm.modules()):
         raise UnsupportedModelError("the model is protected already", hint="load it again to protect it anew")
     try:
         blocks = list(spec.iter_blocks(causal_lm))
@@ -211,6 +220,14 @@ def _blocks(causal_lm: nn.Module, spec: FamilySpec, profile: Profile) -> list[tu
             hint='profile="enclave" keeps all of it inside',
         )
     return blocks[profile.enclave_blocks :]
+
+
+def _check_final_norm(causal_lm: nn.Module, spec: FamilySpec) -> None:
+    """Refuse a model that could see the mean of a row, which the centred residual stream has not."""
+    norm = causal_lm.get_submodule(spec.final_norm)
+    if type(norm) is not nn.LayerNorm:
+        got, hint = type(norm).__name__, "rotate_stream=False"
+        raise UnsupportedModelError("final norm", got=got, expected="LayerNorm", where=spec.final_norm, hint=hint)
 
 
 def _check_tensors(model: nn.Module) -> None:
@@ -250,12 +267,16 @@ def _with_bar(blocks: list[Any], progress: bool) -> Any:
     return tqdm(blocks, desc="keying weights", unit="block")
 
 
-def _refuse_attention_weights(model: Any) -> None:
-    def check(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        wanted = kwargs.get("output_attentions")
-        if wanted or (wanted is None and getattr(model.config, "output_attentions", False)):
-            raise UnsupportedModelError(
-                "output_attentions: attention weights stay on the worker", hint='protect with attention="enclave"'
-            )
+def _refuse_output(model: Any, name: str, why: str) -> None:
+    """Refuse a forward that asks for an output which is on the worker, by its argument or by the configuration."""
+    reason, _, hint = why.partition(": ")
 
-    model.register_forward_pre_hook(check, with_kwargs=True)
+    def check(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        wanted = kwargs.get(name)
+        if wanted is None:
+            wanted = getattr(model.config, name, None)
+        if wanted is not None and wanted is not False:  # a number may choose one of several, 0 the first
+            raise UnsupportedModelError(f"{name}: {reason}", hint=f"protect with {hint}")
+
+    for each in (model, model.base_model):  # the one without the head can be called alone
+        each.register_forward_pre_hook(check, with_kwargs=True)

@@ -6,6 +6,7 @@ that parameters and state-dict keys are those of the plain model.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -87,7 +88,7 @@ class RemoteWhole(nn.Module):
             call.factors.append(f"A.{slots.last}")
             call.shapes[f"v.{slots.last}"] = (*x.shape[:-1], slots.split_last.rank(adapter))
             if changed:
-                call.push[f"A.{slots.last}"] = slots.split_last.sent
+                call.push[f"A.{slots.last}"] = partial(slots.split_last.sent, "A")
         if slots.held_last is not None and slots.held_last.begin_forward():
             call.held[slots.last] = slots.held_last
         outputs = call.run()
@@ -133,20 +134,28 @@ class RemoteAttention(RemoteWhole):
         """
         if encoder_hidden_states is not None:
             raise UnsupportedModelError("cross-attention", where=self._layer)
-        batch, new, _ = hidden_states.shape
-        header: dict[str, Any] = {"causal": attention_mask is None}
-        mask = None
-        if attention_mask is not None:
-            allowed = _allowed(attention_mask, self._layer)
-            mask, header["mask_shape"] = pack_mask(allowed), list(allowed.shape)
+        header, mask = mask_fields(attention_mask, self._layer)
         if past_key_values is not None:
             trains = torch.is_grad_enabled() and (
                 hidden_states.requires_grad or any(p.requires_grad for p in self.parameters())
             )
+            batch, new, _ = hidden_states.shape
             header["cache"] = self._mirror.request(
                 past_key_values, self._index, batch, new, self._layer, continued=not trains
             )
         return self.dropout(self.remote(hidden_states, header, mask)), None
+
+
+def mask_fields(attention_mask: Tensor | None, layer: str) -> tuple[dict[str, Any], Tensor | None]:
+    """Return the fields of a forward request that tell of a mask in one of transformers' forms, and the mask packed.
+
+    Raises:
+        UnsupportedModelError: a mask with values other than allowed and forbidden.
+    """
+    if attention_mask is None:
+        return {"causal": True}, None
+    allowed = _allowed(attention_mask, layer)
+    return {"causal": False, "mask_shape": list(allowed.shape)}, pack_mask(allowed)
 
 
 def _allowed(mask: Tensor, layer: str) -> Tensor:

@@ -20,6 +20,7 @@ def _refusals(config: Any) -> list[str]:
 GPT2 = FamilySpec(
     model_type="gpt2",
     blocks="transformer.h",
+    final_norm="transformer.ln_f",
     attention="attn",
     attention_norm="ln_1",
     mlp="mlp",

@@ -30,6 +30,7 @@ class FamilySpec:
     Attributes:
         model_type: the value of ``config.model_type``.
         blocks: path of the list of decoder blocks.
+        final_norm: path of the norm after the last block.
         attention, attention_norm, mlp, mlp_norm: paths of the submodules, relative to a block.
         qkv, out: paths of the fused q,k,v projection and of the output projection, relative to ``attention``.
         up, down: paths of the MLP's two projections, relative to ``mlp``.
@@ -44,6 +45,7 @@ class FamilySpec:
 
     model_type: str
     blocks: str
+    final_norm: str
     attention: str
     attention_norm: str
     mlp: str

@@ -26,7 +26,8 @@ from obfuscatune.reproduce.cost_report import Measured, write_report
 from obfuscatune.reproduce.provenance import describe
 
 TRUE_SIZES = ("small", "medium", "large", "xl")
-PROFILES = ("balanced", "paper", "naive", "strict")
+PROFILES = ("balanced", "paper", "naive", "strict", "stream")
+_WITHOUT_NAIVE = ("balanced", "paper", "strict", "stream")
 # On a CPU the weights of plain, enclave and worker are all in its memory: from this size on one at a time, so that
 # GPT2-XL stays within 20 GiB.
 _APART_ON_CPU = ("medium", "large", "xl")
@@ -57,9 +58,9 @@ PRESETS = {
     "small": Preset(
         parts=(
             Part(size="small"),
-            Part(size="medium", profiles=("balanced", "paper", "strict"), workloads=("prefill", "lora_step"), rounds=2),
-            Part(size="large", profiles=("balanced", "paper", "strict"), workloads=("prefill",), rounds=2),
-            Part(size="xl", profiles=("balanced", "paper"), workloads=()),
+            Part(size="medium", profiles=_WITHOUT_NAIVE, workloads=("prefill", "lora_step"), rounds=2),
+            Part(size="large", profiles=_WITHOUT_NAIVE, workloads=("prefill",), rounds=2),
+            Part(size="xl", profiles=("balanced", "paper", "stream"), workloads=()),
         )
     ),
     "paper": Preset(parts=tuple(Part(size=size, rounds=5) for size in TRUE_SIZES)),

@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from obfuscatune.cli.estimate import Estimate
-from obfuscatune.evaluation.bench_workloads import SIZES, WORKLOADS
+from obfuscatune.evaluation.bench_workloads import WORKLOADS
 from obfuscatune.reproduce.figures import COLOURS, new_figure, save, style
 from obfuscatune.reproduce.page import Section, figure, paragraph, rows_table, write_html
 from obfuscatune.reproduce.tables import write_csv, write_markdown
@@ -96,13 +96,11 @@ def traffic_rows(estimates: Mapping[tuple[str, str], Estimate], measured: Measur
     counted = {(row["size"], row["profile"], row["workload"]): row for row in measured.timed}
     rows: list[Row] = []
     for (size, profile), estimate in estimates.items():
-        layers = SIZES[size].layers
-        sent, received = estimate.bytes_sent_per_token_and_layer, estimate.bytes_received_per_token_and_layer
         row: Row = {
             "model": size,
             "profile": profile,
-            "calls of a forward": estimate.calls_per_layer * layers,
-            "bytes/token of a forward": (sent + received) * layers,
+            "calls of a forward": estimate.calls,
+            "bytes/token of a forward": estimate.bytes_sent_per_token + estimate.bytes_received_per_token,
         }
         for workload in WORKLOADS:
             found = counted.get((size, profile, workload))

@@ -32,7 +32,7 @@ class WorkerSession:
         self._segments: dict[str, Segment] = {}
         self._pushed: dict[str, dict[str, Tensor]] = {}
         self._calls: dict[int, tuple[Segment, dict[str, Tensor], dict[str, Tensor]]] = {}
-        self._caches: dict[int, dict[str, tuple[Tensor, Tensor]]] = {}
+        self._caches: dict[int, dict[str, tuple[Tensor, ...]]] = {}
         self._optimizer = HeldOptimizer()
         self._operations = {
             "hello": self._hello,
@@ -69,7 +69,7 @@ class WorkerSession:
             raise ProtocolError("segment name", got=repr(name)[:40], expected="a new one")
         if kind not in SEGMENTS or not isinstance(spec, dict):
             raise ProtocolError("kind of segment", got=repr(kind)[:40], expected=", ".join(SEGMENTS))
-        self._segments[name] = SEGMENTS[kind](spec, tensors)
+        self._segments[name] = SEGMENTS[kind](spec, tensors, self._segments)
         self._pushed[name] = {}
         return {}, {}
 
@@ -94,10 +94,10 @@ class WorkerSession:
         x = tensors.pop("x", None)
         if x is None or x.ndim < 2:
             raise ProtocolError("input x", got="none or a vector", expected="[..., width]")
-        call = Call(causal=bool(header.get("causal", True)))
+        call = Call(causal=bool(header.get("causal", True)), recompute=bool(header.get("recompute")))
         if "mask" in tensors:
             call.mask = unpack_mask(tensors.pop("mask"), header.get("mask_shape"))
-        for name in [n for n in tensors if n[:2] in ("A.", "B.")]:
+        for name in [n for n in tensors if n[:2] in ("A.", "B.", "c.")]:
             pushed[name] = tensors.pop(name)
         used = {name: pushed[name] for name in header.get("factors", ())}
         leaves = {"x": x, **tensors, **used}
@@ -114,13 +114,13 @@ class WorkerSession:
             y = segment.run(leaves["x"], slots, call)
         outputs = {"y": y, **slots.outputs}
         if cache is not None and call.present is not None:
-            present = (call.present[0].detach(), call.present[1].detach())
+            present = tuple(tensor.detach() for tensor in call.present)
             self._caches.setdefault(cache["id"], {})[header["segment"]] = present
         if keep:
             self._calls[header["id"]] = (segment, leaves, outputs)
         return {}, {name: tensor.detach() for name, tensor in outputs.items()}
 
-    def _past(self, segment: str, cache: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
+    def _past(self, segment: str, cache: dict[str, Any]) -> tuple[Tensor, ...] | None:
         """Keys and values of the cache's first ``length`` tokens, rows gathered as the request says (beam search)."""
         length, rows = cache["length"], cache["rows"]
         if not length:
@@ -130,11 +130,11 @@ class WorkerSession:
         stored = self._caches.get(cache["id"], {}).get(segment)
         if stored is None or stored[0].shape[2] < length:
             raise ProtocolError("KV cache", got="none or a shorter one", expected=f"{length} tokens")
-        keys, values = (t[:, :, :length] for t in stored)
-        if rows is not None:
-            index = torch.tensor(rows, dtype=torch.int64, device=self.device)
-            keys, values = keys.index_select(0, index), values.index_select(0, index)
-        return keys, values
+        past = tuple(tensor[:, :, :length] for tensor in stored)
+        if rows is None:
+            return past
+        index = torch.tensor(rows, dtype=torch.int64, device=self.device)
+        return tuple(tensor.index_select(0, index) for tensor in past)
 
     def _backward(self, header: dict[str, Any], tensors: dict[str, Tensor]) -> Reply:
         kept = self._calls.pop(header.get("call", -1), None)
