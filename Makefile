@@ -6,12 +6,12 @@ STAMP := .venv/.made
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # Enclave and worker share the cores. With OpenMP's default policy the idle process spins on the cores that the other one needs.
-test test-slow demo bench gpu-check: export OMP_WAIT_POLICY := passive
+test test-slow demo bench audit gpu-check: export OMP_WAIT_POLICY := passive
 # No test may depend on what a model hub serves today.
 test test-slow: export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint check-deploy format bench gpu-check fuzz clean
+.PHONY: help setup demo test test-slow lint check-deploy format bench audit gpu-check fuzz clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 20
@@ -46,6 +46,9 @@ format: setup  ## format and repair what can be repaired
 
 bench: setup  ## run the benchmarks
 	$(BIN)/obfuscatune bench
+
+audit: setup  ## attack every profile and say what leaks, in about an hour; the report is in results/audit
+	$(BIN)/obfuscatune audit --out results/audit --workers 2
 
 gpu-check: setup  ## check equality and cost with the worker on a GPU; skipped, saying so, without one
 	$(BIN)/python -m obfuscatune.reproduce.gpu_check

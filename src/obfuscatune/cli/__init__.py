@@ -16,7 +16,7 @@ import typer
 from obfuscatune import __version__
 from obfuscatune.errors import ObfuscatuneError, UsageError
 
-VERBS = ("demo", "finetune", "generate", "worker", "inspect", "doctor", "bench", "evaluate", "lm-eval")
+VERBS = ("demo", "finetune", "generate", "worker", "inspect", "doctor", "bench", "evaluate", "lm-eval", "audit")
 # Verbs with verbs of their own: modules with HELP and COMMANDS, a map of name to (function, epilog).
 GROUPS = ("identity", "enclave", "seal", "sealed", "job", "log", "attest", "reproduce")
 

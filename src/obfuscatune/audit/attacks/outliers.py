@@ -1,0 +1,63 @@
+r"""A15, outliers: features much larger than the others are principal directions, and these show rows of the key.
+
+Where one feature has most of the energy, the first principal direction of X R is the row of R of that feature. Tried on
+every stream that has a key of its own; the first few directions of each are the guess.
+
+Source: our security analysis; outlier features: Dettmers et al., arXiv 2208.07339.
+"""
+
+import torch
+from torch import Tensor
+
+from obfuscatune.audit.attack import Attack, Knowledge, Sample, Score, Truth
+from obfuscatune.audit.view import STREAMS
+
+_DIRECTIONS = 3
+
+Guess = dict[tuple[int, str], Tensor]
+
+
+def _run(sample: Sample, knowledge: Knowledge) -> Guess:
+    """Directions ``[3, width]`` by block and stream."""
+    view = sample.view
+    places = [(block, stream) for block in range(view.blocks) for stream in STREAMS]
+    return {place: _principal(view.rows(*place)) for place in places}
+
+
+def _principal(rows: Tensor) -> Tensor:
+    return torch.linalg.eigh(rows.mT @ rows).eigenvectors[:, -_DIRECTIONS:].mT  # type: ignore[no-any-return]
+
+
+def _score(guess: Guess, truth: Truth) -> Score:
+    """How much one row of the key a direction is, at the most; of the stream where it is most."""
+    found: dict[str, list[tuple[float, float]]] = {stream: [] for stream in STREAMS}
+    generator = torch.Generator().manual_seed(0)
+    for place, directions in guess.items():
+        key = truth.keys.get(place)
+        if key is None or torch.equal(key, torch.eye(len(key), dtype=key.dtype)):
+            continue
+        drawn = torch.linalg.qr(torch.randn(len(key), _DIRECTIONS, generator=generator, dtype=key.dtype)).Q.mT
+        found[place[1]].append((_most(key, directions), _most(key, drawn)))
+    means = [torch.tensor(part).mean(dim=0).tolist() for part in found.values() if part]
+    success, chance = max(means, key=lambda pair: pair[0] - pair[1])
+    return Score(success, chance)
+
+
+def _most(key: Tensor, directions: Tensor) -> float:
+    rows = key / key.norm(dim=1, keepdim=True)
+    return (rows @ directions.mT).abs().max().item()  # type: ignore[no-any-return]
+
+
+ATTACK = Attack(
+    id="A15",
+    title="outlier features",
+    needs="N",
+    source="our security analysis; arXiv 2208.07339",
+    metric="cosine of a principal direction with a row of the key",
+    chance="that of a random direction, some .3",
+    run=_run,
+    score=_score,
+    fires_on="balanced+attention=enclave+mlp=enclave",
+    fires_at=0.5,
+    by_tokens=False,
+)

@@ -1,0 +1,58 @@
+"""``obfuscatune audit``: run the published attacks on what the worker is handed, and say what leaks."""
+
+# ruff: noqa: RUF009 - option() makes a field, which is what the rule wants there
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import typer
+
+from obfuscatune.cli.options import option, takes
+
+EPILOG = (
+    "Exit code: 1 where a claimed cell is broken, or where nothing can be concluded of one.\n\n"
+    "Examples:\n\nobfuscatune audit --profile paper,balanced,strict --out results/audit\n\n"
+    "obfuscatune audit --profile strict --knowledge N,B --tokens d/4,d,4d,100d --model small --out results/audit"
+)
+_DEFAULT_PROFILES = "paper,balanced,stream,strict"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditOptions:
+    """Options of ``obfuscatune audit``."""
+
+    out: Path = option("directory for the report; what is in its cells/ is not run again")
+    profile: str = option("NAME[+switch=value] of a profile, with commas", _DEFAULT_PROFILES)
+    knowledge: str = option(
+        "what the attacker has: N nothing, B public base, P known text, E embeddings, Q own queries", "N,B,P,E,Q"
+    )
+    tokens: str = option("budgets of text that the worker has seen; d is the model's width", "d/4,d,4d,100d")
+    model: Literal["tiny", "small", "large"] = option("the fixtures' size, trained in minutes", "small")
+    seeds: int = option("private models, each with keys and text of its own", 5, min=1)
+    attacks: str = option("only these, as A7,A24; default: all that the knowledge allows", "")
+    text_file: Path | None = option("train the fixtures on it; default: the standard library's documentation", None)
+    workers: int = option("cells at a time", 1, min=1)
+
+
+@takes(AuditOptions)
+def command(options: AuditOptions) -> None:
+    """Record sessions as an operator would, run the attacks on them with their controls, and report what leaks."""
+    from obfuscatune.audit.study import failed_claims, make_plan, run
+
+    plan = make_plan(
+        model=options.model,
+        profiles=_words(options.profile),
+        knowledge=_words(options.knowledge),
+        attacks=_words(options.attacks),
+        tokens=options.tokens,
+        seeds=options.seeds,
+    )
+    path, findings = run(plan, options.out, text_file=options.text_file, workers=options.workers)
+    print(path.read_text(encoding="utf-8"))
+    if failed_claims(findings):
+        raise typer.Exit(1)
+
+
+def _words(text: str) -> list[str]:
+    return [word for word in text.replace(" ", ",").split(",") if word]

@@ -1,0 +1,51 @@
+"""The whole command: controls, verdicts, report, exit code."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from obfuscatune.audit.study import failed_claims, make_plan, run
+from obfuscatune.audit.verdict import LEAK
+from obfuscatune.errors import UsageError
+
+GOOD = {"model": "tiny", "profiles": ["strict"], "knowledge": ["N"], "attacks": [], "tokens": "d", "seeds": 1}
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"model": "huge"}, "unknown model"),
+        ({"profiles": ["strictest"]}, "unknown profile"),
+        ({"profiles": ["enclave"]}, "hands nothing over"),
+        ({"knowledge": ["Z"]}, "unknown knowledge"),
+        ({"attacks": ["A99"]}, "unknown attack"),
+        ({"attacks": ["A7"]}, "nothing to run"),
+        ({"tokens": "d/7x"}, "token budget"),
+    ],
+)
+def test_misuse_is_told(change: dict[str, object], what: str) -> None:
+    with pytest.raises(UsageError, match=what):
+        make_plan(**{**GOOD, **change})  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_a_short_audit(tmp_path: Path) -> None:
+    """In minutes, what the bars of a full run are about: `balanced` links at 4d tokens, `strict` does not."""
+    plan = make_plan(
+        model="tiny",
+        profiles=["balanced", "strict"],
+        knowledge=["N", "B", "P", "E", "Q"],
+        attacks=[],
+        tokens="d,4d",
+        seeds=2,
+    )
+    path, findings = run(plan, tmp_path, command=["audit"])
+    assert findings.conclusive
+    assert failed_claims(findings) == []
+    linking = next(v for v in findings.verdicts if (v.profile, v.attack) == ("balanced", "A24"))
+    assert linking.word == LEAK
+    document = json.loads((tmp_path / "audit.json").read_text())
+    assert len(document["verdicts"]) == 2 * len(plan.attacks)
+    assert "| attack |" in path.read_text()
+    assert {p.suffix for p in tmp_path.glob("audit*.*")} == {".md", ".csv", ".json", ".html", ".png", ".svg"}
