@@ -3,7 +3,7 @@
 import pytest
 
 from obfuscatune.audit.runner import Outcome, parse_budgets
-from obfuscatune.audit.verdict import BROKEN, CHANCE, LEAK, NONE, PASS, VOID, judge, negative, points_of, positive
+from obfuscatune.audit.verdict import AS_CLAIMED, BROKEN, CHANCE, LEAK, NONE, VOID, judge, negative, points_of, positive
 from obfuscatune.errors import UsageError
 
 
@@ -20,7 +20,7 @@ def word(found, profile: str = "strict", attack: str = "A7", *, fires: bool = Tr
 
 def test_words() -> None:
     chance, found = outcomes(0.1, 0.11, 0.09), outcomes(0.5, 0.52, 0.48)
-    assert word(chance) == PASS
+    assert word(chance) == AS_CLAIMED
     assert word(found) == BROKEN
     assert word(chance, "balanced") == CHANCE
     assert word(found, "balanced") == LEAK

@@ -11,7 +11,7 @@ from obfuscatune.audit.lab import RANK, TARGET_ROWS, TRAINING_STEPS, Recorded
 from obfuscatune.audit.view import ROLES, STREAMS_OF
 
 Recorder = Callable[[str], Recorded]
-STATIC = ["paper", "balanced", "balanced+attention=enclave+mlp=enclave"]
+STATIC = ["paper", "balanced", "balanced+attention=enclave+mlp=enclave", "stream"]
 
 
 @pytest.mark.parametrize("profile", [*STATIC, "strict"])
@@ -19,7 +19,7 @@ def test_true_keys_give_the_private_models_rows_and_weights(profile: str, record
     assert known_key(recorded(profile)) > 0.999
 
 
-@pytest.mark.parametrize("profile", ["paper", "balanced"])
+@pytest.mark.parametrize("profile", ["paper", "balanced", "stream"])
 def test_other_keys_do_not(profile: str, recorded: Recorder) -> None:
     found = recorded(profile)
     keys = {place: key.flip(0) for place, key in found.truth.keys.items()}
@@ -34,6 +34,16 @@ def test_what_paper_leaves_in_the_clear_is_read_as_it_is(recorded: Recorder) -> 
             rows, truth = found.sample.view.rows(block, stream), found.truth.streams[block, stream]
             if stream in ("qkv", "hidden"):
                 assert torch.allclose(rows, truth, atol=1e-4), stream
+
+
+def test_a_body_is_read_part_by_part(recorded: Recorder) -> None:
+    """`stream`: what its parts leave adds up to what the worker answered, and gradients of a step come in reverse."""
+    view = recorded("stream").sample.training
+    forward, backward = view.passes[:2]
+    assert [call.segment.roles[0] for call in forward] == ["qkv", "up", "qkv", "up"]
+    assert [call.segment.block for call in backward] == [1, 1, 0, 0]
+    for block in range(view.blocks):
+        assert view.rows(block, "gradient of attention in").shape == view.rows(block, "attention in").shape
 
 
 def test_what_the_worker_computes_inside_gives_what_it_answered(recorded: Recorder) -> None:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def procrustes(a: Tensor, b: Tensor) -> Tensor:
-    """Return the orthogonal Q ``[n, n]`` that minimizes ``|a - b Q|_F``, for a and b ``[rows, n]`` (Schönemann 1966)."""
+    """Return the orthogonal Q ``[n, n]`` that minimizes ``|a - b Q|_F``, a and b ``[rows, n]`` (Schönemann 1966)."""
     u, _, v = torch.linalg.svd(b.mT @ a, full_matrices=False)
     return u @ v  # type: ignore[no-any-return]
 
@@ -33,12 +33,13 @@ def polar(matrix: Tensor) -> Tensor:
 
 
 def matching(scores: Tensor) -> Tensor:
-    """Return, for each row of scores ``[n, n]``, a column of its own: the best pair first, then the best of what is left."""
+    """Return a column of its own for each row of scores ``[n, n]``: the best pair first, then the best of the rest."""
     scores = scores.clone()
     found = torch.full((len(scores),), -1, dtype=torch.long)
     while (left := (found < 0).nonzero().flatten()).numel():
         columns = scores[left].argmax(dim=1)
-        best = scores.argmax(dim=0)[columns] == left  # each is the other's best: so would be taken one after another
+        # Each is the other's best: such pairs would be taken one after another.
+        best = scores.argmax(dim=0)[columns] == left
         found[left[best]] = columns[best]
         scores[left[best]] = -torch.inf
         scores[:, columns[best]] = -torch.inf
@@ -46,5 +47,5 @@ def matching(scores: Tensor) -> Tensor:
 
 
 def key_success(guess: Tensor, key: Tensor) -> float:
-    """Return how near a guessed key is: 1 where equal, 0 where no nearer than a random one, ``|G - R| = sqrt(2) |R|``."""
+    """Return how near a guessed key is: 1 where equal, 0 where as far as a random one, ``|G - R| = sqrt(2) |R|``."""
     return max(0.0, 1.0 - relative_error(guess, key) / 2**0.5)

@@ -151,8 +151,8 @@ class Attack:
         fires_on: a profile on which it must succeed, or the run proves nothing; ``fires_at``: the least success there.
         by_tokens: whether more text helps; else it is run once, on the largest budget.
         largest: the most tokens per width that it is run with (cost); None for all budgets.
-        sham: run instead as the negative control, without what the attack lives on, where another model's session would be
-            no control.
+        sham: run instead as the negative control, without what the attack lives on, where another model's session
+            would be no control.
     """
 
     id: str

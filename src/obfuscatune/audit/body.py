@@ -1,4 +1,4 @@
-"""What a worker that has a whole body computes between its parts: the streams that `stream` shows without a call for each.
+"""What a worker that has a whole body computes between its parts: the streams that `stream` shows in one call.
 
 The worker evaluates ``x <- x + part(rms_norm(x)) + b`` part after part, forward and backward; so does whoever has its
 memory. One call of a body is read as one call for each part, as if each had crossed.

@@ -80,7 +80,7 @@ def load_text(text_file: Path | None = None) -> str:
 
 
 def build(settings: FixtureSettings, seed: int, cache: Path, text: str) -> Fixtures:
-    """Return the models of a seed, trained now or found in ``cache``; the base and the unrelated one serve all seeds."""
+    """Return the models of a seed, trained now or found in ``cache``; base and unrelated one serve all seeds."""
     tokens = _tokens(text, cache)
     parts = _split(tokens, settings.positions)
     key = sha256((json.dumps(asdict(settings), sort_keys=True) + text).encode()).hexdigest()[:16]

@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -124,12 +124,15 @@ def _inference(
     model: Any, profile: str, batches: Sequence[Tensor], directory: Path
 ) -> tuple[WorkerView, dict[tuple[int, str], Tensor]]:
     path = directory / "recording"
-    with recording_worker(path) as address:
-        with protect(copy.deepcopy(model), profile=parse_profile(profile), worker=address) as protected:
-            with torch.no_grad():
-                for batch in batches:
-                    protected.model(input_ids=batch, use_cache=False)
-            keys = _keys(protected.model)
+    copied = copy.deepcopy(model)
+    with (
+        recording_worker(path) as address,
+        protect(copied, profile=parse_profile(profile), worker=address) as protected,
+        torch.no_grad(),
+    ):
+        for batch in batches:
+            protected.model(input_ids=batch, use_cache=False)
+        keys = _keys(protected.model)
     view = read_view(path)
     path.unlink()
     return view, keys
@@ -146,23 +149,25 @@ def _training(model: Any, profile: str, texts: Tensor, seed: int, directory: Pat
             copy.deepcopy(model),
             LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=["c_attn"], fan_in_fan_out=True),
         )
-    with recording_worker(path) as address:
-        with protect(adapted, profile=parse_profile(profile), worker=address) as protected:
-            optimizer = protected.create_optimizer("adamw", lr=3e-3)
-            for step in range(TRAINING_STEPS):
-                ids = texts[step * TARGET_ROWS : (step + 1) * TARGET_ROWS]
-                start = torch.randint(0, ids.shape[1] // 2, (len(ids), 1), generator=generator)
-                end = torch.randint(ids.shape[1] // 2 + 2, ids.shape[1] + 1, (len(ids), 1), generator=generator)
-                place = torch.arange(ids.shape[1])
-                labels = ids.masked_fill((place < start) | (place >= end), _IGNORED)
-                optimizer.zero_grad()
-                loss = protected.model(input_ids=ids, labels=labels, attention_mask=(place < end).long()).loss
-                loss.backward()
-                optimizer.step()
-                batches.append(ids)
-                shifted = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], _IGNORED)], dim=1)
-                scored.append(shifted != _IGNORED)
-            keys = _keys(protected.model)
+    with (
+        recording_worker(path) as address,
+        protect(adapted, profile=parse_profile(profile), worker=address) as protected,
+    ):
+        optimizer = protected.create_optimizer("adamw", lr=3e-3)
+        for step in range(TRAINING_STEPS):
+            ids = texts[step * TARGET_ROWS : (step + 1) * TARGET_ROWS]
+            start = torch.randint(0, ids.shape[1] // 2, (len(ids), 1), generator=generator)
+            end = torch.randint(ids.shape[1] // 2 + 2, ids.shape[1] + 1, (len(ids), 1), generator=generator)
+            place = torch.arange(ids.shape[1])
+            labels = ids.masked_fill((place < start) | (place >= end), _IGNORED)
+            optimizer.zero_grad()
+            loss = protected.model(input_ids=ids, labels=labels, attention_mask=(place < end).long()).loss
+            loss.backward()
+            optimizer.step()
+            batches.append(ids)
+            shifted = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], _IGNORED)], dim=1)
+            scored.append(shifted != _IGNORED)
+        keys = _keys(protected.model)
     view = read_view(path)
     path.unlink()
     return view, TrainingTruth(batches, scored, RANK, keys)
@@ -170,8 +175,8 @@ def _training(model: Any, profile: str, texts: Tensor, seed: int, directory: Pat
 
 def _keys(model: Any) -> dict[tuple[int, str], Tensor]:
     """Dense keys by block and stream, in the order in which blocks' layers stand in the model."""
-    names = iter(())
     found: dict[tuple[int, str], Tensor] = {}
+    inner: Iterator[tuple[str, str]] = iter(())
     block = -1
     for module in model.modules():
         if isinstance(module, RemoteBody | PassedBlock):
@@ -183,11 +188,10 @@ def _keys(model: Any) -> dict[tuple[int, str], Tensor]:
             pair = ("attention in", "attention out") if isinstance(module, RemoteAttention) else ("mlp in", "mlp out")
             block += pair[0] == "attention in"
         elif isinstance(module, RemoteLinear | MixedLinear):
-            pair = next(names, None)
-            if pair is None:
+            pair = next(inner, ("attention in", "qkv"))
+            if pair[1] == "qkv":
                 block += 1
-                names = iter((("heads", "attention out"), ("mlp in", "hidden"), ("activations", "mlp out")))
-                pair = ("attention in", "qkv")
+                inner = iter((("heads", "attention out"), ("mlp in", "hidden"), ("activations", "mlp out")))
         else:
             continue
         for name, key in zip(pair, (module._key_in, module._key_out), strict=True):

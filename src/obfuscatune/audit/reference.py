@@ -50,7 +50,7 @@ class Reference:
         return transformer.wte.weight.detach(), transformer.wpe.weight.detach()
 
     def first_rows(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """The first block's ``attention in`` ``[n, d]`` of tokens ``[n]`` at positions ``[n]``: it depends on no other."""
+        """The first block's ``attention in`` ``[n, d]`` of tokens ``[n]`` at positions ``[n]``, which alone make it."""
         words, places = self.embeddings()
         return self.normed(0, "qkv", words[tokens] + places[positions])
 
@@ -62,7 +62,7 @@ class Reference:
     @torch.no_grad()
     def streams(self, batches: Iterable[Tensor], names: Iterable[str] = STREAMS) -> Streams:
         """Rows ``[n, width]`` by block and stream, for batches of tokens ``[B, T]`` one after another."""
-        wanted, kept = set(names), {}
+        wanted, kept = set(names), dict[tuple[int, str], list[Tensor]]()
         hooks = [hook for i in range(self.blocks) for hook in self._watch(i, wanted, kept)]
         try:
             for batch in batches:
@@ -87,12 +87,12 @@ class Reference:
 
     def _folded(self, block: int, role: str) -> tuple[Tensor, Tensor]:
         linear, norm = self._linear(block, role)
-        weight, bias = self._spec.weight_in_out(linear), linear.bias.detach()  # type: ignore[operator, union-attr]
+        weight, bias = self._spec.weight_in_out(linear), linear.bias.detach()  # type: ignore[operator]
         if role in ("out", "down"):
             return self._written(weight), self._written(bias)
         if norm is None or not self._profile.fold_norms:
             return weight, bias
-        return fold_norm(weight, bias, norm.weight.detach(), norm.bias.detach())  # type: ignore[operator, union-attr]
+        return fold_norm(weight, bias, norm.weight.detach(), norm.bias.detach())  # type: ignore[operator]
 
     def _written(self, rows: Tensor) -> Tensor:
         """What is added to the residual stream, as the profile has it."""

@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from obfuscatune.audit.attack import NEEDS, Attack
-from obfuscatune.audit.verdict import BROKEN, CHANCE, LEAK, NONE, PASS, VOID, Control, Verdict
+from obfuscatune.audit.verdict import AS_CLAIMED, BROKEN, CHANCE, LEAK, NONE, VOID, Control, Verdict
 from obfuscatune.reproduce.figures import COLOURS, new_figure, save, style
 from obfuscatune.reproduce.files import write_text
 from obfuscatune.reproduce.page import Section, figure, paragraph, rows_table, write_html
@@ -18,14 +18,21 @@ from obfuscatune.reproduce.tables import write_csv, write_markdown
 Row = dict[str, Any]
 
 TITLE = "What the worker learns: attacks on what it is handed"
-_COLOURS = {PASS: "#009E73", CHANCE: "#56B4E9", LEAK: "#E69F00", BROKEN: "#D55E00", VOID: "#CC79A7", NONE: "#dddddd"}
+_COLOURS = {
+    AS_CLAIMED: "#009E73",
+    CHANCE: "#56B4E9",
+    LEAK: "#E69F00",
+    BROKEN: "#D55E00",
+    VOID: "#CC79A7",
+    NONE: "#dddddd",
+}
 _ABOUT = (
-    "Models are small and trained for minutes; an attack that fails here may succeed elsewhere. At chance is not a proof.",
+    "Models are small and trained for minutes; an attack that fails here may succeed elsewhere. Chance is no proof.",
     "Each attack runs on what a worker process wrote down: keyed weights, every tensor in and out, sizes, times.",
-    f"{PASS}: claimed, and at chance at every budget. {LEAK}: not claimed, and found. {CHANCE}: not found, yet no claim. "
-    f"{BROKEN}: claimed, and found. {VOID}: nothing can be concluded. {NONE}: the profile hands over nothing of the kind.",
-    "The figure is success at its most above chance, 1 being a full break; tokens are those of the least budget at which "
-    "it was above chance by more than three standard errors over the seeds, and .02.",
+    f"{AS_CLAIMED}: at every budget. {LEAK}: found, as no claim denies. {CHANCE}: not found, yet no claim. "
+    f"{BROKEN}: found, against a claim. {VOID}: nothing can be concluded. {NONE}: nothing of the kind is handed over.",
+    "The figure is success at its most above chance, 1 being a full break; tokens are those of the least budget at "
+    "which it was above chance by more than three standard errors over the seeds, and .02.",
     "`enclave` hands nothing over, so there is nothing to attack but the time of its answers.",
 )
 

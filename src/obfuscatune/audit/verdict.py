@@ -17,7 +17,7 @@ CLAIMS: dict[str, tuple[str, ...]] = {
     "strict": ("A1", "A3", "A7", "A11", "A12", "A14", "A17", "A21", "A23", "A24", "A26"),
 }
 
-PASS = "pass"
+AS_CLAIMED = "at chance, as claimed"
 CHANCE = "at chance, not claimed"
 BROKEN = "BROKEN"
 LEAK = "KNOWN LEAK"
@@ -109,7 +109,7 @@ def judge(profile: str, attack: str, outcomes: Sequence[Outcome], *, fires: bool
         return Verdict(profile, attack, BROKEN if claimed else LEAK, claimed, points, since=since)
     if not (fires and silent):
         return Verdict(profile, attack, VOID, claimed, points)
-    return Verdict(profile, attack, PASS if claimed else CHANCE, claimed, points)
+    return Verdict(profile, attack, AS_CLAIMED if claimed else CHANCE, claimed, points)
 
 
 def positive(attack: str, outcomes: Sequence[Outcome], least: float, profile: str) -> Control:

@@ -4,9 +4,9 @@ Streams of a block, by name; ``gradient of NAME`` for those that cross in a back
 
     attention in -> qkv -> heads -> attention out        mlp in -> hidden -> activations -> mlp out
 
-Where attention or MLP are whole on the worker, it computes ``qkv``, ``heads``, ``hidden`` and ``activations`` itself, and
-so does the view; where the whole body is, all of them (`obfuscatune.audit.body`). A call of mixed rows is read as if its rows were tokens, tiles side by side: an attack that assumes so
-finds out whether it may.
+Where attention or MLP are whole on the worker, it computes ``qkv``, ``heads``, ``hidden`` and ``activations`` itself,
+and so does the view; where the whole body is, all of them (`obfuscatune.audit.body`). A call of mixed rows is read as
+if its rows were tokens, tiles side by side: an attack that assumes so finds out whether it may.
 """
 
 import math

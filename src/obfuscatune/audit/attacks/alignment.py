@@ -1,8 +1,9 @@
 r"""A13, unsupervised alignment: two clouds of points with the same shape are laid on each other.
 
-Rows of the first block under the key are a cloud, rows made of the embedding tables are the same cloud, not turned, each as
-heavy as its token is frequent in public text. min over R and over couplings P of ``|X R - P Y|``: in turns Sinkhorn's coupling,
-sharper every round, and Procrustes, position by position. It starts from principal directions and means.
+Rows of the first block under the key are a cloud, rows made of the embedding tables are the same cloud, not turned,
+each as heavy as its token is frequent in public text. min over R and over couplings P of ``|X R - P Y|``: in turns
+Sinkhorn's coupling, sharper every round, and Procrustes, position by position. It starts from principal directions
+and means.
 
 Source: Grave, Joulin and Berthet, Wasserstein-Procrustes, arXiv 1805.11222.
 """
@@ -22,7 +23,7 @@ _ROWS = 1024
 
 
 def couple(scores: Tensor, prior: Tensor) -> Tensor:
-    """Coupling ``[..., n, m]`` of rows, all alike heavy, with points of log weights ``prior``, by log scores; rows sum to 1."""
+    """Couple rows, alike heavy, with points of log weights ``[m]``, by log scores ``[..., n, m]``; rows sum to 1."""
     for _ in range(_SINKHORN):
         scores = scores - scores.logsumexp(dim=-2, keepdim=True) + prior
         scores = scores - scores.logsumexp(dim=-1, keepdim=True)

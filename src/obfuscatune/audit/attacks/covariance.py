@@ -4,18 +4,19 @@ The covariance of rows X R is R^T cov(X) R, so its eigenvectors are R^T times th
 streams on public text give those of X, up to sign. The signs are those under which means and third moments agree. Means
 by position are turned by the same key, and are added. What is near right is then refined: the first block's rows depend
 on token and position alone, so the base makes a table of all of them; each row's likely tokens under the present key,
-with their frequencies in public text as the prior, give a better key by Procrustes, and so on (expectation maximization,
-then the best match alone). The tokens read there give the base's rows of all other blocks. Where rows do not fit the table,
-other blocks are matched with the base's rows on public text.
+with their frequencies in public text as the prior, give a better key by Procrustes, and so on (expectation
+maximization, then the best match alone). The tokens read there give the base's rows of all other blocks. Where rows
+do not fit the table, other blocks are matched with the base's rows on public text.
 
-Where rows are mixed, their second moments are constant by construction. Tried instead: what rounding left of them, their
-change from call to call, and moments weighted by the squares of norms.
+Where rows are mixed, their second moments are constant by construction. Tried instead: what rounding left of them,
+their change from call to call, and moments weighted by the squares of norms.
 
 Source: R10 of our security analysis; the refinement is that of unsupervised alignment (Grave et al., arXiv 1805.11222).
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -81,7 +82,7 @@ def _seconds(view: WorkerView, place: Place, rows: Tensor) -> Iterator[Tensor]:
         yield rows.mT @ (rows * rows.square().sum(dim=1, keepdim=True))
         role = next(role for role, streams in STREAMS_OF.items() if place[1] in streams)
         parts = [call.streams()[place[1]] for call in view.calls(place[0], role)]
-        changes = [a[: len(b)] - b[: len(a)] for a, b in zip(parts, parts[1:], strict=False)]
+        changes = [a[: len(b)] - b[: len(a)] for a, b in pairwise(parts)]
         if changes:
             yield torch.stack([change.mT @ change for change in changes]).sum(dim=0)
 
@@ -89,7 +90,8 @@ def _seconds(view: WorkerView, place: Place, rows: Tensor) -> Iterator[Tensor]:
 def refine(key: Tensor, rows: Tensor, known: Known) -> tuple[Tensor, float]:
     """Match rows ``[P, n, d]`` under the key with what they could be, solve for the key, and again.
 
-    In the end the best match of the better half of the rows counts. Returns the key and the mean cosine of the last matches.
+    In the end the best match of the better half of the rows counts. Returns the key and the mean cosine of the last
+    matches.
     """
     normalized, flat = normalize(known.tables, dim=2), rows.flatten(0, 1)
     for sharpness in _SHARPNESS:

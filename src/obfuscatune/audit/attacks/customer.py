@@ -1,9 +1,9 @@
 r"""A12, a colluding customer: what he sent in his own session is a codebook for another one.
 
-Sessions have keys of their own, but one model. From the weights as they were handed over in each follows the map between
-the two keys, exactly (R3): R1^-1 R2 = (R1^-1 W)(R2^-1 W)^+ where they are keyed on one side; from the products of heads
-(A5) where heads have keys; from singular vectors where both sides are keyed, their signs being those of the rows' means
-and third moments. The customer's rows, brought over, are then looked up.
+Sessions have keys of their own, but one model. From the weights as they were handed over in each follows the map
+between the two keys, exactly (R3): R1^-1 R2 = (R1^-1 W)(R2^-1 W)^+ where they are keyed on one side; from the
+products of heads (A5) where heads have keys; from singular vectors where both sides are keyed, their signs being
+those of the rows' means and third moments. The customer's rows, brought over, are then looked up.
 
 Source: R3 of our security analysis.
 """

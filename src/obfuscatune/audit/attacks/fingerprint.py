@@ -1,8 +1,8 @@
 r"""A17, fingerprints: a token's attention to itself, over layers and heads, is the same under keys of heads.
 
-``q_t . k_t`` is free of every key that cancels in q k^T. The list of it over all layers and heads is looked up among those of a
-base on public text, the nearest first. Where biases of keys are replaced (they cancel in the softmax), a row's mean
-over what it attends to is subtracted; where heads are in a secret order, each layer's values are sorted.
+``q_t . k_t`` is free of every key that cancels in q k^T. The list of it over all layers and heads is looked up among
+those of a base on public text, the nearest first. Where biases of keys are replaced (they cancel in the softmax), a
+row's mean over what it attends to is subtracted; where heads are in a secret order, each layer's values are sorted.
 
 Source: our security analysis.
 """

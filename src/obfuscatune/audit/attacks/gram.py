@@ -3,9 +3,9 @@ r"""A9, Gram matching: an orthogonal key keeps the Gram matrix of the rows, and 
     X* X*^T = X X^T
 
 One row is the first anchor: for each token it could be, some other rows are asked whether any token has the inner
-product seen. Only under the right one have all of them. The first anchor then names the rows that it decides best, these
-are anchors for all others, and pairs of rows and entries of the table give the key (orthogonal Procrustes), which reads
-the rest. Angles instead of inner products serve where norms are folded, too.
+product seen. Only under the right one have all of them. The first anchor then names the rows that it decides best,
+these are anchors for all others, and pairs of rows and entries of the table give the key (orthogonal Procrustes),
+which reads the rest. Angles instead of inner products serve where norms are folded, too.
 
 Source: A9 of our security analysis; the key from pairs is Schönemann 1966.
 """

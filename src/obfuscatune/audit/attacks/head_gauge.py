@@ -1,8 +1,9 @@
 r"""A5, keys of heads are a gauge: products of a head's weights are free of them.
 
-``[Wq|Wk|Wv]* = R^T [Wq M|Wk M^-T|Wv N]``, so ``G* = Wq* Wk*^T = R^T Wq Wk^T R`` for each head, in an unknown order. Sums over
-heads of G, G G^T and G^T G are free of the order too. Their eigenvectors, matched with a base's, give R up to signs; these
-follow from the sums in that basis (a rank-one sign problem). Then in turns: heads are matched, and R is refined,
+``[Wq|Wk|Wv]* = R^T [Wq M|Wk M^-T|Wv N]``, so ``G* = Wq* Wk*^T = R^T Wq Wk^T R`` for each head, in an unknown order.
+Sums over heads of G, G G^T and G^T G are free of the order too. Their eigenvectors, matched with a base's, give R up
+to signs; these follow from the sums in that basis (a rank-one sign problem). Then in turns: heads are matched, and R
+is refined,
 
     R <- polar( sum_h G0_h R G*_h^T + G0_h^T R G*_h ).
 

@@ -2,9 +2,9 @@ r"""A11, known text: pairs of a plain and a keyed row of one stream give the key
 
     X* = X R + c,   R = argmin |X* - X Q - c|
 
-over orthogonal Q where the key is (Procrustes: Schönemann 1966), over all Q where it is not (least squares). d pairs decide
-all; of fewer, only the directions that they span are read. The constant c is that of secret biases. Where rows are
-mixed, those of a call are taken for the tokens of its text.
+over orthogonal Q where the key is (Procrustes: Schönemann 1966), over all Q where it is not (least squares). d pairs
+decide all; of fewer, only the directions that they span are read. The constant c is that of secret biases. Where rows
+are mixed, those of a call are taken for the tokens of its text.
 
 Source: A11 of our security analysis; known-plaintext attacks on rotations, Liu, Giannella and Kargupta 2006.
 """

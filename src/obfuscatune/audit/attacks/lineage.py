@@ -1,8 +1,8 @@
 r"""A6, lineage: which public model was this one made from?
 
 An orthogonal key on either side keeps a weight's singular values. The distance of two weights' values, each list scaled
-to norm 1, is small for a weight and what it was fine-tuned from. A family of candidates is at hand in the base itself: its
-other blocks. Where head keys change the values of q, k, v and of the output, those of the MLP remain.
+to norm 1, is small for a weight and what it was fine-tuned from. A family of candidates is at hand in the base
+itself: its other blocks. Where head keys change the values of q, k, v and of the output, those of the MLP remain.
 
 Source: arXiv 2510.06738, arXiv 2512.03620.
 """

@@ -6,13 +6,13 @@ A norm leaves the direction of the residual, so the rows x before and y after a 
 
 with unknown scalars a_t, b_t of each token and an unknown constant c, of biases. No key, no base and no text is needed:
 for given scalars, P, Q and c are a linear regression; what it leaves over tells the scalars. We start with alternating
-steps under orthogonality, which give a part of P from few tokens, and go on with Gauss-Newton steps on the scalars alone
-(variable projection), which converge where alternating ones creep. From 2 d + 3 tokens on, the regression has more
-equations than unknowns. Norms that are not folded have a gain G: P = Ra^-1 G1^-1 G2 Rc then. Its orthogonal polar factor
-is Ra^-1 Rc again; that of Q nearly so.
+steps under orthogonality, which give a part of P from few tokens, and go on with Gauss-Newton steps on the scalars
+alone (variable projection), which converge where alternating ones creep. From 2 d + 3 tokens on, the regression has
+more equations than unknowns. Norms that are not folded have a gain G: P = Ra^-1 G1^-1 G2 Rc then. Its orthogonal
+polar factor is Ra^-1 Rc again; that of Q nearly so.
 
-Block after block this gives one unknown rotation of the whole body. Where one key covers all, as in ``stream``, the relation
-holds with P = Q = 1, which is tried first.
+Block after block this gives one unknown rotation of the whole body. Where one key covers all, as in ``stream``, the
+relation holds with P = Q = 1, which is tried first.
 
 Source: R6 of our security analysis. Variable projection: Golub and Pereyra 1973, in the form of Kaufman 1975.
 """
@@ -37,7 +37,7 @@ _CONVERGED = 1e-5  # relative change of the residual
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Link:
-    """What ties three streams: rows of ``first`` times ``carried``, of ``added`` times ``joined``, are in ``last``'s key.
+    """What ties three streams: rows of ``first @ carried`` and of ``added @ joined`` are in ``last``'s key.
 
     Attributes:
         carried, joined: relative keys ``[d, d]``. constant: ``[d]``, in ``last``'s key, on the scale of ``added``.
@@ -62,7 +62,7 @@ class Link:
 
 
 def junctions(blocks: int) -> list[tuple[Place, Place, Place]]:
-    """Where a sublayer's output is added: attention in, attention out, mlp in; mlp in, mlp out, the next attention in."""
+    """Where a sublayer's output is added: attention in, its out, mlp in; mlp in, its out, the next attention in."""
     found: list[tuple[Place, Place, Place]] = []
     for block in range(blocks):
         found.append(((block, "attention in"), (block, "attention out"), (block, "mlp in")))
@@ -83,7 +83,7 @@ def link_all(view: WorkerView, *, orthogonal: bool) -> list[Link]:
 
 
 def link(places: tuple[Place, Place, Place], x: Tensor, o: Tensor, y: Tensor, *, orthogonal: bool = True) -> Link:
-    """Find the relative keys of three streams ``[n, d]``, row by row of the same tokens. orthogonal: whether keys are."""
+    """Find the relative keys of three streams ``[n, d]`` of the same tokens. orthogonal: whether keys are."""
     count, width = min(len(x), len(o), len(y)), y.shape[1]
     keep = torch.randperm(count, generator=torch.Generator().manual_seed(0))[: int(_ROWS * width)]
     x, o, y = x[keep], o[keep], y[keep]

@@ -1,8 +1,8 @@
 r"""A16, matching against permutations: neurons keep their biases and norms whatever their order.
 
-Under ``W1* = R^T W1 P``, ``b1* = b1 P``, ``W2* = P^T W2 R'`` a neuron shows its bias, the norm of its column of W1 and of its
-row of W2. They are matched with a public base's, the nearest triple first. Then R follows by Procrustes, and with it
-whole columns are matched, in turns.
+Under ``W1* = R^T W1 P``, ``b1* = b1 P``, ``W2* = P^T W2 R'`` a neuron shows its bias, the norm of its column of W1
+and of its row of W2. They are matched with a public base's, the nearest triple first. Then R follows by Procrustes,
+and with it whole columns are matched, in turns.
 
 Source: arXiv 2505.18332 for rows of activations; on weights, our security analysis.
 """

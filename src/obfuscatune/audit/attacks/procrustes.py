@@ -1,8 +1,9 @@
 r"""A1 and A2, a public base against a key on one side of a weight: Procrustes, and least squares.
 
-With ``W* = R^-1 W`` and W near a public W0, an orthogonal R is about the Q that minimizes ``|W0 - Q W*|``, and any R about
-``W0 pinv(W*)``. Then ``W^ = Q W*``. A key behind the weight is found likewise. What is left of W - W0 is the key's degrees
-of freedom over the weight's: 1/6 for q,k,v under an orthogonal key, 1/3 under any other; 1/2, and all of it, for d x d.
+With ``W* = R^-1 W`` and W near a public W0, an orthogonal R is about the Q that minimizes ``|W0 - Q W*|``, and any R
+about ``W0 pinv(W*)``. Then ``W^ = Q W*``. A key behind the weight is found likewise. What is left of W - W0 is the
+key's degrees of freedom over the weight's: 1/6 for q,k,v under an orthogonal key, 1/3 under any other; 1/2, and all
+of it, for d x d.
 
 Source: Schönemann 1966; R1 of our security analysis.
 """

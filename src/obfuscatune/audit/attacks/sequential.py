@@ -2,9 +2,9 @@ r"""A10, sequential inversion: once the key of a stream is known, its text is fo
 
     x_t = F(tokens before t, token t)
 
-The rows that go into the first MLP depend on the token and on all before it. With the tokens before it known, every next
-token is tried in the base, and the one whose row is nearest is kept: first with the attention's mean output on public
-text, then the best of these exactly. The key is that of known text (A11).
+The rows that go into the first MLP depend on the token and on all before it. With the tokens before it known, every
+next token is tried in the base, and the one whose row is nearest is kept: first with the attention's mean output on
+public text, then the best of these exactly. The key is that of known text (A11).
 
 Source: Nikolaou et al., arXiv 2510.15511 (SipIt), whose order of candidates this is.
 """

@@ -1,17 +1,19 @@
 r"""A25, functional theft: a body in one unknown rotation is a working body.
 
-Linking (A24) brings the worker's blocks into one key; where one key covers all, they are in it at once. In the coordinates of
-the first stream, r the residual, n(r) = r / rms(r), T_j the composed relative keys and f_j a sublayer as the worker has it,
+Linking (A24) brings the worker's blocks into one key; where one key covers all, they are in it at once. In the
+coordinates of the first stream, r the residual, n(r) = r / rms(r), T_j the composed relative keys and f_j a sublayer
+as the worker has it,
 
     r <- r + (f_j(n(r) T_j) Q_j + c_j) T_j+1^-1
 
-is the private model's body, rotated. Its weights are frozen. What the enclave kept is made anew: linking gives the scale
-of each row too, and so the first residual itself, which is a row of a token's plus one of its position. A customer knows
-the tokens of his own session; so he solves for their rows, and trains those of other tokens, a d x d map before a head
-tied to them, and constants, on public text. The last MLP's output meets no other stream, so its relative key is trained
-too. Beside it a model of the same size is trained from nothing with the same text.
+is the private model's body, rotated. Its weights are frozen. What the enclave kept is made anew: linking gives the
+scale of each row too, and so the first residual itself, which is a row of a token's plus one of its position. A
+customer knows the tokens of his own session; so he solves for their rows, and trains those of other tokens, a d x d
+map before a head tied to them, and constants, on public text. The last MLP's output meets no other stream, so its
+relative key is trained too. Beside it a model of the same size is trained from nothing with the same text.
 
-Without a customer, all embeddings are to be trained: at d = 128 and some 10^5 tokens that is no better than from nothing.
+Without a customer, all embeddings are to be trained: at d = 128 and some 10^5 tokens that is no better than from
+nothing.
 
 Source: R8 of our security analysis.
 """

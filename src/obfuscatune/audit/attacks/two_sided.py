@@ -1,9 +1,9 @@
 r"""A3, a public base against keys on both sides of a weight.
 
 ``W* = Q^T W P`` keeps W's singular values, and the nearest to W0 of all ``Q W* P^T`` is ``U0 S* V0^T``, with the base's
-singular vectors: nothing but the values is recovered. Where P is no more than a permutation of neurons or an unknown map
-of each head, the sides are solved in turns: neurons are matched (A16), then the other side is an orthogonal Procrustes
-problem.
+singular vectors: nothing but the values is recovered. Where P is no more than a permutation of neurons or an unknown
+map of each head, the sides are solved in turns: neurons are matched (A16), then the other side is an orthogonal
+Procrustes problem.
 
 Source: R1 of our security analysis.
 """
