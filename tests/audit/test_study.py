@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from obfuscatune.audit.runner import REPETITIONS, attack_profile, repeated_cells
 from obfuscatune.audit.study import failed_claims, make_plan, run
 from obfuscatune.audit.verdict import LEAK
 from obfuscatune.errors import UsageError
+from obfuscatune.reproduce.cells import Cell
 
 GOOD = {"model": "tiny", "profiles": ["strict"], "knowledge": ["N"], "attacks": [], "tokens": "d", "seeds": 1}
 
@@ -27,6 +29,20 @@ GOOD = {"model": "tiny", "profiles": ["strict"], "knowledge": ["N"], "attacks": 
 def test_misuse_is_told(change: dict[str, object], what: str) -> None:
     with pytest.raises(UsageError, match=what):
         make_plan(**{**GOOD, **change})  # type: ignore[arg-type]
+
+
+def test_only_what_was_broken_is_run_again() -> None:
+    plan = make_plan(**{**GOOD, "profiles": ["balanced", "strict"], "seeds": 2})  # type: ignore[arg-type]
+    like = [
+        Cell(label="", compute=attack_profile, inputs={"profile": profile, "seed": seed, "attacks": ["A14", "A24"]})
+        for seed in plan.seeds
+        for profile in plan.profiles
+    ]
+    again = repeated_cells(plan, like, [("strict", "A24")])
+    assert len(again) == REPETITIONS * len(plan.seeds)
+    assert {(cell.inputs["profile"], *cell.inputs["attacks"]) for cell in again} == {("strict", "A24")}
+    assert len({(cell.inputs["seed"], cell.inputs["session"]) for cell in again}) == len(again)
+    assert repeated_cells(plan, like, []) == []
 
 
 @pytest.mark.slow

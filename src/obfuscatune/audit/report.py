@@ -33,6 +33,7 @@ _ABOUT = (
     f"{BROKEN}: found, against a claim. {VOID}: nothing can be concluded. {NONE}: nothing of the kind is handed over.",
     "The figure is success at its most above chance, 1 being a full break; tokens are those of the least budget at "
     "which it was above chance by more than three standard errors over the seeds, and .02.",
+    "A claimed cell that was above chance was run again in three fresh sessions of each model; all sessions count.",
     "`enclave` hands nothing over, so there is nothing to attack but the time of its answers.",
 )
 

@@ -2,14 +2,15 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from obfuscatune.audit.attack import NEEDS
 from obfuscatune.audit.attacks import all_attacks
 from obfuscatune.audit.controls import LEAST_WITH_KEY, control_cells
 from obfuscatune.audit.fixtures import SETTINGS
 from obfuscatune.audit.report import Findings, write_report
-from obfuscatune.audit.runner import Outcome, Plan, cells, parse_budgets
-from obfuscatune.audit.verdict import Control, Verdict, judge, negative, positive
+from obfuscatune.audit.runner import Outcome, Plan, cells, parse_budgets, repeated_cells
+from obfuscatune.audit.verdict import BROKEN, Control, Verdict, judge, negative, positive
 from obfuscatune.errors import UsageError
 from obfuscatune.evaluation.bench import parse_profile
 from obfuscatune.reproduce.cells import Cell, CellCache, run_cells
@@ -73,20 +74,13 @@ def run(
     attacked = cells(plan, out / "fixtures", text_file)
     controlled = control_cells(plan, attacked[0])
     values = run_cells([*attacked, *controlled], cache, workers=workers)
-    outcomes = [Outcome(**o) for value in values[: len(attacked)] for o in value["outcomes"]]
+    outcomes = _outcomes(values[: len(attacked)])
     controls = _controls(plan, controlled, values[len(attacked) :])
-    passed = {(control.name, control.kind): control.passed for control in controls}
-    verdicts = [
-        judge(
-            profile,
-            attack,
-            [o for o in outcomes if (o.profile, o.attack) == (profile, attack)],
-            fires=passed[attack, "positive"],
-            silent=passed[attack, "negative"],
-        )
-        for profile in plan.profiles
-        for attack in plan.attacks
-    ]
+    verdicts = _judge(plan, outcomes, controls)
+    broken = [(verdict.profile, verdict.attack) for verdict in verdicts if verdict.word == BROKEN]
+    again = repeated_cells(plan, attacked, broken)
+    if again:
+        verdicts = _judge(plan, outcomes + _outcomes(run_cells(again, cache, workers=workers)), controls)
     settings = SETTINGS[plan.model]
     findings = Findings(
         attacks={name: all_attacks()[name] for name in plan.attacks},
@@ -100,9 +94,28 @@ def run(
         "model": f"{plan.model}: d = {settings.width}, {settings.layers} blocks, {settings.heads} heads",
         "token budgets": ", ".join(map(str, plan.budgets)),
         "text": "documentation of Python's standard library" if text_file is None else str(text_file),
-        "cells of commits": cache.commits([*attacked, *controlled]),
+        "cells of commits": cache.commits([*attacked, *controlled, *again]),
     }
     return write_report(out, findings, provenance), findings
+
+
+def _outcomes(values: Sequence[dict[str, Any]]) -> list[Outcome]:
+    return [Outcome(**outcome) for value in values for outcome in value["outcomes"]]
+
+
+def _judge(plan: Plan, outcomes: Sequence[Outcome], controls: Sequence[Control]) -> list[Verdict]:
+    passed = {(control.name, control.kind): control.passed for control in controls}
+    return [
+        judge(
+            profile,
+            attack,
+            [o for o in outcomes if (o.profile, o.attack) == (profile, attack)],
+            fires=passed[attack, "positive"],
+            silent=passed[attack, "negative"],
+        )
+        for profile in plan.profiles
+        for attack in plan.attacks
+    ]
 
 
 def failed_claims(findings: Findings) -> list[Verdict]:

@@ -68,6 +68,6 @@ ATTACK = Attack(
     run=_run,
     score=lambda guess, truth: top1(guess, truth.target_tokens),
     fires_on="balanced",
-    fires_at=0.8,
+    fires_at=0.5,
     largest=4,
 )
