@@ -51,9 +51,9 @@ def test_a_short_audit(tmp_path: Path) -> None:
     plan = make_plan(
         model="tiny",
         profiles=["balanced", "strict"],
-        knowledge=["N", "B", "P", "E", "Q"],
-        attacks=[],
-        tokens="d,4d",
+        knowledge=["N", "B", "Q"],
+        attacks=["A1", "A3", "A7", "A12", "A24"],
+        tokens="4d",
         seeds=2,
     )
     path, findings = run(plan, tmp_path, command=["audit"])
