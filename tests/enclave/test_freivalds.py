@@ -75,11 +75,11 @@ def test_what_is_smaller_than_rounding_is_not_seen() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_honest_products_pass_by_the_million(dtype: torch.dtype) -> None:
+def test_a_hundred_thousand_honest_calls_pass(dtype: torch.dtype) -> None:
     for _ in range(20):
         weight = torch.randn(768, 768, generator=GENERATOR).to(dtype)
         check = Check(weight, MasterSecret.from_insecure_test_seed(5).stream("check"))
         check._tolerance *= 0.75
-        for _ in range(10):
-            x = torch.randn(4096, 768, generator=GENERATOR).to(dtype)
+        for _ in range(5_000):
+            x = torch.randn(8, 768, generator=GENERATOR).to(dtype)
             assert check.holds(x, x @ weight)

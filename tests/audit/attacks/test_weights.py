@@ -77,7 +77,7 @@ def test_what_it_does_not(attack: str, attacked: Attacked) -> None:
     assert score.success < score.chance + 0.1
 
 
-@pytest.mark.parametrize("attack", ["A1", "A3", "A5", "A16"])
+@pytest.mark.parametrize("attack", ["A1", "A3", "A5", "A6", "A16"])
 def test_an_unrelated_base_helps_nothing(attack: str, recorded: Callable[[str], Recorded], fixtures: Fixtures) -> None:
     found, session = all_attacks()[attack], recorded("balanced")
     sample, truth = session.cut(256)

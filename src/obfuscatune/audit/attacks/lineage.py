@@ -1,57 +1,48 @@
-r"""A6, lineage: which public model was this one made from?
+r"""A6, lineage: was this model made from that public one?
 
-An orthogonal key on either side keeps a weight's singular values. The distance of two weights' values, each list scaled
-to norm 1, is small for a weight and what it was fine-tuned from. A family of candidates is at hand in the base
-itself: its other blocks. Where head keys change the values of q, k, v and of the output, those of the MLP remain.
+An orthogonal key on either side keeps a weight's singular values. Their size and their decay say how long a model was
+trained, and how deep in it the weight is: two models of one kind agree in that, related or not. What is left of their
+logarithms when a moving average is taken away, in units of the mean distance between neighbours there, is a weight's
+own, and fine-tuning keeps it. Where head keys change the values of q, k, v and of the output, the MLP's remain.
 
-Source: arXiv 2510.06738, arXiv 2512.03620.
+Source: arXiv 2510.06738, arXiv 2512.03620; without their trend, our security analysis.
 """
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from obfuscatune.audit.attack import Attack, Knowledge, NotApplicableError, Sample, Score, Truth, area_under_curve
-from obfuscatune.audit.view import WorkerView
+from obfuscatune.audit.attack import Attack, Knowledge, NotApplicableError, Sample, Score, Truth
 
 _ROLES = ("up", "down")
+_WINDOW = 11  # values of a moving average; odd
+_ENDS = 8  # one of so many values is left out at either end, where a trend is steep
 
 
-def distances(view: WorkerView, near: Callable[[int, str], Tensor]) -> Tensor:
-    """Distances ``[roles, blocks, blocks]`` of the worker's weights from the candidates' of the same role."""
-    blocks = range(view.blocks)
-    found = []
-    for role in _ROLES:
-        here, there = ([_values(weight(i, role)) for i in blocks] for weight in (view.weight, near))
-        found.append(torch.cdist(torch.stack(here), torch.stack(there)))
-    return torch.stack(found)
-
-
-def _values(weight: Tensor) -> Tensor:
+def fluctuations(weight: Tensor) -> Tensor:
+    """What is a weight's own in its singular values, of mean 0 and norm 1."""
     values = torch.linalg.svdvals(weight)
-    return values / values.norm()  # type: ignore[no-any-return]
+    ends = len(values) // _ENDS
+    windows = values[ends:-ends].log().unfold(0, _WINDOW, 1)
+    spacing = (windows[:, 0] - windows[:, -1]) / (_WINDOW - 1)
+    found = (windows[:, _WINDOW // 2] - windows.mean(dim=1)) / spacing
+    return torch.nn.functional.normalize(found - found.mean(), dim=0)
 
 
 def _run(sample: Sample, knowledge: Knowledge) -> Tensor:
+    """Return the correlation of each weight's fluctuations with the candidate's ``[blocks * roles]``."""
     if knowledge.base is None:
         raise NotApplicableError("no base")
-    return distances(sample.view, knowledge.base.weight)
-
-
-def _random_base(sample: Sample, knowledge: Knowledge) -> Tensor:
-    """An unrelated model is no control: weights of one depth are alike in all models."""
-    generator = torch.Generator().manual_seed(0)
-
-    def drawn(block: int, role: str) -> Tensor:
-        return torch.randn(sample.view.weight(block, role).shape, generator=generator, dtype=torch.float64)
-
-    return distances(sample.view, drawn)
+    return torch.stack(
+        [
+            fluctuations(sample.view.weight(block, role)) @ fluctuations(knowledge.base.weight(block, role))
+            for block in range(sample.view.blocks)
+            for role in _ROLES
+        ]
+    )
 
 
 def _score(guess: Tensor, truth: Truth) -> Score:
-    same = torch.eye(guess.shape[1], dtype=torch.bool).expand_as(guess)
-    return area_under_curve(-guess[same], -guess[~same])
+    return Score(guess.mean().item(), 0.1)
 
 
 ATTACK = Attack(
@@ -59,12 +50,11 @@ ATTACK = Attack(
     title="lineage",
     needs="B",
     source="arXiv 2510.06738, arXiv 2512.03620",
-    metric="2 AUC - 1 of its own base's weights among others",
-    chance="0",
+    metric="correlation of singular values with the base's, trend removed, over the MLPs' weights",
+    chance="0.1: of few values, as many as a small model has",
     run=_run,
     score=_score,
     fires_on="balanced",
-    fires_at=0.8,
+    fires_at=0.3,
     by_tokens=False,
-    sham=_random_base,
 )
