@@ -26,8 +26,9 @@ def test_the_bound_of_the_documents(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("width", "out"), [(768, 2304), (3072, 768), (64, 15)])
-def test_honest_products_are_far_from_the_limit(dtype: torch.dtype, width: int, out: int) -> None:
-    check, x, y = case(dtype, width, out)
+@pytest.mark.parametrize("rows", [1, 8, 256])
+def test_honest_products_are_far_from_the_limit(dtype: torch.dtype, width: int, out: int, rows: int) -> None:
+    check, x, y = case(dtype, width, out, rows)
     assert check.holds(x, y)
     check._tolerance /= 2  # 1e5 calls of 1e4 numbers are 1e9: 6 of 16 or more standard deviations
     assert check.holds(x, y)
@@ -75,11 +76,12 @@ def test_what_is_smaller_than_rounding_is_not_seen() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_hundred_thousand_honest_calls_pass(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("rows", [1, 8, 64])  # one row is summed otherwise than many
+def test_a_hundred_thousand_honest_calls_pass(rows: int, dtype: torch.dtype) -> None:
     for _ in range(20):
         weight = torch.randn(768, 768, generator=GENERATOR).to(dtype)
         check = Check(weight, MasterSecret.from_insecure_test_seed(5).stream("check"))
         check._tolerance *= 0.75
         for _ in range(5_000):
-            x = torch.randn(8, 768, generator=GENERATOR).to(dtype)
+            x = torch.randn(rows, 768, generator=GENERATOR).to(dtype)
             assert check.holds(x, x @ weight)

@@ -13,6 +13,7 @@ from obfuscatune.audit.attack import Attack, Knowledge, Sample, Score, Truth
 from obfuscatune.audit.view import STREAMS
 
 _DIRECTIONS = 3
+_DRAWS = 64  # of random directions
 
 Guess = dict[tuple[int, str], Tensor]
 
@@ -29,23 +30,28 @@ def _principal(rows: Tensor) -> Tensor:
 
 
 def _score(guess: Guess, truth: Truth) -> Score:
-    """How much one row of the key a direction is, at the most; of the stream where it is most."""
-    found: dict[str, list[tuple[float, float]]] = {stream: [] for stream in STREAMS}
+    """How much one row of the key a direction is, at the most; of the stream where it is most above chance.
+
+    Chance is what random directions give there, and by how much the best of the streams is above that by luck.
+    """
+    found: dict[str, list[Tensor]] = {}
     generator = torch.Generator().manual_seed(0)
     for place, directions in guess.items():
         key = truth.keys.get(place)
         if key is None or torch.equal(key, torch.eye(len(key), dtype=key.dtype)):
             continue
-        drawn = torch.linalg.qr(torch.randn(len(key), _DIRECTIONS, generator=generator, dtype=key.dtype)).Q.mT
-        found[place[1]].append((_most(key, directions), _most(key, drawn)))
-    means = [torch.tensor(part).mean(dim=0).tolist() for part in found.values() if part]
-    success, chance = max(means, key=lambda pair: pair[0] - pair[1])
-    return Score(success, chance)
+        drawn = torch.randn(_DRAWS, len(key), _DIRECTIONS, generator=generator, dtype=key.dtype)
+        found.setdefault(place[1], []).append(_most(key, torch.cat([directions[None], torch.linalg.qr(drawn).Q.mT])))
+    table = torch.stack([torch.stack(part).mean(dim=0) for part in found.values()])  # [streams, 1 + draws]
+    usual = table[:, 1:].mean(dim=1)
+    above = table - usual[:, None]
+    best = above[:, 0].argmax()
+    return Score(table[best, 0].item(), (usual[best] + above[:, 1:].amax(dim=0).mean()).item())
 
 
-def _most(key: Tensor, directions: Tensor) -> float:
-    rows = key / key.norm(dim=1, keepdim=True)
-    return (rows @ directions.mT).abs().max().item()  # type: ignore[no-any-return]
+def _most(key: Tensor, directions: Tensor) -> Tensor:
+    """Largest cosine of one of ``[n, 3, width]`` with a row of the key, ``[n]``."""
+    return (torch.nn.functional.normalize(key, dim=1) @ directions.mT).abs().amax(dim=(1, 2))
 
 
 ATTACK = Attack(
@@ -54,7 +60,7 @@ ATTACK = Attack(
     needs="N",
     source="our security analysis; arXiv 2208.07339",
     metric="cosine of a principal direction with a row of the key",
-    chance="that of a random direction, some .3",
+    chance="that of random directions, some .3",
     run=_run,
     score=_score,
     fires_on="balanced+attention=enclave+mlp=enclave",
