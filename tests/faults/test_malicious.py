@@ -89,7 +89,9 @@ def test_the_control_without_the_check_nobody_notices(tmp_path: Path) -> None:
         worker_in_a_thread(tmp_path, lying("multiply", 6, LIES["zeros"])) as address,
         obfuscatune.protect(new_model(), profile="strict", worker=address, timeout=60, verify=False) as protected,
     ):
-        loss_of(protected.model).backward()
+        loss = loss_of(protected.model)
+        loss.backward()
+    assert abs(loss.item() - loss_of(new_model()).item()) > 2e-5  # the lie was told; the model is small
 
 
 def test_an_honest_worker_is_not_accused(tmp_path: Path) -> None:
@@ -97,5 +99,7 @@ def test_an_honest_worker_is_not_accused(tmp_path: Path) -> None:
         worker_in_a_thread(tmp_path) as address,
         obfuscatune.protect(new_model(), profile="strict", worker=address, timeout=60) as protected,
     ):
-        loss_of(protected.model).backward()
+        loss = loss_of(protected.model)
+        loss.backward()
         generate(protected.model)
+    torch.testing.assert_close(loss, loss_of(new_model()), rtol=0, atol=5e-6)
