@@ -16,13 +16,29 @@ def matrices(rows: int, count: int = 2, seed: int = 1) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("rows", [1, 15, 128, 192, 320])
-def test_orthogonal_and_undone(rows: int) -> None:
-    mixing = mixer().draw(2, rows)
-    x = torch.randn(2, rows, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+@pytest.mark.parametrize("strip", [1, 200_000])  # strips of 128 columns, and all in one
+def test_orthogonal_and_undone(rows: int, strip: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("obfuscatune.keys.rows._STRIP", strip)
+    generator = torch.Generator().manual_seed(0)
+    mixing, scale = mixer().draw(2, rows), torch.tensor([3.0, -0.5], dtype=torch.float64)
+    x = torch.randn(2, rows, 300, generator=generator, dtype=torch.float64)
     y = mixing.mix(x)
     assert (y.mT @ y - x.mT @ x).abs().max() < 1e-12
-    assert (mixing.unmix(y, rows) - x).abs().max() < 1e-13
-    assert torch.equal(mixing.unmix(y, 1), mixing.unmix(y, rows)[:, :1])
+    assert (mixing.unmix(y, scale, rows) - (3 * x[0] - x[1] / 2)).abs().max() < 1e-12
+    assert torch.equal(mixing.unmix(y, scale, 1), mixing.unmix(y, scale, rows)[:1])
+    assert torch.equal(mixing.mix(x, torch.float32), y.float())
+
+
+@pytest.mark.parametrize("rows", [15, 192])
+def test_mixing_is_the_dense_matrix_of_each_part(rows: int) -> None:
+    """The obviously correct reference: A_i as a matrix, its transpose, and a sum."""
+    mixing, scale = mixer().draw(3, rows), torch.tensor([1.0, 2.0, 0.25], dtype=torch.float64)
+    dense = mixing.mix(torch.eye(rows, dtype=torch.float64).repeat(3, 1, 1))
+    y = torch.randn(3, rows, 300, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    assert (mixing.mix(y) - dense @ y).abs().max() < 1e-13
+    expected = sum(c * a.T @ part for c, a, part in zip(scale, dense, y, strict=True))
+    assert (mixing.unmix(y, scale, rows) - expected).abs().max() < 1e-13
+    assert (mixing.unmix(y, scale.flip(0), rows) - expected).abs().max() > 0.1  # the control: parts are told apart
 
 
 def test_every_row_is_in_every_row() -> None:
