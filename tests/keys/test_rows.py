@@ -16,9 +16,9 @@ def matrices(rows: int, count: int = 2, seed: int = 1) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("rows", [1, 15, 128, 192, 320])
-@pytest.mark.parametrize("strip", [1, 200_000])  # strips of 128 columns, and all in one
-def test_orthogonal_and_undone(rows: int, strip: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("obfuscatune.keys.rows._STRIP", strip)
+@pytest.mark.parametrize("at_once", [1, 200_000])  # a part at a time in strips of 128 columns, and all in one
+def test_orthogonal_and_undone(rows: int, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("obfuscatune.keys.rows._AT_ONCE", at_once)
     generator = torch.Generator().manual_seed(0)
     mixing, scale = mixer().draw(2, rows), torch.tensor([3.0, -0.5], dtype=torch.float64)
     x = torch.randn(2, rows, 300, generator=generator, dtype=torch.float64)

@@ -20,7 +20,9 @@ LARGE_BLOCK = 128  # above 2048 rows: with b^2 < m many pairs of rows would shar
 # How well a call's view tells equal rows from Gaussian ones by the variance of its rows' norms, as the area under the
 # curve (chance .5) of 60 to 100 calls, 512 tokens, 256 noise rows: .99 after 2 rounds, .60 after 3, .46 after 4.
 ROUNDS = 4
-_STRIP = 200_000  # numbers that are un-mixed at a time: in float32 0.8 MB, and as much for what they become
+# Numbers that are mixed at a time: enough that small calls are few operations, few enough to stay in a core's cache.
+_AT_ONCE = 200_000
+_SMALL_AT_ONCE = 1_000_000  # of parts below _AT_ONCE, as in decoding, where operations cost more than memory does
 POOL = 64  # Haar matrices of one size; a power of two, to be drawn from without rejection
 
 Round = tuple[Tensor, Tensor]  # where each row of each part comes from, and then each part's blocks
@@ -69,8 +71,8 @@ class RowMixer(Secret):
 class RowMixing(Secret):
     """One A for each of ``count`` parts; used for one call and thrown away.
 
-    Parts are mixed one at a time, and wide ones in strips: what one round hands to the next then stays in a core's
-    cache. Un-mixing 512 rows of GPT-2 small's q, k, v takes 20 ms so, and 58 ms as whole tensors (two cores).
+    Large parts are mixed one at a time, and wide ones in strips, so that what one round hands to the next stays in a
+    core's cache. Un-mixing 512 rows of GPT-2 small's q, k, v takes 20 ms so, and 58 ms as whole tensors (two cores).
     """
 
     def __init__(self, rounds: list[Round], last: Tensor) -> None:
@@ -79,10 +81,11 @@ class RowMixing(Secret):
     def mix(self, z: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
         """Return A z, part by part, for z ``[count, rows, width]``, in z's dtype and rounded once to ``dtype``."""
         mixed = torch.empty(z.shape, dtype=dtype)
-        for part, x in enumerate(z):
+        for parts in _groups(len(z), z[0].numel(), _AT_ONCE):
+            x = z[parts]
             for order, blocks in self._rounds:
-                x = _blockwise(blocks[part], x.index_select(0, order[part]))
-            mixed[part] = x.index_select(0, self._last[part])
+                x = _blockwise(blocks[parts], _gather(x, order[parts]))
+            mixed[parts] = _gather(x, self._last[parts])
         return mixed
 
     def unmix(self, y: Tensor, scale: Tensor, rows: int) -> Tensor:
@@ -92,21 +95,38 @@ class RowMixing(Secret):
             y: ``[count, all rows, width]``. scale: ``[count]``.
         """
         total = y.new_zeros(rows, y.shape[2])
-        width = max(128, _STRIP // y.shape[1])
         after = self._last.argsort(dim=1)
         rounds = []
         for order, blocks in reversed(self._rounds):
             rounds.append((after, blocks.mT.to(y.dtype)))
             after = order.argsort(dim=1)
         after = after[:, :rows]
-        for part, factor in enumerate(scale.tolist()):
-            strips = torch.split(y[part], width, dim=1), torch.split(total, width, dim=1)
+        width = max(128, _AT_ONCE // y.shape[1])
+        for parts in _groups(len(y), y[0].numel(), _SMALL_AT_ONCE if width >= y.shape[2] else _AT_ONCE):
+            factors = scale[parts].tolist()
+            strips = torch.split(y[parts], width, dim=2), torch.split(total, width, dim=1)
             for x, strip in zip(*strips, strict=True):
                 for order, blocks in rounds:
-                    x = _blockwise(blocks[part], x.index_select(0, order[part]))
-                strip.add_(x.index_select(0, after[part]), alpha=factor)
+                    x = _blockwise(blocks[parts], _gather(x, order[parts]))
+                for part, factor in zip(_gather(x, after[parts]), factors, strict=True):
+                    strip.add_(part, alpha=factor)
         return total
 
 
+def _groups(count: int, size: int, most: int) -> list[slice]:
+    """Parts of so many numbers each, as many at a time as ``most`` allows, and at least one."""
+    step = max(1, most // max(1, size))
+    return [slice(start, start + step) for start in range(0, count, step)]
+
+
+def _gather(x: Tensor, order: Tensor) -> Tensor:
+    """Rows of each part of x ``[parts, rows, width]`` in its order ``[parts, n]``: ``[parts, n, width]``."""
+    if len(x) == 1:
+        return x[0].index_select(0, order[0])[None]
+    flat = (order + x.shape[1] * torch.arange(len(x))[:, None]).flatten()
+    return x.flatten(0, 1).index_select(0, flat).view(*order.shape, x.shape[2])
+
+
 def _blockwise(blocks: Tensor, x: Tensor) -> Tensor:
-    return torch.bmm(blocks, x.view(len(blocks), -1, x.shape[1])).flatten(0, 1)
+    """Blocks ``[parts, k, b, b]`` times the rows of each part of x ``[parts, k b, width]``."""
+    return torch.bmm(blocks.flatten(0, 1), x.reshape(-1, blocks.shape[-1], x.shape[2])).view(x.shape)
