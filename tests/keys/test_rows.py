@@ -30,8 +30,11 @@ def test_orthogonal_and_undone(rows: int, at_once: int, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("rows", [15, 192])
-def test_mixing_is_the_dense_matrix_of_each_part(rows: int) -> None:
-    """The obviously correct reference: A_i as a matrix, its transpose, and a sum."""
+@pytest.mark.parametrize("together", [1, 2, 3])
+def test_mixing_is_the_dense_matrix_of_each_part(rows: int, together: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The obviously correct reference: A_i as a matrix, its transpose, and a sum; parts are grouped or not."""
+    for name in ("_AT_ONCE", "_SMALL_AT_ONCE"):
+        monkeypatch.setattr(f"obfuscatune.keys.rows.{name}", together * rows * 300)
     mixing, scale = mixer().draw(3, rows), torch.tensor([1.0, 2.0, 0.25], dtype=torch.float64)
     dense = mixing.mix(torch.eye(rows, dtype=torch.float64).repeat(3, 1, 1))
     y = torch.randn(3, rows, 300, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
