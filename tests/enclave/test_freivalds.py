@@ -40,9 +40,27 @@ def test_honest_products_are_far_from_the_limit(dtype: torch.dtype, width: int, 
 def test_the_transpose_and_tiles(dtype: torch.dtype) -> None:
     weight = torch.randn(96, 40, generator=GENERATOR).to(dtype)
     check = Check(weight, MasterSecret.from_insecure_test_seed(5).stream("check"))
-    x, g = (torch.randn(9, n, generator=GENERATOR).to(dtype) for n in (32, 40))
-    assert check.holds(x, x @ weight[64:], start=64) and not check.holds(x, x @ weight[64:], start=32)
+    starts = (0, 32, 64, 48)
+    x, g = (torch.randn(*shape, generator=GENERATOR).to(dtype) for shape in ((4, 20, 32), (20, 40)))
+    y = torch.stack([tile @ weight[start : start + 32] for start, tile in zip(starts, x, strict=True)])
+    assert check.holds(x, y, starts=starts)
+    assert check.holds(x[2], y[2], starts=starts[2:3]) and not check.holds(x[2], y[2], starts=starts[1:2])
     assert check.holds(g, g @ weight.T, transpose=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 20])
+def test_one_wrong_row_of_one_tile_is_refused(rows: int, dtype: torch.dtype) -> None:
+    weight = torch.randn(96, 40, generator=GENERATOR).to(dtype)
+    check = Check(weight, MasterSecret.from_insecure_test_seed(5).stream("check"))
+    x = torch.randn(3, rows, 32, generator=GENERATOR).to(dtype)
+    y = torch.bmm(x, weight.view(3, 32, 40))
+    assert check.holds(x, y, starts=(0, 32, 64))
+    for tile in range(3):
+        wrong = y.clone()
+        wrong[tile, -1] *= 1.05
+        assert not check.holds(x, wrong, starts=(0, 32, 64))
+    assert not check.holds(x, y.roll(1, 0), starts=(0, 32, 64))
 
 
 def one(y: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:

@@ -15,6 +15,8 @@ the first fault. Source: Freivalds, "Probabilistic machines can use less running
 in an enclave: Tramer and Boneh, "Slalom", ICLR 2019.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -45,29 +47,39 @@ class Check(Secret):
             self._sides.append((vectors, matrix @ vectors, size / matrix.shape[0] ** 0.5))
 
     def require(
-        self, session: Session, layer: str, x: Tensor, y: Tensor, *, transpose: bool = False, start: int = 0
+        self,
+        session: Session,
+        layer: str,
+        x: Tensor,
+        y: Tensor,
+        *,
+        transpose: bool = False,
+        starts: Sequence[int] = (0,),
     ) -> None:
         """Refuse y ``[..., out]`` unless it is ``x W`` for x ``[..., in]`` in all rows.
 
         Args:
-            start: where x is a tile: the first row of W that it is for.
+            starts: the first row of W that each tile is for; x is ``[tiles, rows, w]``, y ``[tiles, rows, out]`` then.
 
         Raises: `WorkerFault`, after which the session and these vectors are of no use any more.
         """
-        if self._sides is None or not self.holds(x, y, transpose=transpose, start=start):
+        if self._sides is None or not self.holds(x, y, transpose=transpose, starts=starts):
             self._sides = None
             raise session.fault("a product is wrong", layer, got="a backward" if transpose else "a forward")
 
-    def holds(self, x: Tensor, y: Tensor, *, transpose: bool = False, start: int = 0) -> bool:
+    def holds(self, x: Tensor, y: Tensor, *, transpose: bool = False, starts: Sequence[int] = (0,)) -> bool:
         """Say whether all rows pass. Shapes as in `require`."""
         if self._sides is None:
             return False
         vectors, images, gain = self._sides[transpose]
-        few = x.numel() <= _FEW * x.shape[-1]
+        width, tiles = x.shape[-1], len(starts)
+        few = x.numel() <= _FEW * tiles * width
         dtype = torch.float64 if few or x.dtype == torch.float64 else torch.float32
-        x, y = (t.reshape(-1, t.shape[-1]).to(dtype) for t in (x, y))
+        x, y = (t.reshape(tiles, -1, t.shape[-1]).to(dtype) for t in (x, y))
+        parts = torch.stack([images[start : start + width] for start in starts]).to(dtype)
         # From the left: a product of a few rows with many columns is ten times faster than its transpose, and rounds
         # less (rms 2.6e-7 and 8.6e-7 of |y| at 2304 columns).
-        gap = (vectors.T.to(dtype) @ y.T - images[start : start + x.shape[1]].T.to(dtype) @ x.T).T
-        size = y.norm(dim=1) + gain * x.norm(dim=1)
+        returned = (vectors.T.to(dtype) @ y.flatten(0, 1).T).view(-1, *y.shape[:2]).transpose(0, 1)
+        gap = returned - torch.bmm(parts.mT, x.mT)  # [tiles, k, rows]
+        size = y.norm(dim=2) + gain * x.norm(dim=2)
         return bool((gap.abs() <= self._tolerance * size[:, None]).all())  # written so that NaN is refused

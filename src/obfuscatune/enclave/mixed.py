@@ -71,8 +71,9 @@ class MixedLinear(nn.Module):
         _, outputs = self._session.request("multiply", self._layer, header, {"x": mixed.sent}, expected)
         if self._check is not None:
             starts = tile_starts(rows.shape[1], mixed.sent.shape[2])
-            for start, sent, got in zip(starts, mixed.sent, outputs["y"], strict=True):
-                self._check.require(self._session, self._layer, sent, got, transpose=transpose, start=start)
+            self._check.require(
+                self._session, self._layer, mixed.sent, outputs["y"], transpose=transpose, starts=starts
+            )
         y = mixed.restore(outputs["y"])
         y = into.apply_transpose(y) if transpose else out.apply_inverse(y)
         return y.view(*x.shape[:-1], width).to(x.dtype)
