@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from tqdm.auto import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from obfuscatune.bundled import model_directory
@@ -47,7 +48,7 @@ class FixtureSettings:
 SETTINGS = {
     "tiny": FixtureSettings(width=64, layers=2, positions=32, base_steps=150, private_steps=40),
     "small": FixtureSettings(),
-    "large": FixtureSettings(width=256, layers=6, heads=8, positions=128, base_steps=2000, private_steps=300),
+    "large": FixtureSettings(width=256, layers=6, heads=8, positions=128, base_steps=600),
 }
 
 
@@ -89,7 +90,7 @@ def build(settings: FixtureSettings, seed: int, cache: Path, text: str) -> Fixtu
         directory = cache / key / name
         if not (directory / "model.safetensors").is_file():
             model = start()
-            _train(model, parts[part], steps, rate, settings.batch_size, seed)
+            _train(name, model, parts[part], steps, rate, settings.batch_size, seed)
             model.config.save_pretrained(directory)
             tensors = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
             save_file(tensors, directory / "model.safetensors")
@@ -150,12 +151,12 @@ def _new(settings: FixtureSettings, seed: int) -> GPT2LMHeadModel:
         return GPT2LMHeadModel(config)
 
 
-def _train(model: Any, rows: Tensor, steps: int, rate: float, batch: int, seed: int) -> None:
+def _train(name: str, model: Any, rows: Tensor, steps: int, rate: float, batch: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=rate, total_steps=steps, pct_start=0.1)
     model.train()
-    for _ in range(steps):
+    for _ in tqdm(range(steps), desc=f"training {name}", unit="step", leave=False):
         ids = rows[torch.randint(len(rows), (batch,), generator=generator)]
         optimizer.zero_grad()
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
