@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from obfuscatune.audit.runner import REPETITIONS, attack_profile, repeated_cells
+from obfuscatune.audit.fixtures import SETTINGS
+from obfuscatune.audit.runner import REPETITIONS, attack_profile, memory_gb, repeated_cells
 from obfuscatune.audit.study import failed_claims, make_plan, run
 from obfuscatune.audit.verdict import LEAK
 from obfuscatune.errors import UsageError
@@ -43,6 +44,13 @@ def test_only_what_was_broken_is_run_again() -> None:
     assert {(cell.inputs["profile"], *cell.inputs["attacks"]) for cell in again} == {("strict", "A24")}
     assert len({(cell.inputs["seed"], cell.inputs["session"]) for cell in again}) == len(again)
     assert repeated_cells(plan, like, []) == []
+
+
+def test_cells_of_the_large_model_do_not_share_a_small_machine() -> None:
+    plan = make_plan(**{**GOOD, "tokens": "d/4,100d"})  # type: ignore[arg-type]
+    needed = {name: memory_gb(SETTINGS[name], [SETTINGS[name].width * 100]) for name in SETTINGS}
+    assert memory_gb(SETTINGS["tiny"], plan.budgets) == needed["tiny"]
+    assert needed["tiny"] < needed["small"] < 5 < 12 < needed["large"]
 
 
 @pytest.mark.slow

@@ -15,12 +15,14 @@ from torch import Tensor
 
 from obfuscatune.audit.attacks import all_attacks
 from obfuscatune.audit.canaries import check_canaries
+from obfuscatune.audit.fixtures import SETTINGS
 from obfuscatune.audit.lab import Recorded, record
 from obfuscatune.audit.runner import (
     Plan,
     budgets_of,
     corpus_of,
     fixtures_of,
+    memory_gb,
     try_attack,
 )
 from obfuscatune.audit.view import ROLES, STREAMS_OF
@@ -47,7 +49,10 @@ def control_cells(plan: Plan, like: Cell) -> list[Cell]:
                 "attacks": [name for name, attack in attacks.items() if attack.fires_on == profile],
             }
             label = f"controls on {profile}, seed {seed}"
-            found.append(Cell(label=label, compute=control_profile, inputs=inputs, places=like.places, memory_gb=4.0))
+            memory = 2 * memory_gb(SETTINGS[plan.model], budgets)  # two sessions
+            found.append(
+                Cell(label=label, compute=control_profile, inputs=inputs, places=like.places, memory_gb=memory)
+            )
     inputs = {**like.inputs, "seed": plan.seeds[0]}
     found.append(Cell(label="canaries", compute=canaries, inputs=inputs, places=like.places, memory_gb=2.0))
     return found

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from obfuscatune.audit.attack import Attack, NotApplicableError, Truth
 from obfuscatune.audit.attacks import all_attacks
-from obfuscatune.audit.fixtures import SETTINGS, Fixtures, build, load_text
+from obfuscatune.audit.fixtures import SETTINGS, Fixtures, FixtureSettings, build, load_text
 from obfuscatune.audit.lab import Recorded, knowledge, record
 from obfuscatune.errors import UsageError
 from obfuscatune.reproduce.cells import Cell
@@ -105,11 +105,20 @@ def cells(plan: Plan, cache: Path, text_file: Path | None) -> list[Cell]:
             compute=attack_profile,
             inputs={**common, "profile": profile, "seed": seed},
             places=places,
-            memory_gb=4.0,
+            memory_gb=memory_gb(SETTINGS[plan.model], plan.budgets),
         )
         for seed in plan.seeds
         for profile in plan.profiles
     ]
+
+
+def memory_gb(settings: FixtureSettings, budgets: Sequence[int]) -> float:
+    """What recording and attacking one session takes at most, GiB.
+
+    The streams of a block are 16 widths together, and they are there three times, in float64 or as much: the truth,
+    what crossed, and that as an attack reads it. 3.5 GiB were seen for 12,800 tokens of ``small``.
+    """
+    return 2.0 + 3 * 16 * 8 * max(budgets) * settings.width * settings.layers / 2**30
 
 
 def repeated_cells(plan: Plan, like: Sequence[Cell], broken: Sequence[tuple[str, str]]) -> list[Cell]:
