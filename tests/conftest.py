@@ -1,6 +1,7 @@
 """What all tests share: no network, two threads, hypothesis without a clock, data beside the checkout."""
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 torch.set_num_threads(2)
+# A shell without job control starts what it puts in the background with SIGINT ignored, which all children inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # A shared machine may stall any example, and the examples must be the same on every run.
 settings.register_profile("tests", deadline=None, derandomize=True)
 settings.load_profile("tests")
