@@ -85,13 +85,18 @@ def _error(call: Any, code: str, message: str) -> dict[str, Any]:
 def serve_forever(listener: socket.socket, device: torch.device, limits: Limits) -> None:
     """Accept enclaves one after another; a second one at the same time is refused with a message."""
     busy = threading.Lock()
-    while True:
-        accepted, _ = listener.accept()
-        connection = Connection(accepted, limits=limits, peer="enclave")
-        if busy.acquire(timeout=_LEAVING_SECONDS):
-            threading.Thread(target=_serve_and_release, args=(connection, device, busy), daemon=True).start()
-        else:
-            threading.Thread(target=_send_away, args=(connection,), daemon=True).start()
+    try:
+        while True:
+            accepted, _ = listener.accept()
+            connection = Connection(accepted, limits=limits, peer="enclave")
+            if busy.acquire(timeout=_LEAVING_SECONDS):
+                threading.Thread(target=_serve_and_release, args=(connection, device, busy), daemon=True).start()
+            else:
+                threading.Thread(target=_send_away, args=(connection,), daemon=True).start()
+    finally:
+        # A session that is ending first ends: the interpreter's exit would unwind its thread, and one that is within
+        # torch, freeing tensors, aborts the process then ("terminate called without an active exception").
+        busy.acquire(timeout=_LEAVING_SECONDS)
 
 
 def _send_away(connection: Connection) -> None:
