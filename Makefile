@@ -51,7 +51,7 @@ audit: setup  ## attack every profile and say what leaks, in about an hour; the 
 	$(BIN)/obfuscatune audit --out results/audit --workers 2
 
 gpu-check: setup  ## check equality and cost with the worker on a GPU; skipped, saying so, without one
-	$(BIN)/python -m obfuscatune.reproduce.gpu_check
+	$(BIN)/python -m obfuscatune.studies.reproduce.gpu_check
 
 fuzz: setup  ## fuzz every parser with atheris, FUZZ_SECONDS (60) each
 	$(BIN)/python -m pip install --quiet --editable '.[fuzz]' --constraint constraints.txt

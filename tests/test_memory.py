@@ -5,7 +5,7 @@ import sys
 
 import numpy as np
 
-from obfuscatune.memory import peak_memory_bytes
+from obfuscatune.protocol.memory import peak_memory_bytes
 
 MEBIBYTE = 2**20
 
@@ -13,7 +13,7 @@ MEBIBYTE = 2**20
 def test_a_large_parent_does_not_count() -> None:
     block = np.ones(300 * MEBIBYTE, dtype=np.uint8)
     assert peak_memory_bytes() > block.nbytes
-    command = [sys.executable, "-c", "from obfuscatune.memory import peak_memory_bytes as p; print(p())"]
+    command = [sys.executable, "-c", "from obfuscatune.protocol.memory import peak_memory_bytes as p; print(p())"]
     child = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603
     assert MEBIBYTE < int(child.stdout) < 200 * MEBIBYTE
 

@@ -5,7 +5,7 @@ Reads documents separated by a line ``<|endoftext|>``, trains a byte-level BPE t
 fixed windows, trains with AdamW (warm-up, cosine decay, clipping), measures the loss on held-out documents and writes
 an ordinary ``transformers`` directory with a model card that states data, steps and loss.
 
-    python tools/pretrain.py --text books.txt.gz --output_dir src/obfuscatune/bundled/model --max_steps 5000
+    python tools/pretrain.py --text books.txt.gz --output_dir src/obfuscatune/studies/bundled/model --max_steps 5000
 """
 
 import argparse

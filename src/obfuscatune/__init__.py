@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from obfuscatune.enclave.keys.source import MasterSecret
     from obfuscatune.enclave.protected import Protected, protect
     from obfuscatune.enclave.report import Report
     from obfuscatune.errors import (
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
         UsageError,
         WorkerFault,
     )
-    from obfuscatune.keys.source import MasterSecret
     from obfuscatune.profiles import PROFILES, Profile
 
 __version__ = "0.1.0"
@@ -38,7 +38,7 @@ _HOMES = {
         "UsageError",
         "WorkerFault",
     ),
-    "obfuscatune.keys.source": ("MasterSecret",),
+    "obfuscatune.enclave.keys.source": ("MasterSecret",),
     "obfuscatune.profiles": ("PROFILES", "Profile"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}

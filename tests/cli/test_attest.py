@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from obfuscatune.attestation.claims import EnclaveClaims
-from obfuscatune.attestation.evidence import Evidence, attest
-from obfuscatune.attestation.simulator import SimulatedPlatform
+from obfuscatune.parties.attestation.claims import EnclaveClaims
+from obfuscatune.parties.attestation.evidence import Evidence, attest
+from obfuscatune.parties.attestation.simulator import SimulatedPlatform
 from obfuscatune.parties.identity import Identity
 
 FOLDER = Path(__file__).parents[2] / ".." / "shared" / "attestation"

@@ -84,7 +84,7 @@ def test_the_harness_own_command_line_gives_what_hf_gives(
 ) -> None:
     from lm_eval.models.huggingface import HFLM
 
-    from obfuscatune.evaluation.harness import evaluate
+    from obfuscatune.studies.tasks.harness import evaluate
 
     tasks = ["sciq", "webqs"]
     given = ("--model_args", f"pretrained={model_dir},worker={worker}", "--tasks", ",".join(tasks), "--limit", 5)
@@ -156,7 +156,7 @@ def test_a_missing_harness_says_how_to_get_it(run: Run, model_dir: Path, monkeyp
     def missing() -> None:
         raise UsageError("lm-evaluation-harness is not installed", hint="pip install 'obfuscatune[eval]'")
 
-    monkeypatch.setattr("obfuscatune.evaluation.tasks.require_harness", missing)
+    monkeypatch.setattr("obfuscatune.studies.tasks.catalogue.require_harness", missing)
     for arguments in (
         ("evaluate", "--model_name_or_path", model_dir, "--task", "sciq"),
         ("lm-eval", "--tasks", "sciq"),

@@ -17,7 +17,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from obfuscatune.keys import MasterSecret
+from obfuscatune.enclave.keys import MasterSecret
 from obfuscatune.training.checkpoints import SECRET_FILE
 from obfuscatune.training.trainer import ProtectedTrainer
 

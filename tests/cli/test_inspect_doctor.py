@@ -50,7 +50,7 @@ def test_the_estimate_is_what_a_forward_counts(profile: str, model_dir: Path, wo
 
 
 def test_the_estimate_of_mixed_rows_is_what_a_forward_of_as_many_counts(model_dir: Path, worker: str, run) -> None:
-    from obfuscatune.cli.estimate import ROWS
+    from obfuscatune.studies.bench.estimate import ROWS
 
     found = json.loads(run("inspect", "--model_name_or_path", model_dir, "--json").out)
     row = next(row for row in found["profiles"] if row["profile"] == "strict")

@@ -10,7 +10,7 @@ import pytest
 from obfuscatune.cli.connecting import EnclaveOptions
 from obfuscatune.parties.identity import Identity
 from obfuscatune.parties.job import Job, SignedJob
-from obfuscatune.sealed.archive import seal_files
+from obfuscatune.parties.sealed.archive import seal_files
 
 from .conftest import Run
 
@@ -98,7 +98,8 @@ def test_every_verb_talks_to_the_enclave_of_the_job_only(
     channel, asked = Channel(*seal("true")), []
     monkeypatch.setattr("obfuscatune.cli.connecting.load_policy", lambda *_: None)
     monkeypatch.setattr(
-        "obfuscatune.channel.client.connect_attested", lambda *_, enclave, **__: asked.append(enclave) or channel
+        "obfuscatune.parties.channel.client.connect_attested",
+        lambda *_, enclave, **__: asked.append(enclave) or channel,
     )
     assert run(*verb, *CONNECT).code == 0
     assert asked == [job.enclave]

@@ -88,8 +88,8 @@ def test_misuse_exits_with_2(log: AuditLog, tmp_path: Path, run: Run) -> None:
 
 
 def test_an_enclave_is_also_known_by_its_evidence(log: AuditLog, tmp_path: Path, run: Run) -> None:
-    claims = pytest.importorskip("obfuscatune.attestation.claims")
-    from obfuscatune.attestation.evidence import Evidence, Quote
+    claims = pytest.importorskip("obfuscatune.parties.attestation.claims")
+    from obfuscatune.parties.attestation.evidence import Evidence, Quote
 
     made = claims.EnclaveClaims(identity=ENCLAVE.public, tls_key="ab" * 32, nonce="", issued=1, version="0")
     evidence = write(tmp_path / "evidence", Evidence(Quote("tdx", b"quote"), made.to_dict()).to_bytes())

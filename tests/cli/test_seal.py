@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from obfuscatune.parties.identity import Identity, PublicIdentity
-from obfuscatune.sealed import read_header
+from obfuscatune.parties.sealed import read_header
 
 ROWS = '{"prompt": "canary question", "completion": "canary answer"}\n'
 

@@ -12,8 +12,8 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from obfuscatune.attestation.policy import Policy
 from obfuscatune.errors import FormatError, UsageError
+from obfuscatune.parties.attestation.policy import Policy
 
 Scripts = dict[str, ModuleType]
 MRENCLAVE = bytes(range(32))

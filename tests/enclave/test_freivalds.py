@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from obfuscatune.enclave.freivalds import CHECKS, FACTOR, NOISE, Check
-from obfuscatune.keys import MasterSecret
+from obfuscatune.enclave.keys import MasterSecret
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 GENERATOR = torch.Generator().manual_seed(0)

@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from obfuscatune.enclave.keys import MasterSecret
+from obfuscatune.enclave.keys.rows import RowMixer
 from obfuscatune.enclave.mixing import cut, mix, noise_rows, padded_rows, tile_starts, tile_width
 from obfuscatune.errors import KeyFaultError
-from obfuscatune.keys import MasterSecret
-from obfuscatune.keys.rows import RowMixer
 
 MIXER = RowMixer(MasterSecret.from_insecure_test_seed(3).stream("rows"))
 ISOMETRY = {torch.float64: 1e-13, torch.float32: 3e-6}  # measured 4e-15 and 4e-7

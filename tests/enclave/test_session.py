@@ -15,7 +15,8 @@ from torch import Tensor
 
 from obfuscatune.enclave.session import Session
 from obfuscatune.errors import ObfuscatuneError, UsageError, WorkerFault
-from obfuscatune.protocol import DTYPES, PROTOCOL_VERSION, Connection, TensorSpec, encode_head
+from obfuscatune.protocol.connection import Connection
+from obfuscatune.protocol.frames import DTYPES, PROTOCOL_VERSION, TensorSpec, encode_head
 
 EXPECTED = {"y": ((2, 3), torch.float32)}
 Y = torch.tensor([[0.1234, 5.5, 7.0], [1.0, 2.0, 3.0]])

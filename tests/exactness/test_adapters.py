@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from obfuscatune import UnsupportedModelError
-from obfuscatune.protocol import ACTIVATION_NAMES
+from obfuscatune.protocol.activations import ACTIVATION_NAMES
 from obfuscatune.worker.segments import ACTIVATIONS as SEGMENT_ACTIVATIONS
 
 from .models import VARIANTS, error, gpt2, gradients, randomize_lora, scalar, tokens, twins, with_lora, worst

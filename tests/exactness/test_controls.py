@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from obfuscatune.enclave.folding import KeyedAttention
+from obfuscatune.enclave.keys import MasterSecret, build
 from obfuscatune.enclave.linear import RemoteLinear
 from obfuscatune.enclave.session import Session
 from obfuscatune.enclave.whole import RemoteAttention, RemoteMlp
-from obfuscatune.folding import KeyedAttention
-from obfuscatune.keys import MasterSecret, build
 
 from .models import VARIANTS, error, tokens, twins
 

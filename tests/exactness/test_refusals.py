@@ -127,7 +127,7 @@ def test_options_of_an_optimizer_on_the_worker(protect: Any) -> None:
 
 
 def test_keys_stay_in_float32_under_autocast(protect: Any) -> None:
-    from obfuscatune.keys import MasterSecret, build
+    from obfuscatune.enclave.keys import MasterSecret, build
 
     key = build("haar", MasterSecret.generate().stream("autocast"), 64)
     x = torch.randn(5, 64)

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from obfuscatune import UnsupportedModelError
 from obfuscatune.enclave import install_body
 from obfuscatune.enclave.body import PassedBlock, RemoteBody
+from obfuscatune.enclave.folding import centre
+from obfuscatune.enclave.keys import MasterSecret, build
 from obfuscatune.enclave.session import Session
-from obfuscatune.folding import centre
-from obfuscatune.keys import MasterSecret, build
 
 from .models import VARIANTS, error, gpt2, gradients, randomize_lora, scalar, tokens, twins, with_lora, worst
 

@@ -8,7 +8,7 @@ import torch
 
 import obfuscatune
 from obfuscatune.errors import UsageError, WorkerFault
-from obfuscatune.protocol import Connection
+from obfuscatune.protocol.connection import Connection
 
 from .test_replies import lying
 from .workers import Answer, Fields, Tensors, generate, loss_of, new_model, worker_in_a_thread

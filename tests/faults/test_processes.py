@@ -16,7 +16,7 @@ import torch
 
 import obfuscatune
 from obfuscatune.errors import UsageError, WorkerFault
-from obfuscatune.protocol import Connection
+from obfuscatune.protocol.connection import Connection
 
 from .workers import IDS, generate, loss_of, new_model
 

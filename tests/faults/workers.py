@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from obfuscatune.errors import ConnectionClosedError, ProtocolError
-from obfuscatune.protocol import Address, Connection, listen
+from obfuscatune.protocol.address import Address, listen
+from obfuscatune.protocol.connection import Connection
 from obfuscatune.worker.session import WorkerSession
 
 Fields = dict[str, Any]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 
-from obfuscatune.sealed.header import read_header
+from obfuscatune.parties.sealed.header import read_header
 
 from .walkthrough import Machines, commands
 
@@ -61,8 +61,8 @@ def test_the_job_is_done_and_each_has_what_is_his(walked):
 
 
 def _right_answers(rows) -> int:
-    from obfuscatune.bundled import DemoSettings
-    from obfuscatune.bundled.records import company_records
+    from obfuscatune.studies.bundled import DemoSettings
+    from obfuscatune.studies.bundled.records import company_records
 
     _, questions = company_records(DemoSettings().seed, DemoSettings().facts)
     right = {question["question"]: question["choices"][question["answer"]] for question in questions}

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from obfuscatune.errors import UsageError
-from obfuscatune.protocol import Address, address_of, close_listener, connect, listen
+from obfuscatune.protocol.address import Address, address_of, close_listener, connect, listen
 
 
 @pytest.mark.parametrize(

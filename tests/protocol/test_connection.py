@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from obfuscatune.errors import ConnectionClosedError, ProtocolError, UsageError
-from obfuscatune.protocol import DTYPES, Connection, Limits, TensorSpec, decode_frame, encode_head
-from obfuscatune.protocol.frames import PREFIX
+from obfuscatune.protocol.connection import Connection
+from obfuscatune.protocol.frames import DTYPES, PREFIX, TensorSpec, decode_frame, encode_head
+from obfuscatune.protocol.limits import Limits
 
 Tap = Callable[[str, bytes], None]
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from obfuscatune.errors import ProtocolError
-from obfuscatune.protocol import DTYPES, Limits, decode_frame, encode_head
+from obfuscatune.protocol.frames import DTYPES, decode_frame, encode_head
+from obfuscatune.protocol.limits import Limits
 
 TEXT = (Path(__file__).parents[2] / "docs" / "protocol.md").read_text()
 

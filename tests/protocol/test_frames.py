@@ -9,16 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from obfuscatune.errors import ProtocolError, UsageError
-from obfuscatune.protocol import (
+from obfuscatune.protocol.frames import (
     DTYPES,
-    Limits,
+    PREFIX,
     TensorSpec,
     decode_frame,
     decode_header,
     decode_prefix,
     encode_head,
 )
-from obfuscatune.protocol.frames import PREFIX
+from obfuscatune.protocol.limits import Limits
 
 SMALL = Limits(
     max_header_bytes=512, max_payload_bytes=4096, max_tensors=3, max_dims=3, max_name_chars=8, max_depth=3, max_items=16

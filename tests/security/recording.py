@@ -20,9 +20,10 @@ from torch.utils._pytree import tree_leaves
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import obfuscatune
-from obfuscatune.keys import Key
-from obfuscatune.protocol import Address, Connection, decode_frame, decode_prefix, listen
-from obfuscatune.protocol.frames import PREFIX
+from obfuscatune.enclave.keys import Key
+from obfuscatune.protocol.address import Address, listen
+from obfuscatune.protocol.connection import Connection
+from obfuscatune.protocol.frames import PREFIX, decode_frame, decode_prefix
 from obfuscatune.worker.server import serve_connection
 from obfuscatune.worker.session import WorkerSession
 

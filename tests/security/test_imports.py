@@ -39,7 +39,7 @@ def test_the_worker_loads_nothing_of_the_enclave() -> None:
     )
 
 
-@pytest.mark.parametrize("module", ["obfuscatune.keys", "obfuscatune.profiles", "obfuscatune.folding"])
+@pytest.mark.parametrize("module", ["obfuscatune.enclave.keys", "obfuscatune.profiles", "obfuscatune.enclave.folding"])
 def test_the_check_sees_what_is_loaded(module: str) -> None:
     assert module in forbidden_after((*WORKER[:1], module))
 

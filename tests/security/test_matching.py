@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from obfuscatune.keys import MasterSecret, build
+from obfuscatune.enclave.keys import MasterSecret, build
 
 from .matching import AS_IT_IS, UP_TO_ORDER, search
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from obfuscatune.enclave.keys import MasterSecret
+from obfuscatune.enclave.keys.rows import RowMixer
 from obfuscatune.enclave.mixing import mix
-from obfuscatune.keys import MasterSecret
-from obfuscatune.keys.rows import RowMixer
 
 from .recording import record
 
@@ -120,7 +120,7 @@ def test_norms_of_mixed_rows_do_not_tell_equal_rows_from_others(monkeypatch: pyt
     equal, flat = torch.ones(128, 128), torch.randn(128, 128, generator=GENERATOR)
     found = auc(leverage_variance(equal, 100), leverage_variance(flat, 100))
     assert 0.5 - 0.13 < found < 0.5 + 0.13  # 3.2 standard errors
-    monkeypatch.setattr("obfuscatune.keys.rows.ROUNDS", 1)
+    monkeypatch.setattr("obfuscatune.enclave.keys.rows.ROUNDS", 1)
     assert auc(leverage_variance(equal, 40), leverage_variance(flat, 40)) > 0.9
 
 

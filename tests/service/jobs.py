@@ -10,8 +10,8 @@ from typing import Any
 
 from obfuscatune.parties.identity import Identity
 from obfuscatune.parties.job import Job, SignedJob
-from obfuscatune.sealed.archive import seal_files
-from obfuscatune.sealed.writer import SealedWriter
+from obfuscatune.parties.sealed.archive import seal_files
+from obfuscatune.parties.sealed.writer import SealedWriter
 from obfuscatune.service.book import Book
 from obfuscatune.service.entries import Entry
 from obfuscatune.service.log import AuditLog

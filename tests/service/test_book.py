@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from obfuscatune.errors import ConsentError, ObfuscatuneError, UsageError
-from obfuscatune.sealed.header import read_header
+from obfuscatune.parties.sealed.header import read_header
 from obfuscatune.service import book as book_module
 from obfuscatune.service.book import MAX_STARTS, Book
 from obfuscatune.service.log import check

@@ -8,11 +8,11 @@ import pytest
 
 from obfuscatune.errors import ConsentError, FormatError
 from obfuscatune.parties.job import Job
+from obfuscatune.parties.sealed.archive import seal_files
+from obfuscatune.parties.sealed.fields import Header
+from obfuscatune.parties.sealed.header import read_header
 from obfuscatune.parties.terms import DEFAULT_PROFILES
 from obfuscatune.profiles import PROFILES
-from obfuscatune.sealed.archive import seal_files
-from obfuscatune.sealed.fields import Header
-from obfuscatune.sealed.header import read_header
 from obfuscatune.service.consent import OWNERS, check_input, check_job, check_query
 
 from .jobs import CLINIC, LAB, STRANGER, job_fields, sign

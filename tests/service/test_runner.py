@@ -15,10 +15,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from obfuscatune.errors import ConsentError, SealError, UsageError
 from obfuscatune.parties.identity import Identity
 from obfuscatune.parties.job import Job, SignedJob
-from obfuscatune.sealed.archive import SealedArchive, seal_files
-from obfuscatune.sealed.header import read_header
-from obfuscatune.sealed.models import model_files
-from obfuscatune.sealed.reader import SealedReader
+from obfuscatune.parties.sealed.archive import SealedArchive, seal_files
+from obfuscatune.parties.sealed.header import read_header
+from obfuscatune.parties.sealed.models import model_files
+from obfuscatune.parties.sealed.reader import SealedReader
 from obfuscatune.service.runner import Hooks, Runner
 from obfuscatune.service.store import Store
 

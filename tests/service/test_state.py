@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from obfuscatune import durable
-from obfuscatune.attestation.platform import open_platform
 from obfuscatune.errors import FormatError, ObfuscatuneError, RollbackError, SealError, UsageError
+from obfuscatune.parties.attestation.platform import open_platform
 from obfuscatune.service.state import State
 
 from .platforms import Counter, FileCounter, MemoryPlatform, new_platform

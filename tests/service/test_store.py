@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from obfuscatune.errors import FormatError, ObfuscatuneError, ProtocolError, SealError, UsageError
 from obfuscatune.parties.identity import Identity
-from obfuscatune.sealed.header import read_header
-from obfuscatune.sealed.writer import SealedWriter
+from obfuscatune.parties.sealed.header import read_header
+from obfuscatune.parties.sealed.writer import SealedWriter
 from obfuscatune.service import store as store_module
 from obfuscatune.service.store import Store
 

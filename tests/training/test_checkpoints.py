@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from obfuscatune.enclave.keys import MasterSecret
 from obfuscatune.errors import ObfuscatuneError, UsageError
-from obfuscatune.keys import MasterSecret
 from obfuscatune.profiles import PROFILES, resolve
 from obfuscatune.training.checkpoints import PROFILE_FILE, load_keys, whole_checkpoint
 

@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from obfuscatune.errors import UsageError
-from obfuscatune.protocol import Address, Connection, connect, listen
+from obfuscatune.protocol.address import Address, connect, listen
+from obfuscatune.protocol.connection import Connection
 from obfuscatune.worker import sandbox
 from obfuscatune.worker.sandbox import Sandbox
 

@@ -14,7 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from obfuscatune.errors import ConnectionClosedError
-from obfuscatune.protocol import DTYPES, Address, Connection, Limits, address_of, connect, listen
+from obfuscatune.protocol.address import Address, address_of, connect, listen
+from obfuscatune.protocol.connection import Connection
+from obfuscatune.protocol.frames import DTYPES
+from obfuscatune.protocol.limits import Limits
 from obfuscatune.worker.server import serve_connection, serve_forever
 
 CPU = torch.device("cpu")

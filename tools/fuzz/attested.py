@@ -15,14 +15,14 @@ from obfuscatune.parties.identity import Identity
 
 def claims(scratch: Path) -> Target:
     """What an enclave says about itself."""
-    from obfuscatune.attestation.claims import EnclaveClaims
+    from obfuscatune.parties.attestation.claims import EnclaveClaims
 
     return Target(lambda data: EnclaveClaims.from_dict(decode(data, "claims")), (encode(_claims()),))
 
 
 def evidence(scratch: Path) -> Target:
     """The evidence record."""
-    from obfuscatune.attestation.evidence import Evidence, Quote
+    from obfuscatune.parties.attestation.evidence import Evidence, Quote
 
     seed = Evidence(Quote("tpm", b"quote", {"signature": b"s", "key": b"k"}), _claims()).to_bytes()
     return Target(Evidence.from_bytes, (seed,))
@@ -30,7 +30,7 @@ def evidence(scratch: Path) -> Target:
 
 def policy(scratch: Path) -> Target:
     """A policy file. The verifier's own, but often one that somebody sent along."""
-    from obfuscatune.attestation.policy import Policy
+    from obfuscatune.parties.attestation.policy import Policy
 
     path = scratch / "policy.toml"
 
@@ -45,8 +45,8 @@ def policy(scratch: Path) -> Target:
 
 def certificate(scratch: Path) -> Target:
     """The TLS certificate of an enclave, with evidence in it."""
-    from obfuscatune.attestation.platform import open_platform
-    from obfuscatune.channel.certificate import make_certificate, read_certificate
+    from obfuscatune.parties.attestation.platform import open_platform
+    from obfuscatune.parties.channel.certificate import make_certificate, read_certificate
 
     made = make_certificate(Identity.generate("enclave").public, open_platform(f"simulation:{scratch / 'p'}").attester)
     return Target(read_certificate, (made.der,), strict=True)
@@ -71,8 +71,8 @@ def judged_tpm(scratch: Path) -> Target:
     from cryptography.hazmat.primitives.hashes import SHA256
     from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-    from obfuscatune.attestation.evidence import Evidence, Quote, report_data
-    from obfuscatune.attestation.tpm import binds
+    from obfuscatune.parties.attestation.evidence import Evidence, Quote, report_data
+    from obfuscatune.parties.attestation.tpm import binds
 
     key = generate_private_key(SECP256R1())
     public = [
@@ -90,14 +90,14 @@ def judged_tpm(scratch: Path) -> Target:
 
 def tpm_quote(scratch: Path) -> Target:
     """A TPMS_ATTEST."""
-    from obfuscatune.attestation.tpm_structures import parse_quote
+    from obfuscatune.parties.attestation.tpm_structures import parse_quote
 
     return Target(parse_quote, (_tpm_quote(bytes(32), bytes(32)),))
 
 
 def tpm_signature(scratch: Path) -> Target:
     """A TPMT_SIGNATURE."""
-    from obfuscatune.attestation.tpm_structures import parse_signature
+    from obfuscatune.parties.attestation.tpm_structures import parse_signature
 
     rsa = bytes.fromhex("0014000b0100") + bytes(256)
     return Target(parse_signature, (_tpm_signature(b"\1" * 32, b"\1" * 32), rsa))
@@ -105,7 +105,7 @@ def tpm_signature(scratch: Path) -> Target:
 
 def event_log(scratch: Path) -> Target:
     """A TDX event log, read and replayed."""
-    from obfuscatune.attestation import eventlog
+    from obfuscatune.parties.attestation import eventlog
 
     header = b"Spec ID Event03\0" + bytes(8) + struct.pack("<IHHB", 1, 0x0C, 48, 0)
     seed = struct.pack("<II20sI", 0, 3, b"", len(header)) + header
@@ -115,7 +115,7 @@ def event_log(scratch: Path) -> Target:
 
 
 def _claims() -> dict[str, Any]:
-    from obfuscatune.attestation.claims import EnclaveClaims
+    from obfuscatune.parties.attestation.claims import EnclaveClaims
 
     public = Identity.generate("enclave", "x25519").public
     return EnclaveClaims(public, "1" * 64, "2" * 64, int(time.time()), "0.1.0").to_dict()
@@ -144,16 +144,16 @@ def _tpm_signature(r: bytes, s: bytes) -> bytes:
 
 def _simulated(scratch: Path, platform: str) -> Any:
     """Evidence of a simulated machine, which it makes in ``scratch``."""
-    from obfuscatune.attestation.evidence import attest
-    from obfuscatune.attestation.platform import open_platform
+    from obfuscatune.parties.attestation.evidence import attest
+    from obfuscatune.parties.attestation.platform import open_platform
 
     return attest(open_platform(f"{platform}:{scratch}").attester, _claims())
 
 
 def _judged(scratch: Path, kind: str, *, taken: list[Any], refused: list[Any], key: str = "") -> Target:
-    from obfuscatune.attestation.evidence import Evidence
-    from obfuscatune.attestation.policy import Policy
-    from obfuscatune.attestation.verify import judge
+    from obfuscatune.parties.attestation.evidence import Evidence
+    from obfuscatune.parties.attestation.policy import Policy
+    from obfuscatune.parties.attestation.verify import judge
 
     extra = f'keys = ["{key}"]' if key else f'allow = true\nroot = "{scratch}/simulation-root.pem"'
     table = "tpm" if key else "simulation"

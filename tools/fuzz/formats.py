@@ -33,7 +33,7 @@ def identity(scratch: Path) -> Target:
 
 def sealed_file(scratch: Path) -> Target:
     """A whole sealed file, opened by its recipient, every byte read."""
-    from obfuscatune.sealed import SealedArchive, SealedReader, seal_files
+    from obfuscatune.parties.sealed import SealedArchive, SealedReader, seal_files
 
     provider, _, enclave = _identities()
     path = scratch / "sealed"
@@ -51,8 +51,8 @@ def sealed_file(scratch: Path) -> Target:
 
 def sealed_header(scratch: Path) -> Target:
     """The header record of a sealed file, whose signature its own sender makes: any sender may make any header."""
-    from obfuscatune.sealed import seal_files
-    from obfuscatune.sealed.fields import PREFIX, Header
+    from obfuscatune.parties.sealed import seal_files
+    from obfuscatune.parties.sealed.fields import PREFIX, Header
 
     provider, owner, enclave = _identities()
     path = scratch / "sealed"
@@ -84,9 +84,9 @@ def archive(scratch: Path) -> Target:
     import torch
     from safetensors.torch import save
 
-    from obfuscatune.sealed.archive import SealedArchive
-    from obfuscatune.sealed.contents import encode_contents
-    from obfuscatune.sealed.tensors import SealedTensors
+    from obfuscatune.parties.sealed.archive import SealedArchive
+    from obfuscatune.parties.sealed.contents import encode_contents
+    from obfuscatune.parties.sealed.tensors import SealedTensors
 
     def parse(data: bytes) -> None:
         tensors = SealedTensors(SealedArchive(_Payload(data)))  # type: ignore[arg-type]
@@ -108,9 +108,9 @@ def tensor_header(scratch: Path) -> Target:
     import torch
     from safetensors.torch import save
 
-    from obfuscatune.sealed.archive import SealedArchive
-    from obfuscatune.sealed.contents import encode_contents
-    from obfuscatune.sealed.tensors import SealedTensors
+    from obfuscatune.parties.sealed.archive import SealedArchive
+    from obfuscatune.parties.sealed.contents import encode_contents
+    from obfuscatune.parties.sealed.tensors import SealedTensors
 
     def parse(data: bytes) -> None:
         file = struct.pack("<Q", len(data)) + data + bytes(64)
@@ -147,8 +147,8 @@ def terms(scratch: Path) -> Target:
 
 def channel_frame(scratch: Path) -> Target:
     """One message of the attested channel, in the state that allows most."""
-    from obfuscatune.channel.frames import SESSION, encode_message, read_message
     from obfuscatune.errors import ConnectionClosedError
+    from obfuscatune.parties.channel.frames import SESSION, encode_message, read_message
 
     def parse(data: bytes) -> None:
         rest = memoryview(data)
@@ -172,7 +172,7 @@ def protocol_frame(scratch: Path) -> Target:
     """One frame between enclave and worker."""
     import torch
 
-    from obfuscatune.protocol import TensorSpec, decode_frame, encode_head
+    from obfuscatune.protocol.frames import TensorSpec, decode_frame, encode_head
 
     specs = [TensorSpec("x", torch.float32, (2, 3)), TensorSpec("mask", torch.bool, (2,))]
     fields = {"op": "forward", "id": 7, "options": {"scale": 0.5, "names": ["a", "b"]}}

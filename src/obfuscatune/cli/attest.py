@@ -15,8 +15,8 @@ from obfuscatune.cli.options import argument, option, takes
 from obfuscatune.errors import FormatError, UsageError
 
 if TYPE_CHECKING:
-    from obfuscatune.attestation.evidence import Quote
-    from obfuscatune.attestation.verdict import Verdict
+    from obfuscatune.parties.attestation.evidence import Quote
+    from obfuscatune.parties.attestation.verdict import Verdict
 
 HELP = "Judge evidence of an enclave, show what it says, compute measurements to allow."
 QUOTE_PANEL = "A bare quote instead of EVIDENCE: judged, never accepted"
@@ -52,7 +52,7 @@ def verify(options: VerifyOptions) -> None:
 
 
 def _judge_evidence(path: Path, options: VerifyOptions) -> "Verdict":
-    from obfuscatune.attestation.verify import judge
+    from obfuscatune.parties.attestation.verify import judge
 
     if options.policy is None:
         raise UsageError("no policy", expected="--policy FILE", hint="docs/attestation.md has one to start from")
@@ -63,9 +63,9 @@ def _judge_evidence(path: Path, options: VerifyOptions) -> "Verdict":
 
 
 def _judge_quote(options: VerifyOptions) -> "Verdict":
-    from obfuscatune.attestation.evidence import MAX_QUOTE_BYTES, Quote
-    from obfuscatune.attestation.policy import MAX_COLLATERAL_BYTES, Policy
-    from obfuscatune.attestation.verify import judge_quote
+    from obfuscatune.parties.attestation.evidence import MAX_QUOTE_BYTES, Quote
+    from obfuscatune.parties.attestation.policy import MAX_COLLATERAL_BYTES, Policy
+    from obfuscatune.parties.attestation.verify import judge_quote
     from obfuscatune.parties.identity import read_small
 
     if options.quote is None or options.kind is None or options.nonce is not None:
@@ -83,7 +83,7 @@ def _judge_quote(options: VerifyOptions) -> "Verdict":
 
 
 def _pem(path: Path) -> bytes:
-    from obfuscatune.attestation.certificates import MAX_CHAIN_BYTES, to_pem
+    from obfuscatune.parties.attestation.certificates import MAX_CHAIN_BYTES, to_pem
     from obfuscatune.parties.identity import read_small
 
     data = read_small(path, MAX_CHAIN_BYTES, "certificates")
@@ -105,7 +105,7 @@ def fetch(options: FetchOptions) -> None:
 
     Its claims name the nonce that was sent, and the TLS key of this very connection.
     """
-    from obfuscatune.channel.client import fetch_evidence
+    from obfuscatune.parties.channel.client import fetch_evidence
 
     evidence, nonce = fetch_evidence(options.enclave, timeout=options.timeout)
     try:
@@ -126,7 +126,7 @@ class ShowOptions:
 @takes(ShowOptions)
 def show(options: ShowOptions) -> None:
     """Print what evidence says of itself. Nothing of it is verified."""
-    from obfuscatune.attestation.claims import EnclaveClaims
+    from obfuscatune.parties.attestation.claims import EnclaveClaims
 
     evidence = load_evidence(options.evidence)
     claims = EnclaveClaims.from_dict(dict(evidence.claims))
@@ -147,7 +147,7 @@ def show(options: ShowOptions) -> None:
 
 def _peek(quote: "Quote") -> dict[str, str]:
     """Return what a quote says, not verified; of a TPM the key, as a policy names it."""
-    from obfuscatune.attestation import dcap, snp
+    from obfuscatune.parties.attestation import dcap, snp
 
     if quote.kind == "tpm":
         return {"key": key} if (key := _key_hash(quote.extras.get("key", b""))) else {}
@@ -180,7 +180,7 @@ class MeasureOptions:
 @takes(MeasureOptions)
 def measure(options: MeasureOptions) -> None:
     """Print a table [measurements] for a policy: from a TDX event log, from a quote, or of this program."""
-    from obfuscatune.attestation.policy import MEASUREMENTS
+    from obfuscatune.parties.attestation.policy import MEASUREMENTS
 
     found: dict[str, str] = {}
     if options.quote is not None:
@@ -192,7 +192,7 @@ def measure(options: MeasureOptions) -> None:
             raise FormatError("the event log does not give the quote's registers", got=", ".join(differ))
         found |= replayed
     if options.simulation:
-        from obfuscatune.attestation.measurement import measure_code
+        from obfuscatune.parties.attestation.measurement import measure_code
 
         found |= dict.fromkeys(("mrtd", "measurement"), measure_code().hex())
     names = {name for kind in MEASUREMENTS.values() for name in kind}
@@ -207,14 +207,14 @@ def measure(options: MeasureOptions) -> None:
 
 
 def _measured_by_quote(path: Path, kind: Kind) -> Mapping[str, str]:
-    from obfuscatune.attestation.evidence import MAX_QUOTE_BYTES, Quote
+    from obfuscatune.parties.attestation.evidence import MAX_QUOTE_BYTES, Quote
     from obfuscatune.parties.identity import read_small
 
     return _peek(Quote(kind, read_small(path, MAX_QUOTE_BYTES, "quote")))
 
 
 def _replay(path: Path) -> dict[str, str]:
-    from obfuscatune.attestation import eventlog
+    from obfuscatune.parties.attestation import eventlog
     from obfuscatune.parties.identity import read_small
 
     return eventlog.replay(eventlog.read(read_small(path, eventlog.MAX_LOG_BYTES, "event log")))

@@ -40,7 +40,7 @@ class AuditOptions:
 @takes(AuditOptions)
 def command(options: AuditOptions) -> None:
     """Record sessions as an operator would, run the attacks on them with their controls, and report what leaks."""
-    from obfuscatune.audit.study import failed_claims, make_plan, run
+    from obfuscatune.studies.audit.study import failed_claims, make_plan, run
 
     plan = make_plan(
         model=options.model,

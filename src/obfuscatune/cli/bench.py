@@ -35,9 +35,9 @@ def command(
 ) -> None:
     """Measure protected GPT-2 of true sizes (random weights) against plain, alternating in one run."""
     # Torch and transformers take seconds to import; --help and a misspelt option need neither.
-    from obfuscatune.evaluation.bench import BenchOptions, count_steps, run_bench
-    from obfuscatune.evaluation.bench_report import cost_table, describe_machine, footprint_table, to_dict, to_markdown
-    from obfuscatune.evaluation.bench_workloads import Shape
+    from obfuscatune.studies.bench.report import cost_table, describe_machine, footprint_table, to_dict, to_markdown
+    from obfuscatune.studies.bench.run import BenchOptions, count_steps, run_bench
+    from obfuscatune.studies.bench.workloads import Shape
 
     for option, file in (("--json", json_file), ("--markdown", markdown)):
         if file is not None and not file.parent.is_dir():

@@ -10,9 +10,9 @@ from obfuscatune.cli.options import option
 from obfuscatune.errors import UsageError
 
 if TYPE_CHECKING:
-    from obfuscatune.attestation.evidence import Evidence
-    from obfuscatune.attestation.policy import Policy
-    from obfuscatune.channel.client import AttestedChannel
+    from obfuscatune.parties.attestation.evidence import Evidence
+    from obfuscatune.parties.attestation.policy import Policy
+    from obfuscatune.parties.channel.client import AttestedChannel
     from obfuscatune.parties.identity import PublicIdentity
 
 SIMULATION_FLAG = "--allow-simulation"
@@ -37,7 +37,7 @@ class EnclaveOptions(PolicyOptions):
 
     def connect(self, fingerprint: str | None = None) -> "AttestedChannel":
         """Return a channel to the enclave if the policy accepts it, and to no other identity than ``fingerprint``."""
-        from obfuscatune.channel.client import connect_attested
+        from obfuscatune.parties.channel.client import connect_attested
         from obfuscatune.parties.identity import Identity
 
         identity, policy = Identity.load(self.identity), load_policy(self.policy, self.allow_simulation)
@@ -52,7 +52,7 @@ def load_policy(path: Path, allow_simulation: bool) -> "Policy":
     Raises:
         UsageError: the file allows it and the command line does not; or as `Policy.load`.
     """
-    from obfuscatune.attestation.policy import Policy
+    from obfuscatune.parties.attestation.policy import Policy
 
     policy = Policy.load(path)
     if policy.allow_simulation and not allow_simulation:
@@ -63,7 +63,7 @@ def load_policy(path: Path, allow_simulation: bool) -> "Policy":
 
 def load_evidence(path: Path) -> "Evidence":
     """Return the evidence of a file, not judged yet; raises UsageError and FormatError."""
-    from obfuscatune.attestation.evidence import MAX_EVIDENCE_BYTES, Evidence
+    from obfuscatune.parties.attestation.evidence import MAX_EVIDENCE_BYTES, Evidence
     from obfuscatune.parties.identity import read_small
 
     return Evidence.from_bytes(read_small(path, MAX_EVIDENCE_BYTES, "evidence file").rstrip(b"\n"))
@@ -71,7 +71,7 @@ def load_evidence(path: Path) -> "Evidence":
 
 def attested_identity(evidence: Path, policy: Path, allow_simulation: bool) -> "PublicIdentity":
     """Return the identity of the enclave that evidence proves; raises AttestationError where it does not."""
-    from obfuscatune.attestation.verify import judge
+    from obfuscatune.parties.attestation.verify import judge
 
     verdict = judge(load_evidence(evidence), load_policy(policy, allow_simulation))
     identity: PublicIdentity = verdict.require().identity

@@ -29,14 +29,14 @@ def command(
     """Fine-tune the bundled model on invented private records, in the clear and protected, and compare."""
     from transformers.utils import logging as transformers_logging
 
-    from obfuscatune.bundled import DemoSettings
-    from obfuscatune.demo.run import run_demo
-    from obfuscatune.demo.story import html_page, summary
+    from obfuscatune.studies.bundled import DemoSettings
+    from obfuscatune.studies.demo.run import run_demo
+    from obfuscatune.studies.demo.story import html_page, summary
 
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     settings = DemoSettings()
     if materials_only:
-        from obfuscatune.bundled.records import write_materials
+        from obfuscatune.studies.bundled.records import write_materials
 
         for path in write_materials(output_dir, settings.seed, settings.facts):
             typer.echo(path)

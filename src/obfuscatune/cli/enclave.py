@@ -32,8 +32,8 @@ class ServeOptions(ConfigOptions):
 @takes(ServeOptions)
 def serve(options: ServeOptions) -> None:
     """Serve until it is stopped. After a crash or kill it goes on from the sealed state and the last checkpoint."""
-    from obfuscatune.attestation.platform import open_platform
-    from obfuscatune.hardening import harden
+    from obfuscatune.parties.attestation.platform import open_platform
+    from obfuscatune.service.hardening import harden
 
     if options.platform != "gramine":  # it has no prctl; the host cannot read or trace an SGX enclave
         harden()

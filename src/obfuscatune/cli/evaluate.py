@@ -38,12 +38,12 @@ class EvaluateOptions(ProtectionOptions, ModelOptions, ConfigOptions):
 @takes(EvaluateOptions)
 def command(options: EvaluateOptions) -> None:
     """Evaluate tasks with lm-evaluation-harness' prompts and metrics; results go to stdout, all else to stderr."""
-    from obfuscatune.evaluation.tasks import check_tasks, require_harness
+    from obfuscatune.studies.tasks.catalogue import check_tasks, require_harness
 
     names = check_tasks(options.task)
     _check_output(options)
     require_harness()
-    from obfuscatune.evaluation.harness import ProtectedLM, evaluate
+    from obfuscatune.studies.tasks.harness import ProtectedLM, evaluate
 
     with ProtectedLM(
         options.model_name_or_path,

@@ -48,11 +48,11 @@ def command(options: FinetuneOptions) -> None:
     """
     _check_source(options)
     checkpoint = _prepare_output(options)
-    from obfuscatune.data import Collator, encode_rows
     from obfuscatune.enclave.protected import protect
-    from obfuscatune.loading import load_model, load_tokenizer
     from obfuscatune.training.checkpoints import load_keys, remove_checkpoints, save_adapter
+    from obfuscatune.training.data import Collator, encode_rows
     from obfuscatune.training.interrupt import StopOnInterrupt
+    from obfuscatune.training.loading import load_model, load_tokenizer
     from obfuscatune.training.trainer import ProtectedTrainer
 
     arguments = _training_arguments(options)
@@ -110,14 +110,14 @@ def _check_source(options: FinetuneOptions) -> None:
 
 def _read_rows(options: FinetuneOptions) -> dict[str, list[Any]]:
     """Return the rows of each source: to learn from, and, where given, to validate on."""
-    from obfuscatune.data import read_rows
+    from obfuscatune.training.data import read_rows
 
     rows: dict[str, list[Any]] = {}
     if options.task is not None:
-        from obfuscatune.evaluation.tasks import require_harness
+        from obfuscatune.studies.tasks.catalogue import require_harness
 
         require_harness()
-        from obfuscatune.evaluation.harness import training_rows
+        from obfuscatune.studies.tasks.harness import training_rows
 
         rows[f"task {options.task}"] = training_rows(options.task, options.data_dir)
     if options.train_file is not None:

@@ -74,9 +74,9 @@ def command(options: GenerateOptions) -> None:
 def _complete_here(options: GenerateOptions, name: str, prompts: list[tuple[str, str]]) -> list[str]:
     from transformers import set_seed
 
-    from obfuscatune.completion import complete
     from obfuscatune.enclave.protected import protect
-    from obfuscatune.loading import load_adapter, load_model, load_tokenizer
+    from obfuscatune.training.completion import complete
+    from obfuscatune.training.loading import load_adapter, load_model, load_tokenizer
 
     completions: list[str] = []
     model = load_model(name, options.dtype)
@@ -153,7 +153,7 @@ def _write(path: Path, rows: list[dict[str, str]]) -> None:
 
 def _prompts(options: GenerateOptions) -> Iterator[tuple[str, str]]:
     """Yield (where, prompt) of all prompts."""
-    from obfuscatune.data import EXTRA_KEYS, check_keys, check_text, read_objects
+    from obfuscatune.training.data import EXTRA_KEYS, check_keys, check_text, read_objects
 
     if not options.prompt and options.prompt_file is None:
         raise UsageError("no prompt", expected="--prompt TEXT or --prompt_file FILE")

@@ -22,7 +22,7 @@ class InspectOptions(ModelOptions):
 @takes(InspectOptions)
 def command(options: InspectOptions) -> None:
     """Show a model's shapes, and for each profile what stays in the enclave and what crosses. Loads no weights."""
-    from obfuscatune.loading import load_config
+    from obfuscatune.training.loading import load_config
 
     found = examine(load_config(options.model_name_or_path), options.dtype)
     found = {"model": options.model_name_or_path, **found}
@@ -37,9 +37,9 @@ def examine(config: Any, dtype: str) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from obfuscatune.cli.estimate import estimate
-    from obfuscatune.families import family_of
+    from obfuscatune.enclave.families import family_of
     from obfuscatune.profiles import PROFILES
+    from obfuscatune.studies.bench.estimate import estimate
 
     spec = family_of(config)
     with torch.device("meta"):

@@ -22,7 +22,7 @@ from obfuscatune.profiles import PROFILES
 from obfuscatune.training.settings import TrainingSettings
 
 if TYPE_CHECKING:
-    from obfuscatune.channel.client import AttestedChannel
+    from obfuscatune.parties.channel.client import AttestedChannel
     from obfuscatune.parties.job import SignedJob
 
 HELP = "Jobs: what an enclave is to do with a model and with data, agreed to and signed by both owners."
@@ -143,7 +143,7 @@ class SubmitOptions(EnclaveOptions):
 def submit(options: SubmitOptions) -> None:
     """Give a job to the enclave, with your sealed inputs; it starts once both owners' inputs are there."""
     from obfuscatune.parties.job import SignedJob
-    from obfuscatune.sealed.header import read_header
+    from obfuscatune.parties.sealed.header import read_header
 
     signed = SignedJob.load(options.file)
     inputs = {read_header(path).digest: path for path in options.attach or ()}
@@ -207,9 +207,9 @@ def fetch(options: FetchOptions) -> None:
     """Fetch and open the results that the job gives to you: adapter, generations, or both."""
     from obfuscatune.parties.identity import Identity
     from obfuscatune.parties.job import SignedJob
-    from obfuscatune.sealed.archive import SealedArchive
-    from obfuscatune.sealed.extract import extract
-    from obfuscatune.sealed.reader import SealedReader
+    from obfuscatune.parties.sealed.archive import SealedArchive
+    from obfuscatune.parties.sealed.extract import extract
+    from obfuscatune.parties.sealed.reader import SealedReader
 
     signed, identity = SignedJob.load(options.file), Identity.load(options.identity)
     with options.connect(signed.job.enclave) as channel:
@@ -235,7 +235,7 @@ def fetch(options: FetchOptions) -> None:
 
 
 def _upload(channel: "AttestedChannel", job: str, digest: str, path: Path) -> None:
-    from obfuscatune.channel.transfer import upload
+    from obfuscatune.parties.channel.transfer import upload
 
     fields = {"job": job, "file": digest}
     size = path.stat().st_size
@@ -247,7 +247,7 @@ def _upload(channel: "AttestedChannel", job: str, digest: str, path: Path) -> No
 
 
 def _download(channel: "AttestedChannel", job: str, kind: str, path: Path) -> None:
-    from obfuscatune.channel.transfer import download
+    from obfuscatune.parties.channel.transfer import download
 
     if path.exists():
         raise UsageError("file is there already", where=str(path), hint="nothing is ever overwritten")
@@ -275,7 +275,7 @@ def _bar(what: str, total: int | None, done: int) -> Iterator[Any]:
 
 def _digest(text: str) -> str:
     """The digest of a sealed file that is here, or one that the other party has told."""
-    from obfuscatune.sealed.header import read_header
+    from obfuscatune.parties.sealed.header import read_header
 
     return text if re.fullmatch(r"[0-9a-f]{64}", text) else read_header(Path(text)).digest
 

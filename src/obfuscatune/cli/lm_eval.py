@@ -40,14 +40,14 @@ class LmEvalOptions:
 @takes(LmEvalOptions)
 def command(options: LmEvalOptions) -> None:
     """Run lm-evaluation-harness as its own command line would, with --model obfuscatune unless another is named."""
-    from obfuscatune.evaluation.tasks import TASKS, require_harness, write_configs
+    from obfuscatune.studies.tasks.catalogue import TASKS, require_harness, write_configs
 
     require_harness()
     with nullcontext() if options.data_dir is None else write_configs(list(TASKS), options.data_dir) as configs:
         from lm_eval._cli import HarnessCLI
         from lm_eval.utils import setup_logging
 
-        from obfuscatune.evaluation.harness import MODEL_NAME
+        from obfuscatune.studies.tasks.harness import MODEL_NAME
 
         setup_logging()
         try:

@@ -85,8 +85,8 @@ def fetch(options: FetchOptions) -> None:
 
 
 def _load_enclave(path: Path) -> "PublicIdentity":
-    from obfuscatune.attestation.claims import EnclaveClaims
-    from obfuscatune.attestation.evidence import FORMAT, MAX_EVIDENCE_BYTES, Evidence
+    from obfuscatune.parties.attestation.claims import EnclaveClaims
+    from obfuscatune.parties.attestation.evidence import FORMAT, MAX_EVIDENCE_BYTES, Evidence
     from obfuscatune.parties.canonical import decode
     from obfuscatune.parties.identity import PublicIdentity, read_small
 

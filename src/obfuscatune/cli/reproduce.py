@@ -47,7 +47,7 @@ class AccuracyOptions(ReproduceOptions):
 @takes(AccuracyOptions)
 def accuracy(options: AccuracyOptions) -> None:
     """Table 1: fine-tune and evaluate each task unprotected, naively and protected, from the same seeds."""
-    from obfuscatune.reproduce import accuracy
+    from obfuscatune.studies.reproduce import accuracy
 
     path = accuracy.run(
         options.preset,
@@ -81,7 +81,7 @@ class ConditioningOptions(ReproduceOptions):
 @takes(ConditioningOptions)
 def conditioning(options: ConditioningOptions) -> None:
     """Table 2: what the condition number of the keys costs, in float32, bfloat16 and float16."""
-    from obfuscatune.reproduce import conditioning
+    from obfuscatune.studies.reproduce import conditioning
 
     path = conditioning.run(
         options.preset,
@@ -106,7 +106,7 @@ class CostOptions(ReproduceOptions):
 @takes(CostOptions)
 def cost(options: CostOptions) -> None:
     """Share of parameters in the enclave, key time, slowdown, bytes and calls, for the true sizes of GPT-2."""
-    from obfuscatune.reproduce import cost
+    from obfuscatune.studies.reproduce import cost
 
     path = cost.run(
         options.preset,

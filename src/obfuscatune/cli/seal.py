@@ -14,7 +14,7 @@ from obfuscatune.errors import UsageError
 
 if TYPE_CHECKING:
     from obfuscatune.parties.identity import PublicIdentity
-    from obfuscatune.sealed.fields import Kind
+    from obfuscatune.parties.sealed.fields import Kind
 
 HELP = "Seal a model, private text or prompts, so that only the recipients can open them."
 
@@ -51,7 +51,7 @@ class FileSealOptions(SealOptions):
 @takes(ModelSealOptions)
 def model(options: ModelSealOptions) -> None:
     """Seal a model: configuration, tokenizer and safetensors. Pickles, code and links are refused."""
-    from obfuscatune.sealed.models import model_files
+    from obfuscatune.parties.sealed.models import model_files
 
     _seal(options, "model", model_files(options.directory))
 
@@ -59,7 +59,7 @@ def model(options: ModelSealOptions) -> None:
 @takes(FileSealOptions)
 def data(options: FileSealOptions) -> None:
     """Seal rows to fine-tune on: text, prompt + completion, or messages. Every row is checked first."""
-    from obfuscatune.data import read_rows
+    from obfuscatune.training.data import read_rows
 
     read_rows(options.file)
     _seal(options, "data", {"data.jsonl": options.file})
@@ -68,7 +68,7 @@ def data(options: FileSealOptions) -> None:
 @takes(FileSealOptions)
 def prompts(options: FileSealOptions) -> None:
     """Seal rows with a prompt each, to be completed. Every row is checked first."""
-    from obfuscatune.data import EXTRA_KEYS, check_keys, check_text, read_objects
+    from obfuscatune.training.data import EXTRA_KEYS, check_keys, check_text, read_objects
 
     for where, row in read_objects(options.file):
         check_keys(row, frozenset({"prompt"}), EXTRA_KEYS | {"completion"}, where)
@@ -78,7 +78,7 @@ def prompts(options: FileSealOptions) -> None:
 
 def _seal(options: SealOptions, kind: "Kind", files: Mapping[str, Path | bytes]) -> None:
     from obfuscatune.parties.identity import Identity
-    from obfuscatune.sealed.archive import seal_files
+    from obfuscatune.parties.sealed.archive import seal_files
 
     if options.output.exists():
         raise UsageError("file is there already", where=str(options.output), hint="a sealed file is never overwritten")

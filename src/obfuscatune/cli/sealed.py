@@ -51,9 +51,9 @@ class OpenOptions:
 def open_(options: OpenOptions) -> None:
     """Open a file that is sealed to you: all of it is verified, or nothing is written."""
     from obfuscatune.parties.identity import Identity, PublicIdentity
-    from obfuscatune.sealed.archive import SealedArchive
-    from obfuscatune.sealed.extract import extract
-    from obfuscatune.sealed.reader import SealedReader
+    from obfuscatune.parties.sealed.archive import SealedArchive
+    from obfuscatune.parties.sealed.extract import extract
+    from obfuscatune.parties.sealed.reader import SealedReader
 
     expected = PublicIdentity.load(options.sender) if options.sender is not None else None
     with SealedReader(options.file, Identity.load(options.identity)) as reader:
@@ -83,7 +83,7 @@ def bench(options: BenchOptions) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from obfuscatune.sealed.measure import measure
+    from obfuscatune.parties.sealed.measure import measure
 
     with tempfile.TemporaryDirectory() as directory:
         passes = list(measure(Path(directory), options.size_mb * 1_000_000, options.repetitions))
@@ -100,8 +100,8 @@ def bench(options: BenchOptions) -> None:
 
 
 def _facts(path: Path) -> dict[str, Any]:
-    from obfuscatune.sealed.fields import FORMAT
-    from obfuscatune.sealed.header import read_header
+    from obfuscatune.parties.sealed.fields import FORMAT
+    from obfuscatune.parties.sealed.header import read_header
 
     signed = read_header(path)
     header = signed.header

@@ -5,8 +5,8 @@ The share that stays in the enclave is what an accelerator cannot take over, so 
 
 from dataclasses import dataclass
 
+from obfuscatune.enclave.keys.rows import block_size, mixed_rows, round_count
 from obfuscatune.enclave.mixing import padded_rows, tile_starts, tile_width
-from obfuscatune.keys.rows import block_size, mixed_rows, round_count
 from obfuscatune.profiles import Profile
 
 

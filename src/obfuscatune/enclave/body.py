@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from obfuscatune.enclave.cache import CacheMirror
 from obfuscatune.enclave.calls import RemoteCall
+from obfuscatune.enclave.folding import centre
+from obfuscatune.enclave.keys import Key, decode, encode
 from obfuscatune.enclave.lora import PushedPair
 from obfuscatune.enclave.session import Session
 from obfuscatune.enclave.whole import mask_fields
 from obfuscatune.errors import UnsupportedModelError
-from obfuscatune.folding import centre
-from obfuscatune.keys import Key, decode, encode
 
 
 class RemoteBody(nn.Module):

@@ -20,8 +20,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from obfuscatune.enclave.keys.source import Secret, Stream
 from obfuscatune.enclave.session import Session
-from obfuscatune.keys.source import Secret, Stream
 
 # Root mean square over rows of |y r - x s| over the right side without tau, of honest products, above what was measured
 # on a CPU at widths 128 to 8192. One row is summed in order, and more so the wider it is: 8.1e-7 in float32 at 8192,

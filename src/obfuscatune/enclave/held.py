@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from obfuscatune.enclave.folding import key_rows, unkey_rows
+from obfuscatune.enclave.keys import Key
 from obfuscatune.enclave.lora import refuse_rows_of_adapters
 from obfuscatune.enclave.session import Session
 from obfuscatune.errors import UsageError
-from obfuscatune.folding import key_rows, unkey_rows
-from obfuscatune.keys import Key
 from obfuscatune.protocol.optimizers import OPTIMIZER_OPTIONS
 
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}

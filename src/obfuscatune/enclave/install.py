@@ -15,8 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from obfuscatune.enclave.cache import CacheMirror
+from obfuscatune.enclave.families import FamilySpec
+from obfuscatune.enclave.folding import key_attention, key_mlp, key_weight
 from obfuscatune.enclave.freivalds import Check
 from obfuscatune.enclave.held import HeldAdapter, HeldSlot
+from obfuscatune.enclave.keys import ConcatKey, IdentityKey, Key, MasterSecret, build, haar, per_head
+from obfuscatune.enclave.keys.rows import RowMixer
+from obfuscatune.enclave.keys.source import Stream
 from obfuscatune.enclave.lazy import LazyWeights
 from obfuscatune.enclave.linear import RemoteLinear
 from obfuscatune.enclave.lora import SplitInput, SplitOutput
@@ -26,13 +31,8 @@ from obfuscatune.enclave.session import Session
 from obfuscatune.enclave.sites import Site, adapters_by_name, find_site, replace_linear, replace_whole
 from obfuscatune.enclave.whole import RemoteAttention, RemoteMlp, WholeSlots
 from obfuscatune.errors import UnsupportedModelError
-from obfuscatune.families import FamilySpec
-from obfuscatune.folding import key_attention, key_mlp, key_weight
-from obfuscatune.keys import ConcatKey, IdentityKey, Key, MasterSecret, build, haar, per_head
-from obfuscatune.keys.rows import RowMixer
-from obfuscatune.keys.source import Stream
 from obfuscatune.profiles import Profile
-from obfuscatune.protocol import ACTIVATION_NAMES
+from obfuscatune.protocol.activations import ACTIVATION_NAMES
 
 
 @dataclass(slots=True, repr=False)  # a repr would show secret biases

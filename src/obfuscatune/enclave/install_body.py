@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from obfuscatune.enclave.body import PassedBlock, RemoteBody, adopt
+from obfuscatune.enclave.folding import centre
 from obfuscatune.enclave.install import Installer, Shipped, rank_keys
+from obfuscatune.enclave.keys import Key
+from obfuscatune.enclave.keys.source import Stream
 from obfuscatune.enclave.lora import PushedPair
 from obfuscatune.enclave.sites import Site, adapters_by_name, replace_whole
-from obfuscatune.folding import centre
-from obfuscatune.keys import Key
-from obfuscatune.keys.source import Stream
 
 
 class BodyInstaller(Installer):

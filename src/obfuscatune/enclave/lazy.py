@@ -12,8 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from obfuscatune.enclave.families import family_of
 from obfuscatune.errors import UnsupportedModelError
-from obfuscatune.families import family_of
 from obfuscatune.profiles import Profile
 
 

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from obfuscatune.enclave.calls import RemoteCall
 from obfuscatune.enclave.freivalds import Check
 from obfuscatune.enclave.held import HeldSlot
+from obfuscatune.enclave.keys import Key, decode, encode
 from obfuscatune.enclave.lora import SplitInput
 from obfuscatune.enclave.norm import normalized_rows
 from obfuscatune.enclave.session import Session
-from obfuscatune.keys import Key, decode, encode
 
 
 class RemoteLinear(nn.Module):

@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from obfuscatune.enclave.folding import centre
+from obfuscatune.enclave.keys import Key, decode, encode
 from obfuscatune.errors import UnsupportedModelError
-from obfuscatune.folding import centre
-from obfuscatune.keys import Key, decode, encode
 
 RankKey = Callable[[int], Key]
 

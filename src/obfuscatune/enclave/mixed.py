@@ -7,11 +7,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from obfuscatune.enclave.freivalds import Check
+from obfuscatune.enclave.keys import Key
+from obfuscatune.enclave.keys.rows import RowMixer
 from obfuscatune.enclave.mixing import mix, tile_starts
 from obfuscatune.enclave.norm import normalized_rows
 from obfuscatune.enclave.session import Session
-from obfuscatune.keys import Key
-from obfuscatune.keys.rows import RowMixer
 
 
 class MixedLinear(nn.Module):

@@ -24,9 +24,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from obfuscatune.enclave.keys.rows import RowMixer, RowMixing, mixed_rows
+from obfuscatune.enclave.keys.source import Secret
 from obfuscatune.errors import KeyFaultError
-from obfuscatune.keys.rows import RowMixer, RowMixing, mixed_rows
-from obfuscatune.keys.source import Secret
 
 TILE_WIDTHS = (64, 128, 256, 512)
 _MARGIN = 1.5  # of c over the estimate of |X|^2; nothing is inverted, so c I - X^T X may well be nearly singular

@@ -9,9 +9,11 @@ from peft import PeftModel
 from torch import nn
 
 from obfuscatune.enclave.body import RemoteBody
+from obfuscatune.enclave.families import FamilySpec, family_of
 from obfuscatune.enclave.held import OPTIMIZERS, HeldAdapter, RemoteOptimizer
 from obfuscatune.enclave.install import Installer
 from obfuscatune.enclave.install_body import BodyInstaller
+from obfuscatune.enclave.keys import MasterSecret
 from obfuscatune.enclave.lazy import LazyWeights
 from obfuscatune.enclave.linear import RemoteLinear
 from obfuscatune.enclave.mixed import MixedLinear
@@ -20,10 +22,8 @@ from obfuscatune.enclave.session import Session
 from obfuscatune.enclave.spawn import open_session
 from obfuscatune.enclave.whole import RemoteWhole
 from obfuscatune.errors import KeyFaultError, UnsupportedModelError, UsageError, WorkerFault
-from obfuscatune.families import FamilySpec, family_of
-from obfuscatune.keys import MasterSecret
-from obfuscatune.products import linear
 from obfuscatune.profiles import Profile, resolve
+from obfuscatune.protocol.products import linear
 
 
 def protect(

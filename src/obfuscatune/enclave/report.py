@@ -6,8 +6,8 @@ from typing import Any
 
 from obfuscatune.enclave.session import Session, Traffic
 from obfuscatune.errors import UsageError, WorkerFault
-from obfuscatune.memory import peak_memory_bytes
 from obfuscatune.profiles import Profile
+from obfuscatune.protocol.memory import peak_memory_bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from obfuscatune.enclave.keys.source import Secret
 from obfuscatune.errors import ConnectionClosedError, ProtocolError, UsageError, WorkerFault
-from obfuscatune.keys.source import Secret
-from obfuscatune.protocol import PROTOCOL_VERSION, Connection
+from obfuscatune.protocol.connection import Connection
+from obfuscatune.protocol.frames import PROTOCOL_VERSION
 
 Expected = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 

@@ -7,9 +7,9 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from obfuscatune.enclave.families import FamilySpec
+from obfuscatune.enclave.folding import fold_norm
 from obfuscatune.errors import UnsupportedModelError
-from obfuscatune.families import FamilySpec
-from obfuscatune.folding import fold_norm
 
 
 @dataclass(slots=True, repr=False)  # a repr would show weights

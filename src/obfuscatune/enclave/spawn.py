@@ -7,7 +7,9 @@ import sys
 
 from obfuscatune.enclave.session import Session
 from obfuscatune.errors import UsageError
-from obfuscatune.protocol import Address, Connection, Limits, connect
+from obfuscatune.protocol.address import Address, connect
+from obfuscatune.protocol.connection import Connection
+from obfuscatune.protocol.limits import Limits
 
 
 def open_session(worker: str, *, timeout: float, threads: int | None, device: str | None) -> Session:

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from obfuscatune.enclave.cache import CacheMirror
 from obfuscatune.enclave.calls import RemoteCall
 from obfuscatune.enclave.held import HeldSlot
+from obfuscatune.enclave.keys import Key, decode, encode
 from obfuscatune.enclave.linear import add_lora
 from obfuscatune.enclave.lora import SplitInput, SplitOutput
 from obfuscatune.enclave.norm import normalized_rows
 from obfuscatune.enclave.session import Session
 from obfuscatune.errors import UnsupportedModelError
-from obfuscatune.keys import Key, decode, encode
 from obfuscatune.protocol.bits import pack_mask
 
 

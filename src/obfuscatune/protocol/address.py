@@ -8,7 +8,7 @@ import stat
 from dataclasses import dataclass
 
 from obfuscatune.errors import UsageError
-from obfuscatune.hostport import format_host_port, parse_host_port
+from obfuscatune.protocol.hostport import format_host_port, parse_host_port
 
 _FORMS = "unix://PATH or tcp://HOST:PORT"
 _MAX_UNIX_PATH_BYTES = 107  # sun_path of Linux without its final zero

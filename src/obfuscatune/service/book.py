@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field, replace
 
 from obfuscatune.errors import ConsentError, ObfuscatuneError, UsageError
 from obfuscatune.parties.job import Job, SignedJob
-from obfuscatune.sealed.header import read_header
+from obfuscatune.parties.sealed.header import read_header
 from obfuscatune.service.consent import check_input, check_job, check_query
 from obfuscatune.service.log import AuditLog
 from obfuscatune.service.state import State

@@ -8,9 +8,9 @@ import torch
 
 from obfuscatune.enclave.lazy import LazyWeights, load_lazily
 from obfuscatune.errors import UnsupportedModelError
+from obfuscatune.parties.sealed.archive import SealedArchive
+from obfuscatune.parties.sealed.tensors import SealedTensors
 from obfuscatune.profiles import Profile
-from obfuscatune.sealed.archive import SealedArchive
-from obfuscatune.sealed.tensors import SealedTensors
 
 CONFIG_FILE = "config.json"
 # Read by transformers from a directory; no name of a file that holds code is among them.
@@ -41,7 +41,7 @@ def open_model(archive: SealedArchive, ram: Path, dtype: str, profile: Profile) 
         FormatError, SealError: a file that breaks its format or was changed.
         UnsupportedModelError: a model that cannot be run exactly.
     """
-    from obfuscatune.loading import load_config, load_tokenizer
+    from obfuscatune.training.loading import load_config, load_tokenizer
 
     directory = ram / "model"
     directory.mkdir(mode=0o700)

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from obfuscatune.channel.transfer import Piece, serve_piece
 from obfuscatune.errors import ConsentError, FormatError, ObfuscatuneError, ProtocolError, UsageError
+from obfuscatune.parties.channel.transfer import Piece, serve_piece
 from obfuscatune.parties.identity import PublicIdentity
 from obfuscatune.parties.job import Job, SignedJob
-from obfuscatune.sealed.header import open_file
+from obfuscatune.parties.sealed.header import open_file
 from obfuscatune.service.book import Book
 from obfuscatune.service.consent import OWNERS
 

@@ -15,23 +15,23 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from obfuscatune.completion import complete
-from obfuscatune.data import Collator, check_text, encode_rows, read_objects, read_rows
+from obfuscatune.enclave.families import family_of
+from obfuscatune.enclave.keys import MasterSecret
 from obfuscatune.enclave.protected import Protected, protect
 from obfuscatune.errors import ConsentError, FormatError, SealError
-from obfuscatune.families import family_of
-from obfuscatune.keys import MasterSecret
 from obfuscatune.parties.identity import Identity, PublicIdentity
 from obfuscatune.parties.job import Job, SignedJob
+from obfuscatune.parties.sealed.archive import SealedArchive, seal_files
+from obfuscatune.parties.sealed.fields import Kind
+from obfuscatune.parties.sealed.reader import SealedReader
 from obfuscatune.parties.terms import Terms
 from obfuscatune.profiles import resolve
-from obfuscatune.sealed.archive import SealedArchive, seal_files
-from obfuscatune.sealed.fields import Kind
-from obfuscatune.sealed.reader import SealedReader
 from obfuscatune.service.model import open_model
 from obfuscatune.service.scratch import ram_directory
 from obfuscatune.service.store import Store
 from obfuscatune.training.checkpoints import load_keys, save_adapter
+from obfuscatune.training.completion import complete
+from obfuscatune.training.data import Collator, check_text, encode_rows, read_objects, read_rows
 from obfuscatune.training.settings import add_adapter, training_arguments
 from obfuscatune.training.trainer import ProtectedTrainer
 
@@ -118,7 +118,7 @@ class Runner:
                 _check_targets(job, opened.model.config)
                 model = add_adapter(opened.model, job.settings)
             else:
-                from obfuscatune.loading import load_adapter
+                from obfuscatune.training.loading import load_adapter
 
                 model = load_adapter(opened.model, str(self._unpack(adapter, "adapter", ram / "adapter"))).eval()
             protected = stack.enter_context(

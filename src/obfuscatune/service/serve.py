@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from obfuscatune.attestation.platform import Platform
-from obfuscatune.channel.server import AttestedServer
 from obfuscatune.errors import UsageError
+from obfuscatune.parties.attestation.platform import Platform
+from obfuscatune.parties.channel.server import AttestedServer
 from obfuscatune.parties.identity import PublicIdentity
 from obfuscatune.service.book import Book
 from obfuscatune.service.log import AuditLog

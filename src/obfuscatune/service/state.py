@@ -35,9 +35,9 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from obfuscatune.attestation.platform import Platform
 from obfuscatune.durable import rename, write_private
 from obfuscatune.errors import FormatError, ObfuscatuneError, RollbackError, SealError, UsageError
+from obfuscatune.parties.attestation.platform import Platform
 from obfuscatune.parties.canonical import decode, encode
 from obfuscatune.parties.identity import Identity, read_small
 from obfuscatune.service.entries import NO_ENTRIES

@@ -20,8 +20,8 @@ from pathlib import Path
 
 from obfuscatune.durable import rename, sync
 from obfuscatune.errors import FormatError, ObfuscatuneError, ProtocolError, SealError, UsageError
-from obfuscatune.sealed.fields import HASH_BYTES, TAG_BYTES, Kind
-from obfuscatune.sealed.header import SignedHeader, open_file, read_exactly, read_header
+from obfuscatune.parties.sealed.fields import HASH_BYTES, TAG_BYTES, Kind
+from obfuscatune.parties.sealed.header import SignedHeader, open_file, read_exactly, read_header
 from obfuscatune.service.entries import DIGEST, matches
 
 ABANDONED_SECONDS = 24 * 3600

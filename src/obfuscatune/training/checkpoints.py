@@ -16,8 +16,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from obfuscatune.enclave.keys import MasterSecret
 from obfuscatune.errors import ObfuscatuneError, UsageError
-from obfuscatune.keys import MasterSecret
 from obfuscatune.profiles import Profile
 
 SECRET_FILE = "master_secret"  # noqa: S105 - a file's name

@@ -130,7 +130,7 @@ def add_adapter(base: Any, settings: TrainingSettings) -> Any:
     from peft import LoraConfig, get_peft_model
     from transformers import set_seed
 
-    from obfuscatune.families import family_of
+    from obfuscatune.enclave.families import family_of
 
     spec = family_of(base.config)
     known = sorted({spec.qkv, spec.out, spec.up, spec.down})

@@ -10,9 +10,9 @@ import torch.nn.functional as F  # noqa: N812
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer
 
-from obfuscatune.data import IGNORED_LABEL
 from obfuscatune.enclave.protected import Protected
 from obfuscatune.training.checkpoints import whole_checkpoint
+from obfuscatune.training.data import IGNORED_LABEL
 
 
 class ProtectedTrainer(Trainer):

@@ -11,7 +11,9 @@ from typing import get_args
 import torch
 
 from obfuscatune.errors import ObfuscatuneError, UsageError
-from obfuscatune.protocol import Address, Connection, Limits, address_of, close_listener, listen
+from obfuscatune.protocol.address import Address, address_of, close_listener, listen
+from obfuscatune.protocol.connection import Connection
+from obfuscatune.protocol.limits import Limits
 from obfuscatune.worker import sandbox
 from obfuscatune.worker.server import serve_connection, serve_forever
 

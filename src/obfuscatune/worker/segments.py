@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from obfuscatune.errors import ProtocolError
-from obfuscatune.products import linear
+from obfuscatune.protocol.products import linear
 from obfuscatune.worker.adapters import HeldFactors, SlotInputs
 
 # One kernel each. `gelu_new` is transformers' name for the tanh form, which it computes in seven.

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from obfuscatune.errors import ConnectionClosedError, ProtocolError, UsageError
-from obfuscatune.protocol import Connection, Limits
+from obfuscatune.protocol.connection import Connection
+from obfuscatune.protocol.limits import Limits
 from obfuscatune.worker.session import WorkerSession
 
 logger = logging.getLogger(__name__)

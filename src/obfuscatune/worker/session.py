@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from obfuscatune.errors import ProtocolError
-from obfuscatune.memory import peak_memory_bytes
-from obfuscatune.protocol import PROTOCOL_VERSION
 from obfuscatune.protocol.bits import unpack_mask
+from obfuscatune.protocol.frames import PROTOCOL_VERSION
+from obfuscatune.protocol.memory import peak_memory_bytes
 from obfuscatune.worker.adapters import HeldFactors, SlotInputs
 from obfuscatune.worker.optimizer import HeldOptimizer
 from obfuscatune.worker.segments import SEGMENTS, Call, LinearSegment, Segment

@@ -6,8 +6,8 @@ from pathlib import Path
 from attestation.enclaves import claims
 from attestation.swtpm import new_tpm
 
-from obfuscatune.attestation.evidence import attest
-from obfuscatune.attestation.vtpm import VtpmPlatform
+from obfuscatune.parties.attestation.evidence import attest
+from obfuscatune.parties.attestation.vtpm import VtpmPlatform
 
 KEYS = {"ecdsa": None, "rsassa": "rsa2048:rsassa-sha256:null"}  # the attester's own, and one as clouds provide it
 HANDLE = "0x81018F01"  # where the attester looks for its key

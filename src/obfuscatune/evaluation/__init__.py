@@ -1,1 +1,0 @@
-"""Measurements of the whole: what protecting a model costs against running it in the clear."""

@@ -1,0 +1,215 @@
+"""SGX and TDX: DCAP quotes, verified by `dcap-qvl` with collateral from a file; their platform judged by the policy.
+
+The library checks signatures, certificates, revocation lists and dates, refuses debugging, migration and profiling of a
+TD, and says in which state the platform is; that state, the measurements and the report data are judged by us. It opens
+no connection here. Formats: Intel SGX ECDSA Quote Library API, appendix A (v3); Intel TDX DCAP Quoting Library API,
+appendix A.3 (v4, v5).
+"""
+
+import hashlib
+import json
+from datetime import UTC, datetime
+from typing import Any
+
+import dcap_qvl
+
+from obfuscatune.errors import FormatError
+from obfuscatune.parties.attestation.certificates import read_chain
+from obfuscatune.parties.attestation.evidence import Quote
+from obfuscatune.parties.attestation.fields import Fields
+from obfuscatune.parties.attestation.policy import MAX_COLLATERAL_BYTES, Policy
+from obfuscatune.parties.attestation.roots import INTEL_SGX_ROOT
+from obfuscatune.parties.attestation.verdict import Checked, Rule
+
+_HEADER_BYTES, _SGX_BODY_BYTES, _TD_BODY_BYTES = 48, 384, 584
+_TEE_TYPES = {"sgx": 0x00, "tdx": 0x81}
+_SIGNATURE_AND_KEY_BYTES, _QE_REPORT_AND_SIGNATURE_BYTES = 128, 384 + 64
+_PCK_CHAIN, _QE_CERTIFICATION = 5, 6
+# Of the body: SGX's attributes, bit 1; the TD's attributes, byte 0.
+_DEBUG = {"sgx": (48, 0x02), "tdx": (120, 0xFF)}
+_CHAINS = ("pck_crl_issuer_chain", "tcb_info_issuer_chain", "qe_identity_issuer_chain")
+_COLLATERAL = {*_CHAINS, "root_ca_crl", "pck_crl", "tcb_info", "qe_identity"} | {
+    "tcb_info_signature",
+    "qe_identity_signature",
+}
+_OPTIONS = {
+    "dynamic_platform": "allow_dynamic_platform",
+    "cached_keys": "allow_cached_keys",
+    "smt_enabled": "allow_smt",
+}
+_TDX_FIELDS = {
+    **{"mrtd": "mr_td", "rtmr0": "rt_mr0", "rtmr1": "rt_mr1", "rtmr2": "rt_mr2", "rtmr3": "rt_mr3"},
+    **{"mrseam": "mr_seam", "mrconfigid": "mr_config_id", "mrowner": "mr_owner", "mrownerconfig": "mr_owner_config"},
+}
+_LAST_SECOND = 1 << 40
+_MAX_MESSAGE = 200
+
+
+def check(evidence_quote: Quote, policy: Policy, now: float) -> Checked:
+    """Verify a DCAP quote at Unix second ``now`` and judge its platform.
+
+    The root is the last certificate of the quote's own chain, if it is Intel's, or one that the policy lists for
+    simulation; the library verifies everything under it alone.
+
+    Raises:
+        FormatError: the quote or its collateral breaks its format.
+    """
+    kind, raw = evidence_quote.kind, evidence_quote.quote
+    body, chain = _split(raw, kind)
+    at, mask = _DEBUG[kind]
+    debug = bool(raw[body + at] & mask)  # not verified yet, but to refuse it is right in any case
+    rules = [Rule("debug", not debug, "a TD or enclave for debugging" if debug else "no", "no")]
+    text = policy.collateral
+    if text is None and "collateral" in evidence_quote.extras:
+        text = _decode(evidence_quote.extras["collateral"])
+    if text is None:
+        rules.append(Rule("collateral", False, "none", "in the evidence, or a file named by the policy"))
+        return Checked(rules)
+    root = read_chain(chain, "certificates of the quote")[-1].der
+    genuine = hashlib.sha256(root).hexdigest() == INTEL_SGX_ROOT
+    simulation = not genuine and policy.allow_simulation and root in policy.simulation_roots
+    expected = "Intel's root" + (", or the policy's for simulation" if policy.allow_simulation else "")
+    if not genuine and not simulation:
+        return Checked([*rules, Rule("signature", False, "certificates under another root", expected)])
+    found, problem = _verify(raw, _collateral(text, root), root, now)
+    if found is None:
+        return Checked([*rules, Rule("signature", False, problem, "a quote that verifies")])
+    rules.append(
+        Rule("signature", True, "under the simulation's root" if simulation else "under Intel's root", expected)
+    )
+    rules += _platform(found, policy, now)
+    report_data, measurements = _report(raw, found)
+    return Checked(rules, report_data, measurements, simulation)
+
+
+def peek(raw: bytes) -> dict[str, str]:
+    """Return measurements and report data of a quote, NOT verified: to be shown, never to be trusted.
+
+    Raises:
+        FormatError: not a DCAP quote.
+    """
+    problem = ""
+    try:
+        report = dcap_qvl.parse_quote(raw).report
+        if isinstance(report, dcap_qvl.TdReport10):
+            fields = {name: getattr(report, source).hex() for name, source in _TDX_FIELDS.items()}
+        else:
+            fields = {"mrenclave": report.mr_enclave.hex(), "mrsigner": report.mr_signer.hex()}
+        return {**fields, "report data": report.report_data.hex()}
+    except ValueError as error:
+        problem = _plain(error)
+    raise FormatError("not a DCAP quote", got=problem)
+
+
+def _split(raw: bytes, kind: str) -> tuple[int, bytes]:
+    """Return where the body begins, and the PCK's certificates (PEM); every length must fit the next.
+
+    What no signature covers has one value: nothing is hidden behind the quote, and one quote has one form.
+    """
+    version, tee = int.from_bytes(raw[0:2], "little"), int.from_bytes(raw[4:8], "little")
+    if version not in (3, 4, 5) or tee != _TEE_TYPES[kind]:
+        raise FormatError(f"not a DCAP quote of {kind}", got=f"version {version}, TEE type {tee:#x}")
+    reader = Fields(raw, "quote", _HEADER_BYTES)
+    body_bytes = _SGX_BODY_BYTES if kind == "sgx" else _TD_BODY_BYTES
+    if version == 5:
+        reader.number(2)
+        size = reader.number(4)
+        if size < body_bytes:
+            raise FormatError("body of the quote is too short", got=size, expected=body_bytes)
+        body_bytes = size
+    body = reader.at
+    reader.take(body_bytes)
+    signature = Fields(reader.take(reader.number(4)), "quote")
+    if any(reader.take(reader.left)):
+        raise FormatError("bytes behind the quote")
+    signature.take(_SIGNATURE_AND_KEY_BYTES)
+    if version > 3:
+        if signature.number(2) != _QE_CERTIFICATION:
+            raise FormatError("quote without the quoting enclave's certification")
+        nested = signature.take(signature.number(4))
+        signature.end()
+        signature = Fields(nested, "quote")
+    signature.take(_QE_REPORT_AND_SIGNATURE_BYTES)
+    signature.take(signature.number(2))
+    if signature.number(2) != _PCK_CHAIN:
+        raise FormatError("quote without the certificates of its platform", expected="certification data of type 5")
+    chain = signature.take(signature.number(4))
+    signature.end()
+    return body, chain.removesuffix(b"\0")
+
+
+def _collateral(text: str, root: bytes) -> dict[str, str]:
+    """Return the fields of the collateral; its chains, parts of which the library ignores, must be under ``root``."""
+    try:
+        fields = json.loads(text) if len(text) <= MAX_COLLATERAL_BYTES else None
+    except (ValueError, RecursionError):
+        fields = None
+    if not isinstance(fields, dict) or not set(fields) >= _COLLATERAL:
+        raise FormatError("collateral is not JSON of dcap-qvl", expected="its nine fields")
+    # A PCK certificate that comes with it is left out: the quote has its own.
+    fields = {name: fields[name] for name in sorted(_COLLATERAL)}
+    if not all(isinstance(value, str) for value in fields.values()):
+        raise FormatError("collateral has a field that is no text")
+    for name in _CHAINS:
+        chain = read_chain(fields[name].encode(), f"collateral's {name}")
+        if chain[-1].der != root or len(chain) != 2 or not chain[0].issued_by(chain[1]):
+            raise FormatError(f"collateral's {name} is not a certificate under the quote's root, and this root")
+    return fields
+
+
+def _verify(raw: bytes, collateral: dict[str, str], root: bytes, now: float) -> tuple[dict[str, Any] | None, str]:
+    """Return what the library found, or None and why it refuses."""
+    second = min(max(int(now), 0), _LAST_SECOND)
+    try:
+        material = dcap_qvl.QuoteCollateralV3.from_json(json.dumps(collateral))
+        # claims_only: signatures, revocation and dates; the state of the platform is for our rules, which name it.
+        policy = dcap_qvl.QuotePolicy.claims_only(second)
+        claims = dcap_qvl.QuoteVerifier(root).verify_with_policy(raw, material, second, policy)
+        return json.loads(claims.to_json()), ""
+    except ValueError as error:
+        return None, _plain(error)
+
+
+def _platform(found: dict[str, Any], policy: Policy, now: float) -> list[Rule]:
+    status, advisories = found["tcb"]["status"], found["tcb"]["advisory_ids"]
+    pck, expiry = found["platform"]["pck"], found["earliest_expiration_date"]
+    wanting = [option for name, option in _OPTIONS.items() if pck[name] == "True" and not getattr(policy, option)]
+    until = f"good until {datetime.fromtimestamp(expiry, UTC):%Y-%m-%d %H:%M}"
+    return [
+        Rule("collateral", now <= expiry, until, "not expired"),
+        Rule("tcb status", status in policy.tcb_status, status, " or ".join(policy.tcb_status)),
+        Rule(
+            "advisories",
+            set(advisories) <= set(policy.advisories),
+            ", ".join(advisories) or "none",
+            ", ".join(policy.advisories) or "none",
+        ),
+        Rule(
+            "platform",
+            not wanting,
+            f"needs {', '.join(wanting)}" if wanting else "nothing that the policy forbids",
+            "allowed by the policy by these names",
+        ),
+    ]
+
+
+def _report(raw: bytes, found: dict[str, Any]) -> tuple[bytes, dict[str, str]]:
+    fields = found["report"].get("SgxEnclave")
+    if fields is None:
+        report = dcap_qvl.parse_quote(raw).report
+        return report.report_data, {name: getattr(report, source).hex() for name, source in _TDX_FIELDS.items()}
+    measurements = {"mrenclave": fields["mr_enclave"], "mrsigner": fields["mr_signer"]}
+    measurements |= {name: str(fields[name]) for name in ("isv_prod_id", "isv_svn")}
+    return bytes.fromhex(fields["report_data"]), measurements
+
+
+def _decode(data: bytes) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        raise FormatError("collateral is not UTF-8") from None
+
+
+def _plain(error: Exception) -> str:
+    """Return the library's message for a terminal: it may hold texts of the evidence."""
+    return "".join(character if character.isprintable() else "?" for character in str(error))[:_MAX_MESSAGE]

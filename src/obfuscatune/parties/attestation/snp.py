@@ -1,0 +1,198 @@
+"""SEV-SNP: a report under AMD's certificates, verified here on `cryptography`, and its platform judged by the policy.
+
+    ARK (self-signed, RSA-4096, known by its hash) -> ASK -> VCEK (the chip's key) or VLEK (the provider's), P-384
+    RSA-PSS, SHA-384, salt of 48; the report by ECDSA, SHA-384, over its bytes [0 : 0x2A0]
+
+Formats: AMD SEV-SNP Firmware ABI (56860), table ATTESTATION_REPORT; AMD VCEK certificate and KDS interface (57230).
+AMD's revocation lists are not looked at: there is nothing in a report that says how fresh one must be.
+"""
+
+import hashlib
+from typing import Any
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ec import ECDSA, SECP384R1, EllipticCurvePublicKey
+from cryptography.hazmat.primitives.asymmetric.padding import MGF1, PSS
+from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
+from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
+from cryptography.hazmat.primitives.hashes import SHA384
+
+from obfuscatune.errors import FormatError
+from obfuscatune.parties.attestation.certificates import Certificate, read_chain
+from obfuscatune.parties.attestation.evidence import Quote
+from obfuscatune.parties.attestation.policy import TCB_PARTS, Policy
+from obfuscatune.parties.attestation.roots import AMD_ROOTS
+from obfuscatune.parties.attestation.verdict import Checked, Rule
+
+REPORT_BYTES = 0x4A0
+_SIGNED_BYTES, _SCALAR_BYTES, _SIGNATURE_END = 0x2A0, 72, 0x330
+_VERSIONS = range(2, 6)
+_ECDSA_P384_SHA384 = 1
+_POLICY_MIGRATION, _POLICY_DEBUG = 1 << 18, 1 << 19
+_PLATFORM_SMT = 1 << 0
+_SIGNED_BY = {0: "VCEK", 1: "VLEK"}
+_RSA_BITS = 4096
+_OID = "1.3.6.1.4.1.3704.1"
+_PRODUCT_NAME, _HARDWARE_ID, _PROVIDER_ID = f"{_OID}.2", f"{_OID}.4", f"{_OID}.5"
+_TCB_OIDS = {"bootloader": f"{_OID}.3.1", "tee": f"{_OID}.3.2", "snp": f"{_OID}.3.3", "microcode": f"{_OID}.3.8"}
+# Bytes of a TCB_VERSION by product; Turin's first one, of another firmware, is in its VCEK too.
+_TCB_LAYOUT = {
+    "Milan": {"bootloader": 0, "tee": 1, "snp": 6, "microcode": 7},
+    "Genoa": {"bootloader": 0, "tee": 1, "snp": 6, "microcode": 7},
+    "Turin": {"fmc": 0, "bootloader": 1, "tee": 2, "snp": 3, "microcode": 7},
+}
+_FMC_OID = f"{_OID}.3.9"
+_MEASUREMENTS = {
+    **{"measurement": (0x90, 48), "host_data": (0xC0, 32), "id_key_digest": (0xE0, 48)},
+    **{"author_key_digest": (0x110, 48), "family_id": (0x10, 16), "image_id": (0x20, 16)},
+}
+
+
+def check(evidence_quote: Quote, policy: Policy, now: float) -> Checked:
+    """Verify a report at Unix second ``now`` and judge its platform.
+
+    Raises:
+        FormatError: the report or the certificates break their format.
+    """
+    report = evidence_quote.quote
+    _check_form(report)
+    chain = read_chain(evidence_quote.extras.get("certificates", b""), "certificates")
+    if len(chain) != 3:
+        raise FormatError("certificates of a report", got=len(chain), expected="three: VCEK or VLEK, ASK, ARK")
+    leaf, _, root = chain
+    product = _text(leaf, _PRODUCT_NAME).partition("-")[0]
+    genuine = AMD_ROOTS.get(hashlib.sha256(root.der).hexdigest())
+    simulation = genuine is None and policy.allow_simulation and root.der in policy.simulation_roots
+    expected = "AMD's root" + (", or the policy's for simulation" if policy.allow_simulation else "")
+    under = "under the simulation's root" if simulation else "under AMD's root"
+    problem = _chain_problem(chain, now)
+    if genuine is None and not simulation:
+        problem = "certificates under another root"
+    elif genuine is not None and genuine != product:
+        problem = f"a {product} certificate under the root of {genuine}"
+    elif product not in _TCB_LAYOUT:
+        problem = "certificate of an unknown product"
+    rules = [Rule("certificates", not problem, problem or under, expected)]
+    signed = _signed_by(report, leaf)
+    rules.append(Rule("signature", signed, "genuine" if signed else "not by this certificate's key", "genuine"))
+    if problem or not signed:
+        return Checked(rules)
+    rules.append(_chip(report, leaf, product))
+    rules += _platform(report, policy, product)
+    return Checked(rules, report[0x50:0x90], _measurements(report), simulation)
+
+
+def peek(report: bytes) -> dict[str, str]:
+    """Return measurements and report data of a report, NOT verified; raises FormatError where it is none."""
+    _check_form(report)
+    return {**_measurements(report), "report data": report[0x50:0x90].hex()}
+
+
+def _check_form(report: bytes) -> None:
+    if len(report) != REPORT_BYTES:
+        raise FormatError("not an SNP report", got=f"{len(report)} bytes", expected=REPORT_BYTES)
+    version, algorithm = _number(report, 0, 4), _number(report, 0x34, 4)
+    if version not in _VERSIONS or algorithm != _ECDSA_P384_SHA384:
+        raise FormatError("SNP report of an unknown version", got=f"version {version}, algorithm {algorithm}")
+    if any(report[_SIGNATURE_END:]):  # not signed
+        raise FormatError("bytes behind the report's signature")
+
+
+def _chain_problem(chain: list[Certificate], now: float) -> str:
+    """Return what is wrong with VCEK or VLEK, ASK and ARK, the last one signing itself."""
+    for certificate, issuer in zip(chain, [*chain[1:], chain[-1]], strict=True):
+        if certificate.fields.issuer != issuer.fields.subject:
+            return "a certificate of another issuer"
+        if not isinstance(issuer.key, RSAPublicKey) or issuer.key.key_size != _RSA_BITS:
+            return "an issuer without an RSA-4096 key"
+        try:
+            issuer.key.verify(certificate.fields.signature, certificate.signed, PSS(MGF1(SHA384()), 48), SHA384())
+        except InvalidSignature:
+            return "a certificate that its issuer has not signed"
+        if not certificate.valid_at(now):
+            return f"a certificate outside its life, which ends {certificate.fields.not_valid_after_utc:%Y-%m-%d}"
+    return ""
+
+
+def _signed_by(report: bytes, leaf: Certificate) -> bool:
+    if not isinstance(leaf.key, EllipticCurvePublicKey) or not isinstance(leaf.key.curve, SECP384R1):
+        return False
+    r = _number(report, _SIGNED_BYTES, _SCALAR_BYTES)
+    s = _number(report, _SIGNED_BYTES + _SCALAR_BYTES, _SCALAR_BYTES)
+    try:
+        leaf.key.verify(encode_dss_signature(r, s), report[:_SIGNED_BYTES], ECDSA(SHA384()))
+    except InvalidSignature:
+        return False
+    return True
+
+
+def _chip(report: bytes, leaf: Certificate, product: str) -> Rule:
+    """Judge that the certificate is for this chip (a VLEK: for a provider) and for the TCB that the report states."""
+    kind = _SIGNED_BY.get(_number(report, 0x48, 4) >> 2 & 0b111, "unknown")
+    hardware, chip = _raw(leaf, _HARDWARE_ID), report[0x1A0:0x1E0]
+    if kind == "VCEK":  # Turin's identifier has eight bytes, and zeros follow it in the report
+        fits = len(hardware) >= 8 and hardware.ljust(len(chip), b"\0") == chip and any(chip)
+    else:
+        fits = kind == "VLEK" and not hardware and bool(_raw(leaf, _PROVIDER_ID))
+    oids = {**_TCB_OIDS, "fmc": _FMC_OID}
+    stated = _tcb(report, 0x180, product)
+    same = all(_integer(leaf, oids[part]) == value for part, value in stated.items())
+    got = f"{kind}, " + ("its chip and TCB" if fits and same else "another TCB" if fits else "another chip")
+    return Rule("chip", fits and same, got, "the chip and TCB of the certificate")
+
+
+def _platform(report: bytes, policy: Policy, product: str) -> list[Rule]:
+    flags, vmpl = _number(report, 0x08, 8), _number(report, 0x30, 4)
+    debug, migration = bool(flags & _POLICY_DEBUG), bool(flags & _POLICY_MIGRATION)
+    smt = bool(_number(report, 0x40, 8) & _PLATFORM_SMT)
+    minimum = policy.min_tcb
+    rules = [
+        Rule("debug", policy.allow_debug or not debug, "the host may debug the guest" if debug else "no", "no"),
+        Rule("migration", not migration, "a migration agent may move the guest" if migration else "no", "no"),
+        Rule("platform", policy.allow_smt or not smt, "SMT is on" if smt else "SMT is off", "allow_smt, or SMT off"),
+        Rule("vmpl", vmpl <= policy.max_vmpl, str(vmpl), f"at most {policy.max_vmpl}"),
+    ]
+    # The firmware that runs now signs; the one that started the guest has measured it.
+    for name, at in (("tcb", 0x180), ("launch tcb", 0x1F0)):
+        tcb = _tcb(report, at, product)
+        enough = minimum is not None and all(tcb[part] >= minimum[part] for part in TCB_PARTS)
+        rules.append(
+            Rule(name, enough, _tcb_text(tcb), "min_tcb " + (_tcb_text(minimum) if minimum else "in the policy"))
+        )
+    return rules
+
+
+def _tcb(report: bytes, at: int, product: str) -> dict[str, int]:
+    return {part: report[at + offset] for part, offset in _TCB_LAYOUT[product].items()}
+
+
+def _tcb_text(tcb: Any) -> str:
+    return ", ".join(f"{part} {tcb[part]}" for part in TCB_PARTS)
+
+
+def _measurements(report: bytes) -> dict[str, str]:
+    return {name: report[at : at + size].hex() for name, (at, size) in _MEASUREMENTS.items()}
+
+
+def _number(report: bytes, at: int, size: int) -> int:
+    return int.from_bytes(report[at : at + size], "little")
+
+
+def _raw(certificate: Certificate, oid: str) -> bytes:
+    value = getattr(certificate.extensions.get(oid), "value", b"")
+    return value if isinstance(value, bytes) else b""
+
+
+def _integer(certificate: Certificate, oid: str) -> int | None:
+    """Return a DER INTEGER from 0 to 255."""
+    value = _raw(certificate, oid)
+    if len(value) in (3, 4) and value[:2] == bytes([2, len(value) - 2]):
+        return int.from_bytes(value[2:], "big")
+    return None
+
+
+def _text(certificate: Certificate, oid: str) -> str:
+    """Return a DER IA5String; "?" where it is none."""
+    value = _raw(certificate, oid)
+    text = value[2:].decode("ascii", "replace") if len(value) > 2 and value[:2] == bytes([0x16, len(value) - 2]) else ""
+    return text if text.isascii() and text.isprintable() and text else "?"

@@ -1,0 +1,157 @@
+"""One message after another over a stream: canonical fields and raw payload, limits before memory, one deadline each.
+
+    u32 length of the fields | fields, canonical JSON | u64 length of the payload | payload
+
+Lengths are unsigned little-endian. What a side takes depends on the state of the connection: a stranger may send a few
+hundred bytes, a party that has proved who it is pieces of 4 MiB.
+"""
+
+import contextlib
+import socket
+import struct
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from obfuscatune.errors import ConnectionClosedError, FormatError, ProtocolError, UsageError
+from obfuscatune.parties.attestation.evidence import MAX_EVIDENCE_BYTES
+from obfuscatune.parties.canonical import decode, encode
+
+MAX_PIECE_BYTES = 4 * 1024**2
+_FIELDS, _PAYLOAD = struct.Struct("<I"), struct.Struct("<Q")
+# One write of this size is bounded by the deadline; a peer that reads a byte a second gains no time with a long one.
+_WRITE_BYTES = 256 * 1024
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Most bytes of one message's fields and of its payload, in one state of the connection."""
+
+    fields: int
+    payload: int
+
+
+HELLO = Limits(1024, 0)
+EVIDENCE = Limits(1024, MAX_EVIDENCE_BYTES)
+AUTHENTICATE = Limits(4096, 0)  # an identity with an ML-KEM key is 1.9 KB
+ANSWER = Limits(8192, 0)
+SESSION = Limits(256 * 1024, MAX_PIECE_BYTES)
+
+
+def encode_message(fields: Mapping[str, Any], payload: bytes, limits: Limits) -> bytes:
+    """Return the bytes of a message up to its payload.
+
+    Raises:
+        UsageError: it is beyond the limits, or a field has no canonical form; nothing may be sent.
+    """
+    data = encode(dict(fields))
+    if len(data) > limits.fields or len(payload) > limits.payload:
+        got = f"{len(data)} and {len(payload)} bytes"
+        expected = f"at most {limits.fields} of fields and {limits.payload} of payload"
+        raise UsageError("message is too long", got=got, expected=expected)
+    return _FIELDS.pack(len(data)) + data + _PAYLOAD.pack(len(payload))
+
+
+def read_message(read: Callable[[int], bytes], limits: Limits) -> tuple[dict[str, Any], bytes]:
+    """Read one message; ``read(n)`` returns exactly n bytes, and is never asked for more than the limits allow.
+
+    Raises:
+        ProtocolError: a length beyond the limits, or fields that are no object in canonical form.
+    """
+    (length,) = _FIELDS.unpack(read(_FIELDS.size))
+    if length > limits.fields:
+        raise ProtocolError("fields too long", got=f"{length} bytes", expected=f"at most {limits.fields}")
+    try:
+        fields = decode(read(length), "message", max_bytes=limits.fields)
+    except FormatError as error:
+        raise ProtocolError(error.what, got=error.got, expected=error.expected) from None
+    (length,) = _PAYLOAD.unpack(read(_PAYLOAD.size))
+    if length > limits.payload:
+        raise ProtocolError("payload too long", got=f"{length} bytes", expected=f"at most {limits.payload}")
+    return fields, read(length) if length else b""
+
+
+class Stream:
+    """One end of a connection, for one thread at a time, but for `close`.
+
+    Every method takes a deadline, a reading of ``time.monotonic()``: a peer that trickles bytes wins no time. After any
+    error the stream is closed, so that no late byte is taken for the begin of a message.
+    """
+
+    def __init__(self, sock: socket.socket, peer: str) -> None:
+        self.peer = peer
+        self._socket = sock
+        if sock.family != socket.AF_UNIX:
+            # A handshake is small messages that wait for one another: with Nagle's algorithm each costs 40 ms.
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def send(self, fields: Mapping[str, Any], payload: bytes = b"", *, limits: Limits, deadline: float) -> None:
+        """Send one message.
+
+        Raises:
+            UsageError: beyond the limits; nothing was sent, and the stream stays open.
+            ConnectionClosedError: the peer is gone, or took no byte in time.
+        """
+        head = encode_message(fields, payload, limits)
+        # Small messages go out as one record; a large payload is not copied for the sake of its head.
+        parts = (head, payload) if len(payload) > _WRITE_BYTES else (head + payload,)
+        with self._closing_on_error():
+            for part in parts:
+                view = memoryview(part)
+                while view:
+                    self._wait(deadline)
+                    view = view[self._socket.send(view[:_WRITE_BYTES]) :]
+
+    def receive(self, limits: Limits, *, deadline: float) -> tuple[dict[str, Any], bytes]:
+        """Receive one message.
+
+        Raises:
+            ProtocolError: the peer broke a rule.
+            ConnectionClosedError: it closed the connection, is gone, or was too slow.
+        """
+        with self._closing_on_error():
+            return read_message(lambda size: self._read(size, deadline), limits)
+
+    def close(self) -> None:
+        """Close the connection; again and again does no harm, and a receive blocked in another thread ends."""
+        with contextlib.suppress(OSError):
+            # The plain socket's method: SSLSocket's own also drops the TLS object, under the feet of another thread.
+            socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
+        self._socket.close()
+
+    def _read(self, size: int, deadline: float) -> bytes:
+        data = bytearray(size)
+        view = memoryview(data)
+        while view:
+            self._wait(deadline)
+            count = self._socket.recv_into(view)
+            if count == 0:
+                raise ConnectionClosedError("connection is closed", got="end of stream")
+            view = view[count:]
+        return bytes(data)
+
+    def _wait(self, deadline: float) -> None:
+        remaining = deadline - time.monotonic()
+        if remaining <= 0:
+            raise TimeoutError
+        self._socket.settimeout(remaining)
+
+    @contextlib.contextmanager
+    def _closing_on_error(self) -> Any:
+        problem: ProtocolError
+        try:
+            yield
+            return
+        except TimeoutError:
+            problem = ConnectionClosedError("peer is too slow", where=self.peer)
+        except ProtocolError as error:
+            problem = type(error)(error.what, got=error.got, expected=error.expected, where=self.peer)
+        except (OSError, ValueError) as error:  # ssl raises ValueError on a socket that another thread has closed
+            got = getattr(error, "strerror", None) or type(error).__name__
+            problem = ConnectionClosedError("connection is closed", got=got, where=self.peer)
+        except BaseException:
+            self.close()
+            raise
+        self.close()
+        raise problem from None

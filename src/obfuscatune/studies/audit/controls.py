@@ -1,0 +1,115 @@
+"""What must be found, and what must not, before anything is concluded.
+
+- *known key*: with the true keys, recorded rows and weights give the private model's; else the truth is misplaced.
+- *positive*: each attack succeeds on the profile that it says it breaks; else being at chance elsewhere says nothing.
+- *negative*: there, with an unrelated model as the base, or scored against another model's session, it is at chance;
+  else its score finds success in anything.
+- *canaries*: a fixed seed, four Householder reflections and a Kronecker product as keys are caught.
+"""
+
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from obfuscatune.studies.audit.attacks import all_attacks
+from obfuscatune.studies.audit.canaries import check_canaries
+from obfuscatune.studies.audit.fixtures import SETTINGS
+from obfuscatune.studies.audit.lab import Recorded, record
+from obfuscatune.studies.audit.runner import (
+    Plan,
+    budgets_of,
+    corpus_of,
+    fixtures_of,
+    memory_gb,
+    try_attack,
+)
+from obfuscatune.studies.audit.view import ROLES, STREAMS_OF
+from obfuscatune.studies.reproduce.cells import Cell
+
+LEAST_WITH_KEY = 0.99
+_LARGEST = 4  # tokens per width of a control; more makes no attack weaker
+
+
+def control_cells(plan: Plan, like: Cell) -> list[Cell]:
+    """One cell for each seed and profile that an attack names, and one of canaries. like: a cell of the runner."""
+    attacks = {name: all_attacks()[name] for name in plan.attacks}
+    width = like.inputs["settings"]["width"]
+    budgets = [tokens for tokens in plan.budgets if tokens <= _LARGEST * width] or [min(plan.budgets)]
+    found = []
+    for seed in plan.seeds:
+        for profile in sorted({attack.fires_on for attack in attacks.values()}):
+            inputs = {
+                **like.inputs,
+                "profile": profile,
+                "seed": seed,
+                "other": plan.other(seed),
+                "budgets": budgets,
+                "attacks": [name for name, attack in attacks.items() if attack.fires_on == profile],
+            }
+            label = f"controls on {profile}, seed {seed}"
+            memory = 2 * memory_gb(SETTINGS[plan.model], budgets)  # two sessions
+            found.append(
+                Cell(label=label, compute=control_profile, inputs=inputs, places=like.places, memory_gb=memory)
+            )
+    inputs = {**like.inputs, "seed": plan.seeds[0]}
+    found.append(Cell(label="canaries", compute=canaries, inputs=inputs, places=like.places, memory_gb=2.0))
+    return found
+
+
+def control_profile(inputs: dict[str, Any], places: dict[str, Any]) -> dict[str, Any]:
+    """Return ``{"positive": outcomes, "negative": outcomes, "known key": success}`` of one profile and seed."""
+    fixtures = fixtures_of(inputs, places)
+    other = fixtures_of(inputs, places, inputs["other"])
+    recorded = record(fixtures, inputs["profile"], inputs["seed"], inputs["budgets"])
+    another = record(other, inputs["profile"], inputs["other"], inputs["budgets"])
+    corpus = corpus_of(fixtures)
+    right: dict[str, Any] = {}
+    wrong: dict[str, Any] = {}
+    positive, negative = [], []
+    for name in inputs["attacks"]:
+        attack = all_attacks()[name]
+        tokens = budgets_of(attack, inputs["budgets"], fixtures.settings.width)[-1]
+        positive.append(try_attack(attack, recorded, fixtures.base, corpus, tokens, right, inputs))
+        if attack.sham is not None:
+            sham = replace(attack, run=attack.sham)
+            negative.append(try_attack(sham, recorded, fixtures.base, corpus, tokens, right, inputs))
+        elif "B" in attack.needs:
+            negative.append(try_attack(attack, recorded, fixtures.unrelated, corpus, tokens, wrong, inputs))
+        else:
+            truth = another.cut(tokens)[1]
+            negative.append(try_attack(attack, recorded, fixtures.base, corpus, tokens, right, inputs, truth))
+    return {
+        "positive": [asdict(outcome) for outcome in positive],
+        "negative": [asdict(outcome) for outcome in negative],
+        "known key": known_key(recorded),
+    }
+
+
+def canaries(inputs: dict[str, Any], places: dict[str, Any]) -> dict[str, Any]:
+    """Return ``{"canaries": [{name, caught, detail}]}``."""
+    return {"canaries": [asdict(canary) for canary in check_canaries(fixtures_of(inputs, places), inputs["seed"])]}
+
+
+def known_key(recorded: Recorded) -> float:
+    """Least cosine, over blocks and streams, of rows and weights undone by the true keys with the private model's."""
+    view, truth = recorded.sample.view, recorded.truth
+    found = []
+    for block in range(view.blocks):
+        for role in ROLES:
+            into, out = (truth.keys.get((block, stream)) for stream in STREAMS_OF[role])
+            if into is None or view.mixed:
+                continue
+            rows = torch.linalg.solve(into, view.rows(block, STREAMS_OF[role][0]), left=False)
+            found.append(_cosine(rows, truth.streams[block, STREAMS_OF[role][0]]))
+        for role in ROLES:
+            into, out = (truth.keys.get((block, stream)) for stream in STREAMS_OF[role])
+            if into is not None and out is not None:
+                weight = into @ torch.linalg.solve(out, view.weight(block, role), left=False)
+                found.append(_cosine(weight, truth.private.weight(block, role)))
+    return min(found)
+
+
+def _cosine(a: Tensor, b: Tensor) -> float:
+    return ((a * b).sum() / (a.norm() * b.norm())).item()  # type: ignore[no-any-return]

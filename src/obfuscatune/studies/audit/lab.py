@@ -1,0 +1,199 @@
+"""Records sessions of a private model under a profile, and puts the truth and the attacker's knowledge beside them."""
+
+import copy
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+
+from obfuscatune.enclave.body import PassedBlock, RemoteBody
+from obfuscatune.enclave.linear import RemoteLinear
+from obfuscatune.enclave.mixed import MixedLinear
+from obfuscatune.enclave.protected import protect
+from obfuscatune.enclave.whole import RemoteAttention, RemoteMlp
+from obfuscatune.profiles import Profile
+from obfuscatune.studies.audit.attack import Customer, Embeddings, Knowledge, Sample, TrainingTruth, Truth
+from obfuscatune.studies.audit.fixtures import Fixtures
+from obfuscatune.studies.audit.recorder import recording_worker
+from obfuscatune.studies.audit.reference import Reference
+from obfuscatune.studies.audit.view import WorkerView, read_view
+from obfuscatune.studies.bench.run import parse_profile
+
+TARGET_ROWS = 8  # texts of the target pass
+RANK = 4  # of LoRA
+TRAINING_STEPS = 4
+_IGNORED = -100  # labels that transformers' loss leaves out
+
+
+@dataclass(frozen=True, repr=False)
+class Recorded:
+    """A sample with everything that it is judged by."""
+
+    sample: Sample
+    truth: Truth
+    customer: Customer
+    profile: Profile
+    budgets: dict[int, int]  # tokens -> passes of the view that have so many
+    library: Tensor  # public text ``[n, T]``
+
+    def cut(self, tokens: int) -> tuple[Sample, Truth]:
+        """The same with a smaller budget of tokens."""
+        sample = Sample(self.sample.view.only(slice(self.budgets[tokens])), self.sample.target, self.sample.training)
+        streams = {place: rows[:tokens] for place, rows in self.truth.streams.items()}
+        values = {name: getattr(self.truth, name) for name in Truth.__slots__}
+        return sample, Truth(**{**values, "tokens": self.truth.tokens[:tokens], "streams": streams})
+
+
+def record(fixtures: Fixtures, profile: str, seed: int, budgets: Sequence[int]) -> Recorded:
+    """Run the private model of the fixtures under a profile: inference, a customer's session, and fine-tuning.
+
+    Args:
+        profile: ``NAME[+switch=value...]``. budgets: numbers of tokens, each a multiple of half the model's positions
+            and of the one before it.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of switched-off dropout and unfolded norms; the figures tell
+        resolved = parse_profile(profile)
+        texts = fixtures.text["private"][torch.randperm(len(fixtures.text["private"]), generator=generator)]
+        target, rest = texts[:TARGET_ROWS], texts[TARGET_ROWS:]
+        batches, passes = _schedule(rest, budgets, fixtures.settings.positions // 2)
+        with TemporaryDirectory(prefix="obfuscatune-audit-") as name:
+            directory = Path(name)
+            view, keys = _inference(fixtures.private, profile, [target, *batches], directory)
+            chosen = fixtures.text["corpus"][: TARGET_ROWS * 8].split(TARGET_ROWS)  # type: ignore[no-untyped-call]
+            customer = Customer(_inference(fixtures.private, profile, chosen, directory)[0], chosen)
+            training, trained = _training(fixtures.private, profile, rest, seed, directory)
+    private = Reference(fixtures.private, resolved)
+    truth = Truth(
+        private=private,
+        base=Reference(fixtures.base, resolved),
+        tokens=torch.cat([batch.flatten() for batch in batches]),
+        target_tokens=target.flatten(),
+        target_shape=(target.shape[0], target.shape[1]),
+        streams=private.streams(batches),
+        target_streams=private.streams([target]),
+        keys=keys,
+        training=trained,
+    )
+    sample = Sample(view.only(slice(1, None)), view.only(slice(0, 1)), training)
+    return Recorded(sample, truth, customer, resolved, passes, fixtures.text["public"])
+
+
+def knowledge(
+    recorded: Recorded, needs: str, base: Any, corpus: Tensor, cache: dict[str, Any], truth: Truth
+) -> Knowledge:
+    """What an attack with these needs is told. base: the model that stands for the public one. cache: of that base."""
+    private, profile = truth.private, recorded.profile
+    words, positions = private.embeddings()
+    return Knowledge(
+        profile=profile,
+        heads=private.shape(0).heads,
+        vocabulary=len(words),
+        corpus=corpus,
+        library=recorded.library,
+        base=Reference(base, profile) if "B" in needs else None,
+        pairs=truth.streams if "P" in needs else None,
+        pair_tokens=truth.tokens if "P" in needs else None,
+        embeddings=Embeddings(words, positions, private.first_rows) if "E" in needs else None,
+        customer=recorded.customer if "Q" in needs else None,
+        cache=cache,
+    )
+
+
+def _schedule(texts: Tensor, budgets: Sequence[int], length: int) -> tuple[list[Tensor], dict[int, int]]:
+    """Batches of texts of so many tokens each, such that every budget is a whole number of them."""
+    rows = texts.reshape(-1, length)
+    batches, passes, done, most = [], {}, 0, 32
+    for budget in budgets:
+        while done < budget // length:
+            count = min(most, budget // length - done)
+            batches.append(rows[torch.arange(done, done + count) % len(rows)])
+            done += count
+        passes[budget] = len(batches)
+    return batches, passes
+
+
+def _inference(
+    model: Any, profile: str, batches: Sequence[Tensor], directory: Path
+) -> tuple[WorkerView, dict[tuple[int, str], Tensor]]:
+    path = directory / "recording"
+    copied = copy.deepcopy(model)
+    with (
+        recording_worker(path) as address,
+        protect(copied, profile=parse_profile(profile), worker=address) as protected,
+        torch.no_grad(),
+    ):
+        for batch in batches:
+            protected.model(input_ids=batch, use_cache=False)
+        keys = _keys(protected.model)
+    view = read_view(path)
+    path.unlink()
+    return view, keys
+
+
+def _training(model: Any, profile: str, texts: Tensor, seed: int, directory: Path) -> tuple[WorkerView, TrainingTruth]:
+    """Fine-tune LoRA on texts of different lengths, prompts left out of the loss; the last step is seen in full."""
+    generator = torch.Generator().manual_seed(seed)
+    path = directory / "recording"
+    batches, scored = [], []
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)  # of the adapter's start
+        adapted = get_peft_model(
+            copy.deepcopy(model),
+            LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=["c_attn"], fan_in_fan_out=True),
+        )
+    with (
+        recording_worker(path) as address,
+        protect(adapted, profile=parse_profile(profile), worker=address) as protected,
+    ):
+        optimizer = protected.create_optimizer("adamw", lr=3e-3)
+        for step in range(TRAINING_STEPS):
+            ids = texts[step * TARGET_ROWS : (step + 1) * TARGET_ROWS]
+            start = torch.randint(0, ids.shape[1] // 2, (len(ids), 1), generator=generator)
+            end = torch.randint(ids.shape[1] // 2 + 2, ids.shape[1] + 1, (len(ids), 1), generator=generator)
+            place = torch.arange(ids.shape[1])
+            labels = ids.masked_fill((place < start) | (place >= end), _IGNORED)
+            optimizer.zero_grad()
+            loss = protected.model(input_ids=ids, labels=labels, attention_mask=(place < end).long()).loss
+            loss.backward()
+            optimizer.step()
+            batches.append(ids)
+            shifted = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], _IGNORED)], dim=1)
+            scored.append(shifted != _IGNORED)
+        keys = _keys(protected.model)
+    view = read_view(path)
+    path.unlink()
+    return view, TrainingTruth(batches, scored, RANK, keys)
+
+
+def _keys(model: Any) -> dict[tuple[int, str], Tensor]:
+    """Dense keys by block and stream, in the order in which blocks' layers stand in the model."""
+    found: dict[tuple[int, str], Tensor] = {}
+    inner: Iterator[tuple[str, str]] = iter(())
+    block = -1
+    for module in model.modules():
+        if isinstance(module, RemoteBody | PassedBlock):
+            rotation = module._key.dense().double() if isinstance(module, RemoteBody) else found[0, "mlp out"]
+            block += 1
+            found |= {(block, name): rotation for name in ("attention in", "attention out", "mlp in", "mlp out")}
+            continue
+        if isinstance(module, RemoteAttention | RemoteMlp):
+            pair = ("attention in", "attention out") if isinstance(module, RemoteAttention) else ("mlp in", "mlp out")
+            block += pair[0] == "attention in"
+        elif isinstance(module, RemoteLinear | MixedLinear):
+            pair = next(inner, ("attention in", "qkv"))
+            if pair[1] == "qkv":
+                block += 1
+                inner = iter((("heads", "attention out"), ("mlp in", "hidden"), ("activations", "mlp out")))
+        else:
+            continue
+        for name, key in zip(pair, (module._key_in, module._key_out), strict=True):
+            found[block, name] = key.dense().double()
+    return found

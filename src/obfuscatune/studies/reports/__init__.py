@@ -1,0 +1,1 @@
+"""What the studies' reports are made of: tables, figures, pages, files, and where a result came from."""

@@ -1,0 +1,270 @@
+"""lm-evaluation-harness over a protected model: its prompts, its likelihood code, its metrics, our forward pass."""
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from lm_eval import simple_evaluate
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+from obfuscatune.enclave.protected import Protected, protect
+from obfuscatune.errors import UsageError
+from obfuscatune.profiles import SWITCHES
+from obfuscatune.studies.tasks.catalogue import check_tasks, packaged_configs, write_configs
+from obfuscatune.training.data import Row
+from obfuscatune.training.loading import load_adapter, load_config, load_model, load_tokenizer
+
+MODEL_NAME = "obfuscatune"
+# What HFLM makes of the logits and of texts, and so can be left to it.
+_PASSED_ON = frozenset(
+    {"max_length", "truncation", "logits_cache", "softmax_dtype", "add_bos_token", "prefix_token_id", "max_batch_size"}
+)
+_DTYPES = ("float32", "float64", "bfloat16")
+
+
+@register_model(MODEL_NAME)
+class ProtectedLM(HFLM):  # type: ignore[misc]
+    """The harness' ``hf`` model with the forward pass between enclave and worker; ``--model obfuscatune``.
+
+    Args:
+        pretrained: directory, or name on the hub; or a `Protected` that runs already, with its ``tokenizer``.
+        peft: adapter. dtype: of the weights, the checkpoint's own by default, as in ``hf``.
+        profile, worker, threads, timeout: as in ``obfuscatune.protect``. device: of a spawned worker; ``cpu`` is its
+            default, and the model itself is on the CPU in any case.
+        options: switches of the profile, and arguments of ``hf`` that concern logits or texts only.
+
+    Raises:
+        UsageError: an argument of ``hf`` that cannot be done here (placement, quantization, remote code, ...), or more
+            than one process.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | Protected,
+        *,
+        tokenizer: Any = None,
+        peft: str | None = None,
+        dtype: str = "auto",
+        profile: str = "balanced",
+        worker: str = "spawn",
+        device: str | None = None,
+        threads: int | None = None,
+        timeout: float = 600.0,
+        batch_size: int | str = 1,
+        **options: Any,
+    ) -> None:
+        switches = {name: options.pop(name) for name in SWITCHES if name in options}
+        _refuse(options)
+        if isinstance(pretrained, Protected):
+            self.protected = pretrained
+        else:
+            model = load_model(pretrained, _dtype(pretrained, dtype))
+            tokenizer = load_tokenizer(pretrained, model.config)
+            if peft is not None:
+                if len(tokenizer) != model.config.vocab_size:
+                    model.resize_token_embeddings(len(tokenizer))  # as hf does: the softmax is over the tokenizer's own
+                model = load_adapter(model, peft)
+            self.protected = protect(
+                model.eval(),
+                profile=profile,
+                worker=worker,
+                device=None if device == "cpu" else device,
+                threads=threads,
+                timeout=float(timeout),
+                progress=True,
+                **switches,
+            )
+        if tokenizer is None:
+            raise UsageError("a protected model comes without a tokenizer", expected="tokenizer=...")
+        with _quiet():
+            super().__init__(self.protected.model, tokenizer=tokenizer, batch_size=batch_size, **options)
+        if isinstance(pretrained, str):
+            self.pretrained, self.peft = pretrained, peft
+
+    def get_model_info(self) -> dict[str, Any]:
+        """Return the harness' record of the model: all its parameters, wherever they are, and the profile."""
+        report = self.protected.report()
+        name = self.pretrained if isinstance(self.pretrained, str) else type(self.protected.model).__name__
+        return {
+            "model_name": name,
+            "model_num_parameters": report.total_parameters,
+            "model_dtype": self.protected.model.dtype,
+            "peft": self.peft,
+            "profile": report.profile.name,
+            "worker_parameters": report.worker_parameters,
+        }
+
+    def close(self) -> None:
+        """End the session with the worker."""
+        self.protected.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model chose for one document: its id and indices of choices in the harness' order; no text.
+
+    Args:
+        choice: the likeliest. choice_norm: the likeliest by character, the one of ``acc_norm``.
+        greedy: those that greedy decoding would write; ``exact_match`` asks for one of them.
+        answers: the right ones. likelihoods: log-likelihood of each, in nats; two predictions may be equal without.
+    """
+
+    id: str
+    choice: int
+    choice_norm: int
+    greedy: tuple[int, ...]
+    answers: tuple[int, ...]
+    likelihoods: tuple[float, ...] = field(compare=False)
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """One task's metrics by the harness' names, their standard errors, and the prediction of each document."""
+
+    metrics: dict[str, float]
+    stderr: dict[str, float | None]
+    version: float
+    predictions: tuple[Prediction, ...]
+
+
+def evaluate(
+    lm: HFLM,
+    tasks: Sequence[str],
+    *,
+    data_dir: str | Path | None = None,
+    limit: int | None = None,
+    num_fewshot: int = 0,
+) -> dict[str, TaskResult]:
+    """Evaluate with the harness' ``simple_evaluate`` and return what it found for each task.
+
+    Args:
+        lm: a `ProtectedLM`, or the harness' ``hf`` model, for comparison. tasks: of the four.
+        data_dir: of local JSONL, see `read_splits`; the hub otherwise. limit: first documents of each task only.
+
+    Raises:
+        UsageError: unknown task, no data, or examples in the prompt of ``webqs``, whose several right answers the
+            harness cannot write there.
+    """
+    names = check_tasks(tasks)
+    if num_fewshot and "webqs" in names:
+        raise UsageError("webqs has no few-shot prompt in the harness", got=f"num_fewshot={num_fewshot}", expected="0")
+    with _quiet():
+        found = simple_evaluate(
+            model=lm,
+            tasks=list(load_tasks(names, data_dir).values()),
+            num_fewshot=num_fewshot,
+            limit=limit,
+            log_samples=True,
+            task_manager=TaskManager(include_defaults=False),  # of no use, but its own would read 13,000 files
+        )
+    return {name: _result(found["results"][name], found["samples"][name], found["versions"][name]) for name in names}
+
+
+def load_tasks(names: Sequence[str], data_dir: str | Path | None) -> dict[str, Any]:
+    """Return the harness' task objects over local rows, or over the hub's where ``data_dir`` is None."""
+    folder = [packaged_configs()[name].parent for name in names]
+    with nullcontext() if data_dir is None else write_configs(names, data_dir) as configs:
+        manager = TaskManager(include_defaults=False, include_path=folder if configs is None else configs)
+        try:
+            tasks: dict[str, Any] = manager.load(list(names))["tasks"]
+        except (ConnectionError, FileNotFoundError) as error:
+            raise UsageError(
+                "cannot load the data", got=type(error).__name__, hint="--data_dir DIR for local JSONL"
+            ) from error
+    return tasks
+
+
+def training_rows(name: str, data_dir: str | Path | None) -> list[Row]:
+    """Return the task's training documents as rows: the harness' prompt, and its delimiter with the right choice.
+
+    ``Row(doc_to_text(d), target_delimiter + right choice of d)``, from the training split alone. A WebQuestions row
+    learns the answer that is listed first, so that each question counts once, as in the evaluation.
+
+    Raises:
+        UsageError: unknown task, no training rows. DataError: a bad row.
+    """
+    [name] = check_tasks([name])
+    with _quiet():
+        task = load_tasks([name], data_dir)[name]
+    rows = []
+    for number, document in enumerate(task.training_docs()):
+        # Before doc_to_choice, which sorts the answers where they are.
+        right = document["answers"][0] if name == "webqs" else _right_choice(task, document)
+        completion = f"{task.config.target_delimiter}{right}"
+        rows.append(Row(task.doc_to_text(document), completion, where=f"{name}, training row {number}"))
+    if not rows:
+        raise UsageError(f"no training rows of task {name}", expected="train.jsonl", where=f"--data_dir {data_dir}")
+    return rows
+
+
+def _right_choice(task: Any, document: dict[str, Any]) -> str:
+    return str(task.doc_to_choice(document)[int(task.doc_to_target(document))])
+
+
+def _result(metrics: dict[str, Any], samples: list[dict[str, Any]], version: float) -> TaskResult:
+    # The harness' names are "acc,none" and "acc_stderr,none": metric and filter.
+    numbers = {key.split(",")[0]: value for key, value in metrics.items() if "," in key}
+    stderr = {
+        name.removesuffix("_stderr"): value if isinstance(value, float) else None
+        for name, value in numbers.items()
+        if name.endswith("_stderr")
+    }
+    values = {name: float(value) for name, value in numbers.items() if not name.endswith("_stderr")}
+    return TaskResult(values, stderr, version, tuple(_prediction(sample) for sample in samples))
+
+
+def _prediction(sample: dict[str, Any]) -> Prediction:
+    likelihoods = np.array([likelihood for likelihood, _ in sample["filtered_resps"]])
+    # The continuation is a delimiter of one character and the choice.
+    lengths = np.array([float(len(continuation) - 1) for _, continuation in sample["arguments"]])
+    greedy = tuple(index for index, (_, is_greedy) in enumerate(sample["filtered_resps"]) if is_greedy)
+    key = str(sample["doc"].get("id", sample["doc_id"]))
+    target = sample["target"]
+    answers = tuple(int(index) for index in (target if isinstance(target, list) else [target]))
+    chosen = int(np.argmax(likelihoods)), int(np.argmax(likelihoods / lengths))
+    return Prediction(key, *chosen, greedy, answers, tuple(likelihoods.tolist()))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Leave out the harness' warnings: they speak to those who call it themselves."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _refuse(options: dict[str, Any]) -> None:
+    unknown = sorted(options.keys() - _PASSED_ON)
+    if unknown:
+        known = "pretrained, peft, dtype, profile and its switches, worker, device, threads, timeout, batch_size"
+        expected = f"{known}, {', '.join(sorted(_PASSED_ON))}"
+        raise UsageError("the protected model cannot do this", got=", ".join(unknown), expected=expected)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("one process evaluates one protected model", got="a distributed launch", hint="start it alone")
+
+
+def _dtype(name: str, dtype: str) -> str:
+    given = str(dtype)
+    if given == "auto":
+        given = str(load_config(name).dtype or torch.float32).removeprefix("torch.")
+    if given not in _DTYPES:
+        raise UsageError("dtype of the weights", got=given, expected=", ".join(_DTYPES), hint="dtype=float32")
+    return given

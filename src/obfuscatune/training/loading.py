@@ -1,0 +1,86 @@
+"""Models, tokenizers and adapters from a directory or the hub, refused in one line where they do not fit.
+
+Code that comes with a model is never run. That must be said to transformers: where nobody has decided, it asks on the
+terminal, and in an enclave the terminal is the operator's.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from obfuscatune.errors import UsageError
+
+
+def load_config(name: str) -> Any:
+    """Return the configuration of a model of a known family.
+
+    Raises:
+        UsageError: nothing there that can be read. UnsupportedModelError: a family that is not known.
+    """
+    from transformers import AutoConfig
+
+    from obfuscatune.enclave.families import family_of
+
+    if name[:1] in "./~" and not Path(name).is_dir():
+        raise UsageError("no such model directory", got=name, where="--model_name_or_path")
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise _unreadable("the model's configuration", name, error) from error
+    family_of(config)
+    return config
+
+
+def load_model(name: str, dtype: str) -> Any:
+    """Return the causal language model on the CPU in evaluation mode; raises as :func:`load_config`."""
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    load_config(name)
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype), trust_remote_code=False)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise _unreadable("the model's weights", name, error) from error
+
+
+def load_tokenizer(name: str, config: Any) -> Any:
+    """Return the tokenizer, with a padding token.
+
+    Raises:
+        UsageError: none there, or one with more tokens than the model has.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise _unreadable("the tokenizer", name, error) from error
+    if len(tokenizer) > config.vocab_size:
+        got, expected = f"{len(tokenizer)} tokens", f"at most the model's {config.vocab_size}"
+        raise UsageError("tokenizer of another model", got=got, expected=expected, where=name)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_adapter(model: Any, path: str) -> Any:
+    """Return the PEFT model of an adapter for ``model``. Raises UsageError where it cannot be read or does not fit."""
+    from peft import PeftModel
+    from safetensors import SafetensorError
+
+    try:
+        return PeftModel.from_pretrained(model, path)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise _unreadable("the adapter", path, error) from error
+
+
+def _unreadable(what: str, name: str, error: Exception) -> UsageError:
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return UsageError(
+        f"cannot load {what}",
+        got=first[:200],
+        where=name,
+        hint="give a directory that save_pretrained wrote, or a hub name",
+    )

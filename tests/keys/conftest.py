@@ -1,8 +1,0 @@
-import pytest
-
-from obfuscatune.keys import MasterSecret
-
-
-@pytest.fixture
-def master() -> MasterSecret:
-    return MasterSecret.from_insecure_test_seed(20240607)

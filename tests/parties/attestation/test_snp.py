@@ -1,0 +1,198 @@
+"""SEV-SNP on real reports, and what is refused of them."""
+
+from dataclasses import replace
+
+import pytest
+
+from obfuscatune.errors import FormatError
+from obfuscatune.parties.attestation import snp as module
+from obfuscatune.parties.attestation.certificates import Certificate, read_chain, to_pem
+from obfuscatune.parties.attestation.evidence import Quote
+from obfuscatune.parties.attestation.policy import Policy
+from obfuscatune.parties.attestation.verify import judge_quote
+
+from .enclaves import policy, root
+from .samples import (
+    DEBUG_POLICY,
+    SNP_POLICY,
+    SNP_TIME,
+    changed,
+    failed,
+    google,
+    load,
+    needs_samples,
+    rules,
+    virtee,
+    with_extra,
+)
+
+pytestmark = needs_samples
+
+
+def verdict(quote: Quote, policy: Policy = SNP_POLICY, now: float = SNP_TIME):
+    return judge_quote(quote, policy, now=now)
+
+
+def test_the_samples_verify_or_are_refused_as_their_readme_says() -> None:
+    genuine = verdict(virtee())
+    assert not genuine.failed, str(genuine)
+    assert not genuine.simulation
+    assert failed(verdict(google())) == ["debug"]
+    assert not verdict(google(), DEBUG_POLICY).failed
+
+
+def test_a_genuine_chain_of_turin_with_a_report_of_milan_is_refused() -> None:
+    found = verdict(virtee("turin"))
+    assert rules(found)["certificates"] is True
+    assert failed(found) == ["signature"]
+
+
+def test_a_report_of_another_chip_is_refused() -> None:
+    found = verdict(Quote("snp", virtee().quote, google().extras))
+    assert rules(found)["certificates"] is True
+    assert failed(found) == ["signature"]
+
+
+@pytest.mark.parametrize("at", [0x04, 0x08, 0x38, 0x50, 0x90, 0xC0, 0x180, 0x1A0, 0x29F, 0x2A0, 0x2A0 + 72])
+def test_a_changed_report_is_refused(at: int) -> None:
+    assert failed(verdict(changed(virtee(), at)))[0] == "signature"
+
+
+def test_what_is_not_signed_must_be_zero() -> None:
+    assert failed(verdict(changed(virtee(), 0x330))) == ["format"]
+    assert failed(verdict(changed(virtee(), 0x49F))) == ["format"]
+
+
+@pytest.mark.parametrize("version", [0, 1, 6, 0xFF])
+def test_unknown_versions_are_refused(version: int) -> None:
+    quote = virtee()
+    raw = bytes([version]) + quote.quote[1:]
+    assert failed(verdict(Quote("snp", raw, quote.extras))) == ["format"]
+
+
+@pytest.mark.parametrize("part", ["bootloader", "tee", "snp", "microcode"])
+def test_an_outdated_platform_is_refused(part: str) -> None:
+    least = {"bootloader": 3, "tee": 0, "snp": 8, "microcode": 115}
+    assert not verdict(virtee(), replace(SNP_POLICY, min_tcb=least)).failed
+    stricter = replace(SNP_POLICY, min_tcb={**least, part: least[part] + 1})
+    assert failed(verdict(virtee(), stricter)) == ["tcb", "launch tcb"]
+    assert "tcb" in failed(verdict(virtee(), replace(SNP_POLICY, min_tcb=None)))
+
+
+def test_smt_is_refused_by_default() -> None:
+    assert failed(verdict(virtee(), replace(SNP_POLICY, allow_smt=False))) == ["platform"]
+
+
+def test_certificates_outside_their_life_are_refused() -> None:
+    for now in (1_600_000_000, 2_000_000_000, -1e30, 1e30):
+        assert failed(verdict(virtee(), now=now))[0] == "certificates"
+
+
+def test_swapped_missing_and_foreign_certificates_are_refused() -> None:
+    leaf, ask, ark = (to_pem(certificate.der) for certificate in read_chain(virtee().extras["certificates"], "test"))
+    turin = [to_pem(certificate.der) for certificate in read_chain(virtee("turin").extras["certificates"], "test")]
+    for chain in (
+        [leaf, ark, ask],
+        [ask, leaf, ark],
+        [leaf, ask, ask],
+        [leaf, ark, ark],
+        [leaf, turin[1], ark],
+        [leaf, ask, turin[2]],
+        [leaf, turin[1], turin[2]],
+        [ark, ark, ark],
+    ):
+        assert "certificates" in failed(verdict(with_extra(virtee(), "certificates", b"".join(chain))))
+    for chain in ([], [leaf], [leaf, ask], [leaf, ask, ark, ark], [b"\n", leaf, ask, ark], [leaf, b"x", ask, ark]):
+        assert failed(verdict(with_extra(virtee(), "certificates", b"".join(chain)))) == ["format"]
+    assert failed(verdict(Quote("snp", virtee().quote))) == ["format"]
+
+
+def test_a_root_of_the_simulation_does_not_vouch_for_real_reports_nor_the_real_one_for_simulated(simulated_snp) -> None:
+    both = replace(SNP_POLICY, allow_simulation=True, simulation_roots=(root(simulated_snp),))
+    real = verdict(virtee(), both)
+    assert not real.failed and not real.simulation
+    forged = simulated_snp.attester.quote(bytes(64))
+    assert failed(judge_quote(forged, SNP_POLICY)) == ["certificates"]
+    assert judge_quote(forged, both).simulation
+    real_chain = Quote("snp", forged.quote, virtee().extras)
+    assert failed(verdict(real_chain, both)) == ["signature"]
+
+
+def test_a_serial_number_of_zero_is_read_without_a_warning_and_checked_as_it_is() -> None:
+    """pytest makes every warning an error; the signature over the changed bytes would not verify."""
+    der = load("snp/virtee_vcek_milan.der")
+    certificate = Certificate(der)
+    assert certificate.signed in der
+    assert certificate.fields.serial_number == 1
+    assert certificate.fields.tbs_certificate_bytes not in der
+    ask = Certificate(read_chain(load("snp/virtee_cert_chain_milan"), "test")[0].der)
+    assert ask.signed == ask.fields.tbs_certificate_bytes
+
+
+@pytest.mark.parametrize(
+    "respell",
+    [
+        lambda pem: pem.replace(b"\n", b"", 3).replace(b"-----", b"-----\n", 2),
+        lambda pem: pem.replace(b"-----\nMI", b"-----\nM\nI"),
+        lambda pem: pem.replace(b"-----BEGIN", b"X: y\n-----BEGIN", 1),
+        lambda pem: pem.replace(b"==\n", b"=\n"),
+        lambda pem: pem + b"x",
+    ],
+)
+def test_a_chain_has_one_spelling(respell) -> None:
+    pem = load("snp/virtee_cert_chain_milan")
+    assert len(read_chain(pem, "test")) == len(read_chain(pem.replace(b"\n", b"\r\n"), "test")) == 2
+    assert respell(pem) != pem
+    with pytest.raises(FormatError):
+        read_chain(respell(pem), "test")
+
+
+def test_turin_reads_its_own_layout_of_the_tcb() -> None:
+    report = bytearray(module.REPORT_BYTES)
+    report[0x180:0x188] = bytes([9, 1, 2, 3, 0, 0, 0, 4])
+    turin = {"bootloader": 1, "tee": 2, "snp": 3, "microcode": 4}
+    milan = {"bootloader": 9, "tee": 1, "snp": 0, "microcode": 4}
+    assert module._tcb(bytes(report), 0x180, "Turin") == {"fmc": 9, **turin}
+    assert module._tcb(bytes(report), 0x180, "Milan") == milan
+
+
+@pytest.mark.parametrize(
+    ("at", "byte", "rule", "allowing"),
+    [
+        (0x0A, 0x07, "migration", {}),
+        (0x0A, 0x0B, "debug", {"allow_debug": True}),
+        (0x30, 1, "vmpl", {"max_vmpl": 1}),
+        (0x33, 0xFF, "vmpl", {}),
+        (0x40, 1, "platform", {"allow_smt": True}),
+        (0x48, 1 << 2, "chip", {}),
+        (0x48, 7 << 2, "chip", {}),
+        (0x180, 5, "chip", {}),
+        (0x1A0, None, "chip", {}),
+        (0x1F0, 2, "launch tcb", {"min_tcb": {"bootloader": 2, "tee": 0, "snp": 8, "microcode": 115}}),
+    ],
+)
+def test_each_field_of_a_signed_report_is_judged(
+    at: int, byte: int | None, rule: str, allowing: dict, simulated_snp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reports that are signed as they are, of firmware or of a chip that they should not come from."""
+    attester = simulated_snp.attester
+    make = attester._report
+
+    def report(report_data: bytes) -> bytes:
+        made = bytearray(make(report_data))
+        made[at] = made[at] ^ 1 if byte is None else byte
+        return bytes(made)
+
+    monkeypatch.setattr(attester, "_report", report)
+    allow_smt = rule != "platform"
+    strict = policy(simulated_snp, allow_smt=allow_smt, measurements={})
+    forged = attester.quote(bytes(64))
+    assert failed(judge_quote(forged, strict)) == [rule]
+    if allowing:
+        assert not judge_quote(forged, replace(strict, **allowing)).failed
+
+
+def test_peeking_refuses_what_is_no_report() -> None:
+    assert len(module.peek(virtee().quote)["measurement"]) == 96
+    with pytest.raises(FormatError):
+        module.peek(b"no report")

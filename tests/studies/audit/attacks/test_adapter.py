@@ -1,0 +1,29 @@
+"""A20: texts that were served are found among those that were trained on, in a session under other keys."""
+
+from collections.abc import Callable
+
+import pytest
+
+from obfuscatune.studies.audit.attack import Score
+from obfuscatune.studies.audit.attacks.adapter import ATTACK, adapter_rank
+from obfuscatune.studies.audit.lab import RANK, Recorded
+
+
+@pytest.mark.parametrize("profile", ["paper", "naive", "balanced", "balanced+attention=enclave+mlp=enclave", "stream"])
+def test_texts_are_recognized_across_sessions(profile: str, attacked: Callable[..., Score]) -> None:
+    assert attacked(ATTACK, profile).success > 0.95
+
+
+@pytest.mark.parametrize("profile", ["paper", "balanced", "stream"])
+def test_other_text_is_not(profile: str, attacked: Callable[..., Score]) -> None:
+    """The sham: second halves of the trained texts. Eight texts against eight leave much to luck."""
+    assert attacked(ATTACK, profile, sham=True).success < 0.7
+
+
+def test_mixed_rows_are_not(attacked: Callable[..., Score]) -> None:
+    assert attacked(ATTACK, "strict").success < 0.8
+
+
+@pytest.mark.parametrize(("profile", "rank"), [("paper", RANK), ("balanced", RANK), ("stream", RANK), ("strict", 0)])
+def test_the_rank_is_seen_where_factors_cross(profile: str, rank: int, recorded: Callable[[str], Recorded]) -> None:
+    assert adapter_rank(recorded(profile).sample.training) == rank

@@ -1,0 +1,45 @@
+"""The demo as a user runs it: a process of its own, the real worker, a few steps."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from obfuscatune.studies.bundled import DemoSettings, model_directory
+from obfuscatune.studies.demo.run import run_demo
+from obfuscatune.studies.demo.story import html_page, summary
+
+
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory: pytest.TempPathFactory):
+    settings = dataclasses.replace(DemoSettings(), max_steps=4)
+    output = tmp_path_factory.mktemp("demo")
+    return run_demo(output, profile="balanced", worker="spawn", settings=settings, say=lambda line: None)
+
+
+def test_protected_equals_clear(outcome) -> None:
+    assert outcome.different_choices == 0
+    assert len(outcome.clear.losses) == len(outcome.protected.losses) == 4
+    assert outcome.largest_loss_difference < 1e-4  # measured 1e-6 over 30 steps
+    assert outcome.clear.losses[0] > outcome.clear.losses[-1]
+
+
+def test_before_is_chance(outcome) -> None:
+    assert outcome.accuracy(outcome.before) == pytest.approx(0.25, abs=0.16)  # two standard errors of 32 questions
+
+
+def test_the_adapter_is_an_ordinary_one(outcome) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(model_directory())
+    loaded = PeftModel.from_pretrained(base, outcome.adapter)
+    assert set(loaded.peft_config) == {"default"}
+
+
+def test_what_is_shown(outcome, tmp_path: Path) -> None:
+    text = summary(outcome)
+    for part in ("chance 25 %", "loss curves apart", "crossed the boundary", "cryptographic boundary"):
+        assert part in text
+    shown = html_page(outcome)
+    assert shown.count("<svg") == 2 and "What this does not show" in shown

@@ -1,0 +1,216 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, Trainer, TrainingArguments
+
+from obfuscatune.errors import DataError, UsageError
+from obfuscatune.training.data import MAX_LINE_BYTES, Collator, Row, encode_rows, read_rows
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}[end]{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+SECRET = "zebra"
+NewTokenizer = Callable[..., PreTrainedTokenizerFast]
+
+
+def encode_one(row: Row, tokenizer: PreTrainedTokenizerFast, max_length: int = 100) -> tuple[str, str]:
+    """The text of the row and the text of what is learnt of it."""
+    (encoded,), _ = encode_rows([row], tokenizer, max_length)
+    learnt = [token for token in encoded["labels"] if token != -100]
+    pairs = zip(encoded["input_ids"], encoded["labels"], strict=True)
+    assert all(label in (-100, token) for token, label in pairs)
+    return tokenizer.decode(encoded["input_ids"]), tokenizer.decode(learnt)
+
+
+def write(tmp_path: Path, *rows: object) -> Path:
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_the_three_formats_are_read(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    path = write(tmp_path, {"text": "t", "id": 7}, {"prompt": "p", "completion": " c"}, {"messages": turns})
+    assert read_rows(path) == [
+        Row(completion="t", where=f"{path}:1"),
+        Row(prompt="p", completion=" c", where=f"{path}:2"),
+        Row(messages=(("user", "a"), ("assistant", "b")), where=f"{path}:3"),
+    ]
+
+
+def test_blank_lines_are_skipped_and_counted(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b'\n{"text": "t"}\r\n\n{"text": 1}')
+    with pytest.raises(DataError, match=r"data\.jsonl:4"):
+        read_rows(path)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"text": "zebra \xff"}', "not UTF-8: got a bad byte at column 17"),
+        (b'{"text": "zebra"', "not JSON: got a syntax error at column 17"),
+        (b'{"text": "zebra \\z"}', "not JSON"),
+        (b"[" * 100_000, "not JSON: got a RecursionError"),
+        (b'{"meta": ' + b"9" * 5000 + b"}", "not JSON: got a ValueError"),
+        (b'["zebra"]', "not an object: got list, expected a JSON object"),
+        (b'{"id": "zebra"}', "in no known format: got 'id', expected text, prompt"),
+        (b"{}", "in no known format: got no keys"),
+        (b'{"text": "zebra", "prompt": "zebra", "completion": "zebra"}', "in several formats"),
+        (b'{"prompt": "zebra"}', "wrong keys: got no 'completion'"),
+        (b'{"text": "zebra", "label": "zebra"}', "wrong keys: got unknown key 'label'"),
+        (b'{"text": ["zebra"]}', "'text' has the wrong type: got list, expected a string"),
+        (b'{"prompt": "zebra", "completion": " "}', "'completion' is empty"),
+        (b'{"text": "zebra \\ud800"}', "half a surrogate pair"),
+        (b'{"messages": "zebra"}', "'messages' has the wrong type"),
+        (b'{"messages": ["zebra"]}', "'messages' has the wrong type"),
+        (b'{"messages": []}', "nothing to learn from"),
+        (b'{"messages": [{"role": "user", "content": "zebra"}]}', "nothing to learn from"),
+        (b'{"messages": [{"role": "zebra", "content": "zebra"}]}', "unknown role: expected system, user, assistant"),
+        (b'{"messages": [{"role": ["zebra"], "content": "zebra"}]}', "unknown role"),
+        (b'{"messages": [{"role": "assistant"}]}', "message 0"),
+        (b'{"text": "' + b"zebra" * (MAX_LINE_BYTES // 5) + b'"}', "too long: expected at most 1,000,000 bytes"),
+    ],
+)
+def test_a_bad_row_is_refused_with_its_line_and_without_its_content(tmp_path: Path, line: bytes, message: str) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b'{"text": "fine"}\n' + line + b"\n")
+    with pytest.raises(DataError) as caught:
+        read_rows(path)
+    assert message in str(caught.value)
+    assert f"{path}:2" in str(caught.value)
+    error: BaseException | None = caught.value
+    while error is not None:  # a decoder's exception in the chain would carry the line
+        assert SECRET not in str(vars(error)) + str(error.args) + str(getattr(error, "doc", ""))
+        error = error.__context__
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \n"])
+def test_an_empty_file_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="no rows"):
+        read_rows(path)
+
+
+def test_a_missing_file_is_a_usage_error(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="No such file") as caught:
+        read_rows(tmp_path / "none.jsonl")
+    assert not isinstance(caught.value, DataError)
+
+
+def test_the_texts_of_a_row_are_not_in_its_repr() -> None:
+    assert SECRET not in repr(Row(SECRET, SECRET, (("user", SECRET),), "file:1"))
+
+
+def test_the_loss_is_on_the_completion_and_the_end(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert encode_one(Row("ask", " tell"), tokenizer) == ("ask tell<end>", " tell<end>")
+    assert encode_one(Row(completion="all of it"), tokenizer) == ("all of it<end>", "all of it<end>")
+
+
+def test_messages_without_a_template_are_lines_with_the_loss_on_the_assistant(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    row = Row(messages=(("system", "be"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")))
+    text = "system: be\nuser: a\nassistant: b\nuser: c\nassistant: d\n<end>"
+    assert encode_one(row, tokenizer) == (text, " b\n d\n<end>")
+
+
+def test_messages_follow_the_template_of_the_tokenizer(new_tokenizer: NewTokenizer) -> None:
+    tokenizer = new_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    row = Row(messages=(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")))
+    text = "[user]a[end][assistant]b[end][user]c[end][assistant]d[end]"
+    assert encode_one(row, tokenizer) == (text, "b[end]d[end]")
+    assert encode_one(Row("a", "b"), tokenizer) == ("ab<end>", "b<end>")
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused(new_tokenizer: NewTokenizer) -> None:
+    tokenizer = new_tokenizer()
+    tokenizer.chat_template = "{{ messages | length }}" + CHAT_TEMPLATE
+    row = Row(messages=(("user", SECRET), ("assistant", SECRET)), where="file:3")
+    with pytest.raises(DataError, match="rewrites earlier turns") as caught:
+        encode_rows([row], tokenizer, 100)
+    assert caught.value.where == "file:3"
+    assert SECRET not in str(caught.value)
+
+
+def test_a_long_row_loses_the_left_of_its_prompt_and_only_then_the_end_of_its_completion(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    row = Row("abcdef", "xyz")
+    assert encode_one(row, tokenizer, 6) == ("efxyz<end>", "xyz<end>")
+    assert encode_one(row, tokenizer, 4) == ("xyz<end>", "xyz<end>")
+    assert encode_one(row, tokenizer, 3) == ("xyz", "xyz")
+    _, summary = encode_rows([row, row, Row("a", "b"), Row(completion="long text")], tokenizer, 3)
+    assert (summary.rows, summary.tokens, summary.supervised_tokens) == (4, 12, 11)
+    assert (summary.shortened_prompts, summary.truncated_completions) == (2, 3)
+
+
+def test_a_start_token_survives_the_cut_and_carries_no_loss(new_tokenizer: NewTokenizer) -> None:
+    tokenizer = new_tokenizer(bos=True)
+    assert encode_one(Row("ab", "c"), tokenizer) == ("<start>abc<end>", "c<end>")
+    assert encode_one(Row("ab", "c"), tokenizer, 4) == ("<start>bc<end>", "c<end>")
+
+
+@given(prompt=st.text(max_size=8), completion=st.text(min_size=1, max_size=8), max_length=st.integers(2, 20))
+def test_every_row_fits_and_keeps_as_much_of_its_completion_as_can_be(
+    prompt: str, completion: str, max_length: int, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    (row,), summary = encode_rows([Row(prompt, completion)], tokenizer, max_length)
+    wanted = tokenizer(completion, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    assert len(row["input_ids"]) == len(row["labels"]) == len(row["attention_mask"]) <= max_length
+    assert [label for label in row["labels"] if label != -100] == wanted[:max_length]
+    assert summary.truncated_completions == (len(wanted) > max_length)
+
+
+def test_a_length_without_room_and_a_tokenizer_without_an_end_are_refused(
+    new_tokenizer: NewTokenizer, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    with pytest.raises(UsageError, match="max_length"):
+        encode_rows([Row("a", "b")], tokenizer, 1)
+    endless = new_tokenizer()
+    endless.eos_token = None
+    with pytest.raises(UsageError, match="end-of-text"):
+        encode_rows([Row("a", "b")], endless, 10)
+
+
+def test_the_collator_pads_on_the_right(tokenizer: PreTrainedTokenizerFast) -> None:
+    rows, _ = encode_rows([Row("a", "bc"), Row("a", "b")], tokenizer, 10)
+    batch = Collator(pad_token_id=9)(rows)
+    assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+    assert batch["input_ids"][1].tolist() == [*rows[1]["input_ids"], 9]
+    assert batch["labels"][1].tolist() == [*rows[1]["labels"], -100]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
+    assert Collator(9, pad_to_multiple_of=8)(rows)["labels"].shape == (2, 8)
+    assert Collator(9, pad_to_multiple_of=4)(rows)["labels"].shape == (2, 4)
+
+
+def test_the_trainer_of_transformers_takes_rows_and_collator(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=258, n_embd=16, n_layer=1, n_head=2, n_positions=32, bos_token_id=256, eos_token_id=256
+    )
+    model = GPT2LMHeadModel(config)
+    before = model.transformer.wte.weight.detach().clone()
+    rows, _ = encode_rows([Row("ask", " tell"), Row(completion="all of it")] * 4, tokenizer, 32)
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=2,
+        per_device_train_batch_size=4,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    result = Trainer(model, arguments, data_collator=Collator(256), train_dataset=rows).train()
+    assert result.global_step == 2
+    assert torch.isfinite(torch.tensor(result.training_loss))
+    assert not torch.equal(model.transformer.wte.weight, before)
