@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from obfuscatune.enclave.keys.source import MasterSecret
-    from obfuscatune.enclave.protected import Protected, protect
+    from obfuscatune.enclave.protect import protect
+    from obfuscatune.enclave.protected import Protected
     from obfuscatune.enclave.report import Report
     from obfuscatune.errors import (
         DataError,
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "obfuscatune.enclave.protected": ("Protected", "protect"),
+    "obfuscatune.enclave.protect": ("protect",),
+    "obfuscatune.enclave.protected": ("Protected",),
     "obfuscatune.enclave.report": ("Report",),
     "obfuscatune.errors": (
         "DataError",

@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
-from obfuscatune.enclave.protected import protect
+from obfuscatune.enclave.protect import protect
 from obfuscatune.training.data import IGNORED_LABEL
 from obfuscatune.training.trainer import ProtectedTrainer
 

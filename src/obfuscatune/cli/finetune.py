@@ -48,7 +48,7 @@ def command(options: FinetuneOptions) -> None:
     """
     _check_source(options)
     checkpoint = _prepare_output(options)
-    from obfuscatune.enclave.protected import protect
+    from obfuscatune.enclave.protect import protect
     from obfuscatune.training.checkpoints import load_keys, remove_checkpoints, save_adapter
     from obfuscatune.training.data import Collator, encode_rows
     from obfuscatune.training.interrupt import StopOnInterrupt

@@ -74,7 +74,7 @@ def command(options: GenerateOptions) -> None:
 def _complete_here(options: GenerateOptions, name: str, prompts: list[tuple[str, str]]) -> list[str]:
     from transformers import set_seed
 
-    from obfuscatune.enclave.protected import protect
+    from obfuscatune.enclave.protect import protect
     from obfuscatune.training.completion import complete
     from obfuscatune.training.loading import load_adapter, load_model, load_tokenizer
 

@@ -1,6 +1,7 @@
 """``obfuscatune inspect``: what each profile would keep inside, from the configuration alone."""
 
 import json
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,29 +38,53 @@ def examine(config: Any, dtype: str) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from obfuscatune.enclave.families import family_of
+    from obfuscatune.enclave.families import read_decoder
+    from obfuscatune.enclave.families.fit import fit
+    from obfuscatune.errors import UnsupportedModelError
     from obfuscatune.profiles import PROFILES
     from obfuscatune.studies.bench.estimate import estimate
 
-    spec = family_of(config)
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+        model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)  # type: ignore[no-untyped-call]
     model.tie_weights()
-    shape = spec.attention_shape(config, 0)
+    decoder = read_decoder(model)
     itemsize = getattr(torch, dtype).itemsize
+    profiles: list[dict[str, Any]] = []
+    for profile in PROFILES.values():
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the changed name says what was changed
+                fitted = fit(decoder, profile)
+        except UnsupportedModelError as error:
+            profiles.append({"profile": profile.name, "refused": str(error)})
+            continue
+        profiles.append(estimate(decoder, fitted, itemsize).to_dict())
     return {
-        "family": spec.model_type,
-        "blocks": sum(1 for _ in spec.iter_blocks(model)),
-        "width": spec.width(config),
-        "hidden": spec.hidden(config),
-        "heads": shape.heads,
-        "head_dim": shape.head_dim,
+        "family": decoder.family,
+        "record": decoder.known,
+        **_shape(decoder),
         "vocabulary": int(config.vocab_size),
         "tied_head": bool(config.tie_word_embeddings),
         "dtype": dtype,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "profiles": [estimate(model, spec, profile, itemsize).to_dict() for profile in PROFILES.values()],
+        "profiles": profiles,
     }
+
+
+def _shape(decoder: Any) -> dict[str, Any]:
+    """What is known of the blocks: by the family's record, or the linear layers that were found."""
+    first = decoder.blocks[0]
+    found: dict[str, Any] = {"blocks": len(decoder.blocks), "width": decoder.width}
+    if first.attention is not None and first.mlp is not None:
+        shape = first.attention.shape
+        found |= {
+            "hidden": first.mlp.last.shape[0],
+            "heads": shape.heads,
+            "kv_heads": shape.kv_heads,
+            "head_dim": shape.head_dim,
+        }
+    layers = [" + ".join(layer.path.removeprefix(f"{first.path}.") for layer in group.layers) for group in first.groups]
+    return {**found, "calls_of_a_block": layers}
 
 
 def _show(found: dict[str, Any]) -> None:
@@ -67,13 +92,18 @@ def _show(found: dict[str, Any]) -> None:
     from rich.table import Table
 
     for name, value in found.items():
+        if name == "calls_of_a_block":
+            value = "; ".join(value)
         if name != "profiles":
-            print(f"{name:<12}{value:,}" if type(value) is int else f"{name:<12}{value}")
+            print(f"{name:<18}{value:,}" if type(value) is int else f"{name:<18}{value}")
     table = Table(title=f"one forward of all keyed blocks, in {found['dtype']}")
     table.add_column("profile")
     for header in ("in the enclave", "share", "calls", "bytes out/token", "bytes back/token", "arithmetic"):
         table.add_column(header, justify="right")
+    refused = [row for row in found["profiles"] if "refused" in row]
     for row in found["profiles"]:
+        if row in refused:
+            continue
         table.add_row(
             row["profile"],
             f"{row['enclave_parameters']:,}",
@@ -84,3 +114,5 @@ def _show(found: dict[str, Any]) -> None:
             f"{100 * row['enclave_arithmetic']:.1f} %",
         )
     Console().print(table)
+    for row in refused:
+        print(f"{row['profile']} cannot run this model: {row['refused']}")

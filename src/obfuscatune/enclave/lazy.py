@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from obfuscatune.enclave.families import family_of
+from obfuscatune.enclave.families import read_decoder
 from obfuscatune.errors import UnsupportedModelError
 from obfuscatune.profiles import Profile
 
@@ -67,7 +67,6 @@ def load_lazily(
     """
     from transformers import AutoModelForCausalLM
 
-    spec = family_of(config)
     _check(config, source)
     with torch.device("meta"):
         skeleton: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
@@ -78,10 +77,10 @@ def load_lazily(
         wanted = {name: shape for name, shape in wanted.items() if name not in (skeleton._tied_weights_keys or {})}
     names = _match(wanted, source, skeleton)
     leaving = {
-        f"{path}.{parent}.{child}.weight"
-        for index, path, _ in spec.iter_blocks(skeleton)
-        if profile.remote and index >= profile.enclave_blocks
-        for parent, child in spec.linears()
+        f"{layer.path}.weight"
+        for block in read_decoder(skeleton).blocks
+        if profile.remote and block.index >= profile.enclave_blocks
+        for layer in block.layers
     }
     # Of an empty tensor no page is taken before it is written.
     tensors = {name: torch.empty(shape, dtype=dtype) for name, shape in wanted.items()}

@@ -25,7 +25,9 @@ from obfuscatune.protocol.frames import PROTOCOL_VERSION
 
 Expected = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 
-_MAX_DROPS = 1000  # calls, and caches, forgotten with one request; a header holds no more than some thousands of values
+# What the worker can be told to forget; of each so many with one request: a header holds some thousands of values.
+DROPPED = ("calls", "caches", "shared")
+_MAX_DROPS = 1000
 
 
 @dataclass(slots=True)
@@ -55,8 +57,7 @@ class Session(Secret):
         self.traffic: defaultdict[str, Traffic] = defaultdict(Traffic)
         self._timeout = timeout
         self._last_id = 0
-        self._dropped_calls: list[int] = []
-        self._dropped_caches: list[int] = []
+        self._dropped: dict[str, list[int]] = {kind: [] for kind in DROPPED}
         self._lock = threading.RLock()
         self._ended: str | None = None
         connection.settimeout(timeout)
@@ -69,13 +70,9 @@ class Session(Secret):
             raise self.fault("another protocol version", "-", got=got, expected=PROTOCOL_VERSION)
         return reply
 
-    def drop_call(self, call: int) -> None:
-        """Let the worker forget a kept call, with the next request. Safe to call from a finalizer."""
-        self._dropped_calls.append(call)
-
-    def drop_cache(self, cache: int) -> None:
-        """Let the worker forget a KV cache, with the next request. Safe to call from a finalizer."""
-        self._dropped_caches.append(cache)
+    def drop(self, kind: str, number: int) -> None:
+        """Let the worker forget a call, a KV cache or a shared tensor, with the next request; for finalizers too."""
+        self._dropped[kind].append(number)
 
     def request(
         self, op: str, layer: str, header: dict[str, Any], tensors: Mapping[str, Tensor], expected: Expected | None
@@ -98,9 +95,9 @@ class Session(Secret):
             self._last_id += 1
             call = self._last_id
             message = {"id": call, "op": op, **header}
-            calls, caches = _take(self._dropped_calls), _take(self._dropped_caches)
-            if calls or caches:
-                message["drop"] = {"calls": calls, "caches": caches}
+            dropped = {kind: taken for kind, ids in self._dropped.items() if (taken := _take(ids))}
+            if dropped:
+                message["drop"] = dropped
             # A worker may not make the enclave allocate more than it asked for.
             most = None if expected is None else sum(math.prod(s) * d.itemsize for s, d in expected.values())
             sent, received = self.connection.bytes_sent, self.connection.bytes_received
@@ -115,7 +112,8 @@ class Session(Secret):
             except ProtocolError as error:
                 raise self.fault("the reply breaks the protocol", layer, got=error.what) from error
             except UsageError:  # beyond the limits, so not a byte of it was sent
-                self._dropped_calls[:0], self._dropped_caches[:0] = calls, caches
+                for kind, ids in dropped.items():
+                    self._dropped[kind][:0] = ids
                 raise
             except BaseException:  # an interrupt between two bytes: the connection cannot be used again
                 self._end("the session was interrupted in the middle of a request")

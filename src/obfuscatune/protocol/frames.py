@@ -25,7 +25,7 @@ from obfuscatune.protocol.limits import DEFAULT_LIMITS, Limits
 if sys.byteorder != "little":  # tensor memory is sent as it lies
     raise ImportError("obfuscatune.protocol needs a little-endian machine")
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAGIC = b"OBFT"
 PREFIX = Struct("<4sB3sIQ")
 DTYPES: dict[str, torch.dtype] = {

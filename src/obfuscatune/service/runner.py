@@ -17,7 +17,8 @@ from transformers import TrainerCallback
 
 from obfuscatune.enclave.families import family_of
 from obfuscatune.enclave.keys import MasterSecret
-from obfuscatune.enclave.protected import Protected, protect
+from obfuscatune.enclave.protect import protect
+from obfuscatune.enclave.protected import Protected
 from obfuscatune.errors import ConsentError, FormatError, SealError
 from obfuscatune.parties.identity import Identity, PublicIdentity
 from obfuscatune.parties.job import Job, SignedJob
@@ -237,7 +238,7 @@ class Runner:
 
 def _check_targets(job: Job, config: Any) -> None:
     """Refuse LoRA but on the layers of the blocks: on the head or an embedding it would tell of their weights."""
-    known = {child for _, child in family_of(config).linears()}
+    known = set(family_of(config).layer_names())
     others = sorted(set(job.settings.targets()) - known)
     if others:
         raise ConsentError("LoRA on other layers than those of the blocks", expected=", ".join(sorted(known)))

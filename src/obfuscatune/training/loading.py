@@ -11,14 +11,14 @@ from obfuscatune.errors import UsageError
 
 
 def load_config(name: str) -> Any:
-    """Return the configuration of a model of a known family.
+    """Return the configuration of a model.
 
     Raises:
-        UsageError: nothing there that can be read. UnsupportedModelError: a family that is not known.
+        UsageError: nothing there that can be read. UnsupportedModelError: one that its family's record refuses.
     """
     from transformers import AutoConfig
 
-    from obfuscatune.enclave.families import family_of
+    from obfuscatune.enclave.families import FAMILIES, family_of
 
     if name[:1] in "./~" and not Path(name).is_dir():
         raise UsageError("no such model directory", got=name, where="--model_name_or_path")
@@ -26,7 +26,8 @@ def load_config(name: str) -> Any:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise _unreadable("the model's configuration", name, error) from error
-    family_of(config)
+    if getattr(config, "model_type", None) in FAMILIES:
+        family_of(config)
     return config
 
 

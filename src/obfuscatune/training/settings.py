@@ -129,18 +129,18 @@ def add_adapter(base: Any, settings: TrainingSettings) -> Any:
     """
     from peft import LoraConfig, get_peft_model
     from transformers import set_seed
+    from transformers.pytorch_utils import Conv1D
 
-    from obfuscatune.enclave.families import family_of
+    from obfuscatune.enclave.families import layer_names
 
-    spec = family_of(base.config)
-    known = sorted({spec.qkv, spec.out, spec.up, spec.down})
+    known = layer_names(base)
     set_seed(settings.seed)
     adapter = LoraConfig(
         r=settings.lora_r,
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
         target_modules=settings.targets() or known,
-        fan_in_fan_out=spec.in_out,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in base.modules()),
         task_type="CAUSAL_LM",
     )
     try:

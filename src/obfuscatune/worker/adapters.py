@@ -1,6 +1,8 @@
 """LoRA on the worker's side: factors that the enclave pushes, and factors that the worker holds and trains.
 
-A *slot* is one place in a segment where a low-rank product is added. What arrives for it decides how it is computed:
+A *slot* is one place in a segment where a low-rank product is added: ``in0``, ``in1``, ... of the layers that its first
+product computes side by side, each with columns of its own, and ``out`` of its last one. What arrives for it decides
+how it is computed:
 
 =====================  ==========================================  ==================================================
 what the worker has    computation                                 who trains
@@ -12,10 +14,17 @@ A and B of its own     ``y += (x A) B * scale``                     the worker, 
 =====================  ==========================================  ==================================================
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+
+LAST = "out"
+
+
+def first_slots(count: int) -> tuple[str, ...]:
+    """Names of the slots of so many layers side by side."""
+    return tuple(f"in{i}" for i in range(count))
 
 
 class SlotInputs:
@@ -37,20 +46,45 @@ class SlotInputs:
         inner.outputs = self.outputs
         return inner
 
+    def add_first(self, widths: Sequence[int], x: Tensor, y: Tensor) -> Tensor:
+        """Return ``y`` plus the low-rank products of ``x`` of layers side by side, ``widths`` columns each."""
+        if len(widths) == 1:
+            return self.add("in0", x, y)
+        low_ranks, factors = [], []
+        for slot, width in zip(first_slots(len(widths)), widths, strict=True):
+            found = self._pair(slot, x)
+            low_ranks += [] if found is None else [found[0]]
+            factors.append(x.new_zeros(0, width) if found is None else found[1])
+        if low_ranks:
+            y = y + torch.cat(low_ranks, dim=-1) @ torch.block_diag(*factors)  # type: ignore[no-untyped-call]
+        held = [self._held.get(self._part + slot) for slot in first_slots(len(widths))]
+        if any(held):
+            parts = torch.split(y, list(widths), dim=-1)
+            added = [p if h is None else p + h.product(x) for p, h in zip(parts, held, strict=True)]
+            y = torch.cat(added, dim=-1)
+        return y
+
     def add(self, slot: str, x: Tensor, y: Tensor) -> Tensor:
         """Return ``y`` plus the slot's low-rank product of ``x``; a ``v`` that must go back is kept in ``outputs``."""
+        if (pair := self._pair(slot, x)) is not None:
+            return y + pair[0] @ pair[1]
         slot = self._part + slot
-        u, a, b, c = (self._tensors.get(f"{kind}.{slot}") for kind in "uABc")
-        if u is not None and b is not None:
-            return y + u @ b
-        if a is not None and b is not None:
-            low_rank = x @ a if c is None else x @ a + c
-            return y + low_rank @ b
-        if a is not None:
+        if (a := self._tensors.get(f"A.{slot}")) is not None:
             self.outputs[f"v.{slot}"] = x @ a
         elif slot in self._held:
             return y + self._held[slot].product(x)
         return y
+
+    def _pair(self, slot: str, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The low-rank numbers of ``x`` and B, where the slot adds their product here."""
+        u, a, b, c = (self._tensors.get(f"{kind}.{self._part}{slot}") for kind in "uABc")
+        if b is None:
+            return None
+        if u is not None:
+            return u, b
+        if a is None:
+            return None
+        return (x @ a if c is None else x @ a + c), b
 
 
 class HeldFactors:
@@ -60,7 +94,7 @@ class HeldFactors:
         self.a, self.b, self.scale = nn.Parameter(a), nn.Parameter(b), scale
 
     def product(self, x: Tensor) -> Tensor:
-        """Return the low-rank product, of the shape of the segment's own output."""
+        """Return the low-rank product, of the shape of the layer's own output."""
         product = ((x.to(self.a.dtype) @ self.a) @ self.b) * self.scale  # PEFT's factors may be wider than the weights
         return product.to(x.dtype)
 

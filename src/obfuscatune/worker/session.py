@@ -15,13 +15,23 @@ from obfuscatune.protocol.bits import unpack_mask
 from obfuscatune.protocol.frames import PROTOCOL_VERSION
 from obfuscatune.protocol.memory import peak_memory_bytes
 from obfuscatune.worker.adapters import HeldFactors, SlotInputs
+from obfuscatune.worker.attention import AttentionSegment
+from obfuscatune.worker.body import BodySegment
 from obfuscatune.worker.optimizer import HeldOptimizer
-from obfuscatune.worker.segments import SEGMENTS, Call, LinearSegment, Segment
+from obfuscatune.worker.segments import Call, LinearSegment, MlpSegment, Segment
 
 Reply = tuple[dict[str, Any], dict[str, Tensor]]
 
 MAX_KEPT_CALLS = 65536
 MAX_CACHES = 65536
+MAX_SHARED = 65536
+
+SEGMENTS: dict[str, type[Segment]] = {
+    "linear": LinearSegment,
+    "mlp": MlpSegment,
+    "attention": AttentionSegment,
+    "body": BodySegment,
+}
 
 
 class WorkerSession:
@@ -33,6 +43,7 @@ class WorkerSession:
         self._pushed: dict[str, dict[str, Tensor]] = {}
         self._calls: dict[int, tuple[Segment, dict[str, Tensor], dict[str, Tensor]]] = {}
         self._caches: dict[int, dict[str, tuple[Tensor, ...]]] = {}
+        self._shared: dict[int, tuple[Tensor, ...]] = {}
         self._optimizer = HeldOptimizer()
         self._operations = {
             "hello": self._hello,
@@ -52,11 +63,10 @@ class WorkerSession:
             raise ProtocolError("operation", got=repr(header.get("op"))[:40], expected=", ".join(self._operations))
         drop = header.get("drop") or {}
         if not isinstance(drop, dict):
-            raise ProtocolError("calls and caches to drop", got=type(drop).__name__, expected="map")
-        for call in drop.get("calls", ()):
-            self._calls.pop(call, None)
-        for cache in drop.get("caches", ()):
-            self._caches.pop(cache, None)
+            raise ProtocolError("what to drop", got=type(drop).__name__, expected="map")
+        for kind, kept in (("calls", self._calls), ("caches", self._caches), ("shared", self._shared)):
+            for number in drop.get(kind, ()):
+                kept.pop(number, None)
         return operation(header, {name: tensor.to(self.device) for name, tensor in tensors.items()})
 
     def _hello(self, header: dict[str, Any], tensors: dict[str, Tensor]) -> Reply:
@@ -94,9 +104,14 @@ class WorkerSession:
         x = tensors.pop("x", None)
         if x is None or x.ndim < 2:
             raise ProtocolError("input x", got="none or a vector", expected="[..., width]")
-        call = Call(causal=bool(header.get("causal", True)), recompute=bool(header.get("recompute")))
-        if "mask" in tensors:
-            call.mask = unpack_mask(tensors.pop("mask"), header.get("mask_shape"))
+        call = Call(recompute=bool(header.get("recompute")))
+        if (field := header.get("mask")) is not None:
+            mask = (unpack_mask(tensors.pop("mask"), field["shape"]),) if "mask" in tensors else None
+            call.mask = self._share(field, mask)[0]
+        if (field := header.get("rotary")) is not None:
+            tables = (tensors.pop("cos"), tensors.pop("sin")) if "cos" in tensors else None
+            cos, sin = self._share(field, tables)
+            call.rotary = cos, sin
         for name in [n for n in tensors if n[:2] in ("A.", "B.", "c.")]:
             pushed[name] = tensors.pop(name)
         used = {name: pushed[name] for name in header.get("factors", ())}
@@ -120,17 +135,27 @@ class WorkerSession:
             self._calls[header["id"]] = (segment, leaves, outputs)
         return {}, {name: tensor.detach() for name, tensor in outputs.items()}
 
+    def _share(self, field: dict[str, Any], new: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
+        """What all calls of a pass share under a number: the first of them brings it, as ``new``."""
+        if new is not None:
+            if len(self._shared) >= MAX_SHARED:
+                raise ProtocolError("shared tensors", got=len(self._shared), expected=f"fewer than {MAX_SHARED}")
+            self._shared[field["id"]] = new
+        if field["id"] not in self._shared:
+            raise ProtocolError("shared tensor", got=repr(field["id"])[:20], expected="one that was sent")
+        return self._shared[field["id"]]
+
     def _past(self, segment: str, cache: dict[str, Any]) -> tuple[Tensor, ...] | None:
-        """Keys and values of the cache's first ``length`` tokens, rows gathered as the request says (beam search)."""
-        length, rows = cache["length"], cache["rows"]
+        """Keys and values of ``length`` cached tokens, rows gathered as the request says (beam search)."""
+        start, length, rows = cache["start"], cache["length"], cache["rows"]
         if not length:
             if len(self._caches) >= MAX_CACHES:
                 raise ProtocolError("KV caches", got=len(self._caches), expected=f"fewer than {MAX_CACHES}")
             return None
         stored = self._caches.get(cache["id"], {}).get(segment)
-        if stored is None or stored[0].shape[2] < length:
-            raise ProtocolError("KV cache", got="none or a shorter one", expected=f"{length} tokens")
-        past = tuple(tensor[:, :, :length] for tensor in stored)
+        if stored is None or not 0 <= start <= stored[0].shape[2] - length:
+            raise ProtocolError("KV cache", got="none or a shorter one", expected=f"{length} tokens from {start} on")
+        past = tuple(tensor[:, :, start : start + length] for tensor in stored)
         if rows is None:
             return past
         index = torch.tensor(rows, dtype=torch.int64, device=self.device)

@@ -1,14 +1,39 @@
-"""Model families: one file each, and the registry by ``config.model_type``."""
+"""Model families: one file of declarations each, the registry by ``config.model_type``, and the normal form."""
 
 from typing import Any
 
+from obfuscatune.enclave.families.form import Attention, AttentionShape, Block, Decoder, Group, Layer, Mlp, Norm, Part
+from obfuscatune.enclave.families.gemma import GEMMA2, GEMMA3
 from obfuscatune.enclave.families.gpt2 import GPT2
-from obfuscatune.enclave.families.spec import AttentionShape, FamilySpec, refuse_unless_supported
+from obfuscatune.enclave.families.gpt_neox import GPT_NEOX
+from obfuscatune.enclave.families.llama import LLAMA
+from obfuscatune.enclave.families.mistral import MISTRAL
+from obfuscatune.enclave.families.phi3 import PHI3
+from obfuscatune.enclave.families.qwen2 import QWEN2
+from obfuscatune.enclave.families.qwen3 import QWEN3
+from obfuscatune.enclave.families.spec import FamilySpec, refuse_unless_supported
 from obfuscatune.errors import UnsupportedModelError
 
-FAMILIES: dict[str, FamilySpec] = {spec.model_type: spec for spec in (GPT2,)}
+FAMILIES: dict[str, FamilySpec] = {
+    spec.model_type: spec for spec in (GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, PHI3, GPT_NEOX)
+}
 
-__all__ = ["FAMILIES", "AttentionShape", "FamilySpec", "family_of"]
+__all__ = [
+    "FAMILIES",
+    "Attention",
+    "AttentionShape",
+    "Block",
+    "Decoder",
+    "FamilySpec",
+    "Group",
+    "Layer",
+    "Mlp",
+    "Norm",
+    "Part",
+    "family_of",
+    "layer_names",
+    "read_decoder",
+]
 
 
 def family_of(config: Any) -> FamilySpec:
@@ -20,11 +45,33 @@ def family_of(config: Any) -> FamilySpec:
     model_type = getattr(config, "model_type", None)
     if model_type not in FAMILIES:
         raise UnsupportedModelError(
-            "this model family is not supported yet",
+            "there is no record of this model family",
             got=f"model_type {model_type!r}",
             expected=f"one of {', '.join(FAMILIES)}",
-            hint="a family is one file of declared roles in obfuscatune/families",
+            hint="profiles that send linear layers alone need none: paper, naive, strict",
         )
     spec = FAMILIES[model_type]
     refuse_unless_supported(spec, config)
     return spec
+
+
+def layer_names(model: Any) -> list[str]:
+    """Return the names of a model's large linear layers, as PEFT's ``target_modules`` has them."""
+    spec = FAMILIES.get(getattr(model.config, "model_type", ""))
+    if spec is not None:
+        return sorted(spec.layer_names())
+    return sorted({layer.name for block in read_decoder(model).blocks for layer in block.layers})
+
+
+def read_decoder(model: Any) -> Decoder:
+    """Return a causal language model in normal form: by its family's record, or as its linear layers are discovered.
+
+    Raises:
+        UnsupportedModelError: what is in it cannot be run exactly, or is not understood; named.
+    """
+    model_type = getattr(model.config, "model_type", None)
+    if model_type in FAMILIES:
+        return FAMILIES[model_type].read(model)
+    from obfuscatune.enclave.families.discovery import discover
+
+    return discover(model)

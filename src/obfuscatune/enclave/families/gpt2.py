@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from obfuscatune.enclave.families.spec import AttentionShape, FamilySpec
+from obfuscatune.enclave.families.form import AttentionShape
+from obfuscatune.enclave.families.spec import FamilySpec
 
 
 def _attention_shape(config: Any, layer: int) -> AttentionShape:
@@ -10,7 +11,7 @@ def _attention_shape(config: Any, layer: int) -> AttentionShape:
     scale = head_dim**-0.5 if config.scale_attn_weights else 1.0
     if config.scale_attn_by_inverse_layer_idx:
         scale /= layer + 1
-    return AttentionShape(heads=config.n_head, head_dim=head_dim, scale=scale)
+    return AttentionShape(heads=config.n_head, kv_heads=config.n_head, head_dim=head_dim, scale=scale)
 
 
 def _refusals(config: Any) -> list[str]:
@@ -19,23 +20,21 @@ def _refusals(config: Any) -> list[str]:
 
 GPT2 = FamilySpec(
     model_type="gpt2",
+    norm="layernorm",
     blocks="transformer.h",
     final_norm="transformer.ln_f",
     attention="attn",
     attention_norm="ln_1",
-    mlp="mlp",
-    mlp_norm="ln_2",
-    qkv="c_attn",
+    first=("c_attn",),
     out="c_proj",
-    up="c_fc",
+    mlp_norm="ln_2",
+    up=("c_fc",),
     down="c_proj",
-    in_out=True,
+    gated=False,
     dropout="resid_dropout",
     mlp_dropout="dropout",
     attention_dropout="attn_pdrop",
     attention_shape=_attention_shape,
-    width=lambda config: int(config.n_embd),
-    hidden=lambda config: int(config.n_inner or 4 * config.n_embd),
     activation=lambda config: str(config.activation_function),
     refusals=_refusals,
 )

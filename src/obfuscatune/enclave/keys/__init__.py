@@ -19,7 +19,7 @@ from obfuscatune.enclave.keys.base import IdentityKey, Key, OrthogonalKey, check
 from obfuscatune.enclave.keys.conditioned import DenseKey, conditioned, gaussian
 from obfuscatune.enclave.keys.monarch import MonarchKey, monarch
 from obfuscatune.enclave.keys.orthogonal import HaarKey, haar
-from obfuscatune.enclave.keys.per_head import ConcatKey, PerHeadKey, per_head
+from obfuscatune.enclave.keys.per_head import ConcatKey, HeadKeys, PerHeadKey, head_keys
 from obfuscatune.enclave.keys.permutation import PermutationKey, permutation
 from obfuscatune.enclave.keys.source import MasterSecret, Stream
 from obfuscatune.errors import UsageError
@@ -29,6 +29,7 @@ __all__ = [
     "ConcatKey",
     "DenseKey",
     "HaarKey",
+    "HeadKeys",
     "IdentityKey",
     "Key",
     "MasterSecret",
@@ -44,8 +45,8 @@ __all__ = [
     "encode",
     "gaussian",
     "haar",
+    "head_keys",
     "monarch",
-    "per_head",
     "permutation",
 ]
 

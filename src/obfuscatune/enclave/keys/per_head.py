@@ -1,10 +1,12 @@
 """Per-head attention keys: a secret block for each head, then a secret order of the heads, and their concatenation.
 
 Attention with q M, k M^-T and v N has the same logits, (q M)(k M^-T)^T = q k^T, and its output is that of v times N, so
-the worker runs stock attention on keyed heads. The three share one order of heads: q, k and v of a head must meet.
+the worker runs stock attention on keyed heads, grouped ones and rotated ones too.
 """
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -65,15 +67,59 @@ def _by_head(x: Tensor, blocks: Tensor) -> Tensor:
     return torch.bmm(x.transpose(0, 1), blocks).transpose(0, 1)
 
 
-def per_head(stream: Stream, heads: int, head_dim: int, kappa: float) -> tuple[PerHeadKey, PerHeadKey, PerHeadKey]:
-    """Keys (q, k, v) with blocks M, M^-T and N of condition number kappa per head, and one shared order of heads.
+@dataclass(frozen=True, slots=True)
+class HeadKeys:
+    """Keys of one attention: of q, k and v as its first layers give them, and of the heads' output."""
+
+    q: Key
+    k: Key
+    v: Key
+    output: Key
+
+
+def head_keys(stream: Stream, *, heads: int, kv_heads: int, head_dim: int, rotary: int, kappa: float) -> HeadKeys:
+    r"""Keys M of q, M^-T of k and N of v, per kv head g and shared by its query heads; secret orders of both.
+
+    ``(q M_g)(k M_g^-T)^T = q k^T``, and the output of a head is that of v times N_g. Groups are permuted, and the query
+    heads within each: head j of the worker still belongs to its kv head ``j // (heads / kv_heads)``.
+
+    Where the first ``rotary`` numbers of a head are rotated by position, M must commute with every rotation of the
+    planes ``(i, i + rotary / 2)``: there it is one complex factor a plane, z on q and ``1 / conj(z)`` on k.
+    Elsewhere it is any matrix. Condition numbers are at most kappa.
 
     Secrecy: M and N are independent, so that neither q k^T nor the value path gives the other.
     """
-    order = stream.permutation(heads)
-    m, m_inverse = conditioned_blocks(stream, heads, head_dim, kappa)
-    n, n_inverse = conditioned_blocks(stream, heads, head_dim, kappa)
-    return PerHeadKey(m, m_inverse, order), PerHeadKey(m_inverse.mT, m.mT, order), PerHeadKey(n, n_inverse, order)
+    share = heads // kv_heads
+    groups = stream.permutation(kv_heads)
+    order = torch.cat([group * share + stream.permutation(share) for group in groups])
+    m, m_inverse = _commuting(stream, kv_heads, head_dim, rotary, kappa)
+    n, n_inverse = conditioned_blocks(stream, kv_heads, head_dim, kappa)
+    each = torch.arange(kv_heads).repeat_interleave(share)
+    return HeadKeys(
+        q=PerHeadKey(m[each], m_inverse[each], order),
+        k=PerHeadKey(m_inverse.mT, m.mT, groups),
+        v=PerHeadKey(n, n_inverse, groups),
+        output=PerHeadKey(n[each], n_inverse[each], order),
+    )
+
+
+def _commuting(stream: Stream, count: int, size: int, rotary: int, kappa: float) -> tuple[Tensor, Tensor]:
+    """Return M and its inverse ``[count, size, size]``: complex factors on the rotated planes, any matrix elsewhere."""
+    if not rotary:
+        return conditioned_blocks(stream, count, size, kappa)
+    half = rotary // 2
+    angle = 2 * math.pi * stream.uniform(count, half)
+    length = (math.log(kappa) * (stream.uniform(count, half) - 0.5)).exp()  # within sqrt(kappa) and its inverse
+    blocks = torch.zeros(2, count, size, size, dtype=torch.float64)
+    i = torch.arange(half)
+    # A row (x, y) times z = a + ib is (a x - b y, b x + a y); the inverse turns back.
+    for target, scale, sense in zip(blocks, (length, 1 / length), (1, -1), strict=True):
+        real, imaginary = scale * angle.cos(), sense * scale * angle.sin()
+        target[:, i, i] = target[:, i + half, i + half] = real
+        target[:, i, i + half], target[:, i + half, i] = imaginary, -imaginary
+    if rest := size - rotary:
+        blocks[0, :, rotary:, rotary:], blocks[1, :, rotary:, rotary:] = conditioned_blocks(stream, count, rest, kappa)
+    return blocks[0], blocks[1]
 
 
 class ConcatKey(Key):

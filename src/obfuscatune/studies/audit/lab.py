@@ -15,7 +15,7 @@ from torch import Tensor
 from obfuscatune.enclave.body import PassedBlock, RemoteBody
 from obfuscatune.enclave.linear import RemoteLinear
 from obfuscatune.enclave.mixed import MixedLinear
-from obfuscatune.enclave.protected import protect
+from obfuscatune.enclave.protect import protect
 from obfuscatune.enclave.whole import RemoteAttention, RemoteMlp
 from obfuscatune.profiles import Profile
 from obfuscatune.studies.audit.attack import Customer, Embeddings, Knowledge, Sample, TrainingTruth, Truth

@@ -5,15 +5,18 @@ Streams and roles are named as in `obfuscatune.studies.audit.view`. All in float
 
 import copy
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from torch import Tensor, nn
+from torch import Tensor
 
-from obfuscatune.enclave.families import AttentionShape, family_of
+from obfuscatune.enclave.families import AttentionShape, Layer, Norm, Part, read_decoder
 from obfuscatune.enclave.folding import centre, fold_norm
+from obfuscatune.errors import UnsupportedModelError
 from obfuscatune.profiles import Profile
+from obfuscatune.protocol.norms import rms_rows
 from obfuscatune.studies.audit.view import ROLES, STREAMS, STREAMS_OF
 
 Streams = dict[tuple[int, str], Tensor]
@@ -28,13 +31,17 @@ class Reference:
 
     def __init__(self, model: Any, profile: Profile) -> None:
         self._model = copy.deepcopy(model).double().eval()
-        self._spec, self.config, self._profile = family_of(model.config), model.config, profile
-        self._blocks = [block for _, _, block in self._spec.iter_blocks(self._model)]
-        self.blocks, self.width = len(self._blocks), self._spec.width(model.config)
+        self.config, self._profile = model.config, profile
+        self._decoder = read_decoder(self._model)
+        self._blocks = self._decoder.blocks
+        self.blocks, self.width = len(self._blocks), self._decoder.width
 
     def shape(self, block: int) -> AttentionShape:
         """Heads, their width, and the scale of q k^T."""
-        return self._spec.attention_shape(self.config, block)
+        attention = self._blocks[block].attention
+        if attention is None:
+            raise UnsupportedModelError("attention of a family without a record", where=self._decoder.family)
+        return attention.shape
 
     def weight(self, block: int, role: str) -> Tensor:
         """Plain ``[in, out]`` weight, the norm's gain folded in where the profile folds."""
@@ -45,19 +52,20 @@ class Reference:
         return self._folded(block, role)[1]
 
     def embeddings(self) -> tuple[Tensor, Tensor]:
-        """Tables of tokens ``[vocab, d]`` and positions ``[n, d]``."""
-        transformer = self._model.transformer
-        return transformer.wte.weight.detach(), transformer.wpe.weight.detach()
+        """Tables of tokens ``[vocab, d]`` and positions ``[n, d]``, zero where positions are not embedded."""
+        words = self._model.get_input_embeddings().weight.detach()
+        places = getattr(self._model.base_model, "wpe", None)
+        count = self.config.max_position_embeddings
+        return words, words.new_zeros(count, self.width) if places is None else places.weight.detach()
 
     def first_rows(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """The first block's ``attention in`` ``[n, d]`` of tokens ``[n]`` at positions ``[n]``, which alone make it."""
-        words, places = self.embeddings()
-        return self.normed(0, "qkv", words[tokens] + places[positions])
+        rows = self._model.get_input_embeddings()(tokens) + self.embeddings()[1][positions]
+        return self.normed(0, "qkv", rows.detach())
 
     def normed(self, block: int, role: str, residual: Tensor) -> Tensor:
         """What goes into ``qkv`` or ``up`` of a block ``[n, d]``, of rows of the residual stream there."""
-        norm = self._spec.attention_norm if role == "qkv" else self._spec.mlp_norm
-        return self._normed(self._blocks[block].get_submodule(norm), residual)
+        return self._normed(self._part(block, role).norm, residual)
 
     @torch.no_grad()
     def streams(self, batches: Iterable[Tensor], names: Iterable[str] = STREAMS) -> Streams:
@@ -77,54 +85,78 @@ class Reference:
         """Next-token logits ``[B, T, vocab]``."""
         return self._model(input_ids=batch, use_cache=False).logits  # type: ignore[no-any-return]
 
-    def _linear(self, block: int, role: str) -> tuple[nn.Module, nn.Module | None]:
-        spec = self._spec
-        parent = spec.attention if role in ("qkv", "out") else spec.mlp
-        norm = {"qkv": spec.attention_norm, "up": spec.mlp_norm}.get(role)
-        module = self._blocks[block]
-        linear = module.get_submodule(parent).get_submodule(getattr(spec, role))
-        return linear, None if norm is None else module.get_submodule(norm)
+    def _part(self, block: int, role: str) -> Part:
+        attention, mlp = self._blocks[block].parts
+        return attention if role in ("qkv", "out") else mlp
 
     def _folded(self, block: int, role: str) -> tuple[Tensor, Tensor]:
-        linear, norm = self._linear(block, role)
-        weight, bias = self._spec.weight_in_out(linear), linear.bias.detach()  # type: ignore[operator]
+        part = self._part(block, role)
         if role in ("out", "down"):
-            return self._written(weight), self._written(bias)
-        if norm is None or not self._profile.fold_norms:
-            return weight, bias
-        return fold_norm(weight, bias, norm.weight.detach(), norm.bias.detach())  # type: ignore[operator]
+            weight, bias = self._written(part.last.weight), part.last.bias
+            bias = None if bias is None else self._written(bias)
+        else:
+            weight, bias = part.first_weight(), part.first_bias()
+            if self._profile.fold_norms:
+                weight, bias = fold_norm(weight, bias, part.norm.gain, part.norm.shift)
+        return weight, weight.new_zeros(weight.shape[1]) if bias is None else bias
+
+    @property
+    def _centred(self) -> bool:
+        """Whether the profile centres the residual stream of this model."""
+        return self._profile.rotate_stream and self._decoder.norm == "layernorm"
 
     def _written(self, rows: Tensor) -> Tensor:
         """What is added to the residual stream, as the profile has it."""
-        return centre(rows) if self._profile.rotate_stream else rows
+        return centre(rows) if self._centred else rows
 
-    def _normed(self, norm: Any, residual: Tensor) -> Tensor:
-        if self._profile.fold_norms:
-            return F.layer_norm(residual, norm.normalized_shape, eps=norm.eps)
-        return norm(residual)  # type: ignore[no-any-return]
+    def _normed(self, norm: Norm, residual: Tensor) -> Tensor:
+        if not self._profile.fold_norms:
+            return norm.module(residual)  # type: ignore[no-any-return]
+        if norm.kind == "layernorm":
+            return F.layer_norm(residual, residual.shape[-1:], eps=norm.eps)
+        return rms_rows(residual, norm.eps)
 
     def _watch(self, block: int, wanted: set[str], kept: dict[Any, list[Tensor]]) -> Iterable[Any]:
-        """Hooks on a block's four linear layers that keep rows in and out."""
+        """Hooks on a block's linear layers that keep rows in and out."""
         whole = {"qkv": self._profile.attention == "worker", "up": self._profile.mlp == "worker"}
+        folds = self._profile.fold_norms
         for role in ROLES:
-            linear, norm = self._linear(block, role)
+            part, first = self._part(block, role), role in ("qkv", "up")
             into, out = STREAMS_OF[role]
-            if norm is not None and self._profile.fold_norms and into in wanted:
-                yield norm.register_forward_pre_hook(
-                    lambda norm, args, into=into: _keep(kept, (block, into), self._normed(norm, args[0]))
+            if into in wanted and first and folds:
+                yield part.norm.module.register_forward_pre_hook(
+                    lambda _, args, into=into, norm=part.norm: _keep(kept, (block, into), self._normed(norm, args[0]))
                 )
-            # What returns to the enclave comes without its bias, which is added there.
-            bias: Any = 0.0 if whole.get(role) else linear.bias
+            layers = part.first if first else (part.last,)
+            outputs: list[Tensor] = []
 
-            def hook(_: Any, args: Any, y: Tensor, role: str = role, norm: Any = norm, bias: Any = bias) -> None:
+            def hook(
+                _: Any,
+                args: Any,
+                y: Tensor,
+                *,
+                layer: Layer,
+                role: str = role,
+                outputs: list[Tensor] = outputs,
+                count: int = len(layers),
+                first: bool = first,
+            ) -> None:
                 into, out = STREAMS_OF[role]
-                if into in wanted and (norm is None or not self._profile.fold_norms):
+                # What returns to the enclave comes without its bias, which is added there.
+                bias = None if whole.get(role) else layer.bias
+                outputs.append(layer.canonical(y if bias is None else y - bias))
+                if len(outputs) < count:  # layers side by side make one stream
+                    return
+                if into in wanted and not (first and folds):
                     _keep(kept, (block, into), args[0])
                 if out in wanted:
-                    _keep(kept, (block, out), self._written(y - bias) if norm is None else y - bias)
+                    rows = torch.cat(outputs, dim=-1)
+                    _keep(kept, (block, out), rows if first else self._written(rows))
+                outputs.clear()
 
             if into in wanted or out in wanted:
-                yield linear.register_forward_hook(hook)
+                for layer in layers:
+                    yield layer.base.register_forward_hook(partial(hook, layer=layer))
 
 
 def _keep(kept: dict[Any, list[Tensor]], place: tuple[int, str], rows: Tensor) -> None:

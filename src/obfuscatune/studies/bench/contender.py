@@ -20,7 +20,8 @@ from typing import IO, Any
 import torch
 import transformers
 
-from obfuscatune.enclave.protected import Protected, protect
+from obfuscatune.enclave.protect import protect
+from obfuscatune.enclave.protected import Protected
 from obfuscatune.errors import ObfuscatuneError
 from obfuscatune.profiles import Profile
 from obfuscatune.protocol.memory import peak_memory_bytes

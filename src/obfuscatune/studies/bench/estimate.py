@@ -21,10 +21,8 @@ A number is one element of the model's dtype. Framing adds up to about 200 bytes
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from torch import nn
-
 from obfuscatune.enclave.arithmetic import mixed_call, of_keys
-from obfuscatune.enclave.families import FamilySpec
+from obfuscatune.enclave.families import Attention, Block, Decoder, Group, Part
 from obfuscatune.profiles import Profile
 
 ROWS, LENGTH = 512, 128  # tokens of the call, and of one of its texts, that the estimate is for
@@ -52,59 +50,89 @@ class Estimate:
         return asdict(self)
 
 
-def estimate(model: nn.Module, spec: FamilySpec, profile: Profile, itemsize: int) -> Estimate:
-    """Apply the module's table to a model, whose tensors may be on the meta device.
+def estimate(decoder: Decoder, profile: Profile, itemsize: int) -> Estimate:
+    """Apply the module's table to a model in normal form, whose tensors may be on the meta device.
 
     Args:
         itemsize: bytes of one number on the wire.
     """
-    total = sum(parameter.numel() for parameter in model.parameters())
-    blocks = [
-        block for index, _, block in spec.iter_blocks(model) if profile.remote and index >= profile.enclave_blocks
-    ]
-    worker = calls = sent = received = inside = outside = 0
-    for index, block in enumerate(blocks):
-        for part, first, last, side in (
-            (spec.attention, spec.qkv, spec.out, profile.attention),
-            (spec.mlp, spec.up, spec.down, profile.mlp),
-        ):
-            parent = block.get_submodule(part)
-            shapes = [tuple(spec.weight_in_out(parent.get_submodule(name)).shape) for name in (first, last)]
-            (in_first, out_first), (in_last, out_last) = shapes
-            worker += in_first * out_first + in_last * out_last
-            if part == spec.attention:
-                attention = 2 * LENGTH * ROWS * in_last
-                inside, outside = (inside + attention, outside) if side == "enclave" else (inside, outside + attention)
-            if side == "worker":
-                worker += out_first
-                outside += ROWS * (in_first * out_first + in_last * out_last)
-                if profile.rotate_stream:
-                    worker += out_last
-                if not profile.rotate_stream or (index == 0 and part == spec.attention):
-                    calls, sent, received = calls + 1, sent + in_first, received + out_last
-                    sizes = (in_first, out_last)
-                    inside += ROWS * sum(of_keys(profile.keys, size, profile) for size in sizes)
-                continue
-            calls += 2
-            families = (profile.keys, profile.inner_keys, profile.inner_keys, profile.keys)
-            four = zip(families, (in_first, out_first, in_last, out_last), strict=True)
-            inside += ROWS * sum(of_keys(family, size, profile) for family, size in four)
-            for width, out in shapes:
-                if profile.mix_rows:
-                    call = mixed_call(ROWS, width, out, profile.mix_tile)
-                    sent, received = sent + call.sent // ROWS, received + call.received // ROWS
-                    inside, outside = inside + call.enclave, outside + call.worker
-                else:
-                    sent, received = sent + width, received + out
-                    outside += ROWS * width * out
+    total = sum(parameter.numel() for parameter in decoder.model.parameters())
+    blocks = [block for block in decoder.blocks if profile.remote and block.index >= profile.enclave_blocks]
+    sums = _Sums()
+    for i, block in enumerate(blocks):
+        whole = {"attention": profile.attention == "worker", "mlp": profile.mlp == "worker"}
+        for name, part in (("attention", block.attention), ("mlp", block.mlp)):
+            if part is not None and whole[name]:
+                sums.add_whole(part, profile, crosses=not profile.rotate_stream or (i == 0 and name == "attention"))
+        if block.attention is not None:
+            sums.add_softmax(block.attention, inside=not whole["attention"])
+        inside = [group for group in block.groups if not _is_whole(block, group, whole)]
+        for group in inside:
+            sums.add_group(group, profile)
+    worker = sums.worker
     return Estimate(
         profile=profile.name,
         enclave_parameters=total - worker,
         worker_parameters=worker,
         enclave_share=(total - worker) / total,
         keyed_blocks=len(blocks),
-        calls=calls,
-        bytes_sent_per_token=sent * itemsize,
-        bytes_received_per_token=received * itemsize,
-        enclave_arithmetic=inside / (inside + outside) if blocks else 1.0,
+        calls=sums.calls,
+        bytes_sent_per_token=sums.sent * itemsize,
+        bytes_received_per_token=sums.received * itemsize,
+        enclave_arithmetic=sums.inside / (sums.inside + sums.outside) if blocks else 1.0,
     )
+
+
+@dataclass(slots=True)
+class _Sums:
+    """Parameters on the worker; calls; numbers per token; multiply-adds on either side of a call of `ROWS` tokens."""
+
+    worker: int = 0
+    calls: int = 0
+    sent: int = 0
+    received: int = 0
+    inside: int = 0
+    outside: int = 0
+
+    def add_whole(self, part: Part, profile: Profile, *, crosses: bool) -> None:
+        """A part that is whole on the worker; ``crosses``: its input and output do."""
+        width, columns = part.width, sum(layer.shape[1] for layer in part.first)
+        (inner, out) = part.last.shape
+        self.worker += width * columns + inner * out
+        shifted = profile.fold_norms and part.norm.shift is not None
+        self.worker += columns if part.first_bias() is not None or shifted else 0
+        self.outside += ROWS * (width * columns + inner * out)
+        self.worker += out if profile.rotate_stream else 0
+        if crosses:
+            self.calls, self.sent, self.received = self.calls + 1, self.sent + width, self.received + out
+            self.inside += ROWS * sum(of_keys(profile.keys, size, profile) for size in (width, out))
+
+    def add_softmax(self, attention: Attention, *, inside: bool) -> None:
+        """What an attention does between its layers."""
+        count = 2 * LENGTH * ROWS * attention.shape.query_width
+        self.inside, self.outside = (
+            (self.inside + count, self.outside) if inside else (self.inside, self.outside + count)
+        )
+
+    def add_group(self, group: Group, profile: Profile) -> None:
+        """Linear layers that share an input, alone on the worker."""
+        width, columns = group.layers[0].shape[0], [layer.shape[1] for layer in group.layers]
+        out = sum(columns)
+        self.worker, self.calls = self.worker + width * out, self.calls + 1
+        family_in = profile.inner_keys if group.inner_in else profile.keys
+        family_out = profile.inner_keys if group.inner_out else profile.keys
+        keys = of_keys(family_in, width, profile) + sum(of_keys(family_out, size, profile) for size in columns)
+        self.inside += ROWS * keys
+        if profile.mix_rows:
+            call = mixed_call(ROWS, width, out, profile.mix_tile)
+            self.sent, self.received = self.sent + call.sent // ROWS, self.received + call.received // ROWS
+            self.inside, self.outside = self.inside + call.enclave, self.outside + call.worker
+        else:
+            self.sent, self.received = self.sent + width, self.received + out
+            self.outside += ROWS * width * out
+
+
+def _is_whole(block: Block, group: Group, whole: dict[str, bool]) -> bool:
+    """Whether a group's layers are of a part that is whole on the worker."""
+    parts = [part for name, part in (("attention", block.attention), ("mlp", block.mlp)) if whole[name] and part]
+    return any(group.layers[0] is layer for part in parts for layer in part.layers)

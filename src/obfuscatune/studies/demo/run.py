@@ -18,7 +18,7 @@ from transformers import (
     set_seed,
 )
 
-from obfuscatune.enclave.protected import protect
+from obfuscatune.enclave.protect import protect
 from obfuscatune.enclave.report import Report
 from obfuscatune.studies.bundled import DemoSettings, model_directory
 from obfuscatune.studies.bundled.records import write_records

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from obfuscatune.enclave.families import family_of
-from obfuscatune.enclave.protected import protect
+from obfuscatune.enclave.families import read_decoder
+from obfuscatune.enclave.protect import protect
 from obfuscatune.profiles import resolve
 from obfuscatune.studies.reproduce.fidelity import compare, read_text, text_windows
 from obfuscatune.studies.reproduce.keyed import DTYPES, NONE, add_adapters, key_model, key_switches
@@ -100,10 +100,8 @@ def _windows(inputs: Plain, places: Plain, tokenizer: Any) -> Tensor:
 
 def _merge(model: Any, factors: dict[str, Tensor]) -> None:
     """Add ``A B scale`` to each plain weight."""
-    spec = family_of(model.config)
     with torch.no_grad():
-        for _, path, block in spec.iter_blocks(model):
-            for parent, child in spec.linears():
-                name = f"{path}.{parent}.{child}"
-                weight = spec.weight_in_out(block.get_submodule(f"{parent}.{child}"))
+        for block in read_decoder(model).blocks:
+            for layer in block.layers:
+                name, weight = layer.path, layer.weight
                 weight += factors[f"{name}.a"] @ factors[f"{name}.b"] * factors[f"{name}.scale"]

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from obfuscatune.enclave.families import family_of
+from obfuscatune.enclave.families import read_decoder
 from obfuscatune.errors import UsageError
 from obfuscatune.studies.bench.estimate import Estimate, estimate
 from obfuscatune.studies.bench.run import parse_profile
@@ -151,7 +151,7 @@ def expected(size: str, profile: str, dtype: str) -> Estimate:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         resolved = parse_profile(profile)
-    return estimate(model, family_of(config), resolved, getattr(torch, dtype).itemsize)
+    return estimate(read_decoder(model), resolved, getattr(torch, dtype).itemsize)
 
 
 def _cells(part: Part, common: Value, device: str) -> list[Cell]:

@@ -14,7 +14,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
-from obfuscatune.enclave.protected import Protected, protect
+from obfuscatune.enclave.protect import protect
+from obfuscatune.enclave.protected import Protected
 from obfuscatune.profiles import PROFILES, Profile
 from obfuscatune.studies.bench.run import parse_profile
 from obfuscatune.studies.bundled import model_directory

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from obfuscatune.enclave.families import family_of
+from obfuscatune.enclave.families import read_decoder
 from obfuscatune.enclave.folding import key_weight, unkey_rows
 from obfuscatune.enclave.keys import IdentityKey, Key, MasterSecret, build
 from obfuscatune.errors import UsageError
@@ -141,7 +141,6 @@ def key_model(
     """
     switches, identity = key_switches(keys), keys == NONE
     secret = MasterSecret.from_insecure_test_seed(seed)
-    spec = family_of(model.config)
 
     def key(path: str, size: int, *, outer: bool) -> Key:
         if identity or not outer:
@@ -155,14 +154,13 @@ def key_model(
         return linear
 
     replaced = {}
-    for _, path, block in spec.iter_blocks(model):
-        for parent, child in spec.linears():
-            module, name = block.get_submodule(parent), f"{path}.{parent}.{child}"
-            weight = spec.weight_in_out(module.get_submodule(child))
-            first = (parent, child) in ((spec.attention, spec.qkv), (spec.mlp, spec.up))
-            key_in = key(f"{name} in", weight.shape[0], outer=first)
-            key_out = key(f"{name} out", weight.shape[1], outer=not first)
-            replaced[name] = replace(module, child, weight, key_in, key_out)
+    for block in read_decoder(model).blocks:
+        for group in block.groups:
+            for layer in group.layers:
+                name, weight = layer.path, layer.weight
+                key_in = key(f"{name} in", weight.shape[0], outer=not group.inner_in)
+                key_out = key(f"{name} out", weight.shape[1], outer=not group.inner_out)
+                replaced[name] = replace(layer.parent, layer.name, weight, key_in, key_out)
     head = model.get_output_embeddings().weight.detach().T
     replace(model, "lm_head", head, IdentityKey(head.shape[0]), IdentityKey(head.shape[1]))
     for parameter in model.parameters():

@@ -17,7 +17,8 @@ import torch
 from lm_eval.models.huggingface import HFLM
 
 from obfuscatune.enclave.families import family_of
-from obfuscatune.enclave.protected import Protected, protect
+from obfuscatune.enclave.protect import protect
+from obfuscatune.enclave.protected import Protected
 from obfuscatune.studies.bench.run import parse_profile
 from obfuscatune.studies.tasks.harness import ProtectedLM, TaskResult, evaluate, training_rows
 from obfuscatune.training.data import Collator, Row, encode_rows

@@ -15,7 +15,8 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from obfuscatune.enclave.protected import Protected, protect
+from obfuscatune.enclave.protect import protect
+from obfuscatune.enclave.protected import Protected
 from obfuscatune.errors import UsageError
 from obfuscatune.profiles import SWITCHES
 from obfuscatune.studies.tasks.catalogue import check_tasks, packaged_configs, write_configs

@@ -1,8 +1,9 @@
 """The KV cache: kept on the worker, mirrored in the enclave by a stock ``DynamicCache`` of stubs.
 
-``generate`` and its relatives reorder, crop, repeat and select the rows of a cache. Rather than follow each of these,
-the enclave keeps in the stock cache a stub of one number a token, holding the row's place on the worker at the last
-call, and reads off it at the next one which rows, and how many tokens, the worker must go on from.
+``generate`` and its relatives reorder, crop, repeat and select the rows of a cache, and windows forget its first
+tokens. Rather than follow each of these, the enclave keeps in the stock cache a stub of two numbers a token: its row
+and its position on the worker at the last call. At the next one it reads off them which rows, and which tokens, the
+worker must go on from.
 """
 
 import itertools
@@ -11,10 +12,12 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from obfuscatune.enclave.session import Session
 from obfuscatune.errors import UnsupportedModelError
+
+_STUBS = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 class CacheMirror:
@@ -36,14 +39,16 @@ class CacheMirror:
         Raises:
             UnsupportedModelError: not a plain DynamicCache, or one that this model did not fill or must not go on from.
         """
-        if type(cache) is not DynamicCache or not all(type(stub) is DynamicLayer for stub in cache.layers):
+        if type(cache) is not DynamicCache or not all(type(stub) in _STUBS for stub in cache.layers):
             kind = type(cache).__name__
             raise UnsupportedModelError("kind of KV cache", got=kind, expected="DynamicCache", where=layer)
-        number, length, rows = self._known.get(cache), 0, None
+        number, start, length, rows = self._known.get(cache), 0, 0, None
         stub: Any = cache.layers[layer_index] if layer_index < len(cache.layers) else None
         if stub is not None and stub.is_initialized and stub.keys.numel():
             length = stub.keys.shape[2]
-            if number is None or int(stub.values[0, 0, -1, 0]) != number:
+            places, positions = stub.keys[:, 0, -1, 0].tolist(), stub.keys[0, 0, :, 1]
+            start = int(positions[0])
+            if number is None or int(stub.values[0, 0, -1, 0]) != number or int(positions[-1]) != start + length - 1:
                 raise UnsupportedModelError(
                     "a KV cache that this model did not fill, or a copy of one",
                     where=layer,
@@ -53,15 +58,18 @@ class CacheMirror:
                 raise UnsupportedModelError(
                     "gradients through a KV cache of an earlier call", where=layer, hint="use torch.no_grad()"
                 )
-            places = stub.keys[:, 0, -1, 0].tolist()
             rows = None if places == list(range(batch)) else [int(place) for place in places]
         if number is None:
             number = next(self._numbers)
             self._known[cache] = number
-            weakref.finalize(cache, self._session.drop_cache, number)
-        empty = torch.zeros(batch, 1, new, 1, dtype=torch.float64)
-        cache.update(empty, empty.clone(), layer_index)
+            weakref.finalize(cache, self._session.drop, "caches", number)
+        empty = torch.zeros(batch, 1, new, 2, dtype=torch.float64)
+        attended, _ = cache.update(empty, empty.clone(), layer_index)
+        if attended.shape[2] != length + new:
+            raise UnsupportedModelError("a KV cache that keeps more than is attended to", where=layer)
         stub = cache.layers[layer_index]
-        stub.keys.copy_(torch.arange(batch, dtype=torch.float64).view(batch, 1, 1, 1).expand_as(stub.keys))
+        kept = stub.keys.shape[2]  # a window keeps the last tokens only
+        stub.keys[..., 0] = torch.arange(batch, dtype=torch.float64).view(batch, 1, 1)
+        stub.keys[..., 1] = torch.arange(length + new - kept, length + new, dtype=torch.float64)
         stub.values.fill_(number)
-        return {"id": number, "length": length, "rows": rows}
+        return {"id": number, "start": start, "length": length, "rows": rows}

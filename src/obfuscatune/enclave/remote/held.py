@@ -15,9 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from obfuscatune.enclave.families import Layer
 from obfuscatune.enclave.folding import key_rows, unkey_rows
 from obfuscatune.enclave.keys import Key
-from obfuscatune.enclave.lora import refuse_rows_of_adapters
+from obfuscatune.enclave.remote.calls import RemoteCall
+from obfuscatune.enclave.remote.lora import Slot
+from obfuscatune.enclave.remote.passes import Passes
 from obfuscatune.enclave.session import Session
 from obfuscatune.errors import UsageError
 from obfuscatune.protocol.optimizers import OPTIMIZER_OPTIONS
@@ -25,38 +28,39 @@ from obfuscatune.protocol.optimizers import OPTIMIZER_OPTIONS
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 
 
-class HeldSlot:
+class HeldSlot(Slot):
     """One LoRA pair on the worker, and its twin in PEFT's layer, which is updated when the adapter is read.
 
     Keyed coordinates: ``A* = R_in^-1 A``, ``B* = B R_out`` (A ``[in, r]``, B ``[r, out]``).
 
     Args:
-        lora: PEFT's layer, with parameters ``[r, in]`` and ``[out, r]`` and a factor on the product.
-        adapter: name of the adapter in it; the one that is trained and used.
+        segment, name: where it is on the worker.
+        layer: with PEFT's layer around it, whose parameters are ``[r, in]`` and ``[out, r]``, with a factor on the
+            product; its active adapter is the one that is trained and used.
     """
 
     def __init__(
         self,
+        name: str,
+        layer: Layer,
         session: Session,
+        passes: Passes,
         *,
         segment: str,
-        slot: str,
-        layer: str,
-        lora: Any,
-        adapter: str,
         key_in: Key,
         key_out: Key,
     ) -> None:
-        self.name = f"{segment}.{slot}"
-        self._lora, self._adapter, self._scaling = lora, adapter, float(lora.scaling[adapter])
-        self._a, self._b = lora.lora_A[adapter].weight, lora.lora_B[adapter].weight
+        super().__init__(name, layer)
+        self.full_name = f"{segment}.{name}"
+        self._adapter: str = self.lora.active_adapters[0]
+        self._scaling = float(self.lora.scaling[self._adapter])
+        self._a, self._b = self.lora.lora_A[self._adapter].weight, self.lora.lora_B[self._adapter].weight
         # Float64: the clipping factor is a quotient of two norms, and must be exactly 1 where nothing is clipped.
         self.anchor = nn.Parameter(torch.zeros((), dtype=torch.float64))
         self.norm = 0.0
-        self.layer = layer
-        self._session, self._segment, self._slot = session, segment, slot
+        self._session, self._passes, self._segment = session, passes, segment
         self._key_in, self._key_out = key_in, key_out
-        self._last_pass = -1
+        self._last_pass = self._compared = -1
         self._synced: tuple[Tensor, Tensor] | None = None
         self.push()
 
@@ -70,10 +74,10 @@ class HeldSlot:
         if self._synced is not None and torch.equal(self._a, self._synced[0]) and torch.equal(self._b, self._synced[1]):
             return
         a = unkey_rows(self._a.detach().double().T, self._key_in)
-        b = self._key_out.apply(self._b.detach().double().T.contiguous())
+        b = self._key_out.apply(self.layer.canonical(self._b.detach().double().T.contiguous()))
         tensors = {"a": a.to(self._a.dtype).contiguous(), "b": b.to(self._b.dtype).contiguous()}
-        header = {"segment": self._segment, "slot": self._slot, "scale": self._scaling}
-        self._session.request("hold", self.layer, header, tensors, {})
+        header = {"segment": self._segment, "slot": self.name, "scale": self._scaling}
+        self._session.request("hold", self.layer.path, header, tensors, {})
         self._remember()
 
     def pull(self, exported: dict[str, Tensor]) -> None:
@@ -82,42 +86,44 @@ class HeldSlot:
         Raises:
             WorkerFault: they are not there, or not of their shapes and dtype.
         """
-        keyed_a, keyed_b = (exported.get(f"{self.name}.{factor}") for factor in "ab")
+        keyed_a, keyed_b = (exported.get(f"{self.full_name}.{factor}") for factor in "ab")
         if keyed_a is None or keyed_b is None:
-            raise self._session.fault("a factor of a held slot is missing", self.layer)
+            raise self._session.fault("a factor of a held slot is missing", self.layer.path)
         for keyed, parameter in ((keyed_a, self._a), (keyed_b, self._b)):
             if keyed.shape != parameter.T.shape or keyed.dtype != parameter.dtype:
                 got, expected = f"{list(keyed.shape)} {keyed.dtype}", f"{list(parameter.T.shape)} {parameter.dtype}"
-                raise self._session.fault("factor of a held slot", self.layer, got=got, expected=expected)
+                raise self._session.fault("factor of a held slot", self.layer.path, got=got, expected=expected)
         with torch.no_grad():
             self._a.copy_(key_rows(keyed_a.double(), self._key_in).T)
-            self._b.copy_(self._key_out.apply_inverse(keyed_b.double()).T)
+            self._b.copy_(self.layer.stored(self._key_out.apply_inverse(keyed_b.double())).T)
         self._remember()
 
     def _remember(self) -> None:
         self._synced = (self._a.detach().clone(), self._b.detach().clone())
 
-    def begin_forward(self) -> bool:
-        """Whether the slot takes part; sends values that were loaded since.
+    def contribute(self, call: RemoteCall, x: Tensor | None) -> None:
+        """Let the worker add its product; sends values that were loaded since, looked for once in each pass.
 
         Raises:
             UsageError: the anchor was stepped by a stock optimizer, or another adapter was chosen.
         """
-        if self._lora.disable_adapters:
-            return False
-        refuse_rows_of_adapters(self._lora, self.layer)
-        if list(self._lora.active_adapters) != [self._adapter]:
+        if self.lora.disable_adapters:
+            return
+        self.refuse_hooks()
+        if list(self.lora.active_adapters) != [self._adapter]:
             raise UsageError(
-                "adapter in use is not the one on the worker", got=self._lora.active_adapters, where=self.layer
+                "adapter in use is not the one on the worker", got=self.lora.active_adapters, where=self.layer.path
             )
-        if self.anchor.item() != 0.0:
-            raise UsageError(
-                "an optimizer of the enclave stepped a LoRA pair that the worker trains",
-                where=self.layer,
-                hint="pass protected.create_optimizer(...) to the Trainer: optimizers=(optimizer, None)",
-            )
-        self.push()
-        return True
+        if self._compared != self._passes.number:
+            if self.anchor.item() != 0.0:
+                raise UsageError(
+                    "an optimizer of the enclave stepped a LoRA pair that the worker trains",
+                    where=self.layer.path,
+                    hint="pass protected.create_optimizer(...) to the Trainer: optimizers=(optimizer, None)",
+                )
+            self.push()
+            self._compared = self._passes.number
+        call.held[self.name] = self
 
     def begin_backward(self) -> bool:
         """Whether the worker shall clear this slot's gradient before it adds to it: the anchor's was cleared since.
@@ -134,7 +140,7 @@ class HeldSlot:
     def take_norm(self, norm: Any) -> Tensor:
         """Return the increment of the accumulated gradient's norm, the anchor's gradient. Refuses what is no norm."""
         if not isinstance(norm, float | int) or not math.isfinite(norm) or norm < 0:
-            raise self._session.fault("gradient norm of a held slot", self.layer)
+            raise self._session.fault("gradient norm of a held slot", self.layer.path)
         increment, self.norm = norm - self.norm, float(norm)
         self._last_pass = _backward_pass()
         return torch.tensor(increment, dtype=self.anchor.dtype)
@@ -217,7 +223,7 @@ class RemoteOptimizer(Optimizer):
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Step the factors of every slot that has a gradient, clipped as the anchors' gradients were."""
-        scales = {slot.name: scale for slot in self._adapter.slots if (scale := slot.scale()) is not None}
+        scales = {slot.full_name: scale for slot in self._adapter.slots if (scale := slot.scale()) is not None}
         lr = float(self.param_groups[0]["lr"])
         header = {"action": "step", "kind": self._kind, "options": self._options, "scales": scales, "lr": lr}
         self._adapter.session.request("optimizer", "-", header, {}, {})

@@ -6,15 +6,17 @@ evaluation under autograd, an exception), its lease tells the worker to forget t
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from obfuscatune.enclave.freivalds import Check
-from obfuscatune.enclave.held import HeldSlot
 from obfuscatune.enclave.session import Session
+
+if TYPE_CHECKING:
+    from obfuscatune.enclave.remote.held import HeldSlot
 
 
 @dataclass(slots=True, repr=False)  # a repr would show activations
@@ -24,13 +26,12 @@ class RemoteCall:
     Attributes:
         session, segment, layer: whom to ask, what for, and the layer's path for messages.
         tensors: keyed tensors by wire name; those that require grad get one.
-        push: names in ``tensors`` of LoRA factors that the worker does not have yet in this value, and whom to tell
-            once it has.
-        factors: names of all pushed factors that this call uses.
-        held: slots whose factors the worker holds, by slot name.
-        header: further fields of the request (mask shape, cache, causal).
-        mask: packed mask, if any.
         shapes: shape of each tensor of the reply.
+        header: further fields of the request (mask, rotary, cache). extras: further tensors, which have no gradient.
+        factors: names of all pushed LoRA factors that this call uses; push: those of them in ``tensors`` that the
+            worker does not have yet in this value.
+        held: slots whose factors the worker holds, by slot name.
+        when_sent: what to do once the worker has answered.
         check: verifies ``y = x W``, and the backward's ``dx = dy W^T``, of a linear segment without a LoRA slot.
     """
 
@@ -39,30 +40,44 @@ class RemoteCall:
     layer: str
     tensors: dict[str, Tensor]
     shapes: dict[str, tuple[int, ...]]
-    push: dict[str, Callable[[], None]] = field(default_factory=dict)
-    factors: list[str] = field(default_factory=list)
-    held: dict[str, HeldSlot] = field(default_factory=dict)
     header: dict[str, Any] = field(default_factory=dict)
-    mask: Tensor | None = None
+    extras: dict[str, Tensor] = field(default_factory=dict)
+    factors: list[str] = field(default_factory=list)
+    push: set[str] = field(default_factory=set)
+    held: "dict[str, HeldSlot]" = field(default_factory=dict)
+    when_sent: list[Callable[[], None]] = field(default_factory=list)
     check: Check | None = None
     id: int = 0
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The one dtype of a call's tensors: PEFT keeps the adapter of a bfloat16 model in float32."""
+        return self.tensors["x"].dtype
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """Shape of x without its last axis."""
+        return tuple(self.tensors["x"].shape[:-1])
+
+    def trains(self) -> bool:
+        """Whether a gradient of anything in the call is wanted."""
+        return torch.is_grad_enabled() and any(t.requires_grad for t in self._inputs().values())
+
     def run(self) -> dict[str, Tensor]:
         """Do the call and return the reply's tensors by name, differentiable where an input is."""
-        anchors = {f"anchor.{slot}": held.anchor for slot, held in self.held.items()}
-        inputs = {**self.tensors, **anchors}
-        if torch.is_grad_enabled() and any(t.requires_grad for t in inputs.values()):
+        if self.trains():
+            inputs = self._inputs()
             outputs = _Remote.apply(  # type: ignore[no-untyped-call]
                 self, list(inputs), *inputs.values()
             )
             return dict(zip(self.shapes, outputs, strict=True))
         return self._forward(keep=False)
 
+    def _inputs(self) -> dict[str, Tensor]:
+        return {**self.tensors, **{f"anchor.{slot}": held.anchor for slot, held in self.held.items()}}
+
     def _forward(self, *, keep: bool) -> dict[str, Tensor]:
-        dtype = self.tensors["x"].dtype
         sent = {n: t.detach() for n, t in self.tensors.items() if n not in self.factors or n in self.push}
-        if self.mask is not None:
-            sent["mask"] = self.mask
         header = {
             "segment": self.segment,
             "keep": keep,
@@ -70,16 +85,17 @@ class RemoteCall:
             "held": list(self.held),
             **self.header,
         }
-        expected = {name: (shape, dtype) for name, shape in self.shapes.items()}
-        reply, outputs = self.session.request("forward", self.layer, header, sent, expected)
+        expected = {name: (shape, self.dtype) for name, shape in self.shapes.items()}
+        reply, outputs = self.session.request("forward", self.layer, header, {**sent, **self.extras}, expected)
         if self.check is not None:
             self.check.require(self.session, self.layer, sent["x"], outputs["y"])
         self.id = reply["id"]
-        for arrived in self.push.values():
-            arrived()
+        for tell in self.when_sent:
+            tell()
         return outputs
 
     def _backward(self, wants: list[str], grads: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return the gradients of the tensors in ``wants`` and of the anchors, each by name."""
         fresh = [slot for slot, held in self.held.items() if held.begin_backward()]
         header = {"segment": self.segment, "call": self.id, "wants": wants, "fresh": fresh}
         expected = {name: (tuple(self.tensors[name].shape), self.tensors[name].dtype) for name in wants}
@@ -110,7 +126,7 @@ class _Lease:
 
     def __del__(self) -> None:
         if self._call is not None:
-            self._call.session.drop_call(self._call.id)
+            self._call.session.drop("calls", self._call.id)
 
 
 class _Remote(torch.autograd.Function):

@@ -1,0 +1,146 @@
+"""Any other causal language model whose blocks are made of ``nn.Linear``: its linear layers, found by running it once.
+
+The model is run on tensors without data (the meta device), and what enters each linear layer is written down: layers
+that get the very same tensor travel in one call. That is all that profiles need that send linear layers alone; what is
+between the layers stays the model's own code, in the enclave. What is not understood is refused, by name.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from obfuscatune.enclave.families.form import Block, Decoder, Group, Layer, find_layer
+from obfuscatune.errors import UnsupportedModelError
+
+_TOKENS = 4  # of the run without data; a number that no layer's width is likely to be mistaken for
+
+
+def discover(model: Any) -> Decoder:
+    """Return a causal language model in normal form, its attention and MLP not known.
+
+    Raises:
+        UnsupportedModelError: no list of blocks; experts, quantized or shared weights, a layer that is not called once.
+    """
+    config = model.config
+    where = str(getattr(config, "model_type", type(model).__name__))
+    if getattr(config, "quantization_config", None) is not None:
+        raise UnsupportedModelError("a quantized model", expected="plain floating-point weights", where=where)
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError("an encoder-decoder model", expected="a causal language model", where=where)
+    path, blocks = _find_blocks(model, where)
+    names = [_linear_names(block, f"{path}.{i}") for i, block in enumerate(blocks)]
+    _refuse_shared(model, path, names)
+    inputs = _trace(model, [f"{path}.{i}.{name}" for i, found in enumerate(names) for name in found], where)
+    found = []
+    for i, block in enumerate(blocks):
+        layers = {name: find_layer(block, name, f"{path}.{i}") for name in names[i]}
+        found.append(Block(i, f"{path}.{i}", block, _groups(layers, inputs)))
+    return Decoder(model, where, False, path, found)
+
+
+def _find_blocks(model: nn.Module, where: str) -> tuple[str, list[nn.Module]]:
+    count = getattr(model.config, "num_hidden_layers", None)
+    lists = [
+        (name, list(module))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count and all(map(_has_linear, module))
+    ]
+    outer = [(name, blocks) for name, blocks in lists if not any(name.startswith(f"{other}.") for other, _ in lists)]
+    if len(outer) != 1:
+        got = ", ".join(name for name, _ in outer) or "none"
+        expected = f"one list of the configuration's {count} decoder blocks, made of linear layers"
+        raise UnsupportedModelError("decoder blocks cannot be found", got=got, expected=expected, where=where)
+    return outer[0]
+
+
+def _has_linear(module: nn.Module) -> bool:
+    return any(isinstance(child, nn.Linear | Conv1D) for child in module.modules())
+
+
+def _linear_names(block: nn.Module, where: str) -> list[str]:
+    """Paths of the block's linear layers; PEFT's layer around one counts as the layer."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    names: list[str] = []
+    for name, module in block.named_modules():
+        if any(name.startswith(f"{outer}.") for outer in names):
+            continue  # what is within PEFT's layer
+        if isinstance(module, nn.ModuleList) and name and _has_linear(module):
+            raise UnsupportedModelError("a list of modules in a block, such as experts", where=f"{where}.{name}")
+        for own, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim > 1 and not isinstance(module, nn.Linear | Conv1D | nn.Embedding):
+                got = f"{own} {list(parameter.shape)}"
+                path = f"{where}.{name}" if name else where
+                raise UnsupportedModelError("weights that are not those of a linear layer", got=got, where=path)
+        if isinstance(module, nn.Linear | Conv1D | BaseTunerLayer):
+            names.append(name)
+    return names
+
+
+def _refuse_shared(model: nn.Module, path: str, names: list[list[str]]) -> None:
+    seen: dict[int, str] = {}
+    outside = {id(p): name for name, p in model.named_parameters() if not name.startswith(f"{path}.")}
+    for i, found in enumerate(names):
+        for name in found:
+            module: Any = model.get_submodule(f"{path}.{i}.{name}")
+            weight = (module.get_base_layer() if hasattr(module, "get_base_layer") else module).weight
+            other = seen.get(id(weight)) or outside.get(id(weight))
+            if other is not None:
+                raise UnsupportedModelError("a weight that two layers share", got=other, where=f"{path}.{i}.{name}")
+            seen[id(weight)] = f"{path}.{i}.{name}"
+
+
+def _trace(model: Any, paths: list[str], where: str) -> dict[str, int]:
+    """Return, by path of a layer, a number for the tensor that entered it.
+
+    Raises:
+        UnsupportedModelError: a model that cannot be run without data, or a layer that is not called just once.
+    """
+    skeleton = _skeleton(model, where)
+    entered: dict[str, list[Tensor]] = {path: [] for path in paths}
+    for path in paths:
+        skeleton.get_submodule(path).register_forward_pre_hook(
+            lambda _, args, path=path: entered[path].append(args[0])  # kept, so that no two have one address
+        )
+    ids = torch.zeros(1, _TOKENS, dtype=torch.long, device="meta")
+    # Made already: transformers' own making of one looks at the values of positions, and there are none.
+    mask = torch.zeros(1, 1, _TOKENS, _TOKENS, dtype=next(skeleton.parameters()).dtype, device="meta")
+    try:
+        with torch.no_grad():
+            skeleton(input_ids=ids, attention_mask=mask, use_cache=False)
+    except Exception as error:  # whatever the model's own code does with tensors that have no data
+        got = type(error).__name__
+        raise UnsupportedModelError("the model's layers cannot be found by running it", got=got, where=where) from error
+    for path, tensors in entered.items():
+        if len(tensors) != 1:
+            got = f"{len(tensors)} calls in a forward"
+            raise UnsupportedModelError("a linear layer that is not called once", got=got, expected="1", where=path)
+    return {path: id(tensors[0]) for path, tensors in entered.items()}
+
+
+def _skeleton(model: Any, where: str) -> Any:
+    """The same architecture without data, and without an adapter."""
+    from transformers import AutoModelForCausalLM
+
+    config = copy.deepcopy(model.config)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False).eval()  # type: ignore[no-untyped-call]
+    except (ValueError, KeyError) as error:
+        raise UnsupportedModelError(
+            "a model that transformers does not have", got=type(error).__name__, where=where
+        ) from error
+
+
+def _groups(layers: dict[str, Layer], inputs: dict[str, int]) -> tuple[Group, ...]:
+    """Layers by the tensor that enters them, in the order in which the block has them."""
+    by_input: dict[int, list[Layer]] = {}
+    for layer in layers.values():
+        by_input.setdefault(inputs[layer.path], []).append(layer)
+    return tuple(
+        Group(tuple(group), None, f"{i} in", f"{i} out", inner_in=False, inner_out=False)
+        for i, group in enumerate(by_input.values())
+    )

@@ -1,0 +1,21 @@
+"""Phi-3 and 4-mini: as Llama, with fused q,k,v and fused gate,up; rotary over a part of each head where it says so."""
+
+from typing import Any
+
+from obfuscatune.enclave.families.form import AttentionShape
+from obfuscatune.enclave.families.spec import FamilySpec, grouped_heads
+
+
+def _attention_shape(config: Any, layer: int) -> AttentionShape:
+    shape = grouped_heads(config)
+    partial = (config.rope_parameters or {}).get("partial_rotary_factor", 1.0)
+    return grouped_heads(config, rotary=int(shape.head_dim * partial))
+
+
+PHI3 = FamilySpec(
+    model_type="phi3",
+    first=("qkv_proj",),
+    up=("gate_up_proj",),
+    block_dropouts=("resid_attn_dropout", "resid_mlp_dropout"),
+    attention_shape=_attention_shape,
+)

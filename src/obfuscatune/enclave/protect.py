@@ -1,0 +1,228 @@
+"""``protect``, the door: keys a model's large layers onto a worker and gives the same model back."""
+
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from obfuscatune.enclave.families import Block, Decoder, read_decoder
+from obfuscatune.enclave.families.fit import fit
+from obfuscatune.enclave.keys import MasterSecret
+from obfuscatune.enclave.lazy import LazyWeights
+from obfuscatune.enclave.protected import Protected
+from obfuscatune.enclave.recipes.context import Keying
+from obfuscatune.enclave.recipes.linears import key_group
+from obfuscatune.enclave.recipes.stream import StreamRecipe
+from obfuscatune.enclave.recipes.whole import key_attention_part, key_mlp_part
+from obfuscatune.enclave.remote.body import RemoteBody
+from obfuscatune.enclave.remote.head import use_fast_head
+from obfuscatune.enclave.remote.held import HeldAdapter
+from obfuscatune.enclave.remote.linear import RemoteLinear
+from obfuscatune.enclave.remote.whole import RemotePart
+from obfuscatune.enclave.spawn import open_session
+from obfuscatune.errors import KeyFaultError, UnsupportedModelError, UsageError
+from obfuscatune.profiles import Profile, resolve
+
+
+def protect(
+    model: nn.Module,
+    *,
+    profile: str | Profile = "balanced",
+    worker: str = "spawn",
+    device: str | None = None,
+    threads: int | None = None,
+    timeout: float = 600.0,
+    secret: MasterSecret | None = None,
+    insecure_test_seed: int | None = None,
+    progress: bool = False,
+    weights: LazyWeights | None = None,
+    **switches: Any,
+) -> Protected:
+    """Run ``model`` between this process, the enclave, and a worker that sees only keyed weights and activations.
+
+    The model is changed in place: its large linear layers leave for the worker, keyed, and are gone from this process.
+    Only what stays can be trained: LoRA (PEFT), and embeddings, final norm and head where they require gradients. On
+    failure the model is as it was.
+
+    Args:
+        model: a causal language model of ``transformers``, or a PEFT model with plain LoRA around one; on the CPU, one
+            float dtype. Which profiles run which families is a table in docs/design.md.
+        profile: name of a profile, or a record; ``switches`` change single fields of it (``mlp="enclave"``).
+        worker: ``"spawn"`` for a process on this machine, or the address of one that runs: ``unix://PATH``,
+            ``tcp://HOST:PORT``.
+        device, threads: of a spawned worker; torch's default otherwise.
+        timeout: seconds to wait for each reply of the worker.
+        secret: master secret of an earlier session, to resume it bit for bit; a fresh one otherwise.
+        insecure_test_seed: makes the keys predictable, for tests only; refused with a TCP worker.
+        progress: show a bar while the weights are keyed.
+        weights: of a model made by `load_lazily`: its large weights, read and dropped again layer by layer.
+
+    Returns:
+        A context manager with ``.model``, ``.report()``, ``.create_optimizer()`` and ``.close()``.
+
+    Raises:
+        UsageError: options that do not fit, no worker at the address.
+        UnsupportedModelError: a model, configuration or adapter that cannot be run exactly.
+        WorkerFault: the worker failed.
+    """
+    resolved = resolve(profile, **switches)
+    causal_lm = _causal_lm(model)
+    _refuse_protected(causal_lm)
+    decoder = read_decoder(causal_lm)
+    resolved = fit(decoder, resolved, {name for name, value in switches.items() if value is not None})
+    _check_tensors(causal_lm)
+    keys = _master_secret(secret, insecure_test_seed, worker)
+    total = _base_parameters(model)
+    if not resolved.remote:
+        return Protected(model, resolved, None, None, keys, total_parameters=total, worker_parameters=0)
+    blocks = _leaving(decoder, resolved)
+    session = open_session(worker, timeout=timeout, threads=threads, device=device)
+    try:
+        session.hello()
+        held = HeldAdapter(session)
+        keying = Keying(session, resolved, causal_lm.config, keys, held, isinstance(model, PeftModel), weights)
+        recipe = _recipe(keying, decoder)
+        for block in _with_bar(blocks, progress):
+            recipe.key_block(block)
+            keying.close()
+        recipe.finish()
+        if resolved.attention == "worker" and getattr(causal_lm, "_supports_sdpa", False):
+            causal_lm.set_attn_implementation("sdpa")  # its masks say only what is allowed, and None for causal
+        keying.install()
+    except BaseException:
+        session.close()
+        raise
+    causal_lm.base_model.register_forward_pre_hook(keying.passes.begin, with_kwargs=True)
+    if resolved.attention == "worker":
+        _refuse_output(causal_lm, "output_attentions", 'attention weights stay on the worker: attention="enclave"')
+    if resolved.rotate_stream:
+        what = "the blocks' outputs stay on the worker: rotate_stream=False. The last hidden state is there"
+        _refuse_output(causal_lm, "output_hidden_states", what)
+    use_fast_head(causal_lm)
+    return Protected(
+        model,
+        resolved,
+        session,
+        held,
+        keys,
+        total_parameters=total,
+        worker_parameters=keying.worker_parameters,
+    )
+
+
+class _Recipe(Protocol):
+    """Keys and ships one block after the other, and notes what will stand in their places."""
+
+    def key_block(self, block: Block) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+class _ByPart:
+    """Attention and MLP each by its side: whole on the worker, or their linear layers alone."""
+
+    def __init__(self, keying: Keying) -> None:
+        self._keying = keying
+
+    def key_block(self, block: Block) -> None:
+        profile = self._keying.profile
+        whole = (("attention", profile.attention, key_attention_part), ("mlp", profile.mlp, key_mlp_part))
+        if not block.parts:
+            for group in block.groups:
+                key_group(self._keying, group)
+            return
+        for (_, side, key_part), groups in zip(whole, (block.groups[:2], block.groups[2:]), strict=True):
+            if side == "worker":
+                key_part(self._keying, block)
+                continue
+            for group in groups:
+                key_group(self._keying, group)
+
+    def finish(self) -> None:
+        """Nothing is of more than one block."""
+
+
+def _recipe(keying: Keying, decoder: Decoder) -> _Recipe:
+    return StreamRecipe(keying, decoder) if keying.profile.rotate_stream else _ByPart(keying)
+
+
+def _causal_lm(model: nn.Module) -> Any:
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not hasattr(base, "config"):
+        raise UnsupportedModelError(
+            "not a transformers model", got=type(base).__name__, expected="AutoModelForCausalLM.from_pretrained(...)"
+        )
+    return base
+
+
+def _refuse_protected(causal_lm: nn.Module) -> None:
+    if any(isinstance(module, RemoteLinear | RemotePart | RemoteBody) for module in causal_lm.modules()):
+        raise UnsupportedModelError("the model is protected already", hint="load it again to protect it anew")
+
+
+def _leaving(decoder: Decoder, profile: Profile) -> list[Block]:
+    """The blocks that leave for the worker."""
+    count = len(decoder.blocks)
+    if profile.enclave_blocks >= count:
+        raise UsageError(
+            "no block is left for the worker",
+            got=f"enclave_blocks={profile.enclave_blocks}",
+            expected=f"fewer than the model's {count}",
+            hint='profile="enclave" keeps all of it inside',
+        )
+    return decoder.blocks[profile.enclave_blocks :]
+
+
+def _check_tensors(model: nn.Module) -> None:
+    # PEFT keeps the adapter of a half-precision model in float32; the model itself has one dtype.
+    dtypes = {p.dtype for name, p in model.named_parameters() if p.is_floating_point() and "lora_" not in name}
+    devices = {p.device.type for p in model.parameters()}
+    if devices != {"cpu"}:
+        raise UnsupportedModelError("the enclave's model is on the CPU", got=sorted(devices), hint='model.to("cpu")')
+    if len(dtypes) != 1 or not dtypes <= {torch.float64, torch.float32, torch.bfloat16}:
+        expected = "float64, float32 or bfloat16, one for all"
+        raise UnsupportedModelError("dtype of the weights", got=sorted(str(d) for d in dtypes), expected=expected)
+
+
+def _master_secret(secret: MasterSecret | None, insecure_test_seed: int | None, worker: str) -> MasterSecret:
+    if insecure_test_seed is not None:
+        if secret is not None:
+            raise UsageError("secret and insecure_test_seed are both given", hint="choose one")
+        secret = MasterSecret.from_insecure_test_seed(insecure_test_seed)
+    if secret is not None and secret.is_test and worker.startswith("tcp:"):
+        raise KeyFaultError(
+            "a test seed is refused with a TCP worker", where=worker, hint="leave insecure_test_seed out"
+        )
+    return secret if secret is not None else MasterSecret.generate()
+
+
+def _base_parameters(model: nn.Module) -> int:
+    """Parameters of the model itself: no adapter, no anchor."""
+    skipped = ("lora_", ".anchor", "anchor_")
+    return sum(p.numel() for name, p in model.named_parameters() if not any(part in name for part in skipped))
+
+
+def _with_bar(blocks: list[Block], progress: bool) -> Iterable[Block]:
+    if not progress:
+        return blocks
+    from tqdm.auto import tqdm
+
+    bar: Iterable[Block] = tqdm(blocks, desc="keying weights", unit="block")
+    return bar
+
+
+def _refuse_output(model: Any, name: str, why: str) -> None:
+    """Refuse a forward that asks for an output which is on the worker, by its argument or by the configuration."""
+    reason, _, hint = why.partition(": ")
+
+    def check(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        wanted = kwargs.get(name)
+        if wanted is None:
+            wanted = getattr(model.config, name, None)
+        if wanted is not None and wanted is not False:  # a number may choose one of several, 0 the first
+            raise UnsupportedModelError(f"{name}: {reason}", hint=f"protect with {hint}")
+
+    for each in (model, model.base_model):  # the one without the head can be called alone
+        each.register_forward_pre_hook(check, with_kwargs=True)

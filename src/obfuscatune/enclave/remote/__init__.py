@@ -1,0 +1,1 @@
+"""What stands in the model for what has left: remote modules, LoRA slots, and the calls that both make."""

@@ -1,0 +1,106 @@
+"""The whole decoder body on the worker, in one call: the rotated residual stream (`stream`).
+
+What enters and leaves is the residual stream under one secret rotation, ``x* = x R``; where norms are LayerNorms it is
+centred first, ``x* = x C R`` with ``C = I - 11^T/d``. The mean of a row that C takes away is not seen by any LayerNorm,
+and neither by the final one, in the enclave; so all that is computed after it is that of the plain model.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from obfuscatune.enclave.folding import centre
+from obfuscatune.enclave.keys import decode, encode
+from obfuscatune.enclave.remote.cache import CacheMirror
+from obfuscatune.enclave.remote.calls import RemoteCall
+from obfuscatune.enclave.remote.linear import Placed
+from obfuscatune.enclave.remote.lora import Slot
+from obfuscatune.enclave.remote.passes import Passes
+from obfuscatune.enclave.remote.whole import add_cache, refuse_unknown
+
+
+class RemoteBody(nn.Module):
+    """Stands in the place of the first block that is on the worker, and does the work of all of them.
+
+    Sends ``x R``, or ``x C R``, and returns ``y R^-1``.
+
+    Args:
+        placed: its two keys are R, orthogonal. centred: whether C is there; rows that come back are centred then.
+        index: of the block, which is also the layer of the enclave's cache that mirrors all of the worker's.
+        slots: LoRA of all blocks.
+
+    Attributes:
+        gradient_checkpointing: set by ``transformers``, as on its own blocks; the worker recomputes then.
+    """
+
+    gradient_checkpointing = False
+
+    def __init__(
+        self,
+        placed: Placed,
+        *,
+        centred: bool,
+        mirror: CacheMirror,
+        passes: Passes,
+        index: int,
+        slots: Sequence[Slot],
+    ) -> None:
+        super().__init__()
+        self.placed, self._centred, self._slots = placed, centred, slots
+        self._mirror, self._passes, self._index = mirror, passes, index
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        past_key_values: Any = None,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        layer_past: Any = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Return ``[B, T, d]``. The order of arguments is that of GPT-2's blocks, the only ones called by position.
+
+        Raises:
+            UnsupportedModelError: an argument that is not understood, a mask with values other than allowed and
+            forbidden, an unknown kind of cache, or gradients through a cache filled by an earlier call.
+        """
+        placed = self.placed
+        refuse_unknown({"encoder_hidden_states": encoder_hidden_states, **kwargs}, placed.path)
+        rows = centre(hidden_states) if self._centred else hidden_states
+        call = RemoteCall(
+            placed.session,
+            placed.segment,
+            placed.path,
+            tensors={"x": encode(rows, placed.key_in)},
+            shapes={"y": tuple(hidden_states.shape)},
+            header={"recompute": self.gradient_checkpointing and self.training},
+        )
+        for slot in self._slots:
+            slot.contribute(call, None)
+        self._passes.add_mask(call, attention_mask)
+        self._passes.add_rotary(call, position_embeddings)
+        cache = past_key_values if past_key_values is not None else layer_past
+        if cache is not None:
+            add_cache(call, self._mirror, cache, self._index)
+        return decode(call.run()["y"], placed.key_out)
+
+
+class PassedBlock(nn.Module):
+    """Stands in the place of every later block of the body: gives what it gets."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return ``hidden_states``."""
+        return hidden_states
+
+
+def adopt(shell: nn.Module, block: nn.Module, parts: dict[str, dict[str, nn.Module]]) -> nn.Module:
+    """Give ``shell`` the children of ``block``, so that parameters keep their names, and return it.
+
+    Args:
+        parts: by name of a child that has left, what stays of its own children: PEFT's layers.
+    """
+    for name, child in block.named_children():
+        shell.add_module(name, nn.ModuleDict(parts[name]) if name in parts else child)
+    return shell

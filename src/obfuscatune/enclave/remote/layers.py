@@ -1,0 +1,57 @@
+"""The acts of replacing what has left: a linear layer, or a whole part."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from obfuscatune.enclave.families import Layer
+from obfuscatune.errors import UnsupportedModelError
+
+
+def adapters_by_name(*layers: Layer) -> dict[str, nn.Module]:
+    """PEFT's layers under the names they had, so that the adapter's parameters keep theirs."""
+    return {layer.name: layer.lora for layer in layers if layer.lora is not None}
+
+
+class Withdrawn(nn.Module):
+    """Stands where a plain weight was that is on the worker now, keyed."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self._path = path
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Refuse: the weight is not here."""
+        raise UnsupportedModelError("this weight is on the worker", where=self._path)
+
+
+def _refuse_merge(layer: Layer) -> None:
+    def merge(*args: Any, **kwargs: Any) -> None:
+        raise UnsupportedModelError(
+            "the adapter cannot be merged: the weight is on the worker",
+            where=layer.path,
+            hint="save_pretrained the adapter, and merge it into the original model",
+        )
+
+    layer.lora.merge = merge
+
+
+def replace_linear(layer: Layer, remote: nn.Module, *, with_lora: bool) -> None:
+    """Put ``remote`` in the layer's place; ``with_lora``: its call computes the LoRA too."""
+    if layer.lora is None:
+        setattr(layer.parent, layer.name, remote)
+        return
+    layer.lora.base_layer = remote
+    _refuse_merge(layer)
+    if with_lora:
+        # PEFT's layer stays, with its parameters, names and switches; only what it computes is done in one remote call.
+        layer.lora.forward = remote.forward
+
+
+def replace_part(parent: nn.Module, name: str, remote: nn.Module, layers: tuple[Layer, ...]) -> None:
+    """Put ``remote`` in the place of the child ``name`` of ``parent``, whose linear layers are ``layers``."""
+    for layer in layers:
+        if layer.lora is not None:
+            layer.lora.base_layer = Withdrawn(layer.path)
+            _refuse_merge(layer)
+    setattr(parent, name, remote)

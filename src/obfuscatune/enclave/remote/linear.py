@@ -1,0 +1,134 @@
+"""Remote linear layers: ``y = x W + b`` with W on the worker, keyed on both sides; those that share x in one call."""
+
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from obfuscatune.enclave.freivalds import Check
+from obfuscatune.enclave.keys import Key, decode, encode
+from obfuscatune.enclave.remote.calls import RemoteCall
+from obfuscatune.enclave.remote.held import HeldSlot
+from obfuscatune.enclave.remote.lora import Slot
+from obfuscatune.enclave.remote.norms import FoldedNorm
+from obfuscatune.enclave.session import Session
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Placed:
+    """A segment on the worker, and what the enclave needs to use it.
+
+    Attributes:
+        segment, path: its name on the worker, and in the model, for messages.
+        key_in, key_out: of what enters and leaves. norm: that was folded into it, if any.
+    """
+
+    session: Session
+    segment: str
+    path: str
+    key_in: Key
+    key_out: Key
+    norm: FoldedNorm | None
+
+    def rows(self, x: Tensor) -> Tensor:
+        """Return what is keyed: x itself, or where its norm is folded the normalized rows that it came from."""
+        return x if self.norm is None else self.norm.rows_of(x, self.path)
+
+
+@dataclass(slots=True)
+class _Results:
+    """Outputs of one call, until each layer has taken its own."""
+
+    x: "weakref.ref[Tensor]"
+    version: int
+    grad: bool
+    outputs: dict[int, Tensor]
+
+
+class LinearGroup(ABC):
+    """Layers that share one input. The first that is asked for an x makes the call; the others take what came back.
+
+    Args:
+        widths: columns of each layer.
+    """
+
+    def __init__(self, placed: Placed, widths: Sequence[int]) -> None:
+        self.placed, self.widths = placed, list(widths)
+        self._results: _Results | None = None
+
+    def output(self, x: Tensor, member: int) -> Tensor:
+        """Return ``x W`` ``[..., out]`` of one layer, its bias not added; x ``[..., in]``."""
+        found = self._results
+        if (
+            found is None
+            or found.x() is not x
+            or found.version != x._version
+            or found.grad != torch.is_grad_enabled()
+            or member not in found.outputs
+        ):
+            outputs = dict(enumerate(self.outputs(x)))
+            found = self._results = _Results(weakref.ref(x), x._version, torch.is_grad_enabled(), outputs)
+        y = found.outputs.pop(member)
+        if not found.outputs:
+            self._results = None
+        return y
+
+    @abstractmethod
+    def outputs(self, x: Tensor) -> Sequence[Tensor]:
+        """Make the call, and return the un-keyed output of each layer, with what LoRA slots add to it."""
+
+
+class KeyedGroup(LinearGroup):
+    """Sends ``x* = x R_in``, receives ``y* = x* W*`` with ``W* = R_in^-1 W R_out``, returns ``y* R_out^-1``.
+
+    Args:
+        check: verifies every product, where the profile says so. slots: LoRA that PEFT's own layers do not compute.
+    """
+
+    def __init__(self, placed: Placed, widths: Sequence[int], *, check: Check | None, slots: dict[int, Slot]) -> None:
+        super().__init__(placed, widths)
+        self._check, self.slots = check, slots
+
+    def outputs(self, x: Tensor) -> Sequence[Tensor]:
+        """Make the call for x ``[..., in]``."""
+        placed = self.placed
+        call = RemoteCall(
+            placed.session,
+            placed.segment,
+            placed.path,
+            tensors={"x": encode(placed.rows(x), placed.key_in)},
+            shapes={"y": (*x.shape[:-1], placed.key_out.size)},
+            check=self._check,
+        )
+        for slot in self.slots.values():
+            slot.contribute(call, x)
+        y = decode(call.run()["y"], placed.key_out)
+        return torch.split(y, self.widths, dim=-1) if len(self.widths) > 1 else (y,)
+
+
+class RemoteLinear(nn.Module):
+    """Stands for a linear layer of the model, or for the base layer within PEFT's LoRA layer.
+
+    Args:
+        group, member: the call that it takes part in, and its place there.
+        bias: ``[out]``, in the enclave; with folded norms it holds the norm's bias too. None for none.
+    """
+
+    def __init__(self, group: LinearGroup, member: int, bias: Tensor | None) -> None:
+        super().__init__()
+        self.bias: Tensor | None
+        self.register_buffer("bias", bias, persistent=False)
+        self.group, self.member = group, member
+        self.in_features, self.out_features = group.placed.key_in.size, group.widths[member]
+        slot = group.slots.get(member) if isinstance(group, KeyedGroup) else None
+        if isinstance(slot, HeldSlot):
+            self.anchor = slot.anchor
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return ``[..., out]`` for x ``[..., in]``."""
+        y = self.group.output(x, self.member)
+        return y if self.bias is None else y + self.bias

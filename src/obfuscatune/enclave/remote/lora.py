@@ -1,0 +1,249 @@
+r"""LoRA that is computed in part on the worker: what each slot contributes to a call.
+
+Plain PEFT computes ``y = x W + s (x A) B``. Where x and y both are in the enclave, PEFT's own layer does that around
+the remote linear. Where one of them is not, a *slot* of the call does it, and says what crosses. Rotated by a secret S
+of the r low-rank numbers:
+
+* :class:`SplitInput` (the first layers of a part): ``u = s (x A) S`` and ``B* = S^-1 B R`` are sent, ``u B*`` is added
+  there;
+* :class:`SplitOutput` (the last layer of a part): ``A* = R^-1 A S`` is sent, ``v = x* A*`` comes back, and
+  ``s (v S^-1) B`` is added here;
+* :class:`PushedPair` (all layers, where the whole body is there): ``A* = R_in^-1 A S`` and ``B* = s S^-1 B R_out`` are
+  sent, ``(x* A*) B*`` is added there; no numbers of a token cross;
+* ``HeldSlot`` (`held.py`): the worker has both factors, and trains them.
+
+The first three are differentiable, so that the gradients of A and B arrive in plain coordinates, and training equals
+plain PEFT.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from obfuscatune.enclave.families import Layer
+from obfuscatune.enclave.folding import centre
+from obfuscatune.enclave.keys import Key, decode, encode
+from obfuscatune.enclave.remote.calls import RemoteCall
+from obfuscatune.enclave.remote.passes import Passes
+from obfuscatune.errors import UnsupportedModelError
+
+RankKey = Callable[[int], Key]
+
+
+class Slot(ABC):
+    """A place in a segment where a low-rank product is added."""
+
+    def __init__(self, name: str, layer: Layer) -> None:
+        self.name, self.layer = name, layer
+        self.lora: Any = layer.lora
+
+    @abstractmethod
+    def contribute(self, call: RemoteCall, x: Tensor | None) -> None:
+        """Add to ``call`` what this slot sends. x: the layer's plain input ``[..., in]``, where the enclave has it."""
+
+    def finish(self, outputs: dict[str, Tensor]) -> Tensor | None:
+        """Return what the enclave adds to the un-keyed output ``[..., out]`` from the reply; None for nothing."""
+        return None
+
+    def active(self) -> str | None:
+        """Name of the adapter in use, or None where adapters are disabled.
+
+        Raises:
+            UnsupportedModelError: several at once, a merged one, or another one for each row of a batch.
+        """
+        self.refuse_hooks()
+        if self.lora.disable_adapters or not self.lora.active_adapters:
+            return None
+        if len(self.lora.active_adapters) != 1 or self.lora.merged:
+            raise UnsupportedModelError(
+                "more than one active adapter, or a merged one", where=self.layer.path, hint="model.set_adapter(NAME)"
+            )
+        name: str = self.lora.active_adapters[0]
+        return name if name in self.lora.lora_A else None
+
+    def refuse_hooks(self) -> None:
+        """Refuse adapters by row: PEFT tells its layers of them by a hook, and they are not called here."""
+        if self.lora._forward_pre_hooks:
+            raise UnsupportedModelError("adapter_names, or another hook on a LoRA layer", where=self.layer.path)
+
+
+@dataclass(slots=True, repr=False)  # a repr would show a factor
+class _Sent:
+    """A factor as the worker has it: of which parameter, in which version and value, compared in which pass."""
+
+    parameter: Tensor
+    version: int
+    scale: float
+    value: Tensor
+    number: int
+
+    def is_of(self, parameter: Tensor, scale: float, number: int) -> bool:
+        """Whether the worker still has this parameter's value.
+
+        A version counter tells of most changes at once. One of ``parameter.data`` it does not, so values are compared
+        too, once in each pass.
+        """
+        if self.parameter is not parameter or self.version != parameter._version or self.scale != scale:
+            return False
+        if self.number != number:
+            if not torch.equal(parameter, self.value):
+                return False
+            self.number = number
+        return True
+
+
+class _Pushing(Slot):
+    """Slots of which a keyed factor is pushed to the worker whenever it changed."""
+
+    def __init__(self, name: str, layer: Layer, passes: Passes, rank_key: RankKey) -> None:
+        super().__init__(name, layer)
+        self._passes, self._make_rank_key = passes, rank_key
+        self._rank_keys: dict[int, Key] = {}
+        self._sent: dict[str, _Sent] = {}
+
+    def rank_key(self, rank: int) -> Key:
+        """S: a secret rotation of the r low-rank numbers, one per rank in use."""
+        if rank not in self._rank_keys:
+            self._rank_keys[rank] = self._make_rank_key(rank)
+        return self._rank_keys[rank]
+
+    def columns(self, b: Tensor) -> Tensor:
+        """B ``[out, r]`` with its outputs in canonical order."""
+        return b if self.layer.columns is None else b.index_select(0, self.layer.columns)
+
+    def push(
+        self, call: RemoteCall, name: str, parameter: Tensor, keyed: dict[str, Callable[[], Tensor]], scale: float = 1.0
+    ) -> None:
+        """Add keyed factors of one parameter to a call, where they are needed: because they changed, or for a gradient.
+
+        Args:
+            name: of the parameter in this slot. keyed: by kind (``A``, ``B``, ``c``), how each factor is made of it.
+            scale: a number that is in the factor too.
+        """
+        sent = self._sent.get(name)
+        changed = sent is None or not sent.is_of(parameter, scale, self._passes.number)
+        for kind, make in keyed.items():
+            wire = f"{kind}.{self.name}"
+            call.factors.append(wire)
+            if changed or (torch.is_grad_enabled() and parameter.requires_grad):
+                call.tensors[wire] = make().to(call.dtype)
+            if changed:
+                call.push.add(wire)
+        if changed:
+            now = _Sent(parameter, parameter._version, scale, parameter.detach().clone(), self._passes.number)
+            # Until the worker has answered it is sent again.
+            call.when_sent.append(lambda: self._sent.update({name: now}))
+
+
+class SplitInput(_Pushing):
+    """LoRA whose output stays on the worker. ``key``: R, under which the layer's columns are there."""
+
+    def __init__(self, name: str, layer: Layer, passes: Passes, rank_key: RankKey, key: Key) -> None:
+        super().__init__(name, layer, passes, rank_key)
+        self._key = key
+
+    def contribute(self, call: RemoteCall, x: Tensor | None) -> None:
+        """Send ``u`` ``[..., r]`` and, where needed, ``B*`` ``[r, out]``."""
+        adapter = self.active()
+        if adapter is None or x is None:
+            return
+        a, b = self.lora.lora_A[adapter].weight, self.lora.lora_B[adapter].weight
+        rank_key = self.rank_key(a.shape[0])
+        product = self.lora.lora_dropout[adapter](x.to(a.dtype)) @ a.T
+        call.tensors[f"u.{self.name}"] = encode(product * self.lora.scaling[adapter], rank_key).to(call.dtype)
+        self.push(call, "B", b, {"B": lambda: encode(encode(self.columns(b), rank_key).T, self._key)})
+
+
+class SplitOutput(_Pushing):
+    """LoRA whose input stays on the worker. ``key``: R, under which that input is there.
+
+    ``offset`` is what the true input has more than the worker's, ``[in]`` (see ``folding.key_attention``).
+    """
+
+    def __init__(
+        self, name: str, layer: Layer, passes: Passes, rank_key: RankKey, key: Key, offset: Tensor | None = None
+    ) -> None:
+        super().__init__(name, layer, passes, rank_key)
+        self._key, self._offset = key, offset
+        self._adapter: str | None = None
+
+    def contribute(self, call: RemoteCall, x: Tensor | None) -> None:
+        """Send, where needed, ``A*`` ``[in, r]``, and ask for ``v`` ``[..., r]``."""
+        self._adapter = self.active()
+        if self._adapter is None:
+            return
+        a = self.lora.lora_A[self._adapter].weight
+        rank_key = self.rank_key(a.shape[0])
+        self.push(call, "A", a, {"A": lambda: encode(self._key.apply_inverse_transpose(a).T, rank_key)})
+        call.shapes[f"v.{self.name}"] = (*call.rows, a.shape[0])
+
+    def finish(self, outputs: dict[str, Tensor]) -> Tensor | None:
+        """Return ``s (x A) B``."""
+        if self._adapter is None:
+            return None
+        a, b = self.lora.lora_A[self._adapter].weight, self.lora.lora_B[self._adapter].weight
+        low_rank = decode(outputs[f"v.{self.name}"].to(a.dtype), self.rank_key(a.shape[0]))
+        if self._offset is not None:
+            low_rank = low_rank + self._offset.to(a.dtype) @ a.T
+        product: Tensor = (low_rank * self.lora.scaling[self._adapter]) @ b.T
+        return product
+
+
+class PushedPair(_Pushing):
+    """LoRA whose input and output both stay on the worker: ``y* += (x* A* + c) B*``.
+
+    ``A* = R_in^-1 diag(gain) A S``, ``c = shift A S`` and ``B* = s S^-1 B R_out``: the true input is
+    ``x* R_in^-1 diag(gain) + shift``.
+
+    Args:
+        key_in: R_in. key_out: R_out.
+        gain, shift: ``[in]``, None where they are 1 and 0.
+        centred_in, centred_out: whether input or output is of a centred residual stream; ``diag(gain) A`` or B is
+            centred then.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        layer: Layer,
+        passes: Passes,
+        rank_key: RankKey,
+        *,
+        key_in: Key,
+        key_out: Key,
+        gain: Tensor | None = None,
+        shift: Tensor | None = None,
+        centred_in: bool = False,
+        centred_out: bool = False,
+    ) -> None:
+        super().__init__(name, layer, passes, rank_key)
+        self._key_in, self._key_out, self._gain, self._shift = key_in, key_out, gain, shift
+        self._centred_in, self._centred_out = centred_in, centred_out
+
+    def contribute(self, call: RemoteCall, x: Tensor | None) -> None:
+        """Send the factors that are needed."""
+        adapter = self.active()
+        if adapter is None:
+            return
+        a, b = self.lora.lora_A[adapter].weight, self.lora.lora_B[adapter].weight
+        scale = float(self.lora.scaling[adapter])
+        rank_key = self.rank_key(a.shape[0])
+
+        def keyed_a() -> Tensor:
+            gained = a if self._gain is None else a * self._gain.to(a.dtype)
+            gained = centre(gained) if self._centred_in else gained
+            return encode(self._key_in.apply_inverse_transpose(gained).T, rank_key)
+
+        def keyed_b() -> Tensor:
+            rows = encode(self.columns(b) * scale, rank_key).T
+            return encode(centre(rows) if self._centred_out else rows, self._key_out)
+
+        of_a: dict[str, Callable[[], Tensor]] = {"A": keyed_a}
+        if (shift := self._shift) is not None:
+            of_a["c"] = lambda: encode(shift.to(a.dtype) @ a.T, rank_key)
+        self.push(call, "A", a, of_a)
+        self.push(call, "B", b, {"B": keyed_b}, scale)

@@ -1,0 +1,64 @@
+"""A norm whose gain and bias are folded into the next remote layer, and which still gives what it gave.
+
+The worker gets the normalized rows, the LoRA of plain PEFT sees the norm's own output: both are needed, and dividing
+by a small gain to get from one to the other would lose precision. The rows are handed to whoever keys them by
+:meth:`FoldedNorm.rows_of`.
+"""
+
+import weakref
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from obfuscatune.enclave.families import Norm
+from obfuscatune.errors import UnsupportedModelError
+from obfuscatune.protocol.norms import rms_rows
+
+
+class FoldedNorm(nn.Module):
+    """``x = x^ * gain + bias``: gives x, and hands over ``x^`` when asked for the rows of that very x.
+
+    Keeps the parameters' names of the norm it replaces. They are frozen: their keyed copies are on the worker.
+    """
+
+    def __init__(self, norm: Norm) -> None:
+        super().__init__()
+        self.weight = norm.module.weight
+        if norm.shift is not None:
+            self.bias = norm.module.bias
+        self._kind, self._eps = norm.kind, norm.eps
+        self._last: tuple[weakref.ref[Tensor], Tensor] | None = None
+        for parameter in self.parameters():
+            parameter.requires_grad_(False)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Return the norm's own output ``[..., d]``."""
+        if self._kind == "layernorm":
+            rows = F.layer_norm(hidden_states, hidden_states.shape[-1:], eps=self._eps)
+            output = (
+                rows * self.weight if "bias" not in self._parameters else torch.addcmul(self.bias, rows, self.weight)
+            )
+        elif self._kind == "rmsnorm":
+            rows = rms_rows(hidden_states, self._eps)
+            output = self.weight * rows
+        else:
+            rows = rms_rows(hidden_states, self._eps)
+            output = rows * (1 + self.weight)
+        self._last = weakref.ref(output), rows
+        return output
+
+    def rows_of(self, output: Tensor, layer: str) -> Tensor:
+        """Return the normalized rows that ``output`` came from, and forget them.
+
+        Raises:
+            UnsupportedModelError: ``output`` is not what this norm gave last: something stands between the two.
+        """
+        last, self._last = self._last, None
+        if last is None or last[0]() is not output:
+            raise UnsupportedModelError(
+                "input of a remote layer did not come from its norm",
+                where=layer,
+                hint="something wraps the layer; fold_norms=False does without the norm's normalized rows",
+            )
+        return last[1]

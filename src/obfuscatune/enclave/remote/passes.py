@@ -1,0 +1,108 @@
+"""What all calls of one forward pass share: masks and rotary tables, each sent once, and the number of the pass.
+
+A causal language model hands the same mask and the same cos and sin to every block. A call names them by a number, and
+only the first one brings them along; the worker is told to forget them when they are gone here. They tell it positions
+and padding, which the shapes and the attention map tell it anyhow, and nothing of the tokens.
+"""
+
+import itertools
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from obfuscatune.enclave.remote.calls import RemoteCall
+from obfuscatune.enclave.session import Session
+from obfuscatune.errors import UnsupportedModelError
+from obfuscatune.protocol.bits import pack_mask
+
+
+class Passes:
+    """Numbers the forward passes of one model, and the tensors that their calls share."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._numbers = itertools.count(1)
+        self._shared: dict[int, tuple[weakref.ref[Tensor], int, int, list[int]]] = {}
+        self.number = 0
+
+    def begin(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Count a pass: a forward pre-hook of the model. A step that goes on from a cache counts with the last one.
+
+        LoRA factors that are pushed are compared with what the worker has once in each pass, not at each call.
+        """
+        cache = kwargs.get("past_key_values")
+        if torch.is_grad_enabled() or cache is None or not cache.get_seq_length():
+            self.number += 1
+
+    def add_mask(self, call: RemoteCall, mask: Tensor | None) -> None:
+        """Tell a call of the mask that ``transformers`` gave, in one of its forms.
+
+        Raises:
+            UnsupportedModelError: a mask with values other than allowed and forbidden.
+        """
+        if mask is None:
+            return
+        number, shape, new = self._number(mask)
+        if new:
+            allowed = _allowed(mask, call.layer)
+            shape[:] = allowed.shape
+            call.extras["mask"] = pack_mask(allowed)
+        call.header["mask"] = {"id": number, "shape": list(shape)}
+        self._when_sent(call, mask, number, shape, new)
+
+    def add_rotary(self, call: RemoteCall, tables: tuple[Tensor, Tensor] | None) -> None:
+        """Tell a call of cos and sin ``[1 or B, T, n]``, as the model's own rotary module gave them."""
+        if tables is None:
+            return
+        cos, sin = tables
+        number, shape, new = self._number(cos)
+        if new:
+            call.extras |= {"cos": cos.detach().contiguous(), "sin": sin.detach().contiguous()}
+        call.header["rotary"] = {"id": number}
+        self._when_sent(call, cos, number, shape, new)
+
+    def _number(self, tensor: Tensor) -> tuple[int, list[int], bool]:
+        """Number and shape under which the worker has the tensor, and whether it has yet to get it."""
+        known = self._shared.get(id(tensor))
+        if known is not None and known[0]() is tensor and known[1] == tensor._version:
+            return known[2], known[3], False
+        return next(self._numbers), [], True
+
+    def _when_sent(self, call: RemoteCall, tensor: Tensor, number: int, shape: list[int], new: bool) -> None:
+        if new:
+            call.when_sent.append(lambda: self._remember(tensor, number, shape))
+
+    def _remember(self, tensor: Tensor, number: int, shape: list[int]) -> None:
+        key = id(tensor)
+        if key in self._shared:  # the same tensor, changed in place
+            self._session.drop("shared", self._shared.pop(key)[2])
+
+        def forget(_: Any) -> None:
+            if key in self._shared and self._shared[key][2] == number:
+                del self._shared[key]
+            self._session.drop("shared", number)
+
+        self._shared[key] = weakref.ref(tensor, forget), tensor._version, number, shape
+
+
+def _allowed(mask: Tensor, layer: str) -> Tensor:
+    """Return a bool ``[B, 1, T, S]`` mask, True where attention is allowed, from the forms transformers makes."""
+    if mask.dtype != torch.bool:
+        allowed = mask == 0
+        if not (allowed | (mask <= torch.finfo(mask.dtype).min / 2)).all():
+            raise UnsupportedModelError(
+                "an additive attention bias",
+                where=layer,
+                expected="0 or the dtype's least value",
+                hint="attention=enclave",
+            )
+        mask = allowed
+    if mask.ndim != 4:
+        raise UnsupportedModelError("attention mask", got=f"{mask.ndim} dimensions", expected="4", where=layer)
+    if mask.shape[1] != 1:
+        raise UnsupportedModelError(
+            "a mask of each head", got=f"{mask.shape[1]} heads", where=layer, hint="attention=enclave"
+        )
+    return mask

@@ -1,0 +1,138 @@
+"""Whole parts on the worker: attention with its KV cache, and the MLP with its activation.
+
+Both key one input, get one output, and split the LoRA of their layers: what enters the first ones as low-rank numbers,
+what leaves the last one likewise. They keep PEFT's layers as children under their old names, so that parameters and
+state-dict keys are those of the plain model.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from obfuscatune.enclave.keys import decode, encode
+from obfuscatune.enclave.remote.cache import CacheMirror
+from obfuscatune.enclave.remote.calls import RemoteCall
+from obfuscatune.enclave.remote.held import HeldSlot
+from obfuscatune.enclave.remote.linear import Placed
+from obfuscatune.enclave.remote.lora import Slot
+from obfuscatune.enclave.remote.passes import Passes
+from obfuscatune.errors import UnsupportedModelError
+
+# Arguments of a decoder block that say nothing which masks, rotary tables and the cache do not say already.
+_KNOWN = frozenset({"position_ids", "cache_position", "use_cache", "num_items_in_batch"})
+
+
+class RemotePart(nn.Module):
+    """Base of both: ``y = decode(worker(encode(x))) + b``, and LoRA.
+
+    Args:
+        bias: ``[d]``, added here; None for none. dropout: the model's own on the part's output, here too.
+        slots: LoRA of the part's layers. children: PEFT's layers by old name.
+    """
+
+    def __init__(
+        self,
+        placed: Placed,
+        *,
+        bias: Tensor | None,
+        dropout: nn.Module | None,
+        slots: Sequence[Slot],
+        children: dict[str, nn.Module],
+    ) -> None:
+        super().__init__()
+        self.bias: Tensor | None
+        self.register_buffer("bias", bias, persistent=False)
+        self.placed, self._dropout, self._slots = placed, dropout, slots
+        for name, child in children.items():
+            self.add_module(name, child)
+        for slot in slots:
+            if isinstance(slot, HeldSlot):
+                self.register_parameter(f"anchor_{slot.name}", slot.anchor)
+
+    def call(self, x: Tensor) -> RemoteCall:
+        """Return the call for x ``[..., d]``, with what LoRA contributes to it."""
+        placed = self.placed
+        call = RemoteCall(
+            placed.session,
+            placed.segment,
+            placed.path,
+            tensors={"x": encode(placed.rows(x), placed.key_in)},
+            shapes={"y": (*x.shape[:-1], placed.key_out.size)},
+        )
+        for slot in self._slots:
+            slot.contribute(call, x)
+        return call
+
+    def finish(self, call: RemoteCall) -> Tensor:
+        """Do the call and return the part's output ``[..., d]``."""
+        outputs = call.run()
+        y = decode(outputs["y"], self.placed.key_out)
+        y = y if self.bias is None else y + self.bias
+        for slot in self._slots:
+            if (added := slot.finish(outputs)) is not None:
+                y = y + added.to(y.dtype)
+        return y if self._dropout is None else self._dropout(y)
+
+
+class RemoteMlp(RemotePart):
+    """The MLP on the worker."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Return ``[..., d]``."""
+        return self.finish(self.call(hidden_states))
+
+
+class RemoteAttention(RemotePart):
+    """Attention on the worker, its KV cache too. ``index``: of the layer in the cache."""
+
+    def __init__(self, placed: Placed, *, mirror: CacheMirror, passes: Passes, index: int, **parts: Any) -> None:
+        super().__init__(placed, **parts)
+        self._mirror, self._passes, self._index = mirror, passes, index
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        past_key_values: Any = None,
+        layer_past: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """Return ``[B, T, d]`` and None: attention weights never come back.
+
+        Raises:
+            UnsupportedModelError: an argument that is not understood, a mask with values other than allowed and
+            forbidden, an unknown kind of cache, or gradients through a cache filled by an earlier call.
+        """
+        refuse_unknown(kwargs, self.placed.path)
+        call = self.call(hidden_states)
+        self._passes.add_mask(call, attention_mask)
+        self._passes.add_rotary(call, position_embeddings)
+        cache = past_key_values if past_key_values is not None else layer_past
+        if cache is not None:
+            add_cache(call, self._mirror, cache, self._index)
+        return self.finish(call), None
+
+
+def add_cache(call: RemoteCall, mirror: CacheMirror, cache: Any, index: int) -> None:
+    """Tell a call of ``[B, T, d]`` rows from which cached tokens it goes on."""
+    batch, new = call.rows
+    call.header["cache"] = mirror.request(cache, index, batch, new, call.layer, continued=not call.trains())
+
+
+def refuse_unknown(arguments: dict[str, Any], layer: str) -> None:
+    """Refuse arguments of a forward that nothing here would heed, by name.
+
+    Raises:
+        UnsupportedModelError: an argument other than None that is not known to say nothing new.
+    """
+    unknown = sorted(name for name, value in arguments.items() if value is not None and name not in _KNOWN)
+    unknown = [name for name in unknown if arguments[name] is not False]
+    if unknown:
+        raise UnsupportedModelError(
+            "an argument of the model's forward is not understood where attention runs on the worker",
+            got=", ".join(unknown),
+            where=layer,
+            hint='leave it out, or protect with attention="enclave"',
+        )
