@@ -5,13 +5,13 @@ that get the very same tensor travel in one call. That is all that profiles need
 between the layers stays the model's own code, in the enclave. What is not understood is refused, by name.
 """
 
-import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from obfuscatune.enclave.families.empty import empty_model
 from obfuscatune.enclave.families.form import Block, Decoder, Group, Layer, find_layer
 from obfuscatune.errors import UnsupportedModelError
 
@@ -99,7 +99,7 @@ def _trace(model: Any, paths: list[str], where: str) -> dict[str, int]:
     Raises:
         UnsupportedModelError: a model that cannot be run without data, or a layer that is not called just once.
     """
-    skeleton = _skeleton(model, where)
+    skeleton = empty_model(model.config)
     entered: dict[str, list[Tensor]] = {path: [] for path in paths}
     for path in paths:
         skeleton.get_submodule(path).register_forward_pre_hook(
@@ -119,20 +119,6 @@ def _trace(model: Any, paths: list[str], where: str) -> dict[str, int]:
             got = f"{len(tensors)} calls in a forward"
             raise UnsupportedModelError("a linear layer that is not called once", got=got, expected="1", where=path)
     return {path: id(tensors[0]) for path, tensors in entered.items()}
-
-
-def _skeleton(model: Any, where: str) -> Any:
-    """The same architecture without data, and without an adapter."""
-    from transformers import AutoModelForCausalLM
-
-    config = copy.deepcopy(model.config)
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False).eval()  # type: ignore[no-untyped-call]
-    except (ValueError, KeyError) as error:
-        raise UnsupportedModelError(
-            "a model that transformers does not have", got=type(error).__name__, where=where
-        ) from error
 
 
 def _groups(layers: dict[str, Layer], inputs: dict[str, int]) -> tuple[Group, ...]:

@@ -1,0 +1,31 @@
+"""A model of a configuration without data: its modules and shapes, on the meta device."""
+
+import copy
+from typing import Any
+
+import torch
+
+from obfuscatune.errors import UnsupportedModelError
+
+
+def empty_model(config: Any, dtype: torch.dtype | None = None) -> Any:
+    """Return the causal language model of a ``transformers`` configuration, in evaluation mode; takes no memory.
+
+    Raises:
+        UnsupportedModelError: ``transformers`` has none of that configuration.
+    """
+    from transformers import AutoModelForCausalLM
+
+    more = {} if dtype is None else {"dtype": dtype}
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                copy.deepcopy(config), trust_remote_code=False, **more
+            )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UnsupportedModelError(
+            "not the configuration of a causal language model that transformers has",
+            got=f"{type(config).__name__}, {type(error).__name__}",
+            where=str(getattr(config, "model_type", "model_type missing")),
+        ) from error
+    return model.eval()
