@@ -66,7 +66,8 @@ def test_no_dataclass_of_the_package_shows_a_tensor_in_its_repr() -> None:
         for thing in vars(module).values():
             if not (isinstance(thing, type) and dataclasses.is_dataclass(thing) and thing.__module__ == info.name):
                 continue
-            if any("Tensor" in str(field.type) for field in dataclasses.fields(thing)):
+            hints = [re.sub(r"Callable\[.*Tensor\]", "", str(field.type)) for field in dataclasses.fields(thing)]
+            if any("Tensor" in hint for hint in hints):  # a function that makes one shows none
                 seen += 1
                 if "__repr__" in vars(thing):
                     faults.append(f"{info.name}.{thing.__name__}")

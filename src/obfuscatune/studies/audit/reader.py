@@ -16,7 +16,7 @@ _CALLS = ("forward", "backward", "multiply")
 _PUSHED = ("A.", "B.", "c.")
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False)
 class _Session:
     """What the worker has of a session so far: segments, pushed factors, and what calls of a pass share."""
 
