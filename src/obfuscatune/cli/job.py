@@ -19,7 +19,7 @@ from obfuscatune.cli.connecting import EnclaveOptions, PolicyOptions, attested_i
 from obfuscatune.cli.options import ConfigOptions, argument, option, takes
 from obfuscatune.errors import ConsentError, ObfuscatuneError, SealError, UsageError
 from obfuscatune.profiles import PROFILES
-from obfuscatune.training.settings import TrainingSettings
+from obfuscatune.settings import TrainingSettings
 
 if TYPE_CHECKING:
     from obfuscatune.parties.channel.client import AttestedChannel
@@ -281,7 +281,7 @@ def _digest(text: str) -> str:
 
 
 def _roles(values: list[str]) -> Any:
-    from obfuscatune.parties.terms import ROLES
+    from obfuscatune.parties.vocabulary import ROLES
 
     given = [name for value in values for name in value.replace(",", " ").split()]
     unknown = sorted(set(given) - set(ROLES))

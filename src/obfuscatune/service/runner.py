@@ -30,10 +30,10 @@ from obfuscatune.profiles import resolve
 from obfuscatune.service.model import open_model
 from obfuscatune.service.scratch import ram_directory
 from obfuscatune.service.store import Store
+from obfuscatune.training.arguments import add_adapter, training_arguments
 from obfuscatune.training.checkpoints import load_keys, save_adapter
 from obfuscatune.training.completion import complete
 from obfuscatune.training.data import Collator, check_text, encode_rows, read_objects, read_rows
-from obfuscatune.training.settings import add_adapter, training_arguments
 from obfuscatune.training.trainer import ProtectedTrainer
 
 MAX_DATA_BYTES = 4 << 30
