@@ -4,7 +4,7 @@ r"""A17, fingerprints: a token's attention to itself, over layers and heads, is 
 those of a base on public text, the nearest first. Where biases of keys are replaced (they cancel in the softmax), a
 row's mean over what it attends to is subtracted; where heads are in a secret order, each layer's values are sorted.
 
-Source: our security analysis.
+Source: A17 in docs/security.md.
 """
 
 from collections.abc import Callable
@@ -63,7 +63,7 @@ ATTACK = Attack(
     id="A17",
     title="attention fingerprint",
     needs="B",
-    source="our security analysis",
+    source="A17 in docs/security.md",
     metric="share of the target's tokens",
     chance="the most frequent token's share",
     run=_run,

@@ -10,7 +10,7 @@ is refined,
 R is found up to one sign, which no product of two of its columns shows. Between two sessions of one model nothing of
 this is approximate: it gives R1^T R2 (see A12).
 
-Source: our security analysis.
+Source: A5 in docs/security.md.
 """
 
 from collections.abc import Iterator
@@ -97,7 +97,7 @@ ATTACK = Attack(
     id="A5",
     title="gauge of heads",
     needs="B",
-    source="our security analysis",
+    source="A5 in docs/security.md",
     metric="1 - |R^ - R| / (sqrt(2) |R|) of the key before q, k, v, up to its sign",
     chance="0: a random rotation",
     run=_run,

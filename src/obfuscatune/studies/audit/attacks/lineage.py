@@ -5,7 +5,7 @@ trained, and how deep in it the weight is: two models of one kind agree in that,
 logarithms when a moving average is taken away, in units of the mean distance between neighbours there, is a weight's
 own, and fine-tuning keeps it. Where head keys change the values of q, k, v and of the output, the MLP's remain.
 
-Source: arXiv 2510.06738, arXiv 2512.03620; without their trend, our security analysis.
+Source: arXiv 2510.06738, arXiv 2512.03620; without their trend, A6 in docs/security.md.
 """
 
 import torch

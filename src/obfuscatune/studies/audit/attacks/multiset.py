@@ -4,7 +4,7 @@ Under ``W1* = R^T W1 P``, ``b1* = b1 P``, ``W2* = P^T W2 R'`` a neuron shows its
 and of its row of W2. They are matched with a public base's, the nearest triple first. Then R follows by Procrustes,
 and with it whole columns are matched, in turns.
 
-Source: arXiv 2505.18332 for rows of activations; on weights, our security analysis.
+Source: arXiv 2505.18332 for rows of activations; on weights, A16 in docs/security.md.
 """
 
 from dataclasses import dataclass
@@ -77,7 +77,7 @@ ATTACK = Attack(
     id="A16",
     title="matching of neurons",
     needs="B",
-    source="arXiv 2505.18332; our security analysis",
+    source="arXiv 2505.18332; A16 in docs/security.md",
     metric="share of neurons put into their place",
     chance="one over their number",
     run=_run,
