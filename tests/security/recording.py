@@ -147,7 +147,7 @@ def record(profile: str, switches: dict[str, Any], directory: Path) -> Recording
         with obfuscatune.protect(
             model, profile=profile, worker=address, insecure_test_seed=SEED, timeout=60, **switches
         ) as protected:
-            recording.secret = bytes(protected.secret._usable())
+            recording.secret = bytes(protected.secret._value)
             _work(protected.model, protected.create_optimizer("sgd", lr=0.1))
     _tell_weights(recording.truth, twin)
     _tell_activations(recording.truth, twin)
