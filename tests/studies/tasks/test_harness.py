@@ -11,7 +11,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
 
 from obfuscatune.errors import UsageError
 from obfuscatune.studies.tasks.catalogue import TASKS
@@ -52,13 +52,18 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def _save(directory: Path, tokenizer: PreTrainedTokenizerFast, seed: int) -> Path:
+def _save(directory: Path, tokenizer: PreTrainedTokenizerFast, seed: int, architecture: str = "gpt2") -> Path:
     torch.manual_seed(seed)
-    config = GPT2Config(
-        **{"vocab_size": 258, "n_embd": 24, "n_layer": 2, "n_head": 3, "n_positions": 192},
-        **{"bos_token_id": 257, "eos_token_id": 256, "initializer_range": 0.3, "attn_pdrop": 0.0},
+    ends = {"bos_token_id": 257, "eos_token_id": 256, "initializer_range": 0.3}
+    config: Any = GPT2Config(
+        **{"vocab_size": 258, "n_embd": 24, "n_layer": 2, "n_head": 3, "n_positions": 192, "attn_pdrop": 0.0, **ends}
     )
-    GPT2LMHeadModel(config).save_pretrained(directory)
+    if architecture == "llama":
+        config = LlamaConfig(
+            **{"vocab_size": 258, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2},
+            **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 192, **ends},
+        )
+    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
 
@@ -127,6 +132,15 @@ def test_parity_with_hf_on_invented_rows(
     assert [p.id for p in results["sciq"].predictions] == [f"validation-{i}" for i in range(6)]
     other = hf(_save(tmp_path / "other", tokenizer, seed=7))
     assert evaluate(other, list(TASKS), data_dir=data_dir) != results, "the comparison sees no difference"
+
+
+@pytest.mark.parametrize("profile", ["balanced", "strict"])
+def test_parity_with_hf_on_a_llama(
+    profile: str, data_dir: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    model = _save(tmp_path / "llama", tokenizer, seed=3, architecture="llama")
+    with ProtectedLM(str(model), profile=profile, batch_size=4, threads=1) as ours:
+        check_parity(ours, hf(model), data_dir, limit=3)
 
 
 @pytest.mark.parametrize("profile", ["paper", "balanced"])
