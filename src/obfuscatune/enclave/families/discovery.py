@@ -99,21 +99,29 @@ def _trace(model: Any, paths: list[str], where: str) -> dict[str, int]:
     Raises:
         UnsupportedModelError: a model that cannot be run without data, or a layer that is not called just once.
     """
-    skeleton = empty_model(model.config)
+    # Eager attention, because the making of masks for others looks at values, and there are none.
+    skeleton = empty_model(model.config, attn_implementation="eager")
     entered: dict[str, list[Tensor]] = {path: [] for path in paths}
     for path in paths:
         skeleton.get_submodule(path).register_forward_pre_hook(
             lambda _, args, path=path: entered[path].append(args[0])  # kept, so that no two have one address
         )
     ids = torch.zeros(1, _TOKENS, dtype=torch.long, device="meta")
-    # Made already: transformers' own making of one looks at the values of positions, and there are none.
-    mask = torch.zeros(1, 1, _TOKENS, _TOKENS, dtype=next(skeleton.parameters()).dtype, device="meta")
-    try:
-        with torch.no_grad():
-            skeleton(input_ids=ids, attention_mask=mask, use_cache=False)
-    except Exception as error:  # whatever the model's own code does with tensors that have no data
-        got = type(error).__name__
-        raise UnsupportedModelError("the model's layers cannot be found by running it", got=got, where=where) from error
+    made = torch.zeros(1, 1, _TOKENS, _TOKENS, dtype=next(skeleton.parameters()).dtype, device="meta")
+    failure: Exception | None = None
+    for mask in (made, None):  # one that is made already, or one that the model makes for itself
+        for tensors in entered.values():
+            tensors.clear()
+        try:
+            with torch.no_grad():
+                skeleton(input_ids=ids, attention_mask=mask, use_cache=False)
+            break
+        except Exception as error:  # whatever the model's own code does with tensors that have no data
+            failure = error
+    else:
+        raise UnsupportedModelError(
+            "the model's layers cannot be found by running it", got=type(failure).__name__, where=where
+        ) from failure
     for path, tensors in entered.items():
         if len(tensors) != 1:
             got = f"{len(tensors)} calls in a forward"

@@ -8,19 +8,21 @@ import torch
 from obfuscatune.errors import UnsupportedModelError
 
 
-def empty_model(config: Any, dtype: torch.dtype | None = None) -> Any:
+def empty_model(config: Any, **options: Any) -> Any:
     """Return the causal language model of a ``transformers`` configuration, in evaluation mode; takes no memory.
+
+    Args:
+        options: further arguments of ``AutoModelForCausalLM.from_config``, such as ``dtype``.
 
     Raises:
         UnsupportedModelError: ``transformers`` has none of that configuration.
     """
     from transformers import AutoModelForCausalLM
 
-    more = {} if dtype is None else {"dtype": dtype}
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                copy.deepcopy(config), trust_remote_code=False, **more
+                copy.deepcopy(config), trust_remote_code=False, **options
             )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UnsupportedModelError(

@@ -39,7 +39,7 @@ class Placed:
         return x if self.norm is None else self.norm.rows_of(x, self.path)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False)  # a repr would show activations
 class _Results:
     """Outputs of one call, until each layer has taken its own."""
 

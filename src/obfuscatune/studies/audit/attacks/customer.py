@@ -22,7 +22,8 @@ def relative_key(first: WorkerView, second: WorkerView, knowledge: Knowledge) ->
     """Return T ``[d, d]`` that brings the first session's rows before q, k, v into the second's key."""
     here, there = first.weight(*FIRST_WEIGHT), second.weight(*FIRST_WEIGHT)
     if knowledge.profile.attention == "worker" and knowledge.profile.head_keys:
-        key = align(products(here, knowledge.heads), products(there, knowledge.heads))
+        shape = knowledge.design.shape
+        key = align(products(here, shape), products(there, shape))
         means = [view.rows(*FIRST).mean(dim=0) for view in (first, second)]
         return key if means[0] @ key @ means[1] > 0 else -key
     if knowledge.profile.inner_keys == "identity":

@@ -1,6 +1,7 @@
 r"""A21, equality and frequency: a static key makes equal rows of equal tokens, and frequent rows of frequent tokens.
 
-The first block's row depends on token and position alone. Without the mean row of its position, what is left is
+The first block's row depends on the token alone where positions are not embedded, and else on token and position.
+Without the mean row of its position, what is left is
 mostly the token's embedding, so that the cosine tells equal tokens at different positions too:
 
     c_ij = cos(x_i - mean of position(i), x_j - mean of position(j))
@@ -68,6 +69,8 @@ def _run(sample: Sample, knowledge: Knowledge) -> Clusters:
     length = knowledge.corpus.shape[1]
     rows = torch.cat([target, sample.view.rows(*FIRST)[:_ROWS]])
     places = torch.cat([positions(view, FIRST[1], length) for view in (sample.target, sample.view)])[: len(rows)]
+    if not knowledge.design.embedded_positions:  # equal tokens have equal rows
+        places = torch.zeros_like(places)
     directions = without_position(rows, places)
     found = cluster(directions)
     public = torch.cat([knowledge.corpus.flatten(), knowledge.library.flatten()]).bincount(

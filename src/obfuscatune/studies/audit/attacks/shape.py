@@ -19,7 +19,6 @@ from torch import Tensor
 
 from obfuscatune.enclave.keys.rows import mixed_rows
 from obfuscatune.enclave.mixing import padded_rows
-from obfuscatune.protocol.bits import unpack_mask
 from obfuscatune.studies.audit.attack import Attack, Knowledge, NotApplicableError, Sample, Score, Truth
 from obfuscatune.studies.audit.view import Call, WorkerView
 
@@ -46,9 +45,8 @@ def tokens_of(call: Call) -> int:
 def _lengths(view: WorkerView, forward: int, typical: int) -> Tensor:
     """Lengths of a step's texts: pass ``forward`` and the one after it."""
     call = view.passes[forward][0]
-    if "mask" in call.inputs:
-        allowed = unpack_mask(call.inputs["mask"], call.header["mask_shape"])
-        lengths: Tensor = allowed[:, 0, -1].sum(dim=1)
+    if call.mask is not None:
+        lengths: Tensor = call.mask[:, 0, -1].sum(dim=1)
         return lengths
     texts, length = (tokens_of(call) // typical, typical) if call.mixed else call.inputs["x"].shape[:2]
     gradients = view.only(slice(forward + 1, forward + 2)).rows(view.blocks - 1, "gradient of mlp out")

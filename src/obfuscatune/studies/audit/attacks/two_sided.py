@@ -32,13 +32,14 @@ def _run(sample: Sample, knowledge: Knowledge) -> Guess:
         near = base.weight(block, role)
         if role in ("qkv", "out") or not permuted:
             return nearest_by_values(near, weight)
-        places = find_order(view, base, block).places
+        order = find_order(view, base, block)
         if role == "up":
-            ordered = weight[:, places]
+            ordered = order.first(weight)
             return procrustes(near.mT, ordered.mT).mT @ ordered
-        return weight[places] @ procrustes(near, weight[places])
+        ordered = order.last(weight)
+        return ordered @ procrustes(near, ordered)
 
-    permuted = "up_bias" in view.segment(0, "up").tensors
+    permuted = view.segment(0, "up").whole
     return each_weight(view, guess)
 
 
