@@ -12,6 +12,7 @@ import typer
 
 from obfuscatune.cli.connecting import SIMULATION_FLAG, SIMULATION_HELP, load_evidence, load_policy
 from obfuscatune.cli.options import argument, option, takes
+from obfuscatune.durable import write_new
 from obfuscatune.errors import FormatError, UsageError
 
 if TYPE_CHECKING:
@@ -109,8 +110,7 @@ def fetch(options: FetchOptions) -> None:
 
     evidence, nonce = fetch_evidence(options.enclave, timeout=options.timeout)
     try:
-        with options.output.open("xb") as file:
-            file.write(evidence.to_bytes() + b"\n")
+        write_new(options.output, evidence.to_bytes() + b"\n", mode=0o644)
     except OSError as error:
         raise UsageError("cannot write the evidence", got=error.strerror, where=str(options.output)) from None
     print(f"{options.output}  {evidence.quote.kind}  nonce {nonce}")

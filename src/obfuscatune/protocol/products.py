@@ -18,10 +18,10 @@ FEW_ROWS = 16
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return ``x W^T + b`` for x ``[..., in]``, weight ``[out, in]``, bias ``[out]``: what ``F.linear`` returns."""
     rows = x.shape[:-1].numel()
-    flat = x.reshape(rows, -1).contiguous()
+    flat = x.reshape(rows, x.shape[-1]).contiguous()
     tall = weight.shape[0] >= weight.shape[1] and weight.dtype != torch.bfloat16
     if not (tall and 0 < rows <= FEW_ROWS and x.is_cpu) or torch.is_grad_enabled():
-        return F.linear(flat, weight, bias).view(*x.shape[:-1], -1)
+        return F.linear(flat, weight, bias).view(*x.shape[:-1], weight.shape[0])
     if rows == 1:
         flat = flat.expand(2, -1)  # one row alone would get the slower matrix-vector kernel
     y = (weight @ flat.T).T[:rows]

@@ -9,10 +9,10 @@ from matplotlib.figure import Figure
 
 from obfuscatune.studies.audit.attack import NEEDS, Attack
 from obfuscatune.studies.audit.verdict import AS_CLAIMED, BROKEN, CHANCE, LEAK, NONE, VOID, Control, Verdict
-from obfuscatune.studies.reports.figures import COLOURS, new_figure, save, style
+from obfuscatune.studies.reports.figures import COLOURS, new_figure, style
 from obfuscatune.studies.reports.files import write_json
-from obfuscatune.studies.reports.page import Section, figure, paragraphs, rows_table, write_page
-from obfuscatune.studies.reports.tables import write_csv, write_markdown
+from obfuscatune.studies.reports.report import write_report
+from obfuscatune.studies.reports.tables import write_csv
 
 Row = dict[str, Any]
 
@@ -58,14 +58,11 @@ class Findings:
         return all(control.passed for control in self.controls if control.kind in ("known key", "canary"))
 
 
-def write_report(directory: Path, findings: Findings, provenance: Row) -> Path:
+def write_findings(directory: Path, findings: Findings, provenance: Row) -> Path:
     """Write ``audit.md``, ``.csv``, ``.json``, ``.html`` and two figures; return the path of the Markdown."""
-    table, details, controls = matrix_rows(findings), detail_rows(findings), control_rows(findings)
-    notes = [*conclusions(findings), *_ABOUT]
+    details = detail_rows(findings)
     with style():
         matrix, curves = draw_matrix(findings), draw_curves(findings)
-    save(matrix, directory / "audit-matrix")
-    save(curves, directory / "audit-tokens")
     write_csv(directory / "audit.csv", details)
     document = {
         "provenance": provenance,
@@ -75,17 +72,14 @@ def write_report(directory: Path, findings: Findings, provenance: Row) -> Path:
         "controls": [asdict(control) for control in findings.controls],
     }
     write_json(directory / "audit.json", document)
-    path = directory / "audit.md"
-    more = {"Controls": controls, "The attacks": attack_rows(findings), "By token budget": details}
-    write_markdown(path, TITLE, table, notes, provenance, more)
-    sections = [
-        Section("What it shows", paragraphs(notes) + figure(matrix)),
-        Section("Profile and attack", rows_table(table)),
-        Section("Success against tokens", figure(curves)),
-        *(Section(name, rows_table(rows)) for name, rows in more.items()),
-    ]
-    write_page(directory / "audit.html", TITLE, sections, provenance)
-    return path
+    tables = {
+        "Profile and attack": matrix_rows(findings),
+        "Controls": control_rows(findings),
+        "The attacks": attack_rows(findings),
+        "By token budget": details,
+    }
+    notes, figures = [*conclusions(findings), *_ABOUT], {"-matrix": matrix, "-tokens": curves}
+    return write_report(directory / "audit", TITLE, notes, tables, figures, provenance)
 
 
 def conclusions(findings: Findings) -> list[str]:

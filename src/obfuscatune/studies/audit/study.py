@@ -9,7 +9,7 @@ from obfuscatune.studies.audit.attack import NEEDS
 from obfuscatune.studies.audit.attacks import all_attacks
 from obfuscatune.studies.audit.controls import LEAST_WITH_KEY, control_cells
 from obfuscatune.studies.audit.fixtures import ARCHITECTURES, SETTINGS
-from obfuscatune.studies.audit.report import Findings, write_report
+from obfuscatune.studies.audit.report import Findings, write_findings
 from obfuscatune.studies.audit.runner import Outcome, Plan, cells, parse_budgets, repeated_cells
 from obfuscatune.studies.audit.verdict import BROKEN, Control, Verdict, judge, negative, positive
 from obfuscatune.studies.bench.run import parse_profile
@@ -110,7 +110,7 @@ def run(
         "text": "documentation of Python's standard library" if text_file is None else str(text_file),
         "cells of commits": cache.commits([*attacked, *controlled, *again]),
     }
-    return write_report(out, findings, provenance), findings
+    return write_findings(out, findings, provenance), findings
 
 
 def _outcomes(values: Sequence[dict[str, Any]]) -> list[Outcome]:

@@ -115,5 +115,5 @@ def _shares(outcome: Outcome) -> Figure:
     axis.barh(("parameters",), (inside,), color=CLEAR, label=f"enclave, in the clear: {inside:.1f} %")
     axis.barh(("parameters",), (outside,), left=(inside,), color=KEYED, label=f"worker, keyed: {outside:.1f} %")
     axis.set(xlabel="% of the model's parameters", xlim=(0, 101))
-    axis.legend(loc="upper center", bbox_to_anchor=(0.5, 1.5), ncols=2)
+    plot.legend(loc="outside upper center", ncols=2)
     return plot

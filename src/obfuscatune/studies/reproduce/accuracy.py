@@ -19,7 +19,7 @@ from obfuscatune.studies.bundled import model_directory
 from obfuscatune.studies.bundled.records import ATTRIBUTES, company_records
 from obfuscatune.studies.reports.files import write_json_lines
 from obfuscatune.studies.reports.provenance import describe, digest_files
-from obfuscatune.studies.reproduce.accuracy_report import write_report
+from obfuscatune.studies.reproduce.accuracy_report import write_study
 from obfuscatune.studies.reproduce.cells import Cell, CellCache, Value, run_cells
 from obfuscatune.studies.reproduce.presets import BUNDLED, RECORDS, UNPROTECTED, Preset, choose
 from obfuscatune.studies.reproduce.trial import Trial, run_trial
@@ -82,7 +82,7 @@ def run(
         "cells at a time": at_once,
         "cells of commits": cache.commits(cells),
     }
-    return write_report(output_dir, [_result(*each) for each in zip(planned, values, strict=True)], provenance)
+    return write_study(output_dir, [_result(*each) for each in zip(planned, values, strict=True)], provenance)
 
 
 def plan(preset: Preset, output_dir: Path, data_dir: Path | None, device: str) -> list[tuple[Row, Cell]]:

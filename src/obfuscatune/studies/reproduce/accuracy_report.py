@@ -6,9 +6,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from obfuscatune.studies.reports.figures import COLOURS, new_figure, save, style
-from obfuscatune.studies.reports.page import Section, figure, paragraphs, rows_table, write_page
-from obfuscatune.studies.reports.tables import write_csv, write_markdown
+from obfuscatune.studies.reports.figures import COLOURS, new_figure, style
+from obfuscatune.studies.reports.report import write_report
+from obfuscatune.studies.reports.tables import write_csv
 from obfuscatune.studies.reproduce.accuracy_rows import cell_row, flip_rows, paired_rows, summary_rows, table_rows
 from obfuscatune.studies.reproduce.presets import NAIVE_INSIDE, RECORDS, UNPROTECTED
 
@@ -21,7 +21,7 @@ CLAIM = (
 )
 
 
-def write_report(directory: Path, results: Sequence[Row], provenance: Mapping[str, Any]) -> Path:
+def write_study(directory: Path, results: Sequence[Row], provenance: Mapping[str, Any]) -> Path:
     """Write ``accuracy*.csv``, ``accuracy.md``, the figure and ``accuracy.html``; return the Markdown."""
     summary, paired, flips = summary_rows(results), paired_rows(results), flip_rows(results)
     write_csv(directory / "accuracy.csv", [cell_row(result) for result in results])
@@ -31,26 +31,16 @@ def write_report(directory: Path, results: Sequence[Row], provenance: Mapping[st
         write_csv(directory / "accuracy-flips.csv", flips)
     with style():
         plot = draw(summary)
-    save(plot, directory / "accuracy")
-    main = table_rows(summary)
     notes = [CLAIM, *findings(results, summary, paired), *_about(results)]
-    headings = {
+    tables = {
+        "Accuracy, in percent": table_rows(summary),
         "Mean and spread over seeds": summary,
         "Item by item against unprotected, same seed": paired,
         "Items that balanced predicts differently in float32": [
             row for row in flips if row["method"] == "balanced" and row["dtype"] == "float32"
         ],
     }
-    headings = {heading: rows for heading, rows in headings.items() if rows}
-    path = directory / "accuracy.md"
-    write_markdown(path, TITLE, main, notes, provenance, headings)
-    sections = [
-        Section("Accuracy, in percent", rows_table(main) + figure(plot)),
-        Section("What it shows", paragraphs(notes)),
-        *(Section(heading, rows_table(rows)) for heading, rows in headings.items()),
-    ]
-    write_page(directory / "accuracy.html", TITLE, sections, provenance)
-    return path
+    return write_report(directory / "accuracy", TITLE, notes, tables, {"": plot}, provenance)
 
 
 def findings(results: Sequence[Row], summary: Sequence[Row], paired: Sequence[Row]) -> list[str]:

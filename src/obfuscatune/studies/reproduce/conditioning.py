@@ -25,7 +25,7 @@ from obfuscatune.studies.bundled import model_directory
 from obfuscatune.studies.reports.provenance import describe, digest_files
 from obfuscatune.studies.reproduce import conditioning_cells as compute
 from obfuscatune.studies.reproduce.cells import Cell, CellCache, run_cells
-from obfuscatune.studies.reproduce.conditioning_report import write_report
+from obfuscatune.studies.reproduce.conditioning_report import write_study
 from obfuscatune.studies.reproduce.fidelity import read_text, text_windows
 from obfuscatune.studies.reproduce.keyed import GAUSSIAN, NONE
 from obfuscatune.studies.reproduce.lesson import Lesson
@@ -153,7 +153,7 @@ def run(
         "text": "bundled records" if text_file is None else text_file.name,
         "cells of commits": cache.commits(cells),
     }
-    return write_report(output_dir, results, settings.lesson, provenance)
+    return write_study(output_dir, results, settings.lesson, provenance)
 
 
 def _layer_keys(settings: Preset) -> tuple[str, ...]:

@@ -7,9 +7,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from obfuscatune.studies.reports.figures import COLOURS, new_figure, save, style
-from obfuscatune.studies.reports.page import Section, figure, paragraphs, rows_table, write_page
-from obfuscatune.studies.reports.tables import write_csv, write_markdown
+from obfuscatune.studies.reports.figures import COLOURS, new_figure, style
+from obfuscatune.studies.reports.report import write_report
+from obfuscatune.studies.reports.tables import write_csv
 from obfuscatune.studies.reproduce.keyed import GAUSSIAN, NONE
 from obfuscatune.studies.reproduce.lesson import Lesson
 from obfuscatune.studies.reproduce.one_layer import DTYPE_NAMES, EXPECTED, EXPECTED_WIDTH
@@ -24,7 +24,7 @@ _AT_END = 8192.0  # where a figure puts Gaussian keys, which have no prescribed 
 _SAME_TOP1 = 0.999
 
 
-def write_report(directory: Path, results: Results, lesson: Lesson, provenance: Row) -> Path:
+def write_study(directory: Path, results: Results, lesson: Lesson, provenance: Row) -> Path:
     """Write ``conditioning*.csv``, ``conditioning.md``, the figure and ``conditioning.html``; return the Markdown."""
     inference, training = inference_rows(results["inference"]), training_rows(results["training"])
     layers, checks = layer_rows(results["layer"]), check_rows(results["two processes"], inference)
@@ -33,22 +33,14 @@ def write_report(directory: Path, results: Results, lesson: Lesson, provenance: 
     tables = {"inference": inference, "training": training, "layer": layers, "processes": checks}
     for name, rows in tables.items():
         write_csv(directory / f"conditioning-{name}.csv", rows)
-    save(plot, directory / "conditioning")
     notes = [*_about(lesson), *findings(inference, training, checks)]
-    headings = {
+    shown = {
+        "Inference": inference,
         f"Training through the keys, {lesson.steps} steps": training,
-        "One linear layer: relative error beside what PAPER.md expects": layers,
+        "One linear layer: relative error beside what was expected": layers,
         "One process and two": checks,
     }
-    path = directory / "conditioning.md"
-    write_markdown(path, TITLE, inference, notes, provenance, headings)
-    sections = [
-        Section("What it shows", paragraphs(notes) + figure(plot)),
-        Section("Inference", rows_table(inference)),
-        *(Section(heading, rows_table(rows)) for heading, rows in headings.items()),
-    ]
-    write_page(directory / "conditioning.html", TITLE, sections, provenance)
-    return path
+    return write_report(directory / "conditioning", TITLE, notes, shown, {"": plot}, provenance)
 
 
 def inference_rows(cells: list[tuple[Row, Row]]) -> list[Row]:
@@ -92,7 +84,7 @@ def layer_rows(cells: list[tuple[Row, Row]]) -> list[Row]:
             if dtype != "float32":
                 row[f"{dtype}, keys too"] = value["errors"][dtype]["same"]
         expected = EXPECTED.get(what["keys"], {}) if what["width"] == EXPECTED_WIDTH else {}
-        rows.append({**row, **{f"PAPER.md, {name}": expected.get(name) for name in ("float32", "bfloat16")}})
+        rows.append({**row, **{f"expected, {name}": expected.get(name) for name in ("float32", "bfloat16")}})
     return rows
 
 

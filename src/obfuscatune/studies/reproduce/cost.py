@@ -23,7 +23,7 @@ from obfuscatune.studies.bench.workloads import DTYPES, SIZES, WORKLOADS, Shape
 from obfuscatune.studies.reports.provenance import describe
 from obfuscatune.studies.reproduce import cost_cells as compute
 from obfuscatune.studies.reproduce.cells import Cell, CellCache, Value, run_cells
-from obfuscatune.studies.reproduce.cost_report import Measured, write_report
+from obfuscatune.studies.reproduce.cost_report import Measured, write_study
 
 TRUE_SIZES = ("small", "medium", "large", "xl")
 PROFILES = ("balanced", "paper", "naive", "strict", "stream")
@@ -131,7 +131,7 @@ def run(
         "left out for lack of time": len(cells) - len(values),
         "cells of commits": cache.commits([cell for cell, _ in values]),
     }
-    return write_report(output_dir, estimates, measured, provenance)
+    return write_study(output_dir, estimates, measured, provenance)
 
 
 def expected(size: str, profile: str, dtype: str) -> Estimate:

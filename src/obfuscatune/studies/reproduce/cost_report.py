@@ -10,9 +10,9 @@ from matplotlib.figure import Figure
 
 from obfuscatune.studies.bench.estimate import Estimate
 from obfuscatune.studies.bench.workloads import WORKLOADS
-from obfuscatune.studies.reports.figures import COLOURS, new_figure, save, style
-from obfuscatune.studies.reports.page import Section, figure, paragraphs, rows_table, write_page
-from obfuscatune.studies.reports.tables import write_csv, write_markdown
+from obfuscatune.studies.reports.figures import COLOURS, new_figure, style
+from obfuscatune.studies.reports.report import write_report
+from obfuscatune.studies.reports.tables import write_csv
 
 Row = dict[str, Any]
 
@@ -35,7 +35,7 @@ class Measured:
     timed: list[Row]
 
 
-def write_report(
+def write_study(
     directory: Path, estimates: Mapping[tuple[str, str], Estimate], measured: Measured, provenance: Row
 ) -> Path:
     """Write ``cost*.csv``, ``cost.md``, the figure and ``cost.html``; return the path of the Markdown.
@@ -48,20 +48,11 @@ def write_report(
         plot = draw(summary)
     write_csv(directory / "cost.csv", summary)
     write_csv(directory / "cost-traffic.csv", traffic)
-    save(plot, directory / "cost")
     shown = [{name: NOT_MEASURED if value is None else value for name, value in row.items()} for row in summary]
     crossing = [{name: NOT_MEASURED if value is None else value for name, value in row.items()} for row in traffic]
     notes = [*_ABOUT, *findings(summary)]
-    path = directory / "cost.md"
-    heading = "Calls and bytes across the boundary"
-    write_markdown(path, TITLE, shown, notes, provenance, {heading: crossing})
-    sections = [
-        Section("What it shows", paragraphs(notes) + figure(plot)),
-        Section("Summary", rows_table(shown)),
-        Section(heading, rows_table(crossing)),
-    ]
-    write_page(directory / "cost.html", TITLE, sections, provenance)
-    return path
+    tables = {"Summary": shown, "Calls and bytes across the boundary": crossing}
+    return write_report(directory / "cost", TITLE, notes, tables, {"": plot}, provenance)
 
 
 def summary_rows(estimates: Mapping[tuple[str, str], Estimate], measured: Measured) -> list[Row]:

@@ -10,7 +10,7 @@ from obfuscatune.studies.reproduce.keyed import DTYPES, GAUSSIAN, NONE, KeyedLin
 
 DTYPE_NAMES = ("float32", "bfloat16", "float16")
 UNIFORM = "uniform"  # entries uniform in [0, 1): "arbitrary random matrices" at their worst
-# One layer of d = 1280, relative Frobenius error: this project's own arithmetic (PAPER.md) of before it had code. Not
+# One layer of d = 1280, relative Frobenius error: what this project worked out before it had code. Not
 # the paper's Table 2, which is not known to us.
 EXPECTED_WIDTH = 1280
 EXPECTED: dict[str, dict[str, float]] = {
