@@ -151,4 +151,4 @@ class StreamRecipe:
 
 
 def _name(child: nn.Module, module: nn.Module) -> str:
-    return next(name for name, found in module.named_modules() if found is child)
+    return str(next(name for name, found in module.named_modules() if found is child))

@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from obfuscatune.enclave.remote.held import HeldSlot
 
 
+def version_of(tensor: Tensor) -> int:
+    """Return the count of a tensor's changes in place, which tensors made under ``inference_mode`` do not have."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
 @dataclass(slots=True, repr=False)  # a repr would show activations
 class RemoteCall:
     """What one forward call sends.
