@@ -7,7 +7,8 @@ an ordinary ``transformers`` directory with a model card that states data, steps
 
     python tools/pretrain.py --text books.txt.gz --output_dir src/obfuscatune/studies/bundled/gpt2 --max_steps 8000
     python tools/pretrain.py --text books.txt.gz --output_dir src/obfuscatune/studies/bundled/llama \
-        --architecture llama --chat_template --n_embd 192 --n_kv_head 2 --n_inner 448 --compile --max_minutes 42
+        --architecture llama --chat_template --n_embd 192 --n_inner 448 --n_kv_head 2 --compile --learning_rate 3e-3 \
+        --max_steps 15000 --max_minutes 42
 """
 
 import argparse
