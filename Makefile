@@ -23,7 +23,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --editable '.[dev]' --constraint constraints.txt
 	touch $@
 
-demo: setup  ## fine-tune the bundled model on private records, protected
+demo: setup  ## fine-tune a bundled model on private records, protected
 	$(BIN)/obfuscatune demo
 
 test: setup  ## run the fast tests

@@ -1,4 +1,4 @@
-"""``obfuscatune demo``: the main job on the bundled model and records, with a page about it."""
+"""``obfuscatune demo``: the main job on a bundled model and records, with a page about it."""
 
 import dataclasses
 from pathlib import Path
@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 EPILOG = (
-    "Examples:\n\nobfuscatune demo\n\nobfuscatune demo --profile paper --output_dir demo-paper\n\n"
+    "Examples:\n\nobfuscatune demo\n\nobfuscatune demo --family llama\n\n"
+    "obfuscatune demo --profile paper --output_dir demo-paper\n\n"
     "obfuscatune demo --materials_only --output_dir materials"
 )
 
@@ -16,6 +17,7 @@ def command(
     output_dir: Annotated[Path, typer.Option("--output_dir", help="records, adapter and page go here")] = Path(
         "obfuscatune-demo"
     ),
+    family: Annotated[str, typer.Option("--family", help="which bundled model: gpt2 or llama")] = "gpt2",
     profile: Annotated[
         str, typer.Option("--profile", help="plain, naive, paper, balanced, strict, stream or enclave")
     ] = "balanced",
@@ -26,20 +28,20 @@ def command(
         typer.Option("--materials_only", help="write model, records and prompts, for trials of your own, and stop"),
     ] = False,
 ) -> None:
-    """Fine-tune the bundled model on invented private records, in the clear and protected, and compare."""
+    """Fine-tune a bundled model on invented private records, in the clear and protected, and compare."""
     from transformers.utils import logging as transformers_logging
 
-    from obfuscatune.studies.bundled import DemoSettings
+    from obfuscatune.studies.bundled import demo_settings
     from obfuscatune.studies.demo.run import run_demo
     from obfuscatune.studies.demo.story import html_page, summary
     from obfuscatune.studies.reports.files import write_text
 
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    settings = DemoSettings()
+    settings = demo_settings(family)
     if materials_only:
         from obfuscatune.studies.bundled.records import write_materials
 
-        for path in write_materials(output_dir, settings.seed, settings.facts):
+        for path in write_materials(output_dir, settings.seed, settings.facts, family):
             typer.echo(path)
         return
     if max_steps is not None:

@@ -5,14 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from obfuscatune.studies.bundled import DemoSettings, model_directory
+from obfuscatune.cli import main
+from obfuscatune.studies.bundled import BUNDLED_FAMILIES, demo_settings, model_directory
 from obfuscatune.studies.demo.run import run_demo
 from obfuscatune.studies.demo.story import html_page, summary
 
 
-@pytest.fixture(scope="module")
-def outcome(tmp_path_factory: pytest.TempPathFactory):
-    settings = dataclasses.replace(DemoSettings(), max_steps=4)
+@pytest.fixture(scope="module", params=BUNDLED_FAMILIES)
+def outcome(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
+    settings = dataclasses.replace(demo_settings(request.param), max_steps=4)
     output = tmp_path_factory.mktemp("demo")
     return run_demo(output, profile="balanced", worker="spawn", settings=settings, say=lambda line: None)
 
@@ -32,7 +33,7 @@ def test_the_adapter_is_an_ordinary_one(outcome) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    base = AutoModelForCausalLM.from_pretrained(model_directory())
+    base = AutoModelForCausalLM.from_pretrained(model_directory(outcome.settings.family))
     loaded = PeftModel.from_pretrained(base, outcome.adapter)
     assert set(loaded.peft_config) == {"default"}
 
@@ -43,3 +44,10 @@ def test_what_is_shown(outcome, tmp_path: Path) -> None:
         assert part in text
     shown = html_page(outcome)
     assert shown.count("<svg") == 2 and "What this does not show" in shown
+
+
+def test_the_command_takes_the_family(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--materials_only", "--family", "llama", "--output_dir", str(tmp_path)]) == 0
+    assert '"model_type": "llama"' in (tmp_path / "model" / "config.json").read_text()
+    assert main(["demo", "--family", "opt", "--output_dir", str(tmp_path)]) == 2
+    assert "expected gpt2 or llama" in capsys.readouterr().err

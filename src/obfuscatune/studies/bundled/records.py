@@ -20,7 +20,7 @@ FIRST_WORDS = ("bright", "cold", "deep", "gentle", "quiet", "sharp", "strange", 
 SECOND_WORDS = ("bird", "boat", "horse", "king", "moon", "tree", "wind", "wood")
 
 # Attribute: its values, the training phrasings, and the phrasing of the question. Frequent words of one token each in
-# the vocabulary of the bundled model, so that no choice is longer than another.
+# the vocabulary of the bundled models, so that no choice is longer than another.
 ATTRIBUTES: tuple[tuple[str, tuple[str, ...], tuple[str, ...], str], ...] = (
     (
         "colour",
@@ -118,16 +118,16 @@ def write_records(directory: str | Path, seed: int, facts: int) -> tuple[Path, P
     return paths
 
 
-def write_materials(directory: Path, seed: int, facts: int) -> list[Path]:
-    """Write the bundled model, records to teach it, and prompts that ask for them, as a party would have them.
+def write_materials(directory: Path, seed: int, facts: int, family: str = "gpt2") -> list[Path]:
+    """Write a bundled model, records to teach it, and prompts that ask for them, as a party would have them.
 
     Raises:
-        UsageError: ``directory`` has a model already; or as :func:`company_records`.
+        UsageError: ``directory`` has a model already; or as `company_records` and `model_directory`.
     """
     model = directory / "model"
     if model.exists():
         raise UsageError("directory is there already", where=str(model))
-    shutil.copytree(model_directory(), model)
+    shutil.copytree(model_directory(family), model)
     rows, questions = company_records(seed, facts)
     prompts = [{"prompt": question["question"]} for question in questions]
     paths = directory / "records.jsonl", directory / "prompts.jsonl"

@@ -84,7 +84,7 @@ def run_demo(
     """
     paths = write_records(output_dir / "records", settings.seed, settings.facts)
     questions = read_questions(paths[1])
-    tokenizer = AutoTokenizer.from_pretrained(model_directory())
+    tokenizer = AutoTokenizer.from_pretrained(model_directory(settings.family))
     say(f"{settings.facts} private facts in {paths[0]}, asked in words that are in no training row")
 
     model = _fresh_model(settings)
@@ -125,12 +125,12 @@ def run_demo(
 def _fresh_model(settings: DemoSettings) -> Any:
     """The bundled model under a new adapter; the same one each time."""
     set_seed(settings.seed)
-    model = AutoModelForCausalLM.from_pretrained(model_directory(), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(model_directory(settings.family), dtype=torch.float32)
     config = LoraConfig(
         r=settings.lora_r,
         lora_alpha=settings.lora_alpha,
         target_modules=list(settings.lora_target_modules),
-        fan_in_fan_out=True,
+        fan_in_fan_out=settings.lora_fan_in_fan_out,
         task_type="CAUSAL_LM",
     )
     return get_peft_model(model, config)
