@@ -16,7 +16,7 @@ from torch import Tensor
 
 from obfuscatune.enclave.families import read_decoder
 from obfuscatune.errors import UsageError
-from obfuscatune.training.directory import INDEX_FILE
+from obfuscatune.parties.sealed.tensor_table import INDEX_FILE
 
 _LARGE = 1 << 24  # numbers of a tensor that gets a shard of its own
 _SPREAD = 0.02  # of weights, as most models are initialized; norms are 1 and biases have it too
