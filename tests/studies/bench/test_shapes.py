@@ -45,9 +45,8 @@ def test_a_named_shape_has_the_published_number_of_parameters(name: str) -> None
 def tiny(directory: Path, **changes: object) -> Path:
     fields = {"vocab_size": 61, "hidden_size": 24, "intermediate_size": 36, "num_hidden_layers": 3}
     fields |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
-    LlamaConfig(
-        **{**fields, "attention_dropout": 0.1, "bos_token_id": 0, "eos_token_id": 0, **changes}
-    ).save_pretrained(directory)
+    fields |= {"attention_dropout": 0.1, "bos_token_id": 0, "eos_token_id": 0}
+    LlamaConfig(**{**fields, **changes}).save_pretrained(directory)
     return directory
 
 
