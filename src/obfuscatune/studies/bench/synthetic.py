@@ -23,7 +23,7 @@ _SPREAD = 0.02  # of weights, as most models are initialized; norms are 1 and bi
 
 
 def write_random_model(config: Any, dtype: str, directory: Path) -> None:
-    """Write ``config.json``, an index and shards, as ``save_pretrained`` does; memory: one shard, and a tensor of it.
+    """Write ``config.json``, an index and shards, as ``save_pretrained`` does. Memory: one shard, twice.
 
     Args:
         config: a ``transformers`` configuration. dtype: of the weights on disk. directory: there already, and empty.
@@ -68,5 +68,8 @@ def _shards(shapes: dict[str, Tensor], blocks: str) -> Iterator[list[str]]:
 def _random(like: Tensor, generator: torch.Generator) -> Tensor:
     if not like.is_floating_point():
         return torch.zeros(like.shape, dtype=like.dtype)
-    values = torch.empty(like.shape, dtype=torch.float32).normal_(0, _SPREAD, generator=generator)
-    return (values.add_(1) if like.ndim == 1 and like.numel() else values).to(like.dtype)
+    values = torch.empty(like.shape, dtype=like.dtype)
+    centre = 1.0 if like.ndim == 1 else 0.0
+    for part in values.view(-1).split(_LARGE):  # drawn in float32, and never all of it
+        part.copy_(torch.empty(len(part), dtype=torch.float32).normal_(centre, _SPREAD, generator=generator))
+    return values
