@@ -19,7 +19,8 @@ ORDER_TOLERANCE = 5e-4
 # A matrix in another order matches in nearly all of its columns. Single ones can match for another reason: where the
 # gradient of a head's q, k or v is nearly of rank one (measured: second singular value 2 % of the first), its columns
 # are nearly parallel, and so is every keyed mixture of them. Then 2 of 384 columns were found. docs/design.md says so.
-MIN_SHARE = 0.01
+# And where a gate hardly varies, its neuron's activation is a multiple of up's column: 2 of 129.
+MIN_SHARE = 0.02
 MIN_LENGTH = 24
 MIN_SPREAD = 0.2  # standard deviation of the magnitudes over their root mean square
 MIN_STEPS = 8  # distinct magnitudes of a telling vector: steps between sorted neighbours that exceed the tolerance

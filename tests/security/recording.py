@@ -1,4 +1,4 @@
-"""A worker that records all it is sent and all it computes, and the plain tensors that it must not learn."""
+"""A worker that records all it is sent and all it computes."""
 
 import contextlib
 import copy
@@ -12,12 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812
-from peft import LoraConfig, get_peft_model
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import GPT2Config, GPT2LMHeadModel
 
 import obfuscatune
 from obfuscatune.enclave.keys import Key
@@ -27,10 +24,12 @@ from obfuscatune.protocol.frames import PREFIX, decode_frame, decode_prefix
 from obfuscatune.worker.server import serve_connection
 from obfuscatune.worker.session import WorkerSession
 
+from .models import SEED, new_model
+from .truth import tell_activations, tell_weights
+
 TEXT = b"the merger closes on friday at noon."  # 36 tokens, one a byte
 PROMPT = b"the secret price"  # 16 tokens
 NEW_TOKENS = 3
-SEED = 20
 
 
 @dataclass
@@ -54,9 +53,34 @@ class Recording:
             raw = raw[end:]
 
     def seen(self) -> list[Tensor]:
-        """Every tensor that crossed, and every one that the worker computed from them."""
-        crossed = [t for direction in self.raw for _, tensors in self.frames(direction) for t in tensors.values()]
+        """Every tensor that crossed, and every one that the worker computed from them.
+
+        What is of layers side by side is seen in one and in parts: definitions say how wide each of them is.
+        """
+        widths: dict[str, list[int]] = {}
+        segments: dict[int, str] = {}
+        crossed: list[Tensor] = []
+        for direction in ("to worker", "to enclave"):
+            for fields, tensors in self.frames(direction):
+                name = fields.get("segment", segments.get(fields.get("id", -1), ""))
+                if direction == "to worker":
+                    segments[fields["id"]] = name
+                if fields.get("op") == "define":
+                    widths[name] = _widths(fields["spec"])
+                crossed += [piece for t in tensors.values() for piece in _pieces(t, widths.get(name, []))]
         return crossed + self.computed
+
+
+def _widths(spec: dict[str, Any]) -> list[int]:
+    """Widths of what a first product computes; the halves of a gated MLP that is one layer."""
+    widths: list[int] = spec.get("widths", [])
+    return [widths[0] // 2] * 2 if spec.get("gated") and len(widths) == 1 else widths
+
+
+def _pieces(tensor: Tensor, widths: list[int]) -> list[Tensor]:
+    if len(widths) < 2 or not tensor.ndim or tensor.shape[-1] != sum(widths):
+        return [tensor]
+    return [tensor, *torch.split(tensor, widths, dim=-1)]
 
 
 def _tensor(spec: Any, elements: memoryview) -> Tensor:
@@ -66,7 +90,10 @@ def _tensor(spec: Any, elements: memoryview) -> Tensor:
 
 
 class _Keep(TorchDispatchMode):
-    """Keeps a copy of what every torch operation of its thread returns, backward included; views show nothing new."""
+    """Keeps a copy of what every torch operation of its thread returns, backward included.
+
+    Views show nothing new, but for those that cut rows in parts: the gate of an MLP, or q of q, k and v.
+    """
 
     def __init__(self, kept: list[Tensor]) -> None:
         super().__init__()
@@ -74,7 +101,10 @@ class _Keep(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if "empty" not in func.__name__ and not func.is_view:  # what lies in fresh memory is of this process, not sent
+        cuts = "split" in func.__name__
+        if "empty" not in func.__name__ and (
+            cuts or not func.is_view
+        ):  # what lies in fresh memory is of this process, not sent
             self._kept += [t.clone() for t in tree_leaves(result) if isinstance(t, Tensor) and t.ndim]
         return result
 
@@ -103,30 +133,10 @@ def recording_worker(path: Path, recording: Recording) -> Iterator[str]:
         assert not thread.is_alive()
 
 
-def new_model() -> Any:
-    """A small GPT-2 with LoRA, every parameter of it random and telling, norms and biases too."""
-    torch.manual_seed(SEED)
-    config = GPT2Config(
-        vocab_size=128, n_positions=40, n_embd=32, n_layer=2, n_head=4,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
-    model = GPT2LMHeadModel(config)
-    for parameter in model.parameters():
-        if parameter.ndim == 1:  # far from 0, so that nothing with a bias looks like the same without it
-            signs = torch.randint(2, parameter.shape) * 2 - 1
-            nn.init.uniform_(parameter, 0.3, 0.9).data.mul_(signs)
-        else:
-            nn.init.normal_(parameter, std=0.1)  # small, so that no neuron is in the range where GELU is the identity
-    lora = LoraConfig(
-        r=4, lora_alpha=8, target_modules=["c_attn", "c_proj", "c_fc"], init_lora_weights=False, fan_in_fan_out=True
-    )
-    return get_peft_model(model, lora).eval()
-
-
-def record(profile: str, switches: dict[str, Any], directory: Path) -> Recording:
+def record(profile: str, switches: dict[str, Any], directory: Path, family: str = "gpt2") -> Recording:
     """Do a training step and a greedy generation under a profile, and the same untouched, with all of it recorded."""
     recording = Recording()
-    model = new_model()
+    model = new_model(family)
     model.config.name_or_path = "acme/private-model"
     twin = copy.deepcopy(model)
     with pytest.MonkeyPatch.context() as patch, recording_worker(directory / "worker", recording) as address:
@@ -147,12 +157,12 @@ def record(profile: str, switches: dict[str, Any], directory: Path) -> Recording
         with obfuscatune.protect(
             model, profile=profile, worker=address, insecure_test_seed=SEED, timeout=60, **switches
         ) as protected:
-            recording.secret = bytes(protected.secret._usable())
+            recording.secret = bytes(protected.secret._value)
             _work(protected.model, protected.create_optimizer("sgd", lr=0.1))
-    _tell_weights(recording.truth, twin)
-    _tell_activations(recording.truth, twin)
+    tell_weights(recording.truth, twin)
+    tell_activations(recording.truth, twin)
     recording.generated = _work(twin, torch.optim.SGD([p for p in twin.parameters() if p.requires_grad], lr=0.1))
-    _tell_weights(recording.truth, twin)
+    tell_weights(recording.truth, twin)
     return recording
 
 
@@ -168,90 +178,3 @@ def _work(model: Any, optimizer: torch.optim.Optimizer) -> list[int]:
             attention_mask=torch.ones(1, len(PROMPT), dtype=torch.long),
         )  # fmt: skip
     return ids[0].tolist()
-
-
-def _tell_weights(truth: dict[str, list[Tensor]], twin: Any) -> None:
-    base = twin.get_base_model()
-    for name, parameter in twin.named_parameters():
-        truth[_kind(name)].append(_by_side(name, parameter.detach()).clone())
-    for block in base.transformer.h:
-        for norm, linear in ((block.ln_1, block.attn.c_attn), (block.ln_2, block.mlp.c_fc)):
-            name = "c_attn" if linear is block.attn.c_attn else "c_fc"
-            weight, bias = linear.base_layer.weight.detach(), linear.base_layer.bias.detach()
-            truth[f"{name} weight, norm folded"].append(norm.weight.detach()[:, None] * weight)
-            truth[f"{name} bias, norm folded"].append(bias + norm.bias.detach() @ weight)
-
-
-def _by_side(name: str, tensor: Tensor) -> Tensor:
-    """LoRA's B by its long side, as the worker has it: ``[r, out]``."""
-    return tensor.T if "lora_B" in name else tensor
-
-
-def _kind(name: str) -> str:
-    """The parameter's role, without the number of its block: ``attn.c_proj lora_A``."""
-    parts = [
-        p for p in name.split(".") if p not in ("base_model", "model", "transformer", "h", "base_layer", "default")
-    ]
-    return " ".join(p for p in parts if not p.isdigit())
-
-
-def _tell_activations(truth: dict[str, list[Tensor]], twin: Any) -> None:
-    def tell(name: str, value: Tensor) -> None:
-        truth[name].append(value.detach().clone())
-        if value.requires_grad:
-            value.register_hook(lambda gradient: truth[f"gradient of {name}"].append(gradient.clone()))
-
-    def watch(module: nn.Module, into: str | None, out: str | None) -> None:
-        def hook(_: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
-            if into is not None:
-                tell(into, args[0])
-            if out is not None:
-                tell(out, output)
-
-        module.register_forward_hook(hook)
-
-    def watch_norm(norm: nn.LayerNorm, name: str) -> None:
-        hook = lambda _, args, out: tell(f"{name} normalized rows", F.layer_norm(args[0], norm.normalized_shape))  # noqa: E731
-        norm.register_forward_hook(hook)
-
-    def watch_linear(layer: Any, out: str) -> None:
-        bias = layer.base_layer.bias.detach()
-        layer.register_forward_hook(lambda _, args, output: tell(f"{out}, without bias", output - bias))
-
-    def watch_gradient(name: str, parameter: Tensor) -> None:
-        note = lambda gradient: truth[f"gradient of {_kind(name)}"].append(_by_side(name, gradient).clone())  # noqa: E731
-        parameter.register_hook(note)
-
-    def watch_qkv(layer: Any) -> None:
-        def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            if output.shape[1] == len(TEXT):
-                q, k = (t.view(len(TEXT), 4, 8).transpose(0, 1) for t in output[0].detach().split(32, dim=-1)[:2])
-                logits = q @ k.mT / 8**0.5
-                allowed = torch.ones_like(logits).tril().bool()
-                tell("attention map", logits.masked_fill(~allowed, -torch.inf).softmax(-1))
-
-        layer.register_forward_hook(hook)
-
-    for name, parameter in twin.named_parameters():
-        if parameter.requires_grad:
-            watch_gradient(name, parameter)
-    base = twin.get_base_model()
-    watch(base.transformer.wte, None, "token embeddings")
-    for block in base.transformer.h:
-        watch(block.ln_1, "block input", "ln_1 output")
-        watch(block.ln_2, "residual between", "ln_2 output")
-        watch_norm(block.ln_1, "ln_1")
-        watch_norm(block.ln_2, "ln_2")
-        watch_qkv(block.attn.c_attn)
-        watch(block.attn.c_attn, None, "q, k, v")
-        watch_linear(block.attn.c_attn, "q, k, v")
-        watch(block.attn.c_proj, "heads' output", "attention output")
-        watch_linear(block.attn.c_proj, "attention output")
-        watch(block.mlp.c_fc, None, "MLP pre-activations")
-        watch_linear(block.mlp.c_fc, "MLP pre-activations")
-        watch(block.mlp.c_proj, "MLP activations", "MLP output")
-        watch_linear(block.mlp.c_proj, "MLP output")
-        for layer in (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj):
-            watch(layer.lora_A["default"], None, "x A")
-    watch(base.transformer.ln_f, "final hidden states", "ln_f output")
-    watch(base.lm_head, None, "logits")

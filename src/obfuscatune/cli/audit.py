@@ -31,6 +31,9 @@ class AuditOptions:
     model: Literal["tiny", "small", "large"] = option(
         "the fixtures' size, trained in minutes; half an hour, and 16 GiB to attack 100d tokens, for large", "small"
     )
+    architecture: Literal["gpt2", "llama"] = option(
+        "of the fixtures; llama: rotary positions, grouped kv heads, gated MLP", "gpt2"
+    )
     seeds: int = option("private models, each with keys and text of its own", 5, min=1)
     attacks: str = option("only these, as A7,A24; default: all that the knowledge allows", "")
     text_file: Path | None = option("train the fixtures on it; default: the standard library's documentation", None)
@@ -44,6 +47,7 @@ def command(options: AuditOptions) -> None:
 
     plan = make_plan(
         model=options.model,
+        architecture=options.architecture,
         profiles=_words(options.profile),
         knowledge=_words(options.knowledge),
         attacks=_words(options.attacks),

@@ -19,6 +19,7 @@ GOOD = {"model": "tiny", "profiles": ["strict"], "knowledge": ["N"], "attacks": 
     ("change", "what"),
     [
         ({"model": "huge"}, "unknown model"),
+        ({"architecture": "mamba"}, "unknown architecture"),
         ({"profiles": ["strictest"]}, "unknown profile"),
         ({"profiles": ["enclave"]}, "hands nothing over"),
         ({"knowledge": ["Z"]}, "unknown knowledge"),

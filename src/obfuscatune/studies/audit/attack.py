@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from obfuscatune.profiles import Profile
-from obfuscatune.studies.audit.reference import Reference, Streams
+from obfuscatune.studies.audit.reference import Design, Reference, Streams
 from obfuscatune.studies.audit.view import WorkerView
 
 NEEDS = {
@@ -52,14 +52,14 @@ class Knowledge:
     """What an attacker has beside the view. What an attack does not name in its needs is None.
 
     Attributes:
-        profile: the design is public, the keys are not. heads: of each attention. vocabulary: number of tokens.
+        profile: it is public, the keys are not. design: of the model. vocabulary: number of tokens.
         corpus: public text like the private one ``[n, T]``; everyone has it. library: more public text, to train on.
         base: B. pairs: P: plain streams of the view's passes, row by row. pair_tokens: P: ids of these rows.
         embeddings: E: the private model's first-block rows by ``(token, position)``, and its tables. customer: Q.
     """
 
     profile: Profile
-    heads: int
+    design: Design
     vocabulary: int
     corpus: Tensor
     library: Tensor
@@ -144,7 +144,7 @@ class Attack:
     """One attack.
 
     Attributes:
-        id: as in the security analysis, ``A1``. title: a few words. needs: letters of `NEEDS`, "N" where none.
+        id: as in docs/security.md, ``A1``. title: a few words. needs: letters of `NEEDS`, "N" where none.
         source: paper or where it is derived. metric: what success is. chance: what guessing gives, in words.
         run: ``(sample, knowledge) -> guess``. Raises NotApplicableError.
         score: ``(guess, truth) -> Score``.

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from obfuscatune.studies.audit.attacks import all_attacks
 from obfuscatune.studies.audit.canaries import check_canaries
-from obfuscatune.studies.audit.fixtures import SETTINGS
 from obfuscatune.studies.audit.lab import Recorded, record
 from obfuscatune.studies.audit.runner import (
     Plan,
@@ -49,7 +48,7 @@ def control_cells(plan: Plan, like: Cell) -> list[Cell]:
                 "attacks": [name for name, attack in attacks.items() if attack.fires_on == profile],
             }
             label = f"controls on {profile}, seed {seed}"
-            memory = 2 * memory_gb(SETTINGS[plan.model], budgets)  # two sessions
+            memory = 2 * memory_gb(plan.settings, budgets)  # two sessions
             found.append(
                 Cell(label=label, compute=control_profile, inputs=inputs, places=like.places, memory_gb=memory)
             )

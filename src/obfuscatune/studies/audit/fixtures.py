@@ -1,5 +1,7 @@
 """Models to attack, trained in minutes: a public base, private models fine-tuned from it, and an unrelated one.
 
+They are GPT-2 models, or Llama models with grouped kv heads.
+
 Text that every Python has: the documentation strings of its standard library, in the bundled tokenizer's tokens. They
 are cut into a public part, of which the base is made; a part like it, which the attacker has; a private one, on which
 private models are fine-tuned and which sessions are about; and one of the unrelated model.
@@ -10,7 +12,7 @@ import json
 import sysconfig
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig
 
+from obfuscatune.enclave.families import read_decoder
 from obfuscatune.errors import UsageError
 from obfuscatune.studies.bundled import model_directory
 from obfuscatune.training.loading import load_config, load_tokenizer
@@ -32,11 +35,17 @@ _PARTS = {"public": 0.35, "corpus": 0.15, "private": 0.15, "unrelated": 0.35}
 
 @dataclass(frozen=True, kw_only=True)
 class FixtureSettings:
-    """Sizes of the models, and how long they are trained; ``base_steps`` of the base and of the unrelated one."""
+    """Sizes of the models, and how long they are trained; ``base_steps`` of the base and of the unrelated one.
 
+    Attributes:
+        architecture: one of `ARCHITECTURES`. kv_heads: of a model whose heads share keys and values.
+    """
+
+    architecture: str = "gpt2"
     width: int = 128
     layers: int = 4
     heads: int = 4
+    kv_heads: int = 2
     positions: int = 64
     base_steps: int = 500
     private_steps: int = 100
@@ -49,8 +58,13 @@ class FixtureSettings:
 SETTINGS = {
     "tiny": FixtureSettings(width=64, layers=2, positions=32, base_steps=150, private_steps=40),
     "small": FixtureSettings(),
-    "large": FixtureSettings(width=256, layers=6, heads=8, positions=128, base_steps=600),
+    "large": FixtureSettings(width=256, layers=6, heads=8, kv_heads=4, positions=128, base_steps=600),
 }
+
+
+def settings_of(model: str, architecture: str) -> FixtureSettings:
+    """Return the sizes of that name, of models of that architecture."""
+    return replace(SETTINGS[model], architecture=architecture)
 
 
 @dataclass(frozen=True, repr=False)
@@ -113,7 +127,7 @@ def build(settings: FixtureSettings, seed: int, cache: Path, text: str) -> Fixtu
 
 def _load(directory: Path) -> Any:
     tensors = load_file(directory / "model.safetensors")
-    model = GPT2LMHeadModel(GPT2Config.from_pretrained(directory))
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))  # type: ignore[no-untyped-call]
     model.load_state_dict(tensors, strict=False)  # the head is tied to the embeddings
     return model
 
@@ -124,19 +138,26 @@ def _with_outliers(model: Any) -> Any:
 
     Models of billions of parameters have such features (arXiv 2208.07339); small ones do not learn them.
     """
-    width = model.config.n_embd
-    for i, block in enumerate(model.transformer.h):
-        feature = 5 * i % width
-        block.attn.c_attn.weight[:, 2 * width + feature] *= _OUTLIER
-        block.attn.c_attn.bias[2 * width + feature] *= _OUTLIER
-        block.attn.c_proj.weight[feature] /= _OUTLIER
+    for block in read_decoder(model).blocks:
+        attention = block.attention
+        if attention is None:
+            continue
+        shape, layer = attention.shape, attention.first[-1]  # the one with v, which has the last columns
+        feature = 5 * block.index % shape.kv_width
+        column = layer.shape[1] - shape.kv_width + feature
+        layer.weight[:, column] *= _OUTLIER
+        if layer.bias is not None:
+            layer.bias[column] *= _OUTLIER
+        head, place = divmod(feature, shape.head_dim)
+        share = shape.heads // shape.kv_heads
+        for reader in range(head * share, (head + 1) * share):
+            attention.last.weight[reader * shape.head_dim + place] /= _OUTLIER
     return model
 
 
-def _new(settings: FixtureSettings, seed: int) -> GPT2LMHeadModel:
+def _gpt2(settings: FixtureSettings, common: dict[str, Any]) -> PretrainedConfig:
     # Its attention dropout is off, as what runs outside needs it; so is all other, as models of today have none.
-    config = GPT2Config(
-        vocab_size=load_config(str(model_directory())).vocab_size,
+    return GPT2Config(
         n_positions=settings.positions,
         n_embd=settings.width,
         n_layer=settings.layers,
@@ -144,12 +165,32 @@ def _new(settings: FixtureSettings, seed: int) -> GPT2LMHeadModel:
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
-        bos_token_id=0,
-        eos_token_id=0,
+        **common,
     )
+
+
+def _llama(settings: FixtureSettings, common: dict[str, Any]) -> PretrainedConfig:
+    return LlamaConfig(
+        max_position_embeddings=settings.positions,
+        hidden_size=settings.width,
+        intermediate_size=settings.width * 11 // 4,  # as large models have it: three weights in the MLP instead of two
+        num_hidden_layers=settings.layers,
+        num_attention_heads=settings.heads,
+        num_key_value_heads=settings.kv_heads,
+        tie_word_embeddings=True,
+        **common,
+    )
+
+
+ARCHITECTURES = {"gpt2": _gpt2, "llama": _llama}
+
+
+def _new(settings: FixtureSettings, seed: int) -> Any:
+    common = {"vocab_size": load_config(str(model_directory())).vocab_size, "bos_token_id": 0, "eos_token_id": 0}
+    config = ARCHITECTURES[settings.architecture](settings, common)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return GPT2LMHeadModel(config)
+        return AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
 
 
 def _train(name: str, model: Any, rows: Tensor, steps: int, rate: float, batch: int, seed: int) -> None:

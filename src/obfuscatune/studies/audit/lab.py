@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,18 +11,20 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
-from obfuscatune.enclave.body import PassedBlock, RemoteBody
-from obfuscatune.enclave.linear import RemoteLinear
-from obfuscatune.enclave.mixed import MixedLinear
+from obfuscatune.enclave.families import read_decoder
 from obfuscatune.enclave.protect import protect
-from obfuscatune.enclave.whole import RemoteAttention, RemoteMlp
+from obfuscatune.enclave.remote.body import PassedBlock, RemoteBody
+from obfuscatune.enclave.remote.linear import Placed, RemoteLinear
+from obfuscatune.enclave.remote.whole import RemoteAttention, RemotePart
 from obfuscatune.profiles import Profile
 from obfuscatune.studies.audit.attack import Customer, Embeddings, Knowledge, Sample, TrainingTruth, Truth
 from obfuscatune.studies.audit.fixtures import Fixtures
+from obfuscatune.studies.audit.reader import read_view
 from obfuscatune.studies.audit.recorder import recording_worker
 from obfuscatune.studies.audit.reference import Reference
-from obfuscatune.studies.audit.view import WorkerView, read_view
+from obfuscatune.studies.audit.view import ROLES, STREAMS_OF, WorkerView
 from obfuscatune.studies.bench.run import parse_profile
 
 TARGET_ROWS = 8  # texts of the target pass
@@ -94,7 +96,7 @@ def knowledge(
     words, positions = private.embeddings()
     return Knowledge(
         profile=profile,
-        heads=private.shape(0).heads,
+        design=private.design(),
         vocabulary=len(words),
         corpus=corpus,
         library=recorded.library,
@@ -145,10 +147,7 @@ def _training(model: Any, profile: str, texts: Tensor, seed: int, directory: Pat
     batches, scored = [], []
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # of the adapter's start
-        adapted = get_peft_model(
-            copy.deepcopy(model),
-            LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=["c_attn"], fan_in_fan_out=True),
-        )
+        adapted = get_peft_model(copy.deepcopy(model), _lora(model))
     with (
         recording_worker(path) as address,
         protect(adapted, profile=parse_profile(profile), worker=address) as protected,
@@ -173,27 +172,42 @@ def _training(model: Any, profile: str, texts: Tensor, seed: int, directory: Pat
     return view, TrainingTruth(batches, scored, RANK, keys)
 
 
+def _lora(model: Any) -> LoraConfig:
+    """An adapter of the layers that compute q, k and v."""
+    layers = next(part for block in read_decoder(model).blocks for part in block.parts).first
+    return LoraConfig(
+        r=RANK,
+        lora_alpha=2 * RANK,
+        target_modules=[layer.name for layer in layers],
+        fan_in_fan_out=isinstance(layers[0].base, Conv1D),
+    )
+
+
 def _keys(model: Any) -> dict[tuple[int, str], Tensor]:
     """Dense keys by block and stream, in the order in which blocks' layers stand in the model."""
     found: dict[tuple[int, str], Tensor] = {}
-    inner: Iterator[tuple[str, str]] = iter(())
-    block = -1
+    block, roles = -1, iter(ROLES)
+    groups: set[int] = set()  # layers that share an input share a segment, and its keys
     for module in model.modules():
         if isinstance(module, RemoteBody | PassedBlock):
-            rotation = module._key.dense().double() if isinstance(module, RemoteBody) else found[0, "mlp out"]
             block += 1
+            rotation = module.placed.key_in.dense().double() if isinstance(module, RemoteBody) else found[0, "mlp out"]
             found |= {(block, name): rotation for name in ("attention in", "attention out", "mlp in", "mlp out")}
-            continue
-        if isinstance(module, RemoteAttention | RemoteMlp):
-            pair = ("attention in", "attention out") if isinstance(module, RemoteAttention) else ("mlp in", "mlp out")
-            block += pair[0] == "attention in"
-        elif isinstance(module, RemoteLinear | MixedLinear):
-            pair = next(inner, ("attention in", "qkv"))
-            if pair[1] == "qkv":
-                block += 1
-                inner = iter((("heads", "attention out"), ("mlp in", "hidden"), ("activations", "mlp out")))
-        else:
-            continue
-        for name, key in zip(pair, (module._key_in, module._key_out), strict=True):
-            found[block, name] = key.dense().double()
+        elif isinstance(module, RemotePart):
+            whole = isinstance(module, RemoteAttention)
+            block += whole
+            names = ("attention in", "attention out") if whole else ("mlp in", "mlp out")
+            found |= _dense(block, names, module.placed)
+            roles = iter(ROLES[2:] if whole else ROLES)  # what is alone after it
+        elif isinstance(module, RemoteLinear) and id(module.group) not in groups:
+            groups.add(id(module.group))
+            role = next(roles)
+            block += role == "qkv"
+            roles = iter(ROLES) if role == "down" else roles
+            found |= _dense(block, STREAMS_OF[role], module.group.placed)
     return found
+
+
+def _dense(block: int, names: tuple[str, str], placed: Placed) -> dict[tuple[int, str], Tensor]:
+    keys = (placed.key_in, placed.key_out)
+    return {(block, name): key.dense().double() for name, key in zip(names, keys, strict=True)}

@@ -5,6 +5,7 @@ Streams and roles are named as in `obfuscatune.studies.audit.view`. All in float
 
 import copy
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,6 +23,28 @@ from obfuscatune.studies.audit.view import ROLES, STREAMS, STREAMS_OF
 Streams = dict[tuple[int, str], Tensor]
 
 
+@dataclass(frozen=True, slots=True, repr=False)
+class Design:
+    """What a model's configuration says of its computation: public, and no secret of any profile.
+
+    Attributes:
+        shape: of every attention. gated, activation: of every MLP. eps: of the norms.
+        rotary: cos and sin ``[1, T, n]`` of all positions, float64; None where q and k are not rotated.
+        embedded_positions: whether positions have rows of their own in the residual stream.
+    """
+
+    shape: AttentionShape
+    gated: bool
+    activation: str
+    eps: float
+    rotary: tuple[Tensor, Tensor] | None
+    embedded_positions: bool
+
+    def angles(self, length: int) -> tuple[Tensor, Tensor] | None:
+        """Cos and sin of the first positions ``[1, length, n]``."""
+        return None if self.rotary is None else (self.rotary[0][:, :length], self.rotary[1][:, :length])
+
+
 class Reference:
     """Weights and streams of a plain causal language model, norms folded and biases in place as the profile has them.
 
@@ -36,12 +59,23 @@ class Reference:
         self._blocks = self._decoder.blocks
         self.blocks, self.width = len(self._blocks), self._decoder.width
 
-    def shape(self, block: int) -> AttentionShape:
-        """Heads, their width, and the scale of q k^T."""
-        attention = self._blocks[block].attention
-        if attention is None:
+    def design(self) -> Design:
+        """What everyone may know of the model.
+
+        Raises:
+            UnsupportedModelError: a family without a record.
+        """
+        block = self._blocks[0]
+        if block.attention is None or block.mlp is None:
             raise UnsupportedModelError("attention of a family without a record", where=self._decoder.family)
-        return attention.shape
+        return Design(
+            shape=block.attention.shape,
+            gated=block.mlp.gated,
+            activation=block.mlp.activation,
+            eps=block.attention.norm.eps,
+            rotary=self._rotary(),
+            embedded_positions=self._places() is not None,
+        )
 
     def weight(self, block: int, role: str) -> Tensor:
         """Plain ``[in, out]`` weight, the norm's gain folded in where the profile folds."""
@@ -53,10 +87,8 @@ class Reference:
 
     def embeddings(self) -> tuple[Tensor, Tensor]:
         """Tables of tokens ``[vocab, d]`` and positions ``[n, d]``, zero where positions are not embedded."""
-        words = self._model.get_input_embeddings().weight.detach()
-        places = getattr(self._model.base_model, "wpe", None)
-        count = self.config.max_position_embeddings
-        return words, words.new_zeros(count, self.width) if places is None else places.weight.detach()
+        words, places = self._model.get_input_embeddings().weight.detach(), self._places()
+        return words, words.new_zeros(self.config.max_position_embeddings, self.width) if places is None else places
 
     def first_rows(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """The first block's ``attention in`` ``[n, d]`` of tokens ``[n]`` at positions ``[n]``, which alone make it."""
@@ -84,6 +116,18 @@ class Reference:
     def logits(self, batch: Tensor) -> Tensor:
         """Next-token logits ``[B, T, vocab]``."""
         return self._model(input_ids=batch, use_cache=False).logits  # type: ignore[no-any-return]
+
+    def _places(self) -> Tensor | None:
+        """Table of positions ``[n, d]``, where they are embedded."""
+        places = getattr(self._model.base_model, "wpe", None)
+        return None if places is None else places.weight.detach()
+
+    def _rotary(self) -> tuple[Tensor, Tensor] | None:
+        module = getattr(self._model.base_model, "rotary_emb", None)
+        if module is None:
+            return None
+        cos, sin = module(self.embeddings()[0][:1], torch.arange(self.config.max_position_embeddings)[None])
+        return cos.double(), sin.double()
 
     def _part(self, block: int, role: str) -> Part:
         attention, mlp = self._blocks[block].parts

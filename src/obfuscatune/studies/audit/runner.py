@@ -13,7 +13,7 @@ from torch import Tensor
 from obfuscatune.errors import UsageError
 from obfuscatune.studies.audit.attack import Attack, NotApplicableError, Truth
 from obfuscatune.studies.audit.attacks import all_attacks
-from obfuscatune.studies.audit.fixtures import SETTINGS, Fixtures, FixtureSettings, build, load_text
+from obfuscatune.studies.audit.fixtures import Fixtures, FixtureSettings, build, load_text, settings_of
 from obfuscatune.studies.audit.lab import Recorded, knowledge, record
 from obfuscatune.studies.reports.files import write_text
 from obfuscatune.studies.reproduce.cells import Cell
@@ -45,10 +45,16 @@ class Plan:
     """What is run: names of fixtures, profiles and attacks, budgets in tokens, seeds."""
 
     model: str
+    architecture: str
     profiles: tuple[str, ...]
     attacks: tuple[str, ...]
     budgets: tuple[int, ...]
     seeds: tuple[int, ...]
+
+    @property
+    def settings(self) -> FixtureSettings:
+        """Of the fixtures."""
+        return settings_of(self.model, self.architecture)
 
     def other(self, seed: int) -> int:
         """Another seed, whose session negative controls score against."""
@@ -89,10 +95,9 @@ def cells(plan: Plan, cache: Path, text_file: Path | None) -> list[Cell]:
     kept = cache / "text.txt"  # the documentation takes seconds to read
     write_text(kept, text)
     for seed in {*plan.seeds, *map(plan.other, plan.seeds)}:
-        build(SETTINGS[plan.model], seed, cache, text)
+        build(plan.settings, seed, cache, text)
     common = {
-        "settings": asdict(SETTINGS[plan.model]),
-        "model": plan.model,
+        "settings": asdict(plan.settings),
         "attacks": list(plan.attacks),
         "budgets": list(plan.budgets),
         "text": sha256(text.encode()).hexdigest(),
@@ -105,7 +110,7 @@ def cells(plan: Plan, cache: Path, text_file: Path | None) -> list[Cell]:
             compute=attack_profile,
             inputs={**common, "profile": profile, "seed": seed},
             places=places,
-            memory_gb=memory_gb(SETTINGS[plan.model], plan.budgets),
+            memory_gb=memory_gb(plan.settings, plan.budgets),
         )
         for seed in plan.seeds
         for profile in plan.profiles
@@ -154,7 +159,8 @@ def fixtures_of(inputs: dict[str, Any], places: dict[str, Any], seed: int | None
     """Return the fixtures that a cell's inputs name, from the cache; those of another seed where one is given."""
     torch.set_num_threads(inputs["threads"])
     text = load_text(Path(places["text_file"]))
-    return build(SETTINGS[inputs["model"]], inputs["seed"] if seed is None else seed, Path(places["cache"]), text)
+    settings = FixtureSettings(**inputs["settings"])
+    return build(settings, inputs["seed"] if seed is None else seed, Path(places["cache"]), text)
 
 
 def corpus_of(fixtures: Fixtures) -> Tensor:

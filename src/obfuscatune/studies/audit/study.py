@@ -8,7 +8,7 @@ from obfuscatune.errors import UsageError
 from obfuscatune.studies.audit.attack import NEEDS
 from obfuscatune.studies.audit.attacks import all_attacks
 from obfuscatune.studies.audit.controls import LEAST_WITH_KEY, control_cells
-from obfuscatune.studies.audit.fixtures import SETTINGS
+from obfuscatune.studies.audit.fixtures import ARCHITECTURES, SETTINGS
 from obfuscatune.studies.audit.report import Findings, write_report
 from obfuscatune.studies.audit.runner import Outcome, Plan, cells, parse_budgets, repeated_cells
 from obfuscatune.studies.audit.verdict import BROKEN, Control, Verdict, judge, negative, positive
@@ -18,7 +18,14 @@ from obfuscatune.studies.reproduce.cells import Cell, CellCache, run_cells
 
 
 def make_plan(
-    *, model: str, profiles: Sequence[str], knowledge: Sequence[str], attacks: Sequence[str], tokens: str, seeds: int
+    *,
+    model: str,
+    architecture: str = "gpt2",
+    profiles: Sequence[str],
+    knowledge: Sequence[str],
+    attacks: Sequence[str],
+    tokens: str,
+    seeds: int,
 ) -> Plan:
     """Return what is run, checked as a whole.
 
@@ -27,10 +34,14 @@ def make_plan(
             where empty.
 
     Raises:
-        UsageError: an unknown model, profile, letter or attack; a profile that hands nothing over; no attack left.
+        UsageError: an unknown model, architecture, profile, letter or attack; a profile that hands nothing over; no
+            attack left.
     """
     if model not in SETTINGS:
         raise UsageError("unknown model", got=model, expected=", ".join(SETTINGS), where="--model")
+    if architecture not in ARCHITECTURES:
+        expected = ", ".join(ARCHITECTURES)
+        raise UsageError("unknown architecture", got=architecture, expected=expected, where="--architecture")
     unknown = sorted(set(knowledge) - set(NEEDS))
     if unknown:
         expected = "; ".join(f"{letter}: {text}" for letter, text in NEEDS.items())
@@ -49,6 +60,7 @@ def make_plan(
     budgets = parse_budgets(tokens, SETTINGS[model].width)
     return Plan(
         model=model,
+        architecture=architecture,
         profiles=tuple(dict.fromkeys(profiles)),
         attacks=tuple(chosen),
         budgets=budgets,
@@ -81,7 +93,8 @@ def run(
     again = repeated_cells(plan, attacked, broken)
     if again:
         verdicts = _judge(plan, outcomes + _outcomes(run_cells(again, cache, workers=workers)), controls)
-    settings = SETTINGS[plan.model]
+    settings = plan.settings
+    grouped = f", {settings.kv_heads} of k and v" if settings.architecture == "llama" else ""
     findings = Findings(
         attacks={name: all_attacks()[name] for name in plan.attacks},
         profiles=plan.profiles,
@@ -91,7 +104,8 @@ def run(
     )
     provenance = {
         **describe(command, seeds=plan.seeds),
-        "model": f"{plan.model}: d = {settings.width}, {settings.layers} blocks, {settings.heads} heads",
+        "model": f"{plan.model} {settings.architecture}: d = {settings.width}, {settings.layers} blocks, "
+        f"{settings.heads} heads{grouped}",
         "token budgets": ", ".join(map(str, plan.budgets)),
         "text": "documentation of Python's standard library" if text_file is None else str(text_file),
         "cells of commits": cache.commits([*attacked, *controlled, *again]),

@@ -1,29 +1,27 @@
-"""What a curious operator of the worker has after a session, decoded from a recording and nothing else.
+"""What a curious operator of the worker has after a session: what crossed, and what the worker computes of it.
 
 Streams of a block, by name; ``gradient of NAME`` for those that cross in a backward:
 
     attention in -> qkv -> heads -> attention out        mlp in -> hidden -> activations -> mlp out
 
-Where attention or MLP are whole on the worker, it computes ``qkv``, ``heads``, ``hidden`` and ``activations`` itself,
-and so does the view; where the whole body is, all of them (`audit.body`). A call of mixed rows is read as if its
-rows were tokens, tiles side by side: an attack that assumes so finds out whether it may.
+``qkv`` is ``q | k | v`` before rotation by position, ``hidden`` is ``up``, or ``gate | up``. Where attention or MLP are
+whole on the worker, it computes ``qkv``, ``heads``, ``hidden`` and ``activations`` itself; so does the view, by the
+worker's own segments in float64. A call of mixed rows is read as if its rows were tokens, tiles side by side: an
+attack that assumes so finds out whether it may. `audit.reader` makes a view of a recording.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from obfuscatune.enclave.mixing import tile_starts
-from obfuscatune.protocol.bits import unpack_mask
-from obfuscatune.protocol.frames import PREFIX, decode_frame, decode_prefix
-from obfuscatune.studies.audit.body import BodyReader
-from obfuscatune.studies.audit.recorder import TO_WORKER, read_records
-from obfuscatune.worker.segments import ACTIVATIONS
+from obfuscatune.worker.adapters import SlotInputs
+from obfuscatune.worker.segments import Call as WorkerCall
+from obfuscatune.worker.segments import LinearSegment, PartSegment
+from obfuscatune.worker.segments import Segment as WorkerSegment
 
 STREAMS = ("attention in", "qkv", "heads", "attention out", "mlp in", "hidden", "activations", "mlp out")
 ROLES = ("qkv", "out", "up", "down")
@@ -34,22 +32,40 @@ STREAMS_OF = {
     "up": ("mlp in", "hidden"),
     "down": ("activations", "mlp out"),
 }
-_CALLS = ("forward", "backward", "multiply")
 
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Segment:
-    """A definition: block, the roles of its weights (none of a body, which is made of others), and its tensors."""
+    """A definition: block, the roles of its weights (none of a body, which is made of others), and the worker's own.
+
+    Attributes:
+        worker: as the worker has it, in float64.
+    """
 
     block: int
     roles: tuple[str, ...]
-    kind: str
-    spec: dict[str, Any]
-    tensors: dict[str, Tensor]
+    worker: WorkerSegment
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is a whole attention or MLP."""
+        return isinstance(self.worker, PartSegment)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Columns of each layer that its first product computes side by side."""
+        if not isinstance(self.worker, PartSegment | LinearSegment):
+            return ()
+        return self.worker.widths
 
     def weight(self, role: str) -> Tensor:
         """Keyed ``[in, out]`` weight of a role, float64."""
-        return self.tensors["weight" if self.kind == "linear" else role].double()
+        name = "weight" if not self.whole else "first" if role == self.roles[0] else "last"
+        return self.worker.weight[name].T
+
+    def bias(self, role: str) -> Tensor | None:
+        """Keyed ``[out]`` bias of a role, float64, where the worker adds one."""
+        return self.worker.weight.get("first_bias") if role == self.roles[0] else None
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -57,8 +73,10 @@ class Call:
     """One request and its reply.
 
     Attributes:
-        inputs, outputs: tensors by wire name, to the worker and from it. header: the request's fields.
+        inputs, outputs: tensors by wire name, to the worker and from it; with the inputs of a forward are the pushed
+            LoRA factors that it uses, whichever call brought them. header: the request's fields.
         started, ended: seconds since the session's start. sent, received: bytes of request and reply.
+        mask, rotary: what the calls of its pass share, as the worker has it.
     """
 
     segment: Segment
@@ -69,6 +87,8 @@ class Call:
     ended: float
     sent: int
     received: int
+    mask: Tensor | None = None
+    rotary: tuple[Tensor, Tensor] | None = None
 
     @property
     def mixed(self) -> bool:
@@ -85,65 +105,35 @@ class Call:
         first, last = STREAMS_OF[self.segment.roles[0]][0], STREAMS_OF[self.segment.roles[-1]][1]
         if self.mixed:
             x, y = _side_by_side(self.inputs["x"].double(), self._width()), self.outputs["y"].double().sum(dim=0)
+        elif self.backward:
+            x, y = _rows(self.inputs.get("y")), _rows(self.outputs.get("x"))
         else:
-            x, y = (_rows(part.get("x" if part is self.inputs else "y")) for part in (self.inputs, self.outputs))
+            x, y = _rows(self.inputs.get("x")), _rows(self.outputs.get("y"))
         if self.backward:
-            if not self.mixed:
-                x, y = _rows(self.inputs.get("y")), _rows(self.outputs.get("x"))
             found = {f"gradient of {last}": x, f"gradient of {first}": y}
         else:
             found = {first: x, last: y, **self._inner()}
         return {name: rows for name, rows in found.items() if rows is not None}
 
+    def worker_call(self) -> tuple[dict[str, Tensor], WorkerCall]:
+        """What the worker's segments compute with, in float64: tensors by wire name, and what the pass shares."""
+        rotary = None if self.rotary is None else (self.rotary[0].double(), self.rotary[1].double())
+        return {name: tensor.double() for name, tensor in self.inputs.items()}, WorkerCall(self.mask, rotary)
+
     def _width(self) -> int:
         return self.segment.weight(self.segment.roles[0]).shape[1 if self.backward else 0]
 
     def _inner(self) -> dict[str, Tensor]:
-        """What the worker computes between the products of a whole submodule."""
-        if self.segment.kind == "mlp":
-            hidden = _rows(self.inputs["x"]) @ self.segment.weight("up") + self.segment.tensors["up_bias"].double()
-            hidden = hidden + self._low_rank("up")
-            return {"hidden": hidden, "activations": ACTIVATIONS[self.segment.spec["activation"]](hidden)}
-        if self.segment.kind == "attention":
-            qkv = _rows(self.inputs["x"]) @ self.segment.weight("qkv") + self.segment.tensors["qkv_bias"].double()
-            qkv = qkv + self._low_rank("qkv")
-            return {"qkv": qkv, "heads": self._attend(qkv)}
-        return {}
-
-    def _low_rank(self, slot: str, rows: Tensor | None = None) -> Tensor | float:
-        """What LoRA adds there, of ``u``, or of the rows that go in."""
-        u, a, b, c = (self.inputs.get(f"{kind}.{slot}") for kind in "uABc")
-        if b is None or (u is None and a is None):
-            return 0.0
-        if u is not None or a is None:
-            return _rows(u) @ b.double()  # type: ignore[no-any-return]
-        rows = _rows(self.inputs["x"]) if rows is None else rows
-        return (rows @ a.double() + (0.0 if c is None else c.double())) @ b.double()
-
-    def product(self) -> Tensor:
-        """What a whole submodule computes ``[n, width]``, float64."""
-        role = self.segment.roles[-1]
-        rows = self._inner()[STREAMS_OF[role][0]]
-        return rows @ self.segment.weight(role) + self._low_rank(role, rows)
-
-    def attention_logits(self) -> Tensor:
-        """Scaled ``q k^T`` ``[B, H, T, T]`` of a whole attention, float64, not masked."""
-        q, k, _ = self._heads(self._inner()["qkv"])
-        return q @ k.mT * float(self.segment.spec["scale"])
-
-    def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        batch, tokens, _ = self.inputs["x"].shape
-        q, k, v = qkv.view(batch, tokens, 3, int(self.segment.spec["heads"]), -1).permute(2, 0, 3, 1, 4)
-        return q, k, v
-
-    def _attend(self, qkv: Tensor) -> Tensor:
-        q, k, v = self._heads(qkv)
-        logits = q @ k.mT * float(self.segment.spec["scale"])
-        if "mask" in self.inputs:
-            allowed = unpack_mask(self.inputs["mask"], self.header["mask_shape"])
-        else:
-            allowed = torch.ones(logits.shape[-2:], dtype=torch.bool).tril()
-        return (logits.masked_fill(~allowed, -math.inf).softmax(-1) @ v).transpose(1, 2).flatten(2).flatten(0, 1)
+        """What the worker computes between the products of a whole part. LoRA that it trains itself is not added."""
+        part = self.segment.worker
+        if not isinstance(part, PartSegment):
+            return {}
+        with torch.no_grad():
+            inputs, call = self.worker_call()
+            first = part.first(inputs["x"], SlotInputs(inputs, {}))
+            between = part.between(first, call)
+        names = (STREAMS_OF[self.segment.roles[0]][1], STREAMS_OF[self.segment.roles[-1]][0])
+        return dict(zip(names, (_rows(first), _rows(between)), strict=True))
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -152,12 +142,13 @@ class WorkerView:
 
     Attributes:
         segments: by name. passes: calls of each pass, in order.
-        held: keyed LoRA factors ``(a, b)`` that the worker was given to train, by block and role, as they came.
+        held: keyed LoRA factors ``(a, b)`` that the worker was given to train, by block, first role of their segment,
+            and slot; as they came.
     """
 
     segments: dict[str, Segment]
     passes: tuple[tuple[Call, ...], ...]
-    held: dict[tuple[int, str], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    held: dict[tuple[int, str, str], tuple[Tensor, Tensor]] = field(default_factory=dict)
     _cache: dict[tuple[int, str], Tensor] = field(default_factory=dict)
 
     @property
@@ -198,74 +189,6 @@ class WorkerView:
             parts = [rows for call in calls if (rows := call.streams().get(stream)) is not None]
             self._cache[block, stream] = torch.cat(parts) if parts else torch.empty(0, 0, dtype=torch.float64)
         return self._cache[block, stream]
-
-
-def read_view(path: Path) -> WorkerView:
-    """Decode a recording."""
-    segments: dict[str, Segment] = {}
-    passes: list[list[Call]] = []
-    held: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
-    pending: dict[int, Any] = {}
-    bodies: dict[str, BodyReader] = {}
-    last: tuple[int, bool] | None = None
-    for direction, seconds, size, header, tensors in _frames(path):
-        if direction == TO_WORKER:
-            if header["op"] == "define":
-                segments[header["segment"]] = _segment(header, tensors, segments)
-            elif header["op"] == "hold":
-                segment = segments[header["segment"]]
-                role = segment.roles[0] if header["slot"] == "main" else header["slot"]
-                held.setdefault((segment.block, role), (tensors["a"], tensors["b"]))
-            elif header["op"] in _CALLS:
-                pending[header["id"]] = (header, tensors, seconds, size)
-            continue
-        if header.get("id") not in pending:
-            continue
-        request, inputs, started, sent = pending.pop(header["id"])
-        segment = segments[request["segment"]]
-        whole = Call(segment, request, inputs, tensors, started, seconds, sent, size)
-        if segment.kind == "body":
-            reader = bodies.setdefault(request["segment"], BodyReader(segment, segments))
-        for call in reader.read(whole) if segment.kind == "body" else [whole]:
-            place = (call.segment.block * len(ROLES) + ROLES.index(call.segment.roles[0]), call.backward)
-            if last is None or place[1] != last[1] or (place[0] < last[0]) != place[1] or place[0] == last[0]:
-                passes.append([])
-            passes[-1].append(call)
-            last = place
-    return WorkerView(segments, tuple(tuple(calls) for calls in passes), held)
-
-
-def _segment(header: dict[str, Any], tensors: dict[str, Tensor], before: dict[str, Segment]) -> Segment:
-    """Block and roles of a definition follow from the order: q,k,v; output; up; down, block after block."""
-    if header["kind"] == "body":
-        return Segment(0, (), "body", header["spec"], tensors)
-    covered = sum(len(segment.roles) for segment in before.values())
-    block, first = divmod(covered, len(ROLES))
-    roles = ROLES[first : first + (1 if header["kind"] == "linear" else 2)]
-    return Segment(block, roles, header["kind"], header["spec"], tensors)
-
-
-def _frames(path: Path) -> Iterator[tuple[int, float, int, dict[str, Any], dict[str, Tensor]]]:
-    """Direction, seconds of the first byte, size, fields and tensors of each frame."""
-    buffers: dict[int, bytearray] = {}
-    begun: dict[int, float] = {}
-    for direction, seconds, run in read_records(path):
-        buffer = buffers.setdefault(direction, bytearray())
-        if not buffer:
-            begun[direction] = seconds
-        buffer += run
-        if len(buffer) >= PREFIX.size:
-            end = PREFIX.size + sum(decode_prefix(bytes(buffer[: PREFIX.size])))
-            if len(buffer) >= end:
-                fields, tensors = decode_frame(memoryview(bytes(buffer[:end])))
-                yield direction, begun[direction], end, fields, {n: _tensor(*entry) for n, entry in tensors.items()}
-                del buffer[:end]
-
-
-def _tensor(spec: Any, elements: memoryview) -> Tensor:
-    if not elements:
-        return torch.empty(spec.shape, dtype=spec.dtype)
-    return torch.frombuffer(bytearray(elements), dtype=spec.dtype).view(spec.shape)
 
 
 def _rows(tensor: Tensor | None) -> Any:

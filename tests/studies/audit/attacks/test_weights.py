@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from obfuscatune.enclave.families import AttentionShape
+from obfuscatune.enclave.keys import ConcatKey, MasterSecret, head_keys
 from obfuscatune.studies.audit.algebra import polar
 from obfuscatune.studies.audit.attack import NotApplicableError, Score
 from obfuscatune.studies.audit.attacks import all_attacks, procrustes, structured, two_sided
@@ -44,8 +46,25 @@ def test_head_keys_are_a_gauge(seed: int) -> None:
         for part, block, gauge in zip(parts, (q, k, v), (m, torch.linalg.inv(m).mT, n), strict=True):
             part.append(block[:, 4 * head : 4 * head + 4] @ gauge)
     keyed = torch.cat([torch.cat(part, dim=1) for part in parts], dim=1)
-    found = align(products(weight, 4), products(keyed, 4))
+    shape = AttentionShape(heads=4, kv_heads=4, head_dim=4, scale=0.5)
+    found = align(products(weight, shape), products(keyed, shape))
     assert min((found - key).norm(), (found + key).norm()) < 1e-6
+
+
+@pytest.mark.parametrize("rotary", [4, 2])
+def test_keys_of_grouped_and_rotated_heads_are_a_gauge_too(rotary: int) -> None:
+    """By the enclave's own keys: one complex factor a plane, groups and the heads in them in a secret order."""
+    shape = AttentionShape(heads=4, kv_heads=2, head_dim=4, scale=0.5, rotary=rotary)
+    stream = MasterSecret.from_insecure_test_seed(3).stream("heads")
+    heads = head_keys(stream, heads=4, kv_heads=2, head_dim=4, rotary=rotary, kappa=4.0)
+    weight, key = draw(16, 32), polar(draw(16, 16, seed=10))
+    keyed = ConcatKey([heads.q, heads.k, heads.v]).apply(key.mT @ weight)
+    near, found = products(weight, shape), products(keyed, shape)
+    assert len(found.planes) == rotary
+    torch.testing.assert_close(key @ found.planes @ key.mT, near.planes)
+    assert not torch.allclose(key @ found.heads @ key.mT, near.heads)  # in another order
+    guess = align(near, found)
+    assert min((guess - key).norm(), (guess + key).norm()) < 1e-6
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])

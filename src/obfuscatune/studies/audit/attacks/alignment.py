@@ -2,8 +2,8 @@ r"""A13, unsupervised alignment: two clouds of points with the same shape are la
 
 Rows of the first block under the key are a cloud, rows made of the embedding tables are the same cloud, not turned,
 each as heavy as its token is frequent in public text. min over R and over couplings P of ``|X R - P Y|``: in turns
-Sinkhorn's coupling, sharper every round, and Procrustes, position by position. It starts from principal directions
-and means.
+Sinkhorn's coupling, sharper every round, and Procrustes, position by position where positions are
+embedded. It starts from principal directions and means.
 
 Source: Grave, Joulin and Berthet, Wasserstein-Procrustes, arXiv 1805.11222.
 """
@@ -46,14 +46,17 @@ def _run(sample: Sample, knowledge: Knowledge) -> Tensor:
         raise NotApplicableError("no embeddings")
     view, target, length = sample.view, sample.target, knowledge.corpus.shape[1]
     everything, places = view.rows(*FIRST)[:_ROWS], positions(view, FIRST[1], length)[:_ROWS]
+    embedded = knowledge.design.embedded_positions
+    if not embedded:  # rows of all positions are one cloud
+        places = torch.zeros_like(places)
     used = int(places.max()) + 1
     count = int(places.bincount().min())
     rows = torch.stack([everything[places == place][:count] for place in range(used)]).float()
     counts = knowledge.library.flatten().bincount(minlength=knowledge.vocabulary) + 0.1
     first_rows = table(knowledge, tables.first_rows, "first rows")
     known = Known(first_rows[:used], (counts / counts.sum()).log())
-    corpus = knowledge.corpus[:, :used]
-    public = torch.cat([tables.first_rows(part, torch.arange(used)) for part in corpus]).float()
+    corpus = knowledge.corpus[:, :used] if embedded else knowledge.corpus
+    public = torch.cat([tables.first_rows(part, torch.arange(len(part))) for part in corpus]).float()
     key = lay_on(rows, known, match_moments(torch.cov(everything.float().mT), rows, known, public))
     return look_up(target.rows(*FIRST).float() @ key.mT, positions(target, FIRST[1], length), first_rows)
 

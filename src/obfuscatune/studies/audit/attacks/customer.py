@@ -5,7 +5,7 @@ between the two keys, exactly (R3): R1^-1 R2 = (R1^-1 W)(R2^-1 W)^+ where they a
 products of heads (A5) where heads have keys; from singular vectors where both sides are keyed, their signs being
 those of the rows' means and third moments. The customer's rows, brought over, are then looked up.
 
-Source: R3 of our security analysis.
+Source: R3 in docs/security.md.
 """
 
 import torch
@@ -22,7 +22,8 @@ def relative_key(first: WorkerView, second: WorkerView, knowledge: Knowledge) ->
     """Return T ``[d, d]`` that brings the first session's rows before q, k, v into the second's key."""
     here, there = first.weight(*FIRST_WEIGHT), second.weight(*FIRST_WEIGHT)
     if knowledge.profile.attention == "worker" and knowledge.profile.head_keys:
-        key = align(products(here, knowledge.heads), products(there, knowledge.heads))
+        shape = knowledge.design.shape
+        key = align(products(here, shape), products(there, shape))
         means = [view.rows(*FIRST).mean(dim=0) for view in (first, second)]
         return key if means[0] @ key @ means[1] > 0 else -key
     if knowledge.profile.inner_keys == "identity":
@@ -64,7 +65,7 @@ ATTACK = Attack(
     id="A12",
     title="colluding customer",
     needs="Q",
-    source="R3 of our security analysis",
+    source="R3 in docs/security.md",
     metric="share of the target's tokens",
     chance="the most frequent token's share",
     run=_run,

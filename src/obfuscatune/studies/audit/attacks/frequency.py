@@ -1,6 +1,7 @@
 r"""A21, equality and frequency: a static key makes equal rows of equal tokens, and frequent rows of frequent tokens.
 
-The first block's row depends on token and position alone. Without the mean row of its position, what is left is
+The first block's row depends on the token alone where positions are not embedded, and else on token and position.
+Without the mean row of its position, what is left is
 mostly the token's embedding, so that the cosine tells equal tokens at different positions too:
 
     c_ij = cos(x_i - mean of position(i), x_j - mean of position(j))
@@ -9,7 +10,7 @@ Rows with a large cosine are one cluster. The largest cluster is guessed to be t
 and so on: the oldest attack on a substitution cipher. Where rows are mixed, they are taken for the tokens they would
 be.
 
-Source: R5 of our security analysis; frequency analysis of deterministic encryption: Naveed, Kamara and Wright 2015.
+Source: R5 in docs/security.md; frequency analysis of deterministic encryption: Naveed, Kamara and Wright 2015.
 """
 
 from dataclasses import dataclass
@@ -68,6 +69,8 @@ def _run(sample: Sample, knowledge: Knowledge) -> Clusters:
     length = knowledge.corpus.shape[1]
     rows = torch.cat([target, sample.view.rows(*FIRST)[:_ROWS]])
     places = torch.cat([positions(view, FIRST[1], length) for view in (sample.target, sample.view)])[: len(rows)]
+    if not knowledge.design.embedded_positions:  # equal tokens have equal rows
+        places = torch.zeros_like(places)
     directions = without_position(rows, places)
     found = cluster(directions)
     public = torch.cat([knowledge.corpus.flatten(), knowledge.library.flatten()]).bincount(
@@ -100,7 +103,7 @@ ATTACK = Attack(
     id="A21",
     title="equality and frequency",
     needs="N",
-    source="R5 of our security analysis; Naveed, Kamara and Wright 2015",
+    source="R5 in docs/security.md; Naveed, Kamara and Wright 2015",
     metric="2 AUC - 1 of telling pairs of equal tokens; value: share of tokens that frequency gives",
     chance="the same with other texts' tokens; about 0",
     run=_run,

@@ -3,9 +3,10 @@ r"""A6, lineage: was this model made from that public one?
 An orthogonal key on either side keeps a weight's singular values. Their size and their decay say how long a model was
 trained, and how deep in it the weight is: two models of one kind agree in that, related or not. What is left of their
 logarithms when a moving average is taken away, in units of the mean distance between neighbours there, is a weight's
-own, and fine-tuning keeps it. Where head keys change the values of q, k, v and of the output, the MLP's remain.
+own, and fine-tuning keeps it. Where head keys change the values of q, k, v and of the output, the MLP's remain; of a
+gated MLP under an order and secret sizes of its neurons, those of the gate.
 
-Source: arXiv 2510.06738, arXiv 2512.03620; without their trend, our security analysis.
+Source: arXiv 2510.06738, arXiv 2512.03620; without their trend, A6 in docs/security.md.
 """
 
 import torch
@@ -29,16 +30,21 @@ def fluctuations(weight: Tensor) -> Tensor:
 
 
 def _run(sample: Sample, knowledge: Knowledge) -> Tensor:
-    """Return the correlation of each weight's fluctuations with the candidate's ``[blocks * roles]``."""
-    if knowledge.base is None:
+    """Return the correlation of each weight's fluctuations with the candidate's ``[blocks * weights]``."""
+    base, view = knowledge.base, sample.view
+    if base is None:
         raise NotApplicableError("no base")
-    return torch.stack(
-        [
-            fluctuations(sample.view.weight(block, role)) @ fluctuations(knowledge.base.weight(block, role))
-            for block in range(sample.view.blocks)
-            for role in _ROLES
-        ]
-    )
+    found = []
+    for block in range(view.blocks):
+        scaled = knowledge.design.gated and view.segment(block, "up").whole
+        for role in _ROLES if not scaled else _ROLES[:1]:
+            halves = 2 if knowledge.design.gated and role == "up" else 1
+            pairs = zip(
+                view.weight(block, role).chunk(halves, 1), base.weight(block, role).chunk(halves, 1), strict=True
+            )
+            correlations = [fluctuations(here) @ fluctuations(there) for here, there in pairs]
+            found += correlations[:1] if scaled else correlations
+    return torch.stack(found)
 
 
 def _score(guess: Tensor, truth: Truth) -> Score:

@@ -17,6 +17,7 @@ from obfuscatune.studies.audit.attack import Attack, Knowledge, NotApplicableErr
 from obfuscatune.studies.audit.attacks.known_text import fit_stream
 from obfuscatune.studies.audit.reference import Reference
 from obfuscatune.studies.audit.text import table
+from obfuscatune.worker.attention import rotate
 
 _PLACE = (0, "mlp in")
 _CANDIDATES = 64
@@ -26,17 +27,16 @@ class _FirstAttention:
     """The base's first attention, one more token at a time: queries, keys and values are tables."""
 
     def __init__(self, knowledge: Knowledge, base: Reference) -> None:
-        shape, self._base = base.shape(0), base
+        self._design, self._base = knowledge.design, base
         rows = table(knowledge, base.first_rows, "first rows of the base")
         weight, bias = base.weight(0, "qkv").float(), base.bias(0, "qkv").float()
         self._out, self._bias = base.weight(0, "out").float(), base.bias(0, "out").float()
-        self._rows, self._qkv, self._scale = rows, (weight, bias), shape.scale
-        self._split = (3, shape.heads, shape.head_dim)
+        self._rows, self._qkv = rows, (weight, bias)
         words, places = base.embeddings()
         self._words, self._places = words.float(), places.float()
         self._mean = knowledge.base_streams()[0, "attention out"].float()
         self._mean = self._mean.view(-1, len(rows), self._mean.shape[1]).mean(dim=0)
-        self._seen: list[Tensor] = []  # keys and values ``[B, 2, H, dh]`` of each token so far
+        self._seen: list[tuple[Tensor, Tensor]] = []  # keys and values ``[B, H, dh]`` of each token so far
 
     def shortlist(self, wanted: Tensor) -> Tensor:
         """Return likely next tokens ``[B, c]`` of rows ``[B, d]``, whatever came before."""
@@ -47,24 +47,33 @@ class _FirstAttention:
     def rows(self, tokens: Tensor) -> Tensor:
         """Return what goes into the MLP ``[B, c, d]``, of candidates ``[B, c]`` for the next token."""
         place = len(self._seen)
-        q, *own = self._project(tokens).unbind(dim=2)  # [B, c, H, dh]
+        q, *own = self._project(tokens)  # [B, c, H, dh]
         logits = [(q * own[0]).sum(dim=3, keepdim=True)]
+        v = None
         if self._seen:
-            k, v = torch.stack(self._seen, dim=3).unbind(dim=1)  # [B, H, t, dh]
+            k, v = (torch.stack(parts, dim=2) for parts in zip(*self._seen, strict=True))  # [B, H, t, dh]
             logits.append((q.transpose(1, 2) @ k.mT).transpose(1, 2))
-        weights = (torch.cat(logits, dim=3) * self._scale).softmax(dim=3)
+        weights = (torch.cat(logits, dim=3) * self._design.shape.scale).softmax(dim=3)
         heads = weights[..., :1] * own[1]
-        if self._seen:
+        if v is not None:
             heads = heads + (weights[..., 1:].transpose(1, 2) @ v).transpose(1, 2)
         return self._after(self._words[tokens] + self._places[place], heads.flatten(2) @ self._out)
 
     def append(self, tokens: Tensor) -> None:
         """Take tokens ``[B]`` for the next ones."""
-        self._seen.append(self._project(tokens[:, None])[:, 0, 1:])
+        _, k, v = self._project(tokens[:, None])
+        self._seen.append((k[:, 0], v[:, 0]))
 
-    def _project(self, tokens: Tensor) -> Tensor:
-        weight, bias = self._qkv
-        return (self._rows[len(self._seen), tokens] @ weight + bias).unflatten(2, self._split)  # type: ignore[no-any-return, no-untyped-call]
+    def _project(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated q and k, and v, of candidates ``[B, c]`` at the next position, ``[B, c, H, dh]``."""
+        (weight, bias), shape, place = self._qkv, self._design.shape, len(self._seen)
+        rows = (self._rows[place, tokens] @ weight + bias).unflatten(2, (-1, shape.head_dim))  # type: ignore[no-untyped-call]
+        q, k, v = rows.split((shape.heads, shape.kv_heads, shape.kv_heads), dim=2)
+        if self._design.rotary is not None:
+            cos, sin = (part[:, place : place + 1].to(q.dtype) for part in self._design.rotary)
+            q, k = (rotate(part.flatten(0, 1)[:, :, None], cos, sin)[:, :, 0].view(part.shape) for part in (q, k))
+        share = shape.heads // shape.kv_heads
+        return q, k.repeat_interleave(share, dim=2), v.repeat_interleave(share, dim=2)
 
     def _after(self, residual: Tensor, attended: Tensor) -> Tensor:
         return self._base.normed(0, "up", (residual + attended + self._bias).double()).float()

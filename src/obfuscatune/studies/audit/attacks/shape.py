@@ -9,7 +9,7 @@ In this order, as far as each crosses:
 Besides, the number of rows of each request: exact, or the largest of its size where it is padded. Cadence tells more
 of a session that generates: there each token is a request of its own, under every profile; it is not scored here.
 
-Source: A22 of our security analysis; sizes of encrypted replies: Weiss et al., arXiv 2403.09751.
+Source: A22 in docs/security.md; sizes of encrypted replies: Weiss et al., arXiv 2403.09751.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,6 @@ from torch import Tensor
 
 from obfuscatune.enclave.keys.rows import mixed_rows
 from obfuscatune.enclave.mixing import padded_rows
-from obfuscatune.protocol.bits import unpack_mask
 from obfuscatune.studies.audit.attack import Attack, Knowledge, NotApplicableError, Sample, Score, Truth
 from obfuscatune.studies.audit.view import Call, WorkerView
 
@@ -46,9 +45,8 @@ def tokens_of(call: Call) -> int:
 def _lengths(view: WorkerView, forward: int, typical: int) -> Tensor:
     """Lengths of a step's texts: pass ``forward`` and the one after it."""
     call = view.passes[forward][0]
-    if "mask" in call.inputs:
-        allowed = unpack_mask(call.inputs["mask"], call.header["mask_shape"])
-        lengths: Tensor = allowed[:, 0, -1].sum(dim=1)
+    if call.mask is not None:
+        lengths: Tensor = call.mask[:, 0, -1].sum(dim=1)
         return lengths
     texts, length = (tokens_of(call) // typical, typical) if call.mixed else call.inputs["x"].shape[:2]
     gradients = view.only(slice(forward + 1, forward + 2)).rows(view.blocks - 1, "gradient of mlp out")
@@ -87,7 +85,7 @@ ATTACK = Attack(
     id="A22",
     title="shapes",
     needs="N",
-    source="A22 of our security analysis; arXiv 2403.09751",
+    source="A22 in docs/security.md; arXiv 2403.09751",
     metric="share of texts whose length is right; value: relative error of the number of tokens served",
     chance="the most frequent length's share",
     run=_run,

@@ -7,7 +7,8 @@ as the worker has it,
     r <- r + (f_j(n(r) T_j) Q_j + c_j) T_j+1^-1
 
 is the private model's body, rotated. Its weights are frozen. What the enclave kept is made anew: linking gives the
-scale of each row too, and so the first residual itself, which is a row of a token's plus one of its position. A
+scale of each row too, and so the first residual itself, which is a row of a token's, plus one of its position where
+positions are embedded. A
 customer knows the tokens of his own session; so he solves for their rows, and trains those of other tokens, a d x d
 map before a head tied to them, and constants, on public text. The last MLP's output meets no other stream, so its
 relative key is trained too. Beside it a model of the same size is trained from nothing with the same text.
@@ -15,7 +16,7 @@ relative key is trained too. Beside it a model of the same size is trained from 
 Without a customer, all embeddings are to be trained: at d = 128 and some 10^5 tokens that is no better than from
 nothing.
 
-Source: R8 of our security analysis.
+Source: R8 in docs/security.md.
 """
 
 import math
@@ -26,16 +27,18 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from obfuscatune.protocol.norms import rms_rows
 from obfuscatune.studies.audit.attack import Attack, Customer, Knowledge, NotApplicableError, Sample, Score, Truth
 from obfuscatune.studies.audit.attacks.linking import Link, is_orthogonal, junctions, link_all
+from obfuscatune.studies.audit.reference import Design
 from obfuscatune.studies.audit.view import ROLES, WorkerView
+from obfuscatune.worker.attention import attend, rotate
 from obfuscatune.worker.segments import ACTIVATIONS
 
 STEPS = 150
 BATCH = 16
 # Best of a few, for the stolen model and for the one from nothing alike; that of embeddings in units of their size.
 _RATE, _EMBEDDING_RATE = 5e-3, 0.16
-_EPS = 1e-5
 _DRAWN = 0.5  # size of embeddings that are drawn
 _SOLVER_ROUNDS = 100
 
@@ -68,18 +71,18 @@ class Tables:
 
 
 class Body(nn.Module):
-    """A GPT-2-like model. frozen: whether the blocks' weights are; the last map back is trained then."""
+    """A model of a known design. frozen: whether the blocks' weights are; the last map back is trained then."""
 
-    def __init__(self, blocks: Blocks, tables: Tables, *, heads: int, frozen: bool) -> None:
+    def __init__(self, blocks: Blocks, tables: Tables, design: Design, *, frozen: bool) -> None:
         super().__init__()
-        self._heads, last = heads, len(blocks.back) - 1
+        self._design, last = design, len(blocks.back) - 1
         self.weights = _parameters([part[role] for part in blocks.weights for role in ROLES], not frozen)
         self.biases = _parameters([part[role] for part in blocks.biases for role in ROLES], True)
         self.into = _parameters(blocks.into, False)
         self.back = _parameters(blocks.back, False)
         self.back[last].requires_grad_(frozen)
         self.words, self.places = nn.Parameter(tables.words.float()), nn.Parameter(tables.positions.float())
-        self.places.requires_grad_(not tables.solved.any())
+        self.places.requires_grad_(design.embedded_positions and not tables.solved.any())
         self.words.register_hook(lambda grad: grad.masked_fill(tables.solved[:, None], 0.0))  # type: ignore[no-untyped-call]
         self.head = nn.Parameter(torch.eye(tables.words.shape[1]) * (1.0 if tables.solved.any() else 0.1))
 
@@ -92,28 +95,34 @@ class Body(nn.Module):
         r = self.words[ids] + self.places[: ids.shape[1]]
         for i, (into, back) in enumerate(zip(self.into, self.back, strict=True)):
             sublayer = self._mlp if i % 2 else self._attention
-            r = r + sublayer(i // 2, _normed(r) @ into) @ back
-        return _normed(r)
+            r = r + sublayer(i // 2, rms_rows(r, self._design.eps) @ into) @ back
+        return rms_rows(r, self._design.eps)
 
     def _linear(self, block: int, role: str, x: Tensor) -> Tensor:
         place = block * len(ROLES) + ROLES.index(role)
         return x @ self.weights[place] + self.biases[place]  # type: ignore[no-any-return]
 
     def _attention(self, block: int, x: Tensor) -> Tensor:
-        q, k, v = self._linear(block, "qkv", x).unflatten(-1, (3, self._heads, -1)).permute(2, 0, 3, 1, 4)  # type: ignore[no-untyped-call]
-        heads = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        shape, rotary = self._design.shape, self._design.angles(x.shape[1])
+        split = (shape.heads, shape.kv_heads, shape.kv_heads)
+        heads = self._linear(block, "qkv", x).unflatten(-1, (-1, shape.head_dim)).transpose(1, 2)  # type: ignore[no-untyped-call]
+        q, k, v = heads.split(split, dim=1)
+        if rotary is not None:
+            cos, sin = (part.float() for part in rotary)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        heads = attend(q, k, v, mask=None, scale=shape.scale, softcap=shape.softcap)
         return self._linear(block, "out", heads.transpose(1, 2).flatten(2))
 
     def _mlp(self, block: int, x: Tensor) -> Tensor:
-        return self._linear(block, "down", ACTIVATIONS["gelu_new"](self._linear(block, "up", x)))
+        activation, hidden = ACTIVATIONS[self._design.activation], self._linear(block, "up", x)
+        if self._design.gated:
+            gate, up = hidden.chunk(2, dim=-1)
+            return self._linear(block, "down", activation(gate) * up)
+        return self._linear(block, "down", activation(hidden))
 
 
 def _parameters(tensors: Sequence[Tensor], trained: bool) -> nn.ParameterList:
     return nn.ParameterList(nn.Parameter(tensor.float(), requires_grad=trained) for tensor in tensors)
-
-
-def _normed(r: Tensor) -> Tensor:
-    return F.rms_norm(r, r.shape[-1:], eps=_EPS)
 
 
 def assemble(view: WorkerView, links: list[Link] | None) -> Blocks:
@@ -140,14 +149,15 @@ def _maps(found: Link) -> tuple[Tensor, Tensor, Tensor]:
 
 def _bias(view: WorkerView, block: int, role: str, weight: Tensor) -> Tensor:
     """The keyed bias where the worker adds it, else nothing."""
-    bias = view.segment(block, role).tensors.get(f"{role}_bias")
-    return weight.new_zeros(weight.shape[1]) if bias is None else bias.double().clone()
+    bias = view.segment(block, role).bias(role)
+    return weight.new_zeros(weight.shape[1]) if bias is None else bias.clone()
 
 
-def solve_tables(customer: Customer, link: Link, sizes: tuple[int, int]) -> Tables:
+def solve_tables(customer: Customer, link: Link, sizes: tuple[int, int], *, embedded_positions: bool) -> Tables:
     """Rows of tokens and positions from a session of known text, linked at its first junction.
 
-    sizes: of both tables. Rows of tokens that do not occur are drawn like the others.
+    sizes: of both tables. embedded_positions: whether positions have rows; else these are zero.
+    Rows of tokens that do not occur are drawn like the others.
     """
     tokens = torch.cat([batch.flatten() for batch in customer.batches])
     places = torch.cat([torch.arange(batch.shape[1]).repeat(len(batch)) for batch in customer.batches])
@@ -155,7 +165,9 @@ def solve_tables(customer: Customer, link: Link, sizes: tuple[int, int]) -> Tabl
     residual = link.residuals(view.rows(*link.first), view.rows(*link.added), view.rows(*link.last))
     counts, occurring = tokens.bincount(minlength=sizes[0]), places.bincount(minlength=sizes[1])
     positions = residual.new_zeros(sizes[1], residual.shape[1])
-    for _ in range(_SOLVER_ROUNDS):  # alternating least squares of a sum of two rows: means of what the other leaves
+    # Alternating least squares of a sum of two rows: means of what the other leaves.
+    words = _mean_by(tokens, residual, counts)
+    for _ in range(_SOLVER_ROUNDS if embedded_positions else 0):
         words = _mean_by(tokens, residual - positions[places], counts)
         positions = _mean_by(places, residual - words[tokens], occurring)
     seen = counts > 0
@@ -169,11 +181,13 @@ def _mean_by(index: Tensor, rows: Tensor, counts: Tensor) -> Tensor:
     return sums / counts.clamp_min(1)[:, None]
 
 
-def drawn_tables(sizes: tuple[int, int], width: int) -> Tables:
-    """Random embeddings, all of them to be trained."""
+def drawn_tables(sizes: tuple[int, int], width: int, *, embedded_positions: bool) -> Tables:
+    """Random embeddings, all of them to be trained; zeros for positions that have none."""
     generator = torch.Generator().manual_seed(0)
     words, positions = (torch.randn(size, width, generator=generator) * _DRAWN for size in sizes)
-    return Tables(words, positions / 5, torch.zeros(sizes[0], dtype=torch.bool))
+    return Tables(
+        words, positions / 5 if embedded_positions else 0 * positions, torch.zeros(sizes[0], dtype=torch.bool)
+    )
 
 
 def from_nothing(like: Blocks) -> Blocks:
@@ -232,13 +246,16 @@ def _customer(knowledge: Knowledge) -> Customer:
 
 
 def _steal(view: WorkerView, links: list[Link] | None, knowledge: Knowledge) -> Stolen:
-    rows = knowledge.library
+    rows, design = knowledge.library, knowledge.design
+    places = design.embedded_positions
     blocks, sizes = assemble(view, links), (knowledge.vocabulary, rows.shape[1])
-    drawn = drawn_tables(sizes, len(blocks.into[0]))
-    tables = drawn if links is None else solve_tables(_customer(knowledge), links[0], sizes)
-    stolen = train(Body(blocks, tables, heads=knowledge.heads, frozen=True), rows)
+    drawn = drawn_tables(sizes, len(blocks.into[0]), embedded_positions=places)
+    tables = drawn
+    if links is not None:
+        tables = solve_tables(_customer(knowledge), links[0], sizes, embedded_positions=places)
+    stolen = train(Body(blocks, tables, design, frozen=True), rows)
     if "from nothing" not in knowledge.cache:
-        scratch = Body(from_nothing(blocks), drawn, heads=knowledge.heads, frozen=False)
+        scratch = Body(from_nothing(blocks), drawn, design, frozen=False)
         knowledge.cache["from nothing"] = train(scratch, rows)
     return Stolen(stolen, knowledge.cache["from nothing"])
 
@@ -257,7 +274,7 @@ ATTACK = Attack(
     id="A25",
     title="functional theft",
     needs="Q",
-    source="R8 of our security analysis",
+    source="R8 in docs/security.md",
     metric="share of the way, in log perplexity, from a model trained from nothing on the same text to the private one",
     chance="0: no better than from nothing",
     run=_run,

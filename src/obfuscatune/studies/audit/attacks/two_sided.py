@@ -5,7 +5,7 @@ singular vectors: nothing but the values is recovered. Where P is no more than a
 map of each head, the sides are solved in turns: neurons are matched (A16), then the other side is an orthogonal
 Procrustes problem.
 
-Source: R1 of our security analysis.
+Source: R1 in docs/security.md.
 """
 
 import torch
@@ -32,13 +32,14 @@ def _run(sample: Sample, knowledge: Knowledge) -> Guess:
         near = base.weight(block, role)
         if role in ("qkv", "out") or not permuted:
             return nearest_by_values(near, weight)
-        places = find_order(view, base, block).places
+        order = find_order(view, base, block)
         if role == "up":
-            ordered = weight[:, places]
+            ordered = order.first(weight)
             return procrustes(near.mT, ordered.mT).mT @ ordered
-        return weight[places] @ procrustes(near, weight[places])
+        ordered = order.last(weight)
+        return ordered @ procrustes(near, ordered)
 
-    permuted = "up_bias" in view.segment(0, "up").tensors
+    permuted = view.segment(0, "up").whole
     return each_weight(view, guess)
 
 
@@ -46,7 +47,7 @@ ATTACK = Attack(
     id="A3",
     title="two-sided Procrustes",
     needs="B",
-    source="R1 of our security analysis",
+    source="R1 in docs/security.md",
     metric=METRIC,
     chance=f"{CHANCE}",
     run=_run,

@@ -1,0 +1,125 @@
+"""The audit on models with grouped kv heads, rotary positions, RMSNorm and a gated MLP."""
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from obfuscatune.profiles import resolve
+from obfuscatune.studies.audit.attack import Score
+from obfuscatune.studies.audit.attacks import all_attacks
+from obfuscatune.studies.audit.attacks.multiset import find_order
+from obfuscatune.studies.audit.controls import known_key
+from obfuscatune.studies.audit.fixtures import Fixtures, build, load_text, settings_of
+from obfuscatune.studies.audit.lab import Recorded, knowledge, record
+from obfuscatune.studies.audit.reference import Reference
+from obfuscatune.studies.audit.study import failed_claims, make_plan, run
+from obfuscatune.studies.audit.verdict import LEAK
+
+STATIC = ["paper", "balanced", "balanced+attention=enclave+mlp=enclave", "stream"]
+Recorder = Callable[[str], Recorded]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Fixtures:
+    return build(settings_of("tiny", "llama"), 0, tmp_path_factory.mktemp("llama"), load_text())
+
+
+@pytest.fixture(scope="module")
+def sessions(models: Fixtures) -> Recorder:
+    return cache(lambda profile: record(models, profile, 0, (64, 256)))
+
+
+def score(attack: str, profile: str, models: Fixtures, sessions: Recorder, base: object = None) -> Score:
+    found, recorded = all_attacks()[attack], sessions(profile)
+    sample, truth = recorded.cut(256)
+    public = models.base if base is None else base
+    told = knowledge(recorded, found.needs, public, models.text["corpus"][-64:], {}, truth)
+    return found.score(found.run(sample, told), truth)
+
+
+def test_kv_heads_are_fewer(models: Fixtures) -> None:
+    shape = Reference(models.private, resolve("balanced")).design().shape
+    assert (shape.heads, shape.kv_heads, shape.rotary) == (4, 2, 16)
+
+
+@pytest.mark.parametrize("profile", [*STATIC, "strict"])
+def test_true_keys_give_the_private_models_rows_and_weights(profile: str, sessions: Recorder) -> None:
+    assert known_key(sessions(profile)) > 0.999
+
+
+@pytest.mark.parametrize("profile", ["balanced", "stream"])
+def test_what_the_worker_computes_inside_gives_what_it_answered(profile: str, sessions: Recorder) -> None:
+    view = sessions(profile).sample.view
+    for block in range(view.blocks):
+        for stream, role, out in (("heads", "out", "attention out"), ("activations", "down", "mlp out")):
+            product = view.rows(block, stream) @ view.weight(block, role)
+            assert torch.allclose(product, view.rows(block, out), atol=1e-4)
+
+
+def test_masks_and_rotary_tables_cross_once_a_pass(sessions: Recorder) -> None:
+    for calls in sessions("balanced").sample.view.passes:
+        assert all(call.rotary is not None for call in calls if call.segment.roles[0] == "qkv")
+        assert len({id(call.rotary[0]) for call in calls if call.rotary is not None}) == 1
+
+
+@pytest.mark.parametrize(
+    ("attack", "profile", "least"),
+    [
+        ("A1", "paper", 0.6),
+        ("A7", "paper", 0.9),
+        ("A8", "paper", 0.8),
+        ("A6", "balanced", 0.3),
+        *((name, "balanced", 0.9) for name in ("A9", "A10", "A11", "A16", "A18", "A22", "A24")),
+        *((name, "balanced", 0.5) for name in ("A3", "A5", "A12", "A17", "A26")),
+        *((name, "stream", 0.5) for name in ("A3", "A5", "A10", "A12", "A16", "A17", "A24")),
+    ],
+)
+def test_what_it_breaks(attack: str, profile: str, least: float, models: Fixtures, sessions: Recorder) -> None:
+    assert score(attack, profile, models, sessions).success > least
+
+
+@pytest.mark.parametrize("attack", ["A1", "A3", "A7", "A12", "A17", "A24"])
+def test_what_it_does_not(attack: str, models: Fixtures, sessions: Recorder) -> None:
+    found = score(attack, "strict", models, sessions)
+    assert found.success < found.chance + 0.1
+
+
+@pytest.mark.parametrize("attack", ["A3", "A5", "A6", "A16", "A17"])
+def test_an_unrelated_base_helps_nothing(attack: str, models: Fixtures, sessions: Recorder) -> None:
+    found = score(attack, "balanced", models, sessions, models.unrelated)
+    assert found.success < found.chance + 0.05
+
+
+def test_an_order_alone_is_on_the_gate_and_sizes_besides_on_the_rest(models: Fixtures, sessions: Recorder) -> None:
+    recorded = sessions("balanced")
+    order = find_order(recorded.sample.view, Reference(models.private, recorded.profile), 0)
+    sizes = order.scale.abs()
+    assert 0.5 <= sizes.min() < 0.7
+    assert 1.4 < sizes.max() <= 2.001
+    assert 0.3 < (order.scale > 0).double().mean() < 0.7
+    gate = recorded.sample.view.weight(0, "up")[:, order.places]
+    plain = recorded.truth.private.weight(0, "up")[:, : len(sizes)]
+    torch.testing.assert_close(gate.norm(dim=0), plain.norm(dim=0), rtol=1e-5, atol=0)
+
+
+@pytest.mark.slow
+def test_a_short_audit(tmp_path: Path) -> None:
+    """In two minutes: `balanced` links at 4d tokens, `strict` does not, and the report says of what it is."""
+    plan = make_plan(
+        model="tiny",
+        architecture="llama",
+        profiles=["balanced", "strict"],
+        knowledge=["N", "B", "Q"],
+        attacks=["A1", "A3", "A5", "A7", "A12", "A17", "A24"],
+        tokens="4d",
+        seeds=2,
+    )
+    path, findings = run(plan, tmp_path, command=["audit"])
+    assert findings.conclusive
+    assert failed_claims(findings) == []
+    leaks = {v.attack for v in findings.verdicts if v.profile == "balanced" and v.word == LEAK}
+    assert leaks == {"A3", "A5", "A12", "A17", "A24"}
+    assert "tiny llama: d = 64, 2 blocks, 4 heads, 2 of k and v" in path.read_text()
