@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         WorkerFault,
     )
     from obfuscatune.profiles import PROFILES, Profile
+    from obfuscatune.training.loading import load
 
 __version__ = "0.1.0"
 
@@ -42,6 +43,7 @@ _HOMES = {
     ),
     "obfuscatune.enclave.keys.source": ("MasterSecret",),
     "obfuscatune.profiles": ("PROFILES", "Profile"),
+    "obfuscatune.training.loading": ("load",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -58,6 +60,7 @@ __all__ = [
     "UnsupportedModelError",
     "UsageError",
     "WorkerFault",
+    "load",
     "protect",
 ]
 

@@ -66,12 +66,12 @@ def test_core_dumps_are_off(run, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_home_directory_in_a_config_file_is_expanded(
     model_dir: Path, tmp_path: Path, run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from obfuscatune.training.loading import load_model
+    from obfuscatune.training.loading import load
 
     monkeypatch.setenv("HOME", str(model_dir.parent))
     names: list[str] = []
     monkeypatch.setattr(
-        "obfuscatune.training.loading.load_model", lambda name, dtype: names.append(name) or load_model(name, dtype)
+        "obfuscatune.training.loading.load", lambda name, dtype: names.append(name) or load(name, dtype)
     )
     path = tmp_path / "run.yaml"
     path.write_text(f"model_name_or_path: ~/{model_dir.name}\nmax_new_tokens: 1\nprofile: enclave\nprompt: [a]\n")

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import obfuscatune
-from obfuscatune.enclave.lazy import load_lazily
-from obfuscatune.errors import UnsupportedModelError
+from obfuscatune.enclave.lazy import lazy_weights, load_lazily
+from obfuscatune.errors import UnsupportedModelError, UsageError
 from obfuscatune.profiles import resolve
 
 from ..exactness.models import VARIANTS, gpt2, with_lora
@@ -17,7 +17,7 @@ class Source:
     """Tensors of a state dict, with a record of what was read."""
 
     def __init__(self, tensors):
-        self.tensors, self.read = tensors, []
+        self.tensors, self.read, self.given = tensors, [], []
 
     def names(self):
         return self.tensors.keys()
@@ -27,7 +27,10 @@ class Source:
 
     def get(self, name):
         self.read.append(name)
-        return self.tensors[name].clone()
+        tensor = self.tensors[name].clone()
+        if ".h." in name and tensor.ndim == 2:
+            self.given.append(weakref.ref(tensor.untyped_storage()))
+        return tensor
 
 
 def tensors_of(model, prefix="transformer."):
@@ -41,9 +44,9 @@ def test_logits_and_gradients_are_those_of_the_whole_model(variant, prefix):
     name, switches = VARIANTS[variant]
     plain = with_lora(gpt2())
     profile = resolve(name, **switches)
-    model, weights = load_lazily(gpt2().config, Source(tensors_of(gpt2(), prefix)), torch.float64, profile)
+    model = load_lazily(gpt2().config, Source(tensors_of(gpt2(), prefix)), torch.float64)
     ids = torch.randint(37, (2, 11), generator=torch.Generator().manual_seed(0))
-    with obfuscatune.protect(with_lora(model), profile=profile, weights=weights) as protected:
+    with obfuscatune.protect(with_lora(model), profile=profile) as protected:
         ours = protected.model(ids, labels=ids)
         theirs = plain(ids, labels=ids)
         torch.testing.assert_close(ours.logits, theirs.logits, rtol=1e-9, atol=1e-9)
@@ -58,14 +61,45 @@ def test_logits_and_gradients_are_those_of_the_whole_model(variant, prefix):
 
 def test_large_weights_are_read_when_they_are_keyed_and_dropped_then():
     source = Source(tensors_of(gpt2()))
-    model, weights = load_lazily(gpt2().config, source, torch.float64, resolve("balanced"))
+    model = load_lazily(gpt2().config, source, torch.float64)
     large = [name for name in source.names() if ".h." in name and source.tensors[name].ndim == 2]
     assert large and not set(large) & set(source.read)
     weight = model.transformer.h[0].attn.c_attn.weight
-    alive = weakref.ref(weight.untyped_storage())
-    with obfuscatune.protect(model, profile="balanced", weights=weights):
-        assert sorted(set(large) & set(source.read)) == sorted(large)
-        assert weight.numel() == 0 and not alive()
+    with obfuscatune.protect(model, profile="balanced"):
+        assert sorted(name for name in source.read if name in large) == sorted(large)  # each once
+        assert weight.untyped_storage().nbytes() == weight.element_size()
+        assert all(alive() is None for alive in source.given)
+        assert lazy_weights(model) is None
+
+
+def test_until_then_nothing_computes_with_them():
+    model = load_lazily(gpt2().config, Source(tensors_of(gpt2())), torch.float64)
+    ids = torch.ones(1, 3, dtype=torch.int64)
+    for called in (model, model.transformer, with_lora(model)):
+        with pytest.raises(UsageError, match="not read yet"):
+            called(ids)
+    assert model.transformer.h[1].mlp.c_fc.weight.isnan().all()
+
+
+@pytest.mark.parametrize("profile", ["balanced", "enclave"])
+def test_a_weight_that_an_adapter_has_changed_is_refused(profile):
+    model = load_lazily(gpt2().config, Source(tensors_of(gpt2())), torch.float64)
+    model.transformer.h[1].mlp.c_fc.weight.data = torch.zeros(15, 60, dtype=torch.float64)
+    with pytest.raises(UsageError, match=r"changed before it was read.*transformer.h.1.mlp.c_fc.weight"):
+        obfuscatune.protect(model, profile=profile)
+
+
+def test_after_a_failure_the_model_can_be_protected_again():
+    source = Source(tensors_of(gpt2()))
+    model = load_lazily(gpt2().config, source, torch.float64)
+    broken = source.tensors.pop("transformer.h.1.mlp.c_proj.weight")
+    with pytest.raises(KeyError):
+        obfuscatune.protect(model, enclave_blocks=1, key_block=4)
+    assert model.transformer.h[1].mlp.c_fc.weight.isnan().all()
+    source.tensors["transformer.h.1.mlp.c_proj.weight"] = broken
+    ids = torch.ones(1, 3, dtype=torch.int64)
+    with obfuscatune.protect(model, key_block=4) as protected:
+        torch.testing.assert_close(protected.model(ids).logits, gpt2()(ids).logits, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -81,4 +115,4 @@ def test_tensors_of_another_model_are_refused(change, message):
     tensors = tensors_of(gpt2())
     change(tensors)
     with pytest.raises(UnsupportedModelError, match=message):
-        load_lazily(gpt2().config, Source(tensors), torch.float64, resolve("balanced"))
+        load_lazily(gpt2().config, Source(tensors), torch.float64)

@@ -10,17 +10,26 @@ from rich.table import Table
 
 from obfuscatune.errors import UsageError
 
-EPILOG = "Examples:\n\nobfuscatune bench --size small --profile balanced --profile paper --markdown bench.md"
+EPILOG = (
+    "Examples:\n\nobfuscatune bench --size small --profile balanced --profile paper --markdown bench.md\n\n"
+    "obfuscatune bench --size llama-3.2-1b --dtype bfloat16 --profile balanced --workload memory --batch_size 1"
+)
 
 
 def command(
-    size: Annotated[list[str] | None, typer.Option(help="tiny, small, medium, large or xl; repeatable")] = None,
+    size: Annotated[
+        list[str] | None,
+        typer.Option(help="GPT-2 tiny to xl, a shape such as llama-3.2-1b, or a model's directory; repeatable"),
+    ] = None,
     profile: Annotated[
         list[str] | None, typer.Option(help="NAME or NAME+switch=value[+...]; repeatable", metavar="PROFILE")
     ] = None,
     workload: Annotated[
         list[str] | None,
-        typer.Option(help="prefill, decode, lora_step, or key (only protect: seconds and memory); repeatable"),
+        typer.Option(
+            help="prefill, decode, lora_step; key (only protect) and memory (prefill and decode once) time nothing "
+            "against plain; repeatable"
+        ),
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch_size", help="rows of a batch")] = 4,
     seq_length: Annotated[int, typer.Option("--seq_length", help="tokens of a row, in prefill and lora_step")] = 128,
@@ -32,7 +41,10 @@ def command(
     json_file: Annotated[Path | None, typer.Option("--json", help="write all numbers to this file")] = None,
     markdown: Annotated[Path | None, typer.Option(help="write the tables to this file")] = None,
 ) -> None:
-    """Measure protected GPT-2 of true sizes (random weights) against plain, alternating in one run."""
+    """Measure protected models of true sizes (random weights) against plain, alternating in one run.
+
+    Of a directory its configuration is taken, not its weights.
+    """
     # Torch and transformers take seconds to import; --help and a misspelt option need neither.
     from obfuscatune.studies.bench.report import cost_rows, footprint_rows, to_dict, to_markdown
     from obfuscatune.studies.bench.run import BenchOptions, count_steps, run_bench

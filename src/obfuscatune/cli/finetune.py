@@ -53,14 +53,14 @@ def command(options: FinetuneOptions) -> None:
     from obfuscatune.training.checkpoints import load_keys, remove_checkpoints, save_adapter
     from obfuscatune.training.data import Collator, encode_rows
     from obfuscatune.training.interrupt import StopOnInterrupt
-    from obfuscatune.training.loading import load_model, load_tokenizer
+    from obfuscatune.training.loading import load, load_tokenizer
     from obfuscatune.training.trainer import ProtectedTrainer
 
     arguments = _training_arguments(options)
     protection = options.protection()
     secret = None if checkpoint is None else load_keys(checkpoint, protection["profile"])
     rows = _read_rows(options)
-    base = load_model(options.model_name_or_path, options.dtype)
+    base = load(options.model_name_or_path, options.dtype)
     tokenizer = load_tokenizer(options.model_name_or_path, base.config)
     positions = getattr(base.config, "max_position_embeddings", options.max_length)
     length = min(options.max_length, positions)

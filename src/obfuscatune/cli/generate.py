@@ -76,10 +76,10 @@ def _complete_here(options: GenerateOptions, name: str, prompts: list[tuple[str,
 
     from obfuscatune.enclave.protect import protect
     from obfuscatune.training.completion import complete
-    from obfuscatune.training.loading import load_adapter, load_model, load_tokenizer
+    from obfuscatune.training.loading import load, load_adapter, load_tokenizer
 
     completions: list[str] = []
-    model = load_model(name, options.dtype)
+    model = load(name, options.dtype)
     tokenizer = load_tokenizer(name, model.config)
     tokenizer.padding_side = "left"  # completions continue the last position of every row
     if options.adapter_name_or_path is not None:

@@ -9,6 +9,7 @@ from obfuscatune.cli.options import ModelOptions, option, takes
 
 EPILOG = (
     "Examples:\n\nobfuscatune inspect --model_name_or_path gpt2\n\n"
+    "obfuscatune inspect --model_name_or_path llama-3.2-1b\n\n"
     "obfuscatune inspect --model_name_or_path ./model --json"
 )
 
@@ -23,10 +24,12 @@ class InspectOptions(ModelOptions):
 @takes(InspectOptions)
 def command(options: InspectOptions) -> None:
     """Show a model's shapes, and for each profile what stays in the enclave and what crosses. Loads no weights."""
+    from obfuscatune.studies.bench.shapes import is_shape, shape_config
     from obfuscatune.training.loading import load_config
 
-    found = examine(load_config(options.model_name_or_path), options.dtype)
-    found = {"model": options.model_name_or_path, **found}
+    name = options.model_name_or_path
+    config = shape_config(name) if is_shape(name) else load_config(name)
+    found = {"model": name, **examine(config, options.dtype)}
     if options.as_json:
         print(json.dumps(found, indent=2))
     else:

@@ -1,20 +1,24 @@
 """A model whose large weights are read one layer at a time, as they are keyed, and dropped again.
 
-For weights that are not a file that can be mapped, as in a sealed file: the plain copy in the enclave is never larger
-than one block and what stays inside. The model is the stock one; its large weights have their shapes and, until they
-are filled, no memory.
+The plain copy in the enclave is never larger than one block and what stays inside. The model is the stock one. Until it
+is filled, a large weight is a view of one number, NaN, in the weight's own shape: PEFT can build an adapter around it,
+it takes no memory, and whatever would compute with it cannot give a plausible result. A forward is refused besides.
 """
 
+import math
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from obfuscatune.enclave.families import read_decoder
-from obfuscatune.errors import UnsupportedModelError
-from obfuscatune.profiles import Profile
+from obfuscatune.errors import UnsupportedModelError, UsageError
+
+_ATTRIBUTE = "_obfuscatune_lazy_weights"  # of a model that is not filled
+# In files of older versions of transformers, of any family; it is computed from the configuration today.
+_COMPUTED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 
 
 class TensorSource(Protocol):
@@ -31,36 +35,80 @@ class TensorSource(Protocol):
 
 
 class LazyWeights:
-    """The large weights of one model, by the path of their layer, until they are keyed. Secret: the plain weights."""
+    """The large weights of one model, by the path of their layer, until they are keyed. Secret: the plain weights.
 
-    def __init__(self, model: nn.Module, source: TensorSource, names: dict[str, str]) -> None:
-        self._source, self._names = source, names
-        self._parameters = {path: model.get_parameter(path) for path in names}
-        self._filled: list[nn.Parameter] = []
+    It belongs to its model, where `lazy_weights` finds it, until `finish`.
+
+    Args:
+        model: with parameters that are not filled. source: of the tensors. names: in the source, by parameter.
+    """
+
+    def __init__(self, model: Any, source: TensorSource, names: dict[str, str]) -> None:
+        self._model, self._source, self._names = model, source, names
+        self._parameters: dict[str, nn.Parameter] = {path: model.get_parameter(path) for path in names}
+        self._unfilled = _unfilled(model.dtype)
+        for parameter in self._parameters.values():
+            self._empty(parameter)
+        self._filled: set[str] = set()
+        self._kept: set[str] = set()
+        self._guards = [module.register_forward_pre_hook(_refuse_forward) for module in (model, model.base_model)]
+        setattr(model, _ATTRIBUTE, self)
 
     def fill(self, layer: str) -> None:
-        """Read the weight of a layer into the model, if it is one of these."""
+        """Read the weight of a layer into the model, if it is one of these.
+
+        Raises:
+            UsageError: somebody has written to the weight in the meantime, or it cannot be read.
+        """
         path = f"{layer}.weight"
-        if path in self._names:
-            parameter = self._parameters[path]
-            _copy(parameter, self._source.get(self._names[path]))
-            self._filled.append(parameter)
+        if path not in self._names or path in self._filled:
+            return
+        parameter = self._parameters[path]
+        if parameter.data_ptr() != self._unfilled.data_ptr():
+            hint = "give the dtype where the model is loaded, and start LoRA without the base weights, as PEFT does"
+            raise UsageError("a weight was changed before it was read from its file", where=path, hint=hint)
+        parameter.data = _floating(self._source.get(self._names[path]), parameter.dtype, path)
+        self._filled.add(path)
+
+    def keep(self, layers: Iterable[str] | None = None) -> None:
+        """Read the weights of layers that stay in the enclave, of all layers by default; raises as `fill`."""
+        paths = [path.removesuffix(".weight") for path in self._names] if layers is None else list(layers)
+        for layer in paths:
+            self.fill(layer)
+            self._kept.add(f"{layer}.weight")
 
     def release(self) -> None:
-        """Drop all that was filled from the model; whoever holds another view of it must drop that too."""
-        for parameter in self._filled:
-            parameter.data = parameter.new_empty(0)
-        self._filled.clear()
+        """Drop what was filled and is not kept; whoever holds another view of it must drop that too."""
+        for path in self._filled - self._kept:
+            self._empty(self._parameters[path])
+        self._filled &= self._kept
+
+    def finish(self) -> None:
+        """Let the model go, when all of these weights are kept or have left it."""
+        for guard in self._guards:
+            guard.remove()
+        delattr(self._model, _ATTRIBUTE)
+        self._names, self._parameters, self._model = {}, {}, None
+
+    def _empty(self, parameter: nn.Parameter) -> None:
+        parameter.data = self._unfilled.expand(parameter.shape)
 
 
-def load_lazily(
-    config: Any, source: TensorSource, dtype: torch.dtype, profile: Profile
-) -> tuple[nn.Module, LazyWeights]:
-    """Return the causal language model of ``config``, in evaluation mode, and the weights that `protect` is to fill.
+def lazy_weights(model: nn.Module) -> LazyWeights | None:
+    """Return the weights that a model of `load_lazily` still lacks; None for any other, and once it is protected."""
+    found: LazyWeights | None = getattr(model, _ATTRIBUTE, None)
+    return found
+
+
+def load_lazily(config: Any, source: TensorSource, dtype: torch.dtype) -> Any:
+    """Return the causal language model of ``config``, in evaluation mode; `protect` reads its large weights.
+
+    Large are the weights of the linear layers in the decoder's blocks. All else is read here, each tensor converted to
+    the dtype that the model has it in. No parameter is initialized: one that is not in the source is refused.
 
     Args:
         config: a ``transformers`` configuration. source: its tensors, under the names that ``save_pretrained`` gives.
-        dtype: of the weights. profile: decides which layers leave, and so are not read yet.
+        dtype: of the weights.
 
     Raises:
         UnsupportedModelError: an unknown family, or tensors that are not those of the configuration.
@@ -72,26 +120,32 @@ def load_lazily(
         skeleton: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
             config, dtype=dtype, trust_remote_code=False
         )
-    wanted = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
-    if config.tie_word_embeddings:
-        wanted = {name: shape for name, shape in wanted.items() if name not in (skeleton._tied_weights_keys or {})}
-    names = _match(wanted, source, skeleton)
-    leaving = {
-        f"{layer.path}.weight"
-        for block in read_decoder(skeleton).blocks
-        if profile.remote and block.index >= profile.enclave_blocks
-        for layer in block.layers
+    wanted = dict(skeleton.state_dict())
+    tied = dict(skeleton._tied_weights_keys or {}) if getattr(config, "tie_word_embeddings", False) else {}
+    wanted = {name: tensor for name, tensor in wanted.items() if name not in tied}
+    names = _match({name: tuple(tensor.shape) for name, tensor in wanted.items()}, source, skeleton)
+    leaving = {f"{layer.path}.weight" for block in read_decoder(skeleton).blocks for layer in block.layers}
+    unfilled = _unfilled(dtype)
+    tensors = {
+        name: unfilled.expand(tensor.shape) if name in leaving else _read(source, names[name], tensor.dtype)
+        for name, tensor in wanted.items()
     }
-    # Of an empty tensor no page is taken before it is written.
-    tensors = {name: torch.empty(shape, dtype=dtype) for name, shape in wanted.items()}
-    for name, tensor in tensors.items():
-        if name not in leaving:
-            _copy(tensor, source.get(names[name]))
-    model = type(skeleton).from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
+    _check_tied(tied, tensors, source)
+    model: Any = type(skeleton).from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
     # It calls itself "None" now. PEFT writes the name into adapters, and looks for a directory or a model on the hub of
     # that name: the one is the operator's, the other anybody's.
     model.name_or_path = model.config.name_or_path = ""
-    return model.eval(), LazyWeights(model, source, {name: names[name] for name in wanted if name in leaving})
+    LazyWeights(model, source, {name: names[name] for name in wanted if name in leaving})
+    return model.eval()
+
+
+def _refuse_forward(module: nn.Module, args: Any) -> None:
+    hint = 'obfuscatune.protect(model) reads them; profile="enclave" runs the model without a worker'
+    raise UsageError("the model's weights are not read yet", where=type(module).__name__, hint=hint)
+
+
+def _unfilled(dtype: torch.dtype) -> Tensor:
+    return torch.full((1,), math.nan, dtype=dtype)
 
 
 def _check(config: Any, source: TensorSource) -> None:
@@ -127,15 +181,34 @@ def _match(wanted: dict[str, tuple[int, ...]], source: TensorSource, skeleton: A
     rest = [
         name
         for name in sorted(there - set(found.values()))
-        if name not in tied and not any(re.search(pattern, name) for pattern in ignored)
+        if name not in tied and not _COMPUTED.search(name) and not any(re.search(pattern, name) for pattern in ignored)
     ]
     if rest:
         raise UnsupportedModelError("tensors that are not of this model", got=", ".join(rest[:5]))
     return found
 
 
-def _copy(target: Tensor, tensor: Tensor) -> None:
-    if not tensor.is_floating_point():
-        raise UnsupportedModelError("a weight that is no floating-point tensor", got=tensor.dtype)
-    with torch.no_grad():
-        target.copy_(tensor)
+def _check_tied(tied: dict[str, str], tensors: dict[str, Tensor], source: TensorSource) -> None:
+    """Refuse a file that holds a tied weight twice, with two values: which of them counts is not known."""
+    for name, other in tied.items():
+        if name not in source.names() or other not in tensors:
+            continue
+        held = tensors[other]
+        if tuple(source.shape(name)) != held.shape or not torch.equal(_read(source, name, held.dtype), held):
+            raise UnsupportedModelError("a tied weight has two values", got=f"{name} and {other}", expected="one")
+
+
+def _read(source: TensorSource, name: str, dtype: torch.dtype) -> Tensor:
+    """Read what stays, in the dtype that the model has it in."""
+    if dtype.is_floating_point:
+        return _floating(source.get(name), dtype, name)
+    tensor = source.get(name)
+    if tensor.dtype != dtype:
+        raise UnsupportedModelError("dtype of a tensor", got=tensor.dtype, expected=dtype, where=name)
+    return tensor
+
+
+def _floating(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
+        raise UnsupportedModelError("a weight that is no floating-point tensor", got=tensor.dtype, where=name)
+    return tensor.to(dtype)

@@ -10,7 +10,7 @@ from torch import nn
 from obfuscatune.enclave.families import Block, Decoder, read_decoder
 from obfuscatune.enclave.families.fit import fit
 from obfuscatune.enclave.keys import MasterSecret
-from obfuscatune.enclave.lazy import LazyWeights
+from obfuscatune.enclave.lazy import lazy_weights
 from obfuscatune.enclave.protected import Protected
 from obfuscatune.enclave.recipes.context import Keying
 from obfuscatune.enclave.recipes.linears import key_group
@@ -37,14 +37,14 @@ def protect(
     secret: MasterSecret | None = None,
     insecure_test_seed: int | None = None,
     progress: bool = False,
-    weights: LazyWeights | None = None,
     **switches: Any,
 ) -> Protected:
     """Run ``model`` between this process, the enclave, and a worker that sees only keyed weights and activations.
 
     The model is changed in place: its large linear layers leave for the worker, keyed, and are gone from this process.
     Only what stays can be trained: LoRA (PEFT), and embeddings, final norm and head where they require gradients. On
-    failure the model is as it was.
+    failure the model is as it was. The large weights of a model from :func:`obfuscatune.load` are read, keyed and
+    dropped layer by layer.
 
     Args:
         model: a causal language model of ``transformers``, or a PEFT model with plain LoRA around one; on the CPU, one
@@ -57,7 +57,6 @@ def protect(
         secret: master secret of an earlier session, to resume it bit for bit; a fresh one otherwise.
         insecure_test_seed: makes the keys predictable, for tests only; refused with a TCP worker.
         progress: show a bar while the weights are keyed.
-        weights: of a model made by `load_lazily`: its large weights, read and dropped again layer by layer.
 
     Returns:
         A context manager with ``.model``, ``.report()``, ``.create_optimizer()`` and ``.close()``.
@@ -75,7 +74,11 @@ def protect(
     _check_tensors(causal_lm)
     keys = _master_secret(secret, insecure_test_seed, worker)
     total = _base_parameters(model)
+    weights = lazy_weights(causal_lm)
     if not resolved.remote:
+        if weights is not None:
+            weights.keep()
+            weights.finish()
         return Protected(model, resolved, None, None, keys, total_parameters=total, worker_parameters=0)
     blocks = _leaving(decoder, resolved)
     session = open_session(worker, timeout=timeout, threads=threads, device=device)
@@ -83,6 +86,8 @@ def protect(
         session.hello()
         held = HeldAdapter(session)
         keying = Keying(session, resolved, causal_lm.config, keys, held, isinstance(model, PeftModel), weights)
+        if weights is not None:
+            weights.keep(layer.path for block in decoder.blocks[: resolved.enclave_blocks] for layer in block.layers)
         recipe = _recipe(keying, decoder)
         for block in _with_bar(blocks, progress):
             recipe.key_block(block)
@@ -93,7 +98,11 @@ def protect(
         keying.install()
     except BaseException:
         session.close()
+        if weights is not None:
+            weights.release()
         raise
+    if weights is not None:
+        weights.finish()
     causal_lm.base_model.register_forward_pre_hook(keying.passes.begin, with_kwargs=True)
     if resolved.attention == "worker":
         _refuse_output(causal_lm, "output_attentions", 'attention weights stay on the worker: attention="enclave"')

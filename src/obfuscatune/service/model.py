@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 
-from obfuscatune.enclave.lazy import LazyWeights, load_lazily
+from obfuscatune.enclave.lazy import load_lazily
 from obfuscatune.errors import UnsupportedModelError
 from obfuscatune.parties.sealed.archive import SealedArchive
 from obfuscatune.parties.sealed.tensors import SealedTensors
-from obfuscatune.profiles import Profile
 
 CONFIG_FILE = "config.json"
 # Read by transformers from a directory; no name of a file that holds code is among them.
@@ -26,16 +25,15 @@ class OpenedModel:
     """The plain model of a sealed file; its large weights are filled while it is protected. Secret."""
 
     model: Any
-    weights: LazyWeights
     tokenizer: Any
 
 
-def open_model(archive: SealedArchive, ram: Path, dtype: str, profile: Profile) -> OpenedModel:
+def open_model(archive: SealedArchive, ram: Path, dtype: str) -> OpenedModel:
     """Open the model of ``archive``; the archive must stay open until the model is protected.
 
     Args:
         archive: of kind ``model``. ram: a directory in memory, for the small files that libraries read by path.
-        dtype: of the weights. profile: decides which weights are read later.
+        dtype: of the weights.
 
     Raises:
         FormatError, SealError: a file that breaks its format or was changed.
@@ -53,5 +51,4 @@ def open_model(archive: SealedArchive, ram: Path, dtype: str, profile: Profile) 
     config = load_config(str(directory))
     tokenizer = load_tokenizer(str(directory), config)
     tokenizer.padding_side = "left"  # completions continue the last position of every row
-    model, weights = load_lazily(config, SealedTensors(archive), getattr(torch, dtype), profile)
-    return OpenedModel(model, weights, tokenizer)
+    return OpenedModel(load_lazily(config, SealedTensors(archive), getattr(torch, dtype)), tokenizer)

@@ -114,7 +114,7 @@ class Runner:
             ram = stack.enter_context(ram_directory(RAM_PREFIX))
             secret = None if checkpoint is None else self._unpack_checkpoint(checkpoint, ram, profile)
             reader = stack.enter_context(self._reader(job.model, "model"))
-            opened = open_model(SealedArchive(reader), ram, job.dtype, profile)
+            opened = open_model(SealedArchive(reader), ram, job.dtype)
             if adapter is None:
                 _check_targets(job, opened.model.config)
                 model = add_adapter(opened.model, job.settings)
@@ -129,7 +129,6 @@ class Runner:
                     worker=self._worker,
                     timeout=self._timeout,
                     secret=secret,
-                    weights=opened.weights,
                 )
             )
             reader.close()

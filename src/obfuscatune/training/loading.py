@@ -9,6 +9,8 @@ from typing import Any
 
 from obfuscatune.errors import UsageError
 
+DTYPES = ("float32", "float64", "bfloat16")
+
 
 def load_config(name: str) -> Any:
     """Return the configuration of a model.
@@ -31,8 +33,71 @@ def load_config(name: str) -> Any:
     return config
 
 
+def load(name: str | Path, dtype: str = "float32") -> Any:
+    """Return a causal language model to be protected, from a directory or the hub, on the CPU in evaluation mode.
+
+    The weights of its blocks' linear layers are not in it yet: :func:`obfuscatune.protect` reads, keys and drops them
+    layer by layer, so that the enclave never holds the whole model. Until then the model has all shapes, an adapter can
+    be put around it, and a forward is refused. To compute with a model in the clear load it with ``transformers``.
+
+    Args:
+        name: a directory with safetensors, one file or shards, or a name on the hub.
+        dtype: ``float32``, ``float64`` or ``bfloat16``; weights are converted where they have another on disk.
+
+    Raises:
+        UsageError: nothing there that can be read; other files of weights than safetensors; tensors that are missing,
+            superfluous or of another shape. UnsupportedModelError: a model that cannot be run exactly.
+    """
+    import torch
+    from transformers.utils import logging
+
+    from obfuscatune.enclave.lazy import load_lazily
+    from obfuscatune.training.directory import DirectoryTensors
+
+    if dtype not in DTYPES:
+        raise UsageError("dtype of the weights", got=repr(dtype), expected=", ".join(DTYPES))
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    name = str(name)
+    config = load_config(name)
+    directory = _find_directory(name)
+    model = load_lazily(config, DirectoryTensors(directory), getattr(torch, dtype))
+    model.name_or_path = model.config.name_or_path = name  # adapters name their base by it
+    _load_generation_config(model, directory)
+    return model
+
+
+def _find_directory(name: str) -> Path:
+    """Return the directory of a model; of one on the hub, that of the cache."""
+    if Path(name).is_dir():
+        return Path(name)
+    from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+
+    try:
+        found = cached_file(name, "model.safetensors", _raise_exceptions_for_missing_entries=False)
+        if found is None:
+            found = cached_file(name, "model.safetensors.index.json")
+            get_checkpoint_shard_files(name, found)  # type: ignore[no-untyped-call]
+    except (OSError, ValueError) as error:
+        raise _unreadable("the model's weights", name, error) from error
+    return Path(str(found)).parent
+
+
+def _load_generation_config(model: Any, directory: Path) -> None:
+    from transformers import GenerationConfig
+
+    if not (directory / "generation_config.json").exists():
+        return
+    try:
+        model.generation_config = GenerationConfig.from_pretrained(directory)
+    except (OSError, ValueError) as error:
+        raise _unreadable("the settings of generation", str(directory), error) from error
+
+
 def load_model(name: str, dtype: str) -> Any:
-    """Return the causal language model on the CPU in evaluation mode; raises as :func:`load_config`."""
+    """Return the causal language model, its weights mapped from the file; as :func:`load` otherwise.
+
+    For a model that computes in the clear.
+    """
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM

@@ -25,7 +25,8 @@ from obfuscatune.enclave.protected import Protected
 from obfuscatune.errors import ObfuscatuneError
 from obfuscatune.profiles import Profile
 from obfuscatune.protocol.memory import peak_memory_bytes
-from obfuscatune.studies.bench.workloads import SIZES, WORKLOADS, Repetition, Shape, Subject, build_model
+from obfuscatune.studies.bench.workloads import SIZES, WORKLOADS, Repetition, Shape, Subject, build_model, with_adapter
+from obfuscatune.training.loading import load, load_model
 
 LEARNING_RATE = 1e-4
 
@@ -35,10 +36,11 @@ class ContenderSpec:
     """What one contender runs.
 
     Attributes:
-        size: a key of ``SIZES``. shape: of the workloads.
+        size: a key of ``SIZES``, or any name where there is a directory. shape: of the workloads.
         profile: the switches of a profile; None runs the model in the clear, as Hugging Face and PEFT do.
         threads: of this process, and as many of its worker, which computes while this process waits.
         device: where the plain model runs, or the worker. dtype: of the weights.
+        directory: of the model; None builds a GPT-2 of that size in memory.
     """
 
     size: str
@@ -47,6 +49,7 @@ class ContenderSpec:
     threads: int
     device: str
     dtype: str = "float32"
+    directory: str | None = None
 
 
 class Contender:
@@ -62,7 +65,7 @@ class Contender:
         """Build the model anew and protect it; returns the seconds of the latter, a worker's start included."""
         self.close()
         gc.collect()  # the former model goes before the next one comes
-        self._model = build_model(SIZES[self.spec.size], adapter=adapter, dtype=self.spec.dtype)
+        self._model = self._build(adapter)
         if self.spec.profile is None:
             self._model.to(self.spec.device)
             return {"obfuscation_seconds": 0.0}
@@ -104,6 +107,14 @@ class Contender:
         if self.protected is not None:
             self.protected.close()
         self.protected, self._model, self._repetitions = None, None, {}
+
+    def _build(self, adapter: bool) -> Any:
+        directory, dtype = self.spec.directory, self.spec.dtype
+        if directory is None:
+            return build_model(SIZES[self.spec.size], adapter=adapter, dtype=dtype)
+        model = load_model(directory, dtype) if self.spec.profile is None else load(directory, dtype)
+        torch.manual_seed(0)
+        return with_adapter(model) if adapter else model
 
     def _subject(self) -> Subject:
         model = self._model

@@ -1,4 +1,4 @@
-"""The benchmark: protected GPT-2 against Hugging Face and PEFT in the clear, in the same run.
+"""The benchmark: protected models against Hugging Face and PEFT in the clear, in the same run.
 
 Every contender is loaded in a process of its own and idles while another one runs. A round runs each of them once, so
 that what a round's ratio compares was measured within seconds; the result is the median over rounds. Plain takes part
@@ -6,11 +6,14 @@ under two waiting policies of its threads, and the faster one is the reference.
 """
 
 import statistics
+import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import groupby
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,9 +21,13 @@ from obfuscatune.errors import UsageError
 from obfuscatune.profiles import PROFILES, SWITCHES, Profile, resolve
 from obfuscatune.studies.bench.contender import ContenderSpec
 from obfuscatune.studies.bench.process import ContenderProcess, WaitPolicy
+from obfuscatune.studies.bench.shapes import is_shape, known_names, layers_of, shape_config
+from obfuscatune.studies.bench.synthetic import write_random_model
 from obfuscatune.studies.bench.workloads import DTYPES, PROMPT_TOKENS, SIZES, WORKLOADS, Shape
 
 KEY = "key"  # the workload that only protects: seconds and peak memory, nothing timed against plain
+MEMORY = "memory"  # protects, and then prefills and decodes once, for the peaks; nothing timed either
+_ONCE = ("prefill", "decode")
 WARM_UPS = 1  # the first repetition makes optimizer states and matrix kernels, and pushes LoRA factors
 PLAIN_POLICIES: tuple[WaitPolicy, ...] = ("default", "passive")
 
@@ -32,7 +39,8 @@ class BenchOptions:
     """What to measure, checked as a whole.
 
     Attributes:
-        sizes, workloads: names. profiles: ``NAME`` or ``NAME+switch=value+...``, as reports write them.
+        sizes: names of shapes, or directories of models. workloads: names.
+        profiles: ``NAME`` or ``NAME+switch=value+...``, as reports write them.
         shape: of the workloads. repetitions: rounds that count. threads: of each process, torch's default otherwise.
         device: of plain and of the workers. dtype: of the weights.
     """
@@ -47,8 +55,14 @@ class BenchOptions:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        faults = [f"--size {name}: not one of {', '.join(SIZES)}" for name in self.sizes if name not in SIZES]
-        known = (*WORKLOADS, KEY)
+        configs: dict[str, Any] = {}
+        faults = []
+        for name in self.sizes:
+            if not is_shape(name) and not Path(name).is_dir():
+                faults.append(f"--size {name}: not one of {', '.join(known_names())}, nor a model's directory")
+                continue
+            configs[name] = shape_config(name)
+        known = (*WORKLOADS, KEY, MEMORY)
         faults += [f"--workload {name}: not one of {', '.join(known)}" for name in self.workloads if name not in known]
         for option, names in (("size", self.sizes), ("profile", self.profiles), ("workload", self.workloads)):
             if not names or len(set(names)) != len(names):
@@ -61,11 +75,10 @@ class BenchOptions:
             counts["threads"] = self.threads
         faults += [f"--{name} {value}: not at least 1" for name, value in counts.items() if value < 1]
         longest = max(self.shape.seq_length, PROMPT_TOKENS + self.shape.new_tokens)
-        faults += [
-            f"--size {name}: holds {SIZES[name].positions} tokens, not the {longest} asked for"
-            for name in self.sizes
-            if name in SIZES and SIZES[name].positions < longest
-        ]
+        for name, config in configs.items():
+            positions = getattr(config, "max_position_embeddings", longest)
+            if positions < longest:
+                faults.append(f"--size {name}: holds {positions} tokens, not the {longest} asked for")
         if faults:
             raise UsageError("options of the benchmark", got="; ".join(faults))
         for text in self.profiles:
@@ -123,12 +136,12 @@ class Measurement:
     @property
     def calls_per_token_layer(self) -> float:
         """Requests to the worker, over tokens and layers."""
-        return self.calls / (self.tokens * SIZES[self.size].layers)
+        return self.calls / (self.tokens * layers_of(self.size))
 
     @property
     def bytes_per_token_layer(self) -> float:
         """Bytes across the boundary, both directions, framing included, over tokens and layers."""
-        return self.bytes / (self.tokens * SIZES[self.size].layers)
+        return self.bytes / (self.tokens * layers_of(self.size))
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +170,8 @@ def count_steps(options: BenchOptions) -> int:
     timed = _timed(options)
     contenders = len(options.profiles) + (len(PLAIN_POLICIES) if timed else 0)
     loads = len(_stages(timed))
-    return len(options.sizes) * contenders * (loads + len(timed) * (WARM_UPS + options.repetitions))
+    untimed = len(options.profiles) * len(_untimed(options))
+    return len(options.sizes) * (contenders * (loads + len(timed) * (WARM_UPS + options.repetitions)) + untimed)
 
 
 def run_bench(options: BenchOptions, step: Step = lambda _: None) -> BenchResult:
@@ -172,25 +186,40 @@ def run_bench(options: BenchOptions, step: Step = lambda _: None) -> BenchResult
     result = BenchResult([], [])
     for size in options.sizes:
         with ExitStack() as stack:
-            plain, protected = _start(stack, options, size)
+            directory = None if size in SIZES else _write(stack, options, size)
+            plain, protected = _start(stack, options, size, directory)
             _measure_size(options, size, plain, protected, result, step)
     return result
 
 
 def _timed(options: BenchOptions) -> list[str]:
     """The timed workloads, those without an adapter first: the model is loaded once for each of the two groups."""
-    return sorted((name for name in options.workloads if name != KEY), key=lambda name: WORKLOADS[name].adapter)
+    return sorted((name for name in options.workloads if name in WORKLOADS), key=lambda name: WORKLOADS[name].adapter)
+
+
+def _untimed(options: BenchOptions) -> tuple[str, ...]:
+    """What each protected contender does once after the first load, for its peak memory."""
+    return _ONCE if MEMORY in options.workloads else ()
+
+
+def _write(stack: ExitStack, options: BenchOptions, size: str) -> str:
+    """Write a model of that shape with random weights, for as long as it is measured."""
+    directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="obfuscatune-bench-"))
+    write_random_model(shape_config(size), options.dtype, Path(directory))
+    return directory
 
 
 def _stages(timed: list[str]) -> list[tuple[bool, list[str]]]:
     return [(a, list(group)) for a, group in groupby(timed, key=lambda n: WORKLOADS[n].adapter)] or [(False, [])]
 
 
-def _start(stack: ExitStack, options: BenchOptions, size: str) -> tuple[list[ContenderProcess], list[ContenderProcess]]:
+def _start(
+    stack: ExitStack, options: BenchOptions, size: str, directory: str | None
+) -> tuple[list[ContenderProcess], list[ContenderProcess]]:
     threads = options.threads or torch.get_num_threads()
 
     def start(profile: Profile | None, label: str, policy: WaitPolicy) -> ContenderProcess:
-        spec = ContenderSpec(size, options.shape, profile, threads, options.device, options.dtype)
+        spec = ContenderSpec(size, options.shape, profile, threads, options.device, options.dtype, directory)
         return stack.enter_context(ContenderProcess(spec, label=f"{size} {label}", wait_policy=policy))
 
     policies = PLAIN_POLICIES if _timed(options) else ()
@@ -213,11 +242,15 @@ def _measure_size(
 ) -> None:
     contenders = [*plain, *protected]
     obfuscation: dict[ContenderProcess, float] = {}
-    for adapter, workloads in _stages(_timed(options)):
+    for number, (adapter, workloads) in enumerate(_stages(_timed(options))):
         for contender in contenders:
             step(f"{contender.label}: load")
             seconds = contender.ask("load", adapter=adapter)["obfuscation_seconds"]
             obfuscation.setdefault(contender, seconds)
+        for contender in protected if number == 0 else ():
+            for workload in _untimed(options):
+                step(f"{contender.label}: {workload}, untimed")
+                contender.ask("run", workload=workload)
         for workload in workloads:
             rounds = _alternate(contenders, workload, options.repetitions, step)
             tokens = WORKLOADS[workload].tokens(options.shape)

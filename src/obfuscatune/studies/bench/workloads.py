@@ -1,4 +1,4 @@
-"""What the benchmark runs: GPT-2 in its true sizes with random weights, and the workloads timed on it.
+"""What the benchmark runs: models of true sizes with random weights, and the workloads timed on them.
 
 A workload is the same code for a plain and for a protected model. Data and weights come from fixed seeds: speed depends
 on neither.
@@ -12,6 +12,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.pytorch_utils import Conv1D
+
+from obfuscatune.enclave.families import layer_names
 
 PROMPT_TOKENS = 16  # of the decode workload: short, so that the cached steps are what is timed
 LORA_R = 16
@@ -77,10 +80,9 @@ class Workload:
 DTYPES = ("float32", "bfloat16")
 
 
-def build_model(size: Size, *, adapter: bool, dtype: str = "float32") -> Any:
-    """Return a GPT-2 of that size, without dropout; with LoRA (float32) on all four linear layers where asked."""
-    torch.manual_seed(0)
-    config = GPT2Config(
+def gpt2_config(size: Size) -> GPT2Config:
+    """Return the configuration of a GPT-2 of that size, without dropout."""
+    return GPT2Config(
         vocab_size=size.vocabulary,
         n_positions=size.positions,
         n_embd=size.width,
@@ -92,11 +94,19 @@ def build_model(size: Size, *, adapter: bool, dtype: str = "float32") -> Any:
         bos_token_id=0,
         eos_token_id=0,
     )
-    model: Any = GPT2LMHeadModel(config).to(getattr(torch, dtype))
-    if not adapter:
-        return model.eval()
-    targets = ["c_attn", "c_proj", "c_fc"]
-    lora = LoraConfig(r=LORA_R, lora_alpha=2 * LORA_R, target_modules=targets, fan_in_fan_out=True)
+
+
+def build_model(size: Size, *, adapter: bool, dtype: str = "float32") -> Any:
+    """Return a GPT-2 of that size in memory; with an adapter where asked."""
+    torch.manual_seed(0)
+    model: Any = GPT2LMHeadModel(gpt2_config(size)).to(getattr(torch, dtype))
+    return with_adapter(model) if adapter else model.eval()
+
+
+def with_adapter(model: Any) -> Any:
+    """Return the PEFT model in training mode, with LoRA (float32) on all large linear layers of each block."""
+    fan_in_fan_out = any(isinstance(module, Conv1D) for module in model.modules())
+    lora = LoraConfig(r=LORA_R, lora_alpha=2 * LORA_R, target_modules=layer_names(model), fan_in_fan_out=fan_in_fan_out)
     return get_peft_model(model, lora).train()
 
 

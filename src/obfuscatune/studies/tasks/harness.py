@@ -21,14 +21,13 @@ from obfuscatune.errors import UsageError
 from obfuscatune.profiles import SWITCHES
 from obfuscatune.studies.tasks.catalogue import check_tasks, packaged_configs, write_configs
 from obfuscatune.training.data import Row
-from obfuscatune.training.loading import load_adapter, load_config, load_model, load_tokenizer
+from obfuscatune.training.loading import DTYPES, load, load_adapter, load_config, load_tokenizer
 
 MODEL_NAME = "obfuscatune"
 # What HFLM makes of the logits and of texts, and so can be left to it.
 _PASSED_ON = frozenset(
     {"max_length", "truncation", "logits_cache", "softmax_dtype", "add_bos_token", "prefix_token_id", "max_batch_size"}
 )
-_DTYPES = ("float32", "float64", "bfloat16")
 
 
 @register_model(MODEL_NAME)
@@ -67,7 +66,7 @@ class ProtectedLM(HFLM):  # type: ignore[misc]
         if isinstance(pretrained, Protected):
             self.protected = pretrained
         else:
-            model = load_model(pretrained, _dtype(pretrained, dtype))
+            model = load(pretrained, _dtype(pretrained, dtype))
             tokenizer = load_tokenizer(pretrained, model.config)
             if peft is not None:
                 if len(tokenizer) != model.config.vocab_size:
@@ -266,6 +265,6 @@ def _dtype(name: str, dtype: str) -> str:
     given = str(dtype)
     if given == "auto":
         given = str(load_config(name).dtype or torch.float32).removeprefix("torch.")
-    if given not in _DTYPES:
-        raise UsageError("dtype of the weights", got=given, expected=", ".join(_DTYPES), hint="dtype=float32")
+    if given not in DTYPES:
+        raise UsageError("dtype of the weights", got=given, expected=", ".join(DTYPES), hint="dtype=float32")
     return given
