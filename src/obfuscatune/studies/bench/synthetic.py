@@ -70,6 +70,6 @@ def _random(like: Tensor, generator: torch.Generator) -> Tensor:
         return torch.zeros(like.shape, dtype=like.dtype)
     values = torch.empty(like.shape, dtype=like.dtype)
     centre = 1.0 if like.ndim == 1 else 0.0
-    for part in values.view(-1).split(_LARGE):  # drawn in float32, and never all of it
+    for part in torch.split(values.view(-1), _LARGE):  # drawn in float32, and never all of it
         part.copy_(torch.empty(len(part), dtype=torch.float32).normal_(centre, _SPREAD, generator=generator))
     return values
