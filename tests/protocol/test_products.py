@@ -17,15 +17,21 @@ EXACT = 1e-12  # float64, absolute, sums of at most 40 terms of size 1; measured
     st.integers(1, 40),
     st.booleans(),
     st.booleans(),
+    st.booleans(),
 )
-def test_linear_is_the_stock_linear(shape: list[int], inside: int, out: int, biased: bool, grad: bool) -> None:
+def test_linear_is_the_stock_linear(
+    shape: list[int], inside: int, out: int, biased: bool, grad: bool, strided: bool
+) -> None:
     generator = torch.Generator().manual_seed(inside * 41 + out)
     x, weight = (torch.randn(*s, dtype=torch.float64, generator=generator) for s in ((*shape, inside), (out, inside)))
+    if strided:  # as a product with the weight on the left leaves them
+        x = x.T.contiguous().T if x.ndim == 2 else x.movedim(-1, 0).contiguous().movedim(0, -1)
     bias = torch.randn(out, dtype=torch.float64, generator=generator) if biased else None
     with torch.set_grad_enabled(grad):
         ours = linear(x, weight, bias)
     theirs = F.linear(x, weight, bias)
     assert ours.shape == theirs.shape
+    assert ours.is_contiguous()
     assert torch.allclose(ours, theirs, rtol=0, atol=EXACT)
     assert ours.numel() == 0 or not torch.allclose(ours + 1e-6, theirs, rtol=0, atol=EXACT)
 

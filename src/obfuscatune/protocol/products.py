@@ -9,20 +9,28 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 # Up to so many rows a product costs the reading of the weight alone, and a CPU reads a tall float32 one faster as the
-# left factor. For 4 rows and a cold weight [3072, 768], W x^T takes .45 ms and x W^T .86 ms; [2304, 768]: .30 and .68;
-# [768, 768]: .19 and .28. A wide one is slower so, [768, 3072]: up to 2.1 and .8. From 64 rows on all are equal (AMD
-# EPYC, 1 and 2 threads, torch 2.13). In bfloat16 it is the other way round on a CPU with instructions for it.
-FEW_ROWS = 16
+# left factor. For 4 rows and a cold weight [3072, 768], W x^T takes .43 ms and x W^T .80 ms; [2304, 768]: .35 and .65;
+# [768, 768]: .11 and .20. A wide one is slower so, [768, 3072]: 1.2 and .72. From 8 rows on all are equal. In bfloat16
+# x W^T is always faster, [3072, 768]: .70 and .36 (AMD EPYC, 1 thread, torch 2.13).
+FEW_ROWS = 8
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return ``x W^T + b`` for x ``[..., in]``, weight ``[out, in]``, bias ``[out]``: what ``F.linear`` returns."""
-    rows = x.shape[:-1].numel()
+    """Return ``x W^T + b`` for x ``[..., in]``, weight ``[out, in]``, bias ``[out]``: what ``F.linear`` returns.
+
+    The result is contiguous, and so are the rows that are multiplied: for rows of other strides torch may make a
+    batched product of it, with a copy of the weight for every row of the batch.
+    """
+    shape, rows = (*x.shape[:-1], weight.shape[0]), x.shape[:-1].numel()
     flat = x.reshape(rows, x.shape[-1]).contiguous()
-    tall = weight.shape[0] >= weight.shape[1] and weight.dtype != torch.bfloat16
-    if not (tall and 0 < rows <= FEW_ROWS and x.is_cpu) or torch.is_grad_enabled():
-        return F.linear(flat, weight, bias).view(*x.shape[:-1], weight.shape[0])
-    if rows == 1:
-        flat = flat.expand(2, -1)  # one row alone would get the slower matrix-vector kernel
-    y = (weight @ flat.T).T[:rows]
-    return (y.contiguous() if bias is None else y + bias).view(*x.shape[:-1], -1)
+    if _left_factor(weight, rows) and not torch.is_grad_enabled():
+        few = flat if rows > 1 else flat.expand(2, -1)  # one row alone would get the slower matrix-vector kernel
+        y = weight @ few.T if bias is None else torch.addmm(bias.unsqueeze(1), weight, few.T)
+        return y.T[:rows].reshape(shape).contiguous()
+    return F.linear(flat, weight, bias).view(shape)
+
+
+def _left_factor(weight: Tensor, rows: int) -> bool:
+    """Whether the weight is faster as the left factor of so many rows; see `FEW_ROWS`."""
+    tall = weight.shape[0] >= weight.shape[1]
+    return tall and 0 < rows <= FEW_ROWS and weight.is_cpu and weight.dtype.itemsize > 2

@@ -12,6 +12,7 @@ from obfuscatune.errors import ProtocolError
 from obfuscatune.protocol.norms import rms_rows
 from obfuscatune.worker.adapters import SlotInputs
 from obfuscatune.worker.attention import AttentionSegment
+from obfuscatune.worker.kv import Tokens
 from obfuscatune.worker.segments import Call, PartSegment, Segment
 
 
@@ -41,18 +42,18 @@ class BodySegment(Segment):
 
     def run(self, x: Tensor, slots: SlotInputs, call: Call) -> Tensor:
         """Return ``[B, T, d]`` and set ``call.present``."""
-        present: list[Tensor] = []
+        present: list[Tokens] = []
         for first in range(0, len(self.parts), self.stride):
             calls = []
             for part in self.parts[first : first + self.stride]:
                 inner = Call(mask=call.mask, rotary=call.rotary)
                 if isinstance(part, AttentionSegment) and call.past is not None:
-                    inner.past = call.past[len(present) : len(present) + 2]
+                    inner.past = call.past[len(present) : len(present) + 1]
                 calls.append(inner)
             step = partial(self._step, first, slots, calls)
             # Nothing in a step is random, so there is no state to restore.
             x = checkpoint(step, x, use_reentrant=False, preserve_rng_state=False) if call.recompute else step(x)
-            present += [tensor for inner in calls for tensor in inner.present or ()]
+            present += [tokens for inner in calls for tokens in inner.present or ()]
         call.present = tuple(present)
         return x
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from obfuscatune.errors import ProtocolError
 from obfuscatune.protocol.products import linear
 from obfuscatune.worker.adapters import LAST, HeldFactors, SlotInputs, first_slots
+from obfuscatune.worker.kv import Tokens
 
 # One kernel each. `gelu_new` is transformers' name for the tanh form, which it computes in seven.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -38,16 +39,16 @@ class Call:
     Attributes:
         mask: bool ``[B, 1, T, S]``, True where attention is allowed; without one position t sees positions up to t.
         rotary: cos and sin ``[1 or B, T, n]``, where q and k are rotated by position.
-        past: cached keys and values ``[B, H, S - T, head_dim]`` of this segment, already in this call's row order; of a
-            body, those of each attention in turn.
-        present: set by the attention to keys and values of all S tokens.
+        past: keys and values of the S - T cached tokens of this segment, already in this call's row order; of a body,
+            those of each attention in turn.
+        present: set by the attention to those of all S tokens, likewise.
         recompute: whether a body keeps only what enters each part, and computes the part again in the backward.
     """
 
     mask: Tensor | None = None
     rotary: tuple[Tensor, Tensor] | None = None
-    past: tuple[Tensor, ...] | None = None
-    present: tuple[Tensor, ...] | None = None
+    past: tuple[Tokens, ...] | None = None
+    present: tuple[Tokens, ...] | None = None
     recompute: bool = False
 
 

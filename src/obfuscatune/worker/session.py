@@ -17,6 +17,7 @@ from obfuscatune.protocol.memory import peak_memory_bytes
 from obfuscatune.worker.adapters import HeldFactors, SlotInputs
 from obfuscatune.worker.attention import AttentionSegment
 from obfuscatune.worker.body import BodySegment
+from obfuscatune.worker.kv import Tokens
 from obfuscatune.worker.optimizer import HeldOptimizer
 from obfuscatune.worker.segments import Call, LinearSegment, MlpSegment, Segment
 
@@ -42,7 +43,7 @@ class WorkerSession:
         self._segments: dict[str, Segment] = {}
         self._pushed: dict[str, dict[str, Tensor]] = {}
         self._calls: dict[int, tuple[Segment, dict[str, Tensor], dict[str, Tensor]]] = {}
-        self._caches: dict[int, dict[str, tuple[Tensor, ...]]] = {}
+        self._caches: dict[int, dict[str, tuple[Tokens, ...]]] = {}
         self._shared: dict[int, tuple[Tensor, ...]] = {}
         self._optimizer = HeldOptimizer()
         self._operations = {
@@ -129,8 +130,7 @@ class WorkerSession:
             y = segment.run(leaves["x"], slots, call)
         outputs = {"y": y, **slots.outputs}
         if cache is not None and call.present is not None:
-            present = tuple(tensor.detach() for tensor in call.present)
-            self._caches.setdefault(cache["id"], {})[header["segment"]] = present
+            self._caches.setdefault(cache["id"], {})[header["segment"]] = call.present
         if keep:
             self._calls[header["id"]] = (segment, leaves, outputs)
         return {}, {name: tensor.detach() for name, tensor in outputs.items()}
@@ -145,7 +145,7 @@ class WorkerSession:
             raise ProtocolError("shared tensor", got=repr(field["id"])[:20], expected="one that was sent")
         return self._shared[field["id"]]
 
-    def _past(self, segment: str, cache: dict[str, Any]) -> tuple[Tensor, ...] | None:
+    def _past(self, segment: str, cache: dict[str, Any]) -> tuple[Tokens, ...] | None:
         """Keys and values of ``length`` cached tokens, rows gathered as the request says (beam search)."""
         start, length, rows = cache["start"], cache["length"], cache["rows"]
         if not length:
@@ -153,13 +153,9 @@ class WorkerSession:
                 raise ProtocolError("KV caches", got=len(self._caches), expected=f"fewer than {MAX_CACHES}")
             return None
         stored = self._caches.get(cache["id"], {}).get(segment)
-        if stored is None or not 0 <= start <= stored[0].shape[2] - length:
+        if stored is None or not 0 <= start <= stored[0].length - length:
             raise ProtocolError("KV cache", got="none or a shorter one", expected=f"{length} tokens from {start} on")
-        past = tuple(tensor[:, :, start : start + length] for tensor in stored)
-        if rows is None:
-            return past
-        index = torch.tensor(rows, dtype=torch.int64, device=self.device)
-        return tuple(tensor.index_select(0, index) for tensor in past)
+        return tuple(tokens.part(start, length, rows) for tokens in stored)
 
     def _backward(self, header: dict[str, Any], tensors: dict[str, Tensor]) -> Reply:
         kept = self._calls.pop(header.get("call", -1), None)

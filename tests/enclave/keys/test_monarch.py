@@ -6,8 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from obfuscatune.enclave.keys import HaarKey, MasterSecret, MonarchKey, monarch
+from obfuscatune.enclave.keys.monarch import FEW_ROWS
 from obfuscatune.errors import KeyFaultError, UsageError
 
+PRODUCT = 1e-13  # float64, rows of size 1; measured 4e-15
 ORTHOGONALITY = 1e-13  # float64; measured 1.6e-15
 
 
@@ -48,6 +50,16 @@ def test_is_the_product_of_its_factors(master: MasterSecret) -> None:
     second = torch.block_diag(*key._factors[2], *key._factors[3])
     p0, p1, p2 = (torch.eye(37, dtype=torch.float64)[:, p] for p in key._factors[4:7])
     assert torch.allclose(key.dense(), p0 @ first.T @ p1 @ second @ p2, rtol=0, atol=1e-14)
+
+
+@given(st.integers(0, 2 * FEW_ROWS), st.integers(5, 90), st.integers(2, 9))
+@settings(deadline=None, max_examples=60)
+def test_few_rows_and_many_are_the_same_products(rows: int, n: int, block: int) -> None:
+    key = monarch(MasterSecret.from_insecure_test_seed(n).stream("m"), n, block)
+    x = torch.randn(rows, n, dtype=torch.float64, generator=torch.Generator().manual_seed(rows))
+    r = key.dense() if n > FEW_ROWS else torch.cat([key.apply(row[None]) for row in torch.eye(n, dtype=torch.float64)])
+    assert torch.allclose(key.apply(x), x @ r, rtol=0, atol=PRODUCT)
+    assert torch.allclose(key.apply_inverse(x), x @ r.T, rtol=0, atol=PRODUCT)
 
 
 def kronecker_error(r: torch.Tensor, block: int) -> float:

@@ -11,6 +11,7 @@ import weakref
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -27,6 +28,7 @@ class CacheMirror:
         self._session = session
         self._numbers = itertools.count(1)
         self._known: weakref.WeakKeyDictionary[DynamicCache, int] = weakref.WeakKeyDictionary()
+        self._last: tuple[tuple[int, int, int, int], Tensor, Tensor] | None = None
 
     def request(
         self, cache: Any, layer_index: int, batch: int, new: int, layer: str, *, continued: bool
@@ -63,13 +65,25 @@ class CacheMirror:
             number = next(self._numbers)
             self._known[cache] = number
             weakref.finalize(cache, self._session.drop, "caches", number)
-        empty = torch.zeros(batch, 1, new, 2, dtype=torch.float64)
-        attended, _ = cache.update(empty, empty.clone(), layer_index)
+        attended, _ = cache.update(*self._stubs(number, batch, length, new), layer_index)
         if attended.shape[2] != length + new:
             raise UnsupportedModelError("a KV cache that keeps more than is attended to", where=layer)
         stub = cache.layers[layer_index]
         kept = stub.keys.shape[2]  # a window keeps the last tokens only
-        stub.keys[..., 0] = torch.arange(batch, dtype=torch.float64).view(batch, 1, 1)
-        stub.keys[..., 1] = torch.arange(length + new - kept, length + new, dtype=torch.float64)
-        stub.values.fill_(number)
+        if rows is not None or start:  # where the worker has the earlier tokens now
+            stub.keys.copy_(self._stubs(number, batch, length + new - kept, kept)[0])
         return {"id": number, "start": start, "length": length, "rows": rows}
+
+    def _stubs(self, number: int, batch: int, first: int, count: int) -> tuple[Tensor, Tensor]:
+        """Stubs of ``count`` tokens from position ``first`` on, as keys and values; not to be written to."""
+        if self._last is None or self._last[0] != (
+            number,
+            batch,
+            first,
+            count,
+        ):  # all layers of a step ask for the same
+            rows = torch.arange(batch, dtype=torch.float64).view(batch, 1, 1).expand(batch, 1, count)
+            positions = torch.arange(first, first + count, dtype=torch.float64).expand(batch, 1, count)
+            keys = torch.stack([rows, positions], dim=-1)
+            self._last = (number, batch, first, count), keys, torch.full_like(keys, number)
+        return self._last[1:]
