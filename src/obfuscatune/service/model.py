@@ -13,9 +13,10 @@ from obfuscatune.parties.sealed.tensors import SealedTensors
 from obfuscatune.profiles import Profile
 
 CONFIG_FILE = "config.json"
+GENERATION_FILE = "generation_config.json"
 # Read by transformers from a directory; no name of a file that holds code is among them.
 SMALL_FILES = (
-    *(CONFIG_FILE, "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *(CONFIG_FILE, GENERATION_FILE, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "chat_template.jinja"),
 )
 MAX_SMALL_BYTES = 64 << 20
@@ -41,7 +42,7 @@ def open_model(archive: SealedArchive, ram: Path, dtype: str, profile: Profile) 
         FormatError, SealError: a file that breaks its format or was changed.
         UnsupportedModelError: a model that cannot be run exactly.
     """
-    from obfuscatune.training.loading import load_config, load_tokenizer
+    from obfuscatune.training.loading import load_config, load_generation_settings, load_tokenizer
 
     directory = ram / "model"
     directory.mkdir(mode=0o700)
@@ -53,5 +54,8 @@ def open_model(archive: SealedArchive, ram: Path, dtype: str, profile: Profile) 
     config = load_config(str(directory))
     tokenizer = load_tokenizer(str(directory), config)
     tokenizer.padding_side = "left"  # completions continue the last position of every row
+    model: Any
     model, weights = load_lazily(config, SealedTensors(archive), getattr(torch, dtype), profile)
+    if (directory / GENERATION_FILE).exists():  # completions stop where the provider's own do; all else is the job's
+        model.generation_config.eos_token_id = load_generation_settings(str(directory)).eos_token_id
     return OpenedModel(model, weights, tokenizer)
