@@ -77,6 +77,25 @@ def test_a_bad_conversation_is_one_error_and_nothing_is_written(
     assert "zebra" not in outcome.err and not list(output.iterdir())
 
 
+def test_answers_that_end_nowhere_are_warned_of(chat_dir: Path, tmp_path: Path, run) -> None:
+    train = write(tmp_path / "train.jsonl", [{"messages": [USER, ASSISTANT]}] * 2)
+    command = [
+        "finetune",
+        "--model_name_or_path",
+        chat_dir,
+        "--train_file",
+        train,
+        "--worker",
+        f"unix://{tmp_path}/none",
+    ]
+    marked = TEMPLATE.replace("{{ m.content }}", "{% generation %}{{ m.content }}{% endgeneration %}")
+    for template, count in ((TEMPLATE, 0), (marked, 2)):
+        (chat_dir / "chat_template.jinja").write_text(template)
+        outcome = run(*command, "--output_dir", tmp_path / f"{count}")
+        assert f"{count} answers without end" in outcome.err
+        assert ("may not learn to stop" in outcome.err) == (count > 0)
+
+
 def test_messages_without_a_template_are_refused_before_the_worker_is_asked(
     model_dir: Path, tmp_path: Path, run
 ) -> None:

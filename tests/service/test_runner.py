@@ -243,6 +243,6 @@ def test_messages_are_completed_by_the_model_s_template_and_end_where_its_settin
 
     text, chat = completions()
     assert chat == {"prompt": turns, "completion": [{"role": "assistant", "content": text["completion"]}]}
-    assert text["completion"]
+    assert len(text["completion"]) > 1
     text, chat = completions(eos_token_id=[*range(257)])
-    assert text["completion"] == "" == chat["completion"][0]["content"]
+    assert len(text["completion"]) == len(chat["completion"][0]["content"]) == 1

@@ -237,6 +237,23 @@ def test_an_answer_that_its_template_leaves_open_is_closed(new: New, model: Any,
     assert learnt(([], [labels]), tokenizer) == [" The king of the hill.\n Late in the year\n<|endoftext|>"]
 
 
+def test_a_prompt_that_its_answer_changes_is_refused(new: New, model: Any, tmp_path: Path) -> None:
+    """TRL lets the completion start where the two part, and warns."""
+    rows = [{"prompt": [USER], "completion": [ANSWER]}]
+    for template in (CHATML, MARKED):
+        tokenizer = new(template.replace("\n{% endif %}", "\n<think>{% endif %}"))
+        assert learnt(theirs(rows, tokenizer, tmp_path, model), tokenizer) == ["The king of the hill.<|im_end|>\n"]
+        with pytest.raises(DataError, match="rewrites what is before an answer"):
+            ours(rows, tokenizer, tmp_path)
+
+
+def test_trl_refuses_templates_without_marks_that_it_does_not_know(new: New, model: Any, tmp_path: Path) -> None:
+    rows = messages(CONVERSATIONS)
+    with pytest.raises(ValueError, match="not training-compatible"):
+        theirs(rows, new(CHATML), tmp_path, model, assistant_only_loss=True)
+    assert learnt(ours(rows, new(CHATML), tmp_path), new(CHATML))[0] == "The king of the hill.<|im_end|>\n"
+
+
 def test_marks_that_leave_out_the_end_are_followed_and_counted(new: New, model: Any, tmp_path: Path) -> None:
     template = MARKED.replace("<|im_end|>\n{% endgeneration %}", "{% endgeneration %}<|im_end|>\n")
     rows = messages(CONVERSATIONS[:2])

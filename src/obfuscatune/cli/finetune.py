@@ -69,7 +69,7 @@ def command(options: FinetuneOptions) -> None:
         counts = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in asdict(summary).items())
         print(f"{source}: {counts}", file=sys.stderr)
         if summary.answers_without_end:
-            what = "the chat template's marks leave out the token that ends an answer: the model may not learn to stop"
+            what = "the chat template ends answers with no token that is learnt: the model may not learn to stop"
             print(f"warning: {what}", file=sys.stderr)
     model = add_adapter(base, options)
     with (

@@ -55,8 +55,8 @@ class EncodingSummary:
 
     Args:
         shortened_prompts: rows cut on the left. truncated_completions: rows cut on the right.
-        answers_without_end: conversations whose template ends no answer inside its ``{% generation %}`` marks, so that
-            the model does not learn to stop.
+        answers_without_end: conversations whose last answer ends without a token to stop at that carries a loss, and
+            that something follows: the model may not learn to stop.
     """
 
     rows: int
