@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -222,3 +222,27 @@ def test_configurations_that_ask_for_more_than_a_model_are_refused(
     change(place.model / "config.json", **fields)
     with pytest.raises(UsageError, match=said):
         place.run(place.signed())
+
+
+def test_messages_are_completed_by_the_model_s_template_and_end_where_its_settings_say(place: Place) -> None:
+    turns = [{"role": "user", "content": "row 1"}]
+    GPT2LMHeadModel(GPT2Config(**CONFIG, initializer_range=1.0)).save_pretrained(place.model)  # says more than its end
+    (place.model / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }} is{% endfor %}")
+    texts, chats = ({"prompt": prompt} for prompt in ("row 1 is", turns))
+    rows = [json.dumps(row) + "\n" for row in (texts, chats)]
+
+    def completions(**settings: Any) -> list[dict[str, Any]]:
+        change(place.model / "generation_config.json", **settings)
+        job = replace(
+            place.signed(max_new_tokens=8).job,
+            prompts=place.put("prompts", {"prompts.jsonl": "".join(rows).encode()}, CLINIC),
+        )
+        results = place.run(SignedJob(job).sign(LAB).sign(CLINIC))
+        lines = place.files(results["output"])["generations.jsonl"].decode().splitlines()
+        return [json.loads(line) for line in lines]
+
+    text, chat = completions()
+    assert chat == {"prompt": turns, "completion": [{"role": "assistant", "content": text["completion"]}]}
+    assert len(text["completion"]) > 1
+    text, chat = completions(eos_token_id=[*range(257)])
+    assert len(text["completion"]) == len(chat["completion"][0]["content"]) == 1

@@ -9,10 +9,18 @@ from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from obfuscatune.errors import DataError, UsageError
-from obfuscatune.training.data import MAX_LINE_BYTES, Collator, Row, encode_rows, read_rows
+from obfuscatune.training.data import (
+    MAX_LINE_BYTES,
+    Collator,
+    Row,
+    completed_row,
+    encode_rows,
+    read_prompts,
+    read_rows,
+)
 
 CHAT_TEMPLATE = (
-    "{% for m in messages %}[{{ m.role }}]{{ m.content }}[end]{% endfor %}"
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}<stop>{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
 SECRET = "zebra"
@@ -34,14 +42,52 @@ def write(tmp_path: Path, *rows: object) -> Path:
     return path
 
 
-def test_the_three_formats_are_read(tmp_path: Path) -> None:
+def test_the_formats_are_read(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    path = write(tmp_path, {"text": "t", "id": 7}, {"prompt": "p", "completion": " c"}, {"messages": turns})
+    conversational = {"prompt": turns[:1], "completion": turns[1:]}
+    plain = {"prompt": "p", "completion": " c"}
+    path = write(tmp_path, {"text": "t", "id": 7}, plain, {"messages": turns}, conversational)
     assert read_rows(path) == [
         Row(completion="t", where=f"{path}:1"),
         Row(prompt="p", completion=" c", where=f"{path}:2"),
         Row(messages=(("user", "a"), ("assistant", "b")), where=f"{path}:3"),
+        Row(messages=(("user", "a"), ("assistant", "b")), where=f"{path}:4", context=1),
     ]
+
+
+def test_prompts_are_read_and_completed_rows_are_training_rows(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    rows = [{"prompt": "p", "completion": " c"}, {"prompt": turns[:1]}, {"messages": turns, "id": 1}]
+    path = write(tmp_path, *rows)
+    prompts = read_prompts(path)
+    asked = (("user", "a"), ("assistant", "b"), ("user", "c"))
+    assert prompts == [(f"{path}:1", "p"), (f"{path}:2", asked[:1]), (f"{path}:3", asked)]
+    completed = write(tmp_path, *(completed_row(prompt, " d") for _, prompt in prompts))
+    assert read_rows(completed) == [
+        Row("p", " d", where=f"{completed}:1"),
+        Row(messages=(*asked[:1], ("assistant", " d")), where=f"{completed}:2", context=1),
+        Row(messages=(*asked, ("assistant", " d")), where=f"{completed}:3", context=3),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": "zebra"}, "wrong keys: got no 'prompt'; unknown key 'text'"),
+        ({"prompt": []}, "'prompt' is empty"),
+        ({"prompt": 7}, "'prompt' has the wrong type: got int"),
+        ({"messages": "zebra"}, "'messages' has the wrong type"),
+        ({"messages": [{"role": "user", "content": "zebra"}], "prompt": "zebra"}, "unknown key 'prompt'"),
+        ({"messages": [{"role": "assistant", "content": "zebra"}]}, "nothing to answer"),
+    ],
+)
+def test_a_bad_prompt_is_refused_with_its_line_and_without_its_content(
+    row: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    path = write(tmp_path, {"prompt": "fine"}, row)
+    with pytest.raises(DataError) as caught:
+        read_prompts(path)
+    assert message in str(caught.value) and f"{path}:2" in str(caught.value) and SECRET not in str(caught.value)
 
 
 def test_blank_lines_are_skipped_and_counted(tmp_path: Path) -> None:
@@ -70,7 +116,13 @@ def test_blank_lines_are_skipped_and_counted(tmp_path: Path) -> None:
         (b'{"text": "zebra \\ud800"}', "half a surrogate pair"),
         (b'{"messages": "zebra"}', "'messages' has the wrong type"),
         (b'{"messages": ["zebra"]}', "'messages' has the wrong type"),
-        (b'{"messages": []}', "nothing to learn from"),
+        (b'{"messages": []}', "'messages' is empty"),
+        (b'{"prompt": [{"role": "user", "content": "zebra"}], "completion": "zebra"}', "'prompt' has the wrong type"),
+        (b'{"prompt": [], "completion": [{"role": "assistant", "content": "zebra"}]}', "'prompt' is empty"),
+        (
+            b'{"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "user", "content": "zebra"}]}',
+            "nothing to learn from",
+        ),
         (b'{"messages": [{"role": "user", "content": "zebra"}]}', "nothing to learn from"),
         (b'{"messages": [{"role": "zebra", "content": "zebra"}]}', "unknown role: expected system, user, assistant"),
         (b'{"messages": [{"role": ["zebra"], "content": "zebra"}]}', "unknown role"),
@@ -114,31 +166,51 @@ def test_the_loss_is_on_the_completion_and_the_end(tokenizer: PreTrainedTokenize
     assert encode_one(Row(completion="all of it"), tokenizer) == ("all of it<end>", "all of it<end>")
 
 
-def test_messages_without_a_template_are_lines_with_the_loss_on_the_assistant(
-    tokenizer: PreTrainedTokenizerFast,
-) -> None:
-    row = Row(messages=(("system", "be"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")))
-    text = "system: be\nuser: a\nassistant: b\nuser: c\nassistant: d\n<end>"
-    assert encode_one(row, tokenizer) == (text, " b\n d\n<end>")
+def test_messages_without_a_template_are_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    row = Row(messages=(("user", SECRET), ("assistant", SECRET)), where="file:3")
+    with pytest.raises(UsageError, match="no chat template") as caught:
+        encode_rows([row], tokenizer, 100)
+    assert caught.value.where == "file:3" and SECRET not in str(caught.value)
+
+
+def test_of_several_templates_the_default_is_taken(new_tokenizer: NewTokenizer) -> None:
+    tokenizer = new_tokenizer()
+    tokenizer.add_tokens(["<stop>"], special_tokens=True)
+    row = Row(messages=(("user", "a"), ("assistant", "b")), where="file:3")
+    tokenizer.chat_template = {"default": CHAT_TEMPLATE, "tool_use": "none"}
+    assert encode_one(row, tokenizer) == ("[user]a<stop>[assistant]b<stop>", "b<stop>")
+    tokenizer.chat_template = {"rag": CHAT_TEMPLATE, "tool_use": "none"}
+    with pytest.raises(UsageError, match="one of them named default"):
+        encode_rows([row], tokenizer, 100)
 
 
 def test_messages_follow_the_template_of_the_tokenizer(new_tokenizer: NewTokenizer) -> None:
     tokenizer = new_tokenizer()
+    tokenizer.add_tokens(["<stop>"], special_tokens=True)
     tokenizer.chat_template = CHAT_TEMPLATE
     row = Row(messages=(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")))
-    text = "[user]a[end][assistant]b[end][user]c[end][assistant]d[end]"
-    assert encode_one(row, tokenizer) == (text, "b[end]d[end]")
+    text = "[user]a<stop>[assistant]b<stop>[user]c<stop>[assistant]d<stop>"
+    assert encode_one(row, tokenizer) == (text, "b<stop>d<stop>")
     assert encode_one(Row("a", "b"), tokenizer) == ("ab<end>", "b<end>")
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused(new_tokenizer: NewTokenizer) -> None:
+def test_the_start_of_a_template_is_not_doubled_and_survives_the_cut(new_tokenizer: NewTokenizer) -> None:
+    tokenizer = new_tokenizer(bos=True)
+    tokenizer.add_tokens(["<stop>"], special_tokens=True)
+    tokenizer.chat_template = "{{ bos_token }}" + CHAT_TEMPLATE
+    row = Row(messages=(("user", "a"), ("assistant", "b")))
+    assert encode_one(row, tokenizer) == ("<start>[user]a<stop>[assistant]b<stop>", "b<stop>")
+    assert encode_one(row, tokenizer, 5) == ("<start>t]b<stop>", "b<stop>")
+
+
+def test_a_long_conversation_keeps_its_last_answer(new_tokenizer: NewTokenizer) -> None:
     tokenizer = new_tokenizer()
-    tokenizer.chat_template = "{{ messages | length }}" + CHAT_TEMPLATE
-    row = Row(messages=(("user", SECRET), ("assistant", SECRET)), where="file:3")
-    with pytest.raises(DataError, match="rewrites earlier turns") as caught:
-        encode_rows([row], tokenizer, 100)
-    assert caught.value.where == "file:3"
-    assert SECRET not in str(caught.value)
+    tokenizer.add_tokens(["<stop>"], special_tokens=True)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    row = Row(messages=(("user", "a"), ("assistant", "bcd"), ("user", "e"), ("assistant", "fgh"), ("user", "ijk")))
+    assert encode_one(row, tokenizer, 60)[1] == "bcd<stop>fgh<stop>"
+    assert encode_one(row, tokenizer, 6) == ("fgh<stop>[u", "fgh<stop>")
+    assert encode_one(row, tokenizer, 3) == ("fgh", "fgh")
 
 
 def test_a_long_row_loses_the_left_of_its_prompt_and_only_then_the_end_of_its_completion(

@@ -4,7 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from transformers import GPT2Config, GPT2LMHeadModel
+import pytest
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from obfuscatune.training.loading import load_tokenizer
 
 MEBIBYTE = 2**20
 PROGRAM = """
@@ -35,3 +38,18 @@ def test_loading_copies_no_weight(tmp_path: Path) -> None:
     mapped, copied = (int(number) for number in done.stdout.split())
     assert mapped < size / 4  # measured 0.1 MiB
     assert copied > size * 0.9  # the control: a copy shows
+
+
+@pytest.mark.parametrize(
+    ("added", "own", "expected"),
+    [((), None, "<end>"), (("[PAD]",), None, "[PAD]"), (("[PAD]", "<no>"), "<no>", "<no>")],
+)
+def test_the_padding_token_is_another_than_the_end_where_there_is_one(
+    added: tuple[str, ...], own: str | None, expected: str, new_tokenizer, tmp_path: Path
+) -> None:
+    tokenizer: PreTrainedTokenizerFast = new_tokenizer()
+    tokenizer.add_tokens(list(added), special_tokens=True)
+    tokenizer.pad_token = own
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load_tokenizer(str(tmp_path), GPT2Config(vocab_size=300))
+    assert (loaded.pad_token, loaded.eos_token, len(loaded)) == (expected, "<end>", len(tokenizer))

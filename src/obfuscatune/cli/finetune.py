@@ -17,6 +17,7 @@ from obfuscatune.training.arguments import add_adapter, training_arguments
 
 EPILOG = (
     "Examples:\n\nobfuscatune finetune --model_name_or_path gpt2 --train_file train.jsonl --output_dir adapter\n\n"
+    "obfuscatune finetune --model_name_or_path DIR --train_file chats.jsonl --output_dir adapter --max_length 2048\n\n"
     "obfuscatune finetune --config run.yaml --profile balanced --worker tcp://gpu-host:7000\n\n"
     "obfuscatune finetune --model_name_or_path gpt2 --task sciq --data_dir data --output_dir adapter\n\n"
     "obfuscatune finetune --config run.yaml --resume_from_checkpoint last"
@@ -28,7 +29,7 @@ _SAVING: dict[str, Any] = {"rich_help_panel": "Logs and checkpoints"}
 class FinetuneOptions(TrainingSettings, ProtectionOptions, ModelOptions, ConfigOptions):
     """Options of ``obfuscatune finetune``; names and defaults as in transformers and PEFT where they have them."""
 
-    train_file: Path | None = option("JSONL rows with text, prompt + completion, or messages", None)
+    train_file: Path | None = option("JSONL rows with text, prompt + completion, or messages; docs/data.md", None)
     task: str | None = option("instead of a file: webqs, openbookqa, piqa or sciq, by the harness' prompts", None)
     data_dir: Path | None = option("directory of the task's local JSONL; default: the hub", None)
     validation_file: Path | None = option("rows to evaluate the loss on, after each epoch", None)
@@ -68,6 +69,9 @@ def command(options: FinetuneOptions) -> None:
     for source, (_, summary) in zip(rows, encoded, strict=True):
         counts = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in asdict(summary).items())
         print(f"{source}: {counts}", file=sys.stderr)
+        if summary.answers_without_end:
+            what = "the chat template ends answers with no token that is learnt: the model may not learn to stop"
+            print(f"warning: {what}", file=sys.stderr)
     model = add_adapter(base, options)
     with (
         protect(model, **protection, secret=secret, progress=True) as protected,

@@ -4,19 +4,22 @@
 
 import json
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from obfuscatune.cli.connecting import SIMULATION_FLAG, SIMULATION_HELP, EnclaveOptions
 from obfuscatune.cli.options import ConfigOptions, ProtectionOptions, expand_home, option, takes
 from obfuscatune.durable import write_new
 from obfuscatune.errors import ObfuscatuneError, ProtocolError, UsageError
 
+if TYPE_CHECKING:  # torch is not loaded for --help
+    from obfuscatune.training.data import Prompt
+
 EPILOG = (
     "Examples:\n\nobfuscatune generate --model_name_or_path gpt2 --prompt 'The enclave said'\n\n"
     "obfuscatune generate --model_name_or_path gpt2 --adapter_name_or_path adapter --prompt_file prompts.jsonl\n\n"
+    "obfuscatune generate --model_name_or_path DIR --chat --prompt 'Who wrote this letter?'\n\n"
     "obfuscatune generate --enclave tls://HOST:7443 --job job.json --identity clinic.key --policy clinic.toml "
     "--prompt '...'"
 )
@@ -36,7 +39,10 @@ class GenerateOptions(ProtectionOptions, ConfigOptions):
         "directory, or name on the hub, of a PEFT adapter", None, callback=expand_home
     )
     prompt: list[str] | None = option("text to complete; repeatable", None)
-    prompt_file: Path | None = option("JSONL rows with a prompt", None)
+    prompt_file: Path | None = option("JSONL rows with a prompt, a text or a list of messages, or with messages", None)
+    chat: bool = option(
+        "prompts that are texts are a user's messages, in the model's chat template", False, flag="--chat"
+    )
     output_file: Path | None = option("new JSONL file of prompts and completions, mode 0600", None)
     batch_size: int = option("prompts completed together", 8, min=1)
     max_new_tokens: int = option("longest completion", 32, min=1, **_GENERATION)
@@ -61,27 +67,30 @@ def command(options: GenerateOptions) -> None:
         _check_output(options.output_file)
     if (options.enclave is None) == (options.model_name_or_path is None):
         raise UsageError("which model", expected="--model_name_or_path, or --enclave with --job")
-    prompts = list(_prompts(options))
+    prompts = _prompts(options)
     if options.model_name_or_path is None:
-        completions = _ask_enclave(options, [prompt for _, prompt in prompts])
+        completions = _ask_enclave(options, _texts(prompts))
     else:
         completions = _complete_here(options, options.model_name_or_path, prompts)
     if options.output_file is not None:
+        from obfuscatune.training.data import completed_row
+
         rows = zip((prompt for _, prompt in prompts), completions, strict=True)
-        _write(options.output_file, [{"prompt": prompt, "completion": text} for prompt, text in rows])
+        _write(options.output_file, [completed_row(prompt, text) for prompt, text in rows])
 
 
-def _complete_here(options: GenerateOptions, name: str, prompts: list[tuple[str, str]]) -> list[str]:
+def _complete_here(options: GenerateOptions, name: str, prompts: "list[tuple[str, Prompt]]") -> list[str]:
     from transformers import set_seed
 
     from obfuscatune.enclave.protect import protect
-    from obfuscatune.training.completion import complete
+    from obfuscatune.training.completion import complete, prompt_ids
     from obfuscatune.training.loading import load, load_adapter, load_tokenizer
 
     completions: list[str] = []
     model = load(name, options.dtype)
     tokenizer = load_tokenizer(name, model.config)
     tokenizer.padding_side = "left"  # completions continue the last position of every row
+    prompt_ids(model.config, tokenizer, prompts, options.max_new_tokens)  # a bad prompt is refused before any is done
     if options.adapter_name_or_path is not None:
         model = load_adapter(model, options.adapter_name_or_path)
     set_seed(options.seed)
@@ -142,7 +151,7 @@ def _check_output(path: Path) -> None:
         raise UsageError(what, where=f"--output_file {path}")
 
 
-def _write(path: Path, rows: list[dict[str, str]]) -> None:
+def _write(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write JSONL for this user only; a new file, because an old one would keep its mode."""
     try:
         write_new(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
@@ -150,17 +159,29 @@ def _write(path: Path, rows: list[dict[str, str]]) -> None:
         raise ObfuscatuneError("cannot write the completions", got=error.strerror, where=str(path)) from error
 
 
-def _prompts(options: GenerateOptions) -> Iterator[tuple[str, str]]:
-    """Yield (where, prompt) of all prompts."""
-    from obfuscatune.training.data import EXTRA_KEYS, check_keys, check_text, read_objects
+def _prompts(options: GenerateOptions) -> "list[tuple[str, Prompt]]":
+    """Return (where, prompt) of all prompts."""
+    from obfuscatune.training.data import check_text, read_prompts
 
     if not options.prompt and options.prompt_file is None:
         raise UsageError("no prompt", expected="--prompt TEXT or --prompt_file FILE")
+    found: list[tuple[str, Prompt]] = []
     for number, prompt in enumerate(options.prompt or (), 1):
-        yield f"--prompt {number}", check_text(prompt, "prompt", f"--prompt {number}")
-    for where, row in read_objects(options.prompt_file) if options.prompt_file is not None else ():
-        check_keys(row, frozenset({"prompt"}), EXTRA_KEYS | {"completion"}, where)
-        yield where, check_text(row["prompt"], "prompt", where)
+        found.append((f"--prompt {number}", check_text(prompt, "prompt", f"--prompt {number}")))
+    if options.prompt_file is not None:
+        found += read_prompts(options.prompt_file)
+    if options.chat:
+        found = [(where, (("user", p),) if isinstance(p, str) else p) for where, p in found]
+    return found
+
+
+def _texts(prompts: "list[tuple[str, Prompt]]") -> list[str]:
+    """Return the prompts for an enclave, which is asked with texts."""
+    texts = [prompt for _, prompt in prompts if isinstance(prompt, str)]
+    if len(texts) < len(prompts):
+        hint = "seal the messages with `obfuscatune seal prompts`, for the job itself to complete"
+        raise UsageError("an enclave is asked with texts", got="messages", hint=hint)
+    return texts
 
 
 def _sampling(options: GenerateOptions) -> dict[str, Any]:

@@ -67,12 +67,10 @@ def data(options: FileSealOptions) -> None:
 
 @takes(FileSealOptions)
 def prompts(options: FileSealOptions) -> None:
-    """Seal rows with a prompt each, to be completed. Every row is checked first."""
-    from obfuscatune.training.data import EXTRA_KEYS, check_keys, check_text, read_objects
+    """Seal rows with a prompt each, text or messages, to be completed. Every row is checked first."""
+    from obfuscatune.training.data import read_prompts
 
-    for where, row in read_objects(options.file):
-        check_keys(row, frozenset({"prompt"}), EXTRA_KEYS | {"completion"}, where)
-        check_text(row["prompt"], "prompt", where)
+    read_prompts(options.file)
     _seal(options, "prompts", {"prompts.jsonl": options.file})
 
 

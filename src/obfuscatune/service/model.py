@@ -12,9 +12,10 @@ from obfuscatune.parties.sealed.archive import SealedArchive
 from obfuscatune.parties.sealed.tensors import SealedTensors
 
 CONFIG_FILE = "config.json"
+GENERATION_FILE = "generation_config.json"
 # Read by transformers from a directory; no name of a file that holds code is among them.
 SMALL_FILES = (
-    *(CONFIG_FILE, "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *(CONFIG_FILE, GENERATION_FILE, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "chat_template.jinja"),
 )
 MAX_SMALL_BYTES = 64 << 20
@@ -39,7 +40,7 @@ def open_model(archive: SealedArchive, ram: Path, dtype: str) -> OpenedModel:
         FormatError, SealError: a file that breaks its format or was changed.
         UnsupportedModelError: a model that cannot be run exactly.
     """
-    from obfuscatune.training.loading import load_config, load_tokenizer
+    from obfuscatune.training.loading import load_config, load_generation_settings, load_tokenizer
 
     directory = ram / "model"
     directory.mkdir(mode=0o700)
@@ -51,4 +52,7 @@ def open_model(archive: SealedArchive, ram: Path, dtype: str) -> OpenedModel:
     config = load_config(str(directory))
     tokenizer = load_tokenizer(str(directory), config)
     tokenizer.padding_side = "left"  # completions continue the last position of every row
-    return OpenedModel(load_lazily(config, SealedTensors(archive), getattr(torch, dtype)), tokenizer)
+    found = load_lazily(config, SealedTensors(archive), getattr(torch, dtype))
+    if (directory / GENERATION_FILE).exists():  # completions stop where the provider's own do; all else is the job's
+        found.generation_config.eos_token_id = load_generation_settings(str(directory)).eos_token_id
+    return OpenedModel(found, tokenizer)

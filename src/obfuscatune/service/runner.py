@@ -32,8 +32,8 @@ from obfuscatune.service.scratch import ram_directory
 from obfuscatune.service.store import Store
 from obfuscatune.training.arguments import add_adapter, training_arguments
 from obfuscatune.training.checkpoints import load_keys, save_adapter
-from obfuscatune.training.completion import complete
-from obfuscatune.training.data import Collator, check_text, encode_rows, read_objects, read_rows
+from obfuscatune.training.completion import complete, prompt_ids
+from obfuscatune.training.data import Collator, Prompt, completed_row, encode_rows, read_prompts, read_rows
 from obfuscatune.training.trainer import ProtectedTrainer
 
 MAX_DATA_BYTES = 4 << 30
@@ -75,6 +75,7 @@ class Runner:
         job = signed.job
         with self._open(job, checkpoint) as (protected, tokenizer, ram, keep):
             prompts = self._prompts(job, ram)  # now, because their fault should not cost a training
+            prompt_ids(protected.model.config, tokenizer, _named(prompts), job.max_new_tokens)
             self._train(job, protected, tokenizer, ram, hooks)
             protected.model.eval()
             results = {"adapter": self._seal_adapter(signed, protected, ram)}
@@ -177,12 +178,12 @@ class Runner:
             path.write_bytes(archive.read(archive.names()[0], MAX_DATA_BYTES))
         return path
 
-    def _prompts(self, job: Job, ram: Path) -> list[str]:
+    def _prompts(self, job: Job, ram: Path) -> list[Prompt]:
         """Read the job's prompts; how many they are nobody but the owner could see before."""
         if job.prompts is None:
             return []
         path = self._rows(job.prompts, "prompts", ram)
-        prompts = [check_text(row.get("prompt"), "prompt", where) for where, row in read_objects(path)]
+        prompts = [prompt for _, prompt in read_prompts(path)]
         path.unlink()
         with self._reader(job.model, "model") as model:
             allowed = Terms.from_dict(model.terms, "terms of the model").max_queries
@@ -221,10 +222,12 @@ class Runner:
         # To the enclave too: it answers queries with it after a restart.
         return self._seal("adapter", _files(path), [*recipients, self._identity.public])
 
-    def _seal_generations(self, signed: SignedJob, protected: Protected, tokenizer: Any, prompts: Sequence[str]) -> str:
+    def _seal_generations(
+        self, signed: SignedJob, protected: Protected, tokenizer: Any, prompts: Sequence[Prompt]
+    ) -> str:
         job = signed.job
         completions = _complete(protected, tokenizer, prompts, job.max_new_tokens)
-        rows = [{"prompt": a, "completion": b} for a, b in zip(prompts, completions, strict=True)]
+        rows = [completed_row(prompt, text) for prompt, text in zip(prompts, completions, strict=True)]
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         recipients = _parties(signed, job.generations_to) or [self._identity.public]
         return self._seal("output", {"generations.jsonl": lines.encode()}, recipients)
@@ -262,14 +265,18 @@ class _SealCheckpoints(TrainerCallback):
         self._hooks.checkpoint(state.global_step, digest)
 
 
-def _complete(protected: Protected, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
+def _complete(protected: Protected, tokenizer: Any, prompts: Sequence[Prompt], max_new_tokens: int) -> list[str]:
     """Greedy completions, in the order of the prompts."""
-    named = [(f"prompt {number}", prompt) for number, prompt in enumerate(prompts, 1)]
+    named = _named(prompts)
     done: list[str] = []
     for start in range(0, len(named), _BATCH):
         batch = named[start : start + _BATCH]
         done += complete(protected.model, tokenizer, batch, max_new_tokens=max_new_tokens, do_sample=False)
     return done
+
+
+def _named(prompts: Sequence[Prompt]) -> list[tuple[str, Prompt]]:
+    return [(f"prompt {number}", prompt) for number, prompt in enumerate(prompts, 1)]
 
 
 def _files(directory: Path) -> dict[str, Path | bytes]:

@@ -6,12 +6,17 @@ from typing import Any
 import torch
 
 from obfuscatune.errors import UsageError
+from obfuscatune.training.chat import prompt_tokens
+from obfuscatune.training.data import Prompt
 
 
 def complete(
-    model: Any, tokenizer: Any, prompts: Sequence[tuple[str, str]], *, max_new_tokens: int, **generation: Any
+    model: Any, tokenizer: Any, prompts: Sequence[tuple[str, Prompt]], *, max_new_tokens: int, **generation: Any
 ) -> list[str]:
     """Return the completions of one batch of ``(where, prompt)`` pairs; ``where`` names a prompt in errors.
+
+    A completion stops at each of the tokens that the model's generation settings stop at, as stock ``generate`` does,
+    and at the tokenizer's end-of-text token, which is what fine-tuning closes rows with.
 
     Secrecy: prompts and completions are the data owner's, and stay in the enclave.
 
@@ -20,22 +25,45 @@ def complete(
         max_new_tokens: longest completion. generation: further arguments of ``generate``; ``None`` leaves one out.
 
     Raises:
-        UsageError: a prompt that leaves no room for the completion.
+        UsageError, DataError: as :func:`prompt_ids`.
     """
-    batch = tokenizer([prompt for _, prompt in prompts], return_tensors="pt", padding=True)
-    positions = getattr(model.config, "max_position_embeddings", None)
-    for (where, _), mask in zip(prompts, batch["attention_mask"], strict=True):
-        tokens = int(mask.sum())
-        if positions is not None and tokens + max_new_tokens > positions:
-            got = f"{tokens} tokens and {max_new_tokens} new ones"
-            raise UsageError("prompt is too long for the model", got=got, expected=f"at most {positions}", where=where)
+    ids = prompt_ids(model.config, tokenizer, prompts, max_new_tokens)
+    batch = tokenizer.pad({"input_ids": ids}, return_tensors="pt")
     with torch.inference_mode():
         output = model.generate(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=stop_tokens(model, tokenizer) or None,
             **{name: value for name, value in generation.items() if value is not None},
         )
     completions: list[str] = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
     return completions
+
+
+def prompt_ids(
+    config: Any, tokenizer: Any, prompts: Sequence[tuple[str, Prompt]], max_new_tokens: int
+) -> list[list[int]]:
+    """Return the tokens of each prompt: of a text, or of messages in the chat template, up to the answer's first word.
+
+    Raises:
+        UsageError: a prompt that leaves no room for the completion, or messages without a chat template.
+        DataError: messages that the chat template refuses.
+    """
+    positions = getattr(config, "max_position_embeddings", None)
+    found = []
+    for where, prompt in prompts:
+        ids = tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt_tokens(tokenizer, prompt, where)
+        if positions is not None and len(ids) + max_new_tokens > positions:
+            got = f"{len(ids)} tokens and {max_new_tokens} new ones"
+            raise UsageError("prompt is too long for the model", got=got, expected=f"at most {positions}", where=where)
+        found.append(ids)
+    return found
+
+
+def stop_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """Return the tokens that end a completion, see :func:`complete`."""
+    own = getattr(model.generation_config, "eos_token_id", None)
+    found = [*own] if isinstance(own, list | tuple) else [own]
+    return list(dict.fromkeys(int(token) for token in (*found, tokenizer.eos_token_id) if token is not None))

@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from obfuscatune.errors import DataError, UsageError
+from obfuscatune.training.chat import as_messages, conversation_tokens, is_ended
 
 IGNORED_LABEL = -100  # torch's cross entropy leaves these positions out
 MAX_LINE_BYTES = 1_000_000
@@ -32,26 +33,38 @@ class Row:
 
     Args:
         prompt: context without loss; empty for a ``text`` row.
-        completion: what is learnt; the whole of a ``text`` row; empty for a ``messages`` row.
-        messages: (role, content) turns of a ``messages`` row, the last one the assistant's.
+        completion: what is learnt; the whole of a ``text`` row; empty for a conversation.
+        messages: (role, content) turns of a conversation; the assistant's are learnt.
         where: ``file:line``.
+        context: so many turns at the start are a prompt, without loss.
     """
 
     prompt: str = field(default="", repr=False)
     completion: str = field(default="", repr=False)
     messages: tuple[tuple[str, str], ...] = field(default=(), repr=False)
     where: str = ""
+    context: int = 0
+
+
+Prompt = str | tuple[tuple[str, str], ...]  # a text to go on with, or (role, content) turns to answer
 
 
 @dataclass(frozen=True)
 class EncodingSummary:
-    """What `encode_rows` did, in counts: rows, tokens, tokens with a loss, and rows cut on either side."""
+    """What `encode_rows` did, in counts: rows, tokens, tokens with a loss, and rows that lost something.
+
+    Args:
+        shortened_prompts: rows cut on the left. truncated_completions: rows cut on the right.
+        answers_without_end: conversations whose last answer ends without a token to stop at that carries a loss, and
+            that something follows: the model may not learn to stop.
+    """
 
     rows: int
     tokens: int
     supervised_tokens: int
     shortened_prompts: int
     truncated_completions: int
+    answers_without_end: int
 
 
 def read_objects(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -131,6 +144,8 @@ def check_text(value: Any, name: str, where: str) -> str:
 def read_rows(path: str | Path) -> list[Row]:
     """Read training rows: ``{"text"}``, ``{"prompt", "completion"}`` or ``{"messages": [{"role", "content"}, ...]}``.
 
+    Prompt and completion are both texts, or both lists of messages.
+
     Secrecy: the rows are the data owner's and never leave the enclave.
 
     Raises:
@@ -149,25 +164,65 @@ def _row(row: dict[str, Any], where: str) -> Row:
         raise DataError(what, got=got, expected=FORMAT_NAMES, where=where, hint=hint)
     check_keys(row, formats[0], EXTRA_KEYS, where)
     if "messages" in row:
-        return Row(messages=_messages(row["messages"], where), where=where)
+        return Row(messages=_answered(_messages(row["messages"], "messages", where), where), where=where)
     if "text" in row:
         return Row(completion=check_text(row["text"], "text", where), where=where)
+    if isinstance(row["prompt"], list) and isinstance(row["completion"], list):
+        asked, told = (_messages(row[name], name, where) for name in ("prompt", "completion"))
+        return Row(messages=asked + _answered(told, where), where=where, context=len(asked))
     prompt, completion = (check_text(row[name], name, where) for name in ("prompt", "completion"))
     return Row(prompt=prompt, completion=completion, where=where)
 
 
-def _messages(value: Any, where: str) -> tuple[tuple[str, str], ...]:
+def _messages(value: Any, name: str, where: str) -> tuple[tuple[str, str], ...]:
     if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
-        raise DataError("'messages' has the wrong type", expected="a list of objects", where=where)
+        raise DataError(f"{name!r} has the wrong type", expected="a list of objects", where=where)
+    if not value:
+        raise DataError(f"{name!r} is empty", expected="messages", where=where)
     turns = []
     for index, turn in enumerate(value):
         check_keys(turn, frozenset({"role", "content"}), frozenset(), f"{where}, message {index}")
         if turn["role"] not in ROLES:
             raise DataError("unknown role", expected=", ".join(ROLES), where=f"{where}, message {index}")
         turns.append((turn["role"], check_text(turn["content"], "content", f"{where}, message {index}")))
-    if not turns or turns[-1][0] != "assistant":
-        raise DataError("nothing to learn from", expected="a last message of the assistant", where=where)
     return tuple(turns)
+
+
+def _answered(turns: tuple[tuple[str, str], ...], where: str) -> tuple[tuple[str, str], ...]:
+    if all(role != "assistant" for role, _ in turns):
+        raise DataError("nothing to learn from", expected="a message of the assistant", where=where)
+    return turns
+
+
+def read_prompts(path: str | Path) -> list[tuple[str, Prompt]]:
+    """Read (``file:line``, prompt) of rows to complete: ``{"prompt": text or messages}`` or ``{"messages"}``.
+
+    Training rows of the formats with a prompt may be used as they are: their ``completion`` is not read. The last of
+    the messages is not the assistant's, for it is to be answered.
+
+    Raises:
+        UsageError: the file cannot be read. DataError: a row is anything else.
+    """
+    return [(where, _prompt(row, where)) for where, row in read_objects(path)]
+
+
+def _prompt(row: dict[str, Any], where: str) -> Prompt:
+    name = "messages" if "messages" in row else "prompt"
+    check_keys(row, frozenset({name}), EXTRA_KEYS | ({"completion"} if name == "prompt" else frozenset()), where)
+    if name == "prompt" and not isinstance(row[name], list):
+        return check_text(row[name], name, where)
+    turns = _messages(row[name], name, where)
+    if turns[-1][0] == "assistant":
+        hint = "leave out the last message, which generate writes"
+        raise DataError("nothing to answer", expected="a last message of the user", where=where, hint=hint)
+    return turns
+
+
+def completed_row(prompt: Prompt, completion: str) -> dict[str, Any]:
+    """Return a prompt and its completion as a row that :func:`read_rows` reads."""
+    if isinstance(prompt, str):
+        return {"prompt": prompt, "completion": completion}
+    return {"prompt": as_messages(prompt), "completion": as_messages([("assistant", completion)])}
 
 
 def start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -175,69 +230,73 @@ def start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [token for token in tokenizer("")["input_ids"] if token == tokenizer.bos_token_id][:1]
 
 
+def pair_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str) -> tuple[list[int], list[int]]:
+    """Return the tokens of a prompt, as when it is completed, and those of its completion; none opens or ends a text.
+
+    They are the tokens of the joint text, unless a token of it spans the border: the model that completes the prompt
+    never meets such a token, and prompt and completion are tokenized apart.
+    """
+    first: list[int] = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    joint: list[int] = tokenizer(prompt + completion, add_special_tokens=False)["input_ids"]
+    if joint[: len(first)] == first:
+        return first, joint[len(first) :]
+    return first, tokenizer(completion, add_special_tokens=False)["input_ids"]
+
+
 def encode_rows(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> tuple[list[dict[str, list[int]]], EncodingSummary]:
     """Turn rows into ``input_ids``, ``attention_mask`` and ``labels``; the loss is on completions or assistant turns.
 
-    Prompt and completion are tokenized apart, so that the border is the same in training and in scoring: a space
-    between them belongs to the completion. An end-of-text token closes each row, unless the chat template closes turns
-    itself. A row longer than ``max_length`` loses the left of what precedes its last completion; a completion that is
-    too long by itself is cut at its end.
+    An end-of-text token with a loss closes each row that does not end with it, and each conversation whose template
+    leaves the last answer open. A row longer than ``max_length`` loses the left of what precedes its last answer, the
+    start token apart; an answer that is too long by itself is cut at its end.
 
     Raises:
-        UsageError: no end-of-text token, or ``max_length`` leaves no room.
-        DataError: the chat template rewrites earlier turns, so that the turns of the row cannot be told apart.
+        UsageError: no end-of-text token, no chat template for messages, or ``max_length`` leaves no room.
+        DataError: a row whose messages the chat template refuses, or whose answers cannot be told apart.
     """
     start = start_tokens(tokenizer)
-    room = max_length - len(start)
-    if room < 2:
+    if max_length < len(start) + 2:
         raise UsageError("max_length is too small", got=max_length, expected=f"at least {len(start) + 2}")
     if tokenizer.eos_token_id is None:
         raise UsageError("the tokenizer has no end-of-text token", hint="set its eos_token")
-    encoded, supervised, shortened, truncated = [], 0, 0, 0
+    encoded, supervised, shortened, truncated, endless = [], 0, 0, 0, 0
     for row in rows:
-        ids: list[int] = []
-        labels: list[int] = []
-        last = 0
-        for text, learnt in _segments(row, tokenizer):
-            tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
-            last = len(ids) if learnt else last
-            ids += tokens
-            labels += tokens if learnt else [IGNORED_LABEL] * len(tokens)
-        if not (row.messages and tokenizer.chat_template):
-            ids.append(tokenizer.eos_token_id)
-            labels.append(tokenizer.eos_token_id)
-        first = min(max(0, len(ids) - room), last)
-        shortened += first > 0
+        ids, learnt, ended = _learnt(row, tokenizer, start)
+        kept = int(ids[0] == tokenizer.bos_token_id and not learnt[0])
+        room = max_length - kept
+        last = len(ids) - 1 - learnt[::-1].index(True)  # of the tokens with a loss; then back to where its answer opens
+        while last > kept and learnt[last - 1]:
+            last -= 1
+        first = max(kept, min(len(ids) - room, last))
+        shortened += first > kept
         truncated += len(ids) - first > room
-        ids, labels = start + ids[first:][:room], [IGNORED_LABEL] * len(start) + labels[first:][:room]
+        endless += not ended
+        used = [*range(kept), *range(first, min(len(ids), first + room))]
+        labels = [ids[i] if learnt[i] else IGNORED_LABEL for i in used]
         supervised += sum(label != IGNORED_LABEL for label in labels)
-        encoded.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels})
-    tokens_seen = sum(len(row["input_ids"]) for row in encoded)
-    return encoded, EncodingSummary(len(rows), tokens_seen, supervised, shortened, truncated)
+        encoded.append({"input_ids": [ids[i] for i in used], "attention_mask": [1] * len(used), "labels": labels})
+    tokens = sum(len(row["input_ids"]) for row in encoded)
+    return encoded, EncodingSummary(len(rows), tokens, supervised, shortened, truncated, endless)
 
 
-def _segments(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
-    """Cut a row into (text, learnt) pieces, the last of them learnt."""
-    if not row.messages:
-        return [(row.prompt, False), (row.completion, True)]
-    if not tokenizer.chat_template:
-        pieces: list[tuple[str, bool]] = []
-        for role, content in row.messages:
-            pieces += [(f"{role}:", False), (f" {content}\n", role == "assistant")]
-        return pieces
-    turns = [{"role": role, "content": content} for role, content in row.messages]
-    pieces, done = [], ""
-    for index in (i for i, turn in enumerate(turns) if turn["role"] == "assistant"):
-        asked = str(tokenizer.apply_chat_template(turns[:index], tokenize=False, add_generation_prompt=True))
-        answered = str(tokenizer.apply_chat_template(turns[: index + 1], tokenize=False))
-        if not asked.startswith(done) or not answered.startswith(asked):
-            hint = "split the conversation into rows with one assistant turn each"
-            raise DataError("the chat template rewrites earlier turns", where=row.where, hint=hint)
-        pieces += [(asked[len(done) :], False), (answered[len(asked) :], True)]
-        done = answered
-    return pieces
+def _learnt(row: Row, tokenizer: PreTrainedTokenizerBase, start: list[int]) -> tuple[list[int], list[bool], bool]:
+    """Return a row's tokens, which of them carry a loss, and whether its last answer ends with a token to stop at."""
+    if row.messages:
+        ids, learnt = conversation_tokens(tokenizer, row.messages, row.context, row.where)
+        close = len(learnt) - learnt[::-1].index(True)
+        if is_ended(tokenizer, ids[:close]):
+            return ids, learnt, True
+        if close < len(ids):
+            return ids, learnt, False  # something follows: an end-of-text token there would not be the template's
+    else:
+        prompt, completion = pair_tokens(tokenizer, row.prompt, row.completion)
+        ids = start + prompt + completion
+        learnt = [False] * (len(ids) - len(completion)) + [True] * len(completion)
+    if ids[-1] != tokenizer.eos_token_id:
+        ids, learnt = [*ids, tokenizer.eos_token_id], [*learnt, True]
+    return ids, learnt, True
 
 
 class Collator:

@@ -10,6 +10,7 @@ from typing import Any
 from obfuscatune.errors import UsageError
 
 DTYPES = ("float32", "float64", "bfloat16")
+_PAD_TOKENS = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>", "<PAD>")
 
 
 def load_config(name: str) -> Any:
@@ -112,7 +113,9 @@ def load_model(name: str, dtype: str) -> Any:
 
 
 def load_tokenizer(name: str, config: Any) -> Any:
-    """Return the tokenizer, with a padding token.
+    """Return the tokenizer, with a padding token: its own, or one of the usual names that it has, or its end of text.
+
+    The end of text may pad, because padding is told by the attention mask and the labels, never by the token.
 
     Raises:
         UsageError: none there, or one with more tokens than the model has.
@@ -127,8 +130,19 @@ def load_tokenizer(name: str, config: Any) -> Any:
         got, expected = f"{len(tokenizer)} tokens", f"at most the model's {config.vocab_size}"
         raise UsageError("tokenizer of another model", got=got, expected=expected, where=name)
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+        known = tokenizer.get_vocab()
+        tokenizer.pad_token = next((name for name in _PAD_TOKENS if name in known), tokenizer.eos_token)
     return tokenizer
+
+
+def load_generation_settings(name: str) -> Any:
+    """Return the model's own settings of generation. Raises UsageError where they cannot be read."""
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(name)
+    except (OSError, ValueError, TypeError) as error:
+        raise _unreadable("the generation settings", name, error) from error
 
 
 def load_adapter(model: Any, path: str) -> Any:

@@ -9,7 +9,15 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from obfuscatune.errors import DataError, UsageError
-from obfuscatune.training.data import IGNORED_LABEL, Collator, check_keys, check_text, read_objects, start_tokens
+from obfuscatune.training.data import (
+    IGNORED_LABEL,
+    Collator,
+    check_keys,
+    check_text,
+    pair_tokens,
+    read_objects,
+    start_tokens,
+)
 
 
 @dataclass(frozen=True)
@@ -86,11 +94,11 @@ def accuracy(predicted: Sequence[int], questions: Sequence[Question]) -> float:
 def _choice_rows(
     question: Question, index: int, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase
 ) -> list[dict[str, list[int]]]:
-    prompt = start_tokens(tokenizer) + tokenizer(question.prompt, add_special_tokens=False)["input_ids"]
     positions = getattr(model.config, "max_position_embeddings", None)
     rows = []
     for choice in question.choices:
-        tokens = tokenizer(f" {choice}", add_special_tokens=False)["input_ids"]
+        prompt, tokens = pair_tokens(tokenizer, question.prompt, f" {choice}")
+        prompt = start_tokens(tokenizer) + prompt
         ids = prompt + tokens
         if positions is not None and len(ids) > positions:
             raise UsageError(

@@ -1,0 +1,130 @@
+"""Conversations to tokens by the tokenizer's own chat template, and which of the tokens are the assistant's.
+
+Where the template marks what the assistant says (``{% generation %}``), its marks are followed. Where it does not, the
+same conversation is rendered up to each turn of the assistant, without and with it: what the second has more than the
+first is the turn. This is exact only if both are a beginning of the whole conversation, token by token. Templates that
+rewrite earlier turns (some drop the thoughts of all but the last) break this, and such a row is refused.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from obfuscatune.errors import DataError, UsageError
+
+Turns = Sequence[tuple[str, str]]  # (role, content)
+
+_MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+# What a template raises itself, and what its operations raise on a row that they do not expect.
+_TEMPLATE_FAULTS = (TemplateError, TypeError, ValueError, AttributeError, LookupError)
+_ONE_TURN = "give the tokenizer a template with {% generation %} marks, or write rows with one assistant turn each"
+
+
+def as_messages(turns: Turns) -> list[dict[str, str]]:
+    """Return the turns as templates and JSON files have them."""
+    return [{"role": role, "content": content} for role, content in turns]
+
+
+def prompt_tokens(tokenizer: PreTrainedTokenizerBase, turns: Turns, where: str) -> list[int]:
+    """Return the tokens of ``turns`` and of the header that opens the assistant's answer.
+
+    Secrecy: the turns are the data owner's; errors name roles and positions only.
+
+    Raises:
+        UsageError: the tokenizer has no chat template. DataError: the template refuses the turns.
+    """
+    _template(tokenizer, where)
+    return _render(tokenizer, turns, where, add_generation_prompt=True)["input_ids"]
+
+
+def conversation_tokens(
+    tokenizer: PreTrainedTokenizerBase, turns: Turns, first: int, where: str
+) -> tuple[list[int], list[bool]]:
+    """Return the tokens of a conversation, and for each whether the assistant says it in turn ``first`` or later.
+
+    ``first`` above 0 is the length of a prompt, and the prompt with the header of the answer has to be a beginning of
+    the whole. Secrecy and errors: as :func:`prompt_tokens`.
+
+    Raises:
+        UsageError: the tokenizer has no chat template.
+        DataError: the template refuses the turns, or the assistant's tokens cannot be told apart.
+    """
+    if _MARKS.search(_template(tokenizer, where)):
+        rendered = _render(tokenizer, turns, where, return_assistant_tokens_mask=True)
+        whole, learnt = rendered["input_ids"], [mask == 1 for mask in rendered["assistant_masks"]]
+        if first:
+            border = len(_beginning(tokenizer, turns, first, whole, where))
+            learnt[:border] = [False] * border
+    else:
+        whole = _render(tokenizer, turns, where)["input_ids"]
+        learnt = [False] * len(whole)
+        for index in (i for i, (role, _) in enumerate(turns) if role == "assistant" and i >= first):
+            start = len(_beginning(tokenizer, turns, index, whole, where))
+            end = len(_closed(tokenizer, turns, index, whole, where))
+            learnt[start:end] = [True] * (end - start)
+    if not any(learnt):
+        raise DataError("the chat template marks no token as the assistant's", where=where)
+    return whole, learnt
+
+
+def is_ended(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> bool:
+    """Return whether an answer ends with a token to stop at: one added to the vocabulary, white space after it apart.
+
+    This is also how TRL decides whether a template teaches the model to stop.
+    """
+    added = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
+    for token in reversed(tokens):
+        if token in added or str(tokenizer.decode([token])).strip():
+            return token in added
+    return False
+
+
+def _template(tokenizer: PreTrainedTokenizerBase, where: str) -> str:
+    if not tokenizer.chat_template:
+        hint = "put a chat_template.jinja beside the tokenizer, or write prompt + completion as texts"
+        raise UsageError("messages, but the tokenizer has no chat template", where=where, hint=hint)
+    try:
+        return tokenizer.get_chat_template()
+    except ValueError:
+        pass  # several templates by name, and none of them is the default
+    raise UsageError("the tokenizer has several chat templates", expected="one of them named default", where=where)
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, turns: Turns, where: str, **more: Any) -> dict[str, list[int]]:
+    try:
+        rendered: Any = tokenizer.apply_chat_template(as_messages(turns), tokenize=True, return_dict=True, **more)
+    except _TEMPLATE_FAULTS as error:
+        kind = type(error).__name__
+    else:
+        return {name: list(rendered[name]) for name in ("input_ids", "assistant_masks") if name in rendered}
+    roles = ", ".join(role for role, _ in turns[:8]) + (", ..." if len(turns) > 8 else "")
+    hint = "many templates want user and assistant in turn, and some take no system message"
+    # Outside the handler: an error of the template may hold the turns.
+    raise DataError(f"the chat template refuses the messages with a {kind}", got=roles, where=where, hint=hint)
+
+
+def _beginning(tokenizer: PreTrainedTokenizerBase, turns: Turns, index: int, whole: list[int], where: str) -> list[int]:
+    """What is before the words of turn ``index``, its header included."""
+    if index == 0:
+        raise DataError("the assistant speaks first", expected="a user or system message before it", where=where)
+    tokens = _render(tokenizer, turns[:index], where, add_generation_prompt=True)["input_ids"]
+    if whole[: len(tokens)] != tokens:
+        raise DataError(
+            "the chat template rewrites what is before an answer, or joins it with the answer in one token",
+            where=f"{where}, message {index}",
+            hint=f"remove white space at the start of the answer; {_ONE_TURN}",
+        )
+    return tokens
+
+
+def _closed(tokenizer: PreTrainedTokenizerBase, turns: Turns, index: int, whole: list[int], where: str) -> list[int]:
+    """All up to the end of turn ``index``."""
+    tokens = whole if index == len(turns) - 1 else _render(tokenizer, turns[: index + 1], where)["input_ids"]
+    if whole[: len(tokens)] != tokens and tokens[-1] == tokenizer.eos_token_id:
+        tokens = tokens[:-1]  # some templates close the conversation, and not the turn, with it
+    if whole[: len(tokens)] != tokens:
+        raise DataError("the chat template rewrites earlier turns", where=f"{where}, message {index}", hint=_ONE_TURN)
+    return tokens

@@ -1,0 +1,83 @@
+"""Completions are those of the stock ``generate``: where they stop, what a chat prompt is, what pads a batch."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from obfuscatune.errors import DataError, UsageError
+from obfuscatune.training.completion import complete, prompt_ids, stop_tokens
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('zebra') }}{% endif %}"
+    "[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+CHAT = (("user", "a"), ("assistant", "b"), ("user", "c"))
+NewTokenizer = Callable[..., PreTrainedTokenizerFast]
+
+
+@pytest.fixture
+def model() -> Any:
+    torch.manual_seed(1)
+    config = GPT2Config(vocab_size=258, n_embd=16, n_layer=1, n_head=2, n_positions=64, eos_token_id=256)
+    config.initializer_range = 0.5  # so that greedy tokens differ
+    return GPT2LMHeadModel(config).eval()
+
+
+@pytest.fixture
+def chat(new_tokenizer: NewTokenizer) -> PreTrainedTokenizerFast:
+    tokenizer = new_tokenizer(bos=True)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def stock(model: Any, tokenizer: Any, text: str) -> list[int]:
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    output = model.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+    return output[0, ids.shape[1] :].tolist()
+
+
+def test_a_chat_prompt_is_the_template_up_to_the_answer_with_one_start(model: Any, chat: Any) -> None:
+    texts = ["<start>[user]a[assistant]b[user]c[assistant]", "<start>plain"]
+    assert [chat.decode(ids) for ids in prompt_ids(model.config, chat, [("1", CHAT), ("2", "plain")], 5)] == texts
+    batch = complete(model, chat, [("1", CHAT), ("2", "plain")], max_new_tokens=12, do_sample=False)
+    assert batch == [chat.decode(stock(model, chat, text), skip_special_tokens=True) for text in texts]
+    assert batch[0] != batch[1]
+
+
+def test_a_completion_stops_at_each_of_the_model_s_ends(model: Any, chat: Any) -> None:
+    free = stock(model, chat, "<start>plain")
+    stop = next(token for i, token in enumerate(free) if i > 1 and token not in free[:i])
+    model.generation_config.eos_token_id = [256, stop]
+    ended = stock(model, chat, "<start>plain")
+    assert ended == free[: len(ended)] and ended[-1] == stop and len(ended) < len(free)
+    (text,) = complete(model, chat, [("1", "plain")], max_new_tokens=12, do_sample=False)
+    assert text == chat.decode(ended, skip_special_tokens=True)
+    # Fine-tuning closes rows with the tokenizer's end, whatever the model's own settings are.
+    model.generation_config.eos_token_id = None
+    chat.eos_token = chat.convert_ids_to_tokens(stop)
+    assert complete(model, chat, [("1", "plain")], max_new_tokens=12, do_sample=False) != [chat.decode(free)]
+    assert stop_tokens(model, chat) == [stop]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ((("system", "zebra"), ("user", "zebra")), "refuses the messages with a TemplateError: got system, user"),
+        ((("user", "zebra" * 9),), "too long for the model: got 63 tokens and 12 new ones, expected at most 64"),
+        ("zebra" * 11, "too long for the model: got 56 tokens and 12 new ones"),
+    ],
+)
+def test_a_bad_prompt_is_refused_by_name(prompt: Any, message: str, model: Any, chat: Any) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        prompt_ids(model.config, chat, [("file:1", "fine"), ("file:2", prompt)], 12)
+    assert caught.value.where == "file:2" and "zebra" not in str(caught.value)
+
+
+def test_messages_without_a_template_are_refused(model: Any, tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(UsageError, match="no chat template") as caught:
+        prompt_ids(model.config, tokenizer, [("file:2", CHAT)], 5)
+    assert not isinstance(caught.value, DataError)
