@@ -1,12 +1,34 @@
-"""Writes that a crash leaves whole: beside, to the disk, renamed, and the directory to the disk too."""
+"""Files for their owner alone, and writes that a crash leaves whole: beside, to the disk, renamed, directory too."""
 
 import os
 from pathlib import Path
 
 
+def private(path: str | os.PathLike[str], flags: int) -> int:
+    """Open as `os.open` does, and as an ``opener`` of `open`: a file that is made has mode 0600; follows no link."""
+    return os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+
+
 def write_private(path: Path, data: bytes) -> None:
     """Write a file of mode 0600 that is on the disk when this returns; follows no link. Raises OSError."""
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    _write(private(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), data)
+
+
+def write_new(path: Path, data: bytes, *, mode: int = 0o600) -> None:
+    """Write a file that is not there yet; it has ``mode`` from its beginning, and no part of it is left after an error.
+
+    Raises:
+        OSError: the disk refuses; FileExistsError where something is there already, which stays as it is.
+    """
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    try:
+        _write(handle, data)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+
+
+def _write(handle: int, data: bytes) -> None:
     try:
         write_all(handle, data)
         os.fsync(handle)

@@ -9,6 +9,17 @@ from typing import Any
 _MAX_SHOWN = 2000
 
 
+def printable(value: Any, *, most: int = _MAX_SHOWN, keep: str = "") -> str:
+    """Return a text for a terminal, a page or a line of a log.
+
+    A name out of another party's file could clear the terminal, or forge a line of a log: control characters are
+    escaped, but for those in ``keep``, and what is longer than ``most`` characters is cut.
+    """
+    text = str(value)
+    text = text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
+
+
 class ObfuscatuneError(Exception):
     """Base of all errors of the package, rendered as ``what: got ..., expected ... (where)`` and a hint line.
 
@@ -30,11 +41,11 @@ class ObfuscatuneError(Exception):
         hint: str | None = None,
     ) -> None:
         self.what, self.got, self.expected, self.where, self.hint = what, got, expected, where, hint
-        parts = [f"got {_shown(got)}"] if got is not None else []
-        parts += [f"expected {_shown(expected)}"] if expected is not None else []
-        text = f"{_shown(what)}: {', '.join(parts)}" if parts else _shown(what)
-        text += f" (at {_shown(where)})" if where else ""
-        text += f"\nhint: {_shown(hint)}" if hint else ""
+        parts = [f"got {printable(got)}"] if got is not None else []
+        parts += [f"expected {printable(expected)}"] if expected is not None else []
+        text = f"{printable(what)}: {', '.join(parts)}" if parts else printable(what)
+        text += f" (at {printable(where)})" if where else ""
+        text += f"\nhint: {printable(hint)}" if hint else ""
         super().__init__(text)
 
 
@@ -92,10 +103,3 @@ class WorkerFault(ObfuscatuneError):  # noqa: N818 - a fault of the peer, and th
         self.worker, self.layer, self.call = worker, layer, call
         details.setdefault("hint", "start the worker again and resume from the last checkpoint")
         super().__init__(what, where=f"worker {worker}, layer {layer}, call {call}", **details)
-
-
-def _shown(value: Any) -> str:
-    """Return a part's text; a name out of another party's file could clear the terminal, or forge a line of a log."""
-    text = str(value)
-    text = text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}... ({len(text)} characters)"
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from obfuscatune.enclave.folding import centre, fold_norm, key_attention, key_mlp, key_rows, key_weight, unkey_rows
-from obfuscatune.enclave.keys import FAMILIES, ConcatKey, IdentityKey, Key, MasterSecret, build, per_head
+from obfuscatune.enclave.keys import FAMILIES, ConcatKey, HeadKeys, IdentityKey, Key, MasterSecret, build, head_keys
+from obfuscatune.enclave.keys.diagonal import gated_keys
 
 EXACT = 1e-11  # relative to the largest entry, keys of condition number up to 8; measured below 2e-13
 
@@ -46,7 +47,9 @@ def test_fold_norm(d: int, out: int, seed: int, has_bias: bool, has_shift: bool)
     shift = normal(seed + 4, d) if has_shift else None
     folded, folded_bias = fold_norm(weight, bias, gain, shift)
     plain = rows * gain + (0 if shift is None else shift)
-    assert_equal(rows @ folded + folded_bias, plain @ weight + (0 if bias is None else bias))
+    assert (folded_bias is None) == (bias is None and shift is None)
+    added = 0 if folded_bias is None else folded_bias
+    assert_equal(rows @ folded + added, plain @ weight + (0 if bias is None else bias))
 
 
 def test_fold_norm_works_in_float64_and_leaves_its_arguments() -> None:
@@ -84,85 +87,143 @@ def test_key_rows_and_unkey_rows_are_inverse(d: int, columns: int, seed: int, fa
     assert_equal(key_rows(unkey_rows(matrix, secret), secret), matrix)
 
 
-def dense_attention(x: Tensor, weights: dict[str, Tensor], heads: int) -> Tensor:
-    """Causal attention spelled out, for one sequence [T, d]."""
-    qkv = x @ weights["qkv"] + weights["qkv_bias"]
+def dense_attention(x: Tensor, weights: dict[str, Tensor], heads: int, kv_heads: int) -> Tensor:
+    """Causal attention spelled out, for one sequence [T, d]; query head j with kv head ``j // (heads / kv_heads)``."""
+    first = x @ weights["first"] + weights.get("first_bias", 0)
+    n = first.shape[1] // (heads + 2 * kv_heads)
+    q, k, v = torch.split(first, [heads * n, kv_heads * n, kv_heads * n], dim=1)
     outputs = []
-    for q, k, v in zip(*(part.chunk(heads, dim=1) for part in qkv.chunk(3, dim=1)), strict=True):
-        logits = q @ k.T / math.sqrt(q.shape[1])
+    for j in range(heads):
+        kv = slice(j // (heads // kv_heads) * n, (j // (heads // kv_heads) + 1) * n)
+        logits = q[:, j * n : (j + 1) * n] @ k[:, kv].T / math.sqrt(n)
         logits = logits.masked_fill(torch.ones_like(logits).triu(1).bool(), -math.inf)
-        outputs.append(logits.softmax(dim=1) @ v)
-    return torch.cat(outputs, dim=1) @ weights["out"]
+        outputs.append(logits.softmax(dim=1) @ v[:, kv])
+    return torch.cat(outputs, dim=1) @ weights["last"]
 
 
-def attention_parts(heads: int, head_dim: int, seed: int) -> dict[str, Any]:
-    d = heads * head_dim
+def attention_parts(kv_heads: int, share: int, head_dim: int, seed: int) -> dict[str, Any]:
+    d, n = 7, (share + 2) * kv_heads * head_dim
+    inner = kv_heads * share * head_dim
     return {
         "x": normal(seed, 5, d),
-        "qkv": (normal(seed + 1, d, 3 * d) / math.sqrt(d), normal(seed + 2, 3 * d)),
-        "out": (normal(seed + 3, d, d), normal(seed + 4, d)),
+        "first": (normal(seed + 1, d, n) / math.sqrt(d), normal(seed + 2, n)),
+        "last": (normal(seed + 3, inner, d), normal(seed + 4, d)),
     }
 
 
-@given(st.integers(1, 3), st.integers(1, 4), SEEDS, FAMILY, FAMILY, st.booleans(), st.booleans())
+def identity_heads(query: int, kv: int) -> HeadKeys:
+    return HeadKeys(IdentityKey(query), IdentityKey(kv), IdentityKey(kv), IdentityKey(query))
+
+
+@given(
+    kv_heads=st.integers(1, 3),
+    share=st.integers(1, 3),
+    head_dim=st.integers(1, 4),
+    seed=SEEDS,
+    family_in=FAMILY,
+    family_out=FAMILY,
+    keyed_heads=st.booleans(),
+    secret_biases=st.booleans(),
+    biases=st.sampled_from(["both", "first", "last", "none"]),
+)
 def test_key_attention(
-    heads: int, head_dim: int, seed: int, family_in: str, family_out: str, head_keys: bool, secret_biases: bool
+    kv_heads: int,
+    share: int,
+    head_dim: int,
+    seed: int,
+    family_in: str,
+    family_out: str,
+    keyed_heads: bool,
+    secret_biases: bool,
+    biases: str,
 ) -> None:
-    parts, d = attention_parts(heads, head_dim, seed), heads * head_dim
+    parts, heads, d = attention_parts(kv_heads, share, head_dim, seed), kv_heads * share, 7
+    (weight, bias), (out_weight, out_bias) = parts["first"], parts["last"]
+    bias = bias if biases in ("both", "first") else None
+    out_bias = out_bias if biases in ("both", "last") else None
     key_in, key_out = key(family_in, seed, "in", d), key(family_out, seed, "out", d)
-    key_qkv, key_value = IdentityKey(3 * d), IdentityKey(d)
-    if head_keys:
-        key_q, key_k, key_value = per_head(master(seed).stream("heads"), heads, head_dim, 4.0)
-        key_qkv = ConcatKey([key_q, key_k, key_value])
+    keys = identity_heads(heads * head_dim, kv_heads * head_dim)
+    if keyed_heads:
+        stream = master(seed).stream("heads")
+        keys = head_keys(stream, heads=heads, kv_heads=kv_heads, head_dim=head_dim, rotary=0, kappa=4.0)
     keyed = key_attention(
-        qkv=parts["qkv"],
-        out=parts["out"],
+        first=(weight, bias),
+        last=(out_weight, out_bias),
         key_in=key_in,
-        key_qkv=key_qkv,
-        key_value=key_value,
+        heads=keys,
         key_out=key_out,
+        kv_heads=kv_heads,
+        rotated=False,
         stream=master(seed).stream("biases") if secret_biases else None,
     )
-    (weight, bias), (out_weight, out_bias) = parts["qkv"], parts["out"]
-    plain = dense_attention(parts["x"], {"qkv": weight, "qkv_bias": bias, "out": out_weight}, heads) + out_bias
-    got = key_out.apply_inverse(dense_attention(key_in.apply(parts["x"]), keyed.keyed, heads)) + keyed.bias
-    assert_equal(got, plain)
-    if not secret_biases:
-        assert not keyed.value_offset.any()
+    plain_weights = {"first": weight, "last": out_weight} | ({} if bias is None else {"first_bias": bias})
+    plain = dense_attention(parts["x"], plain_weights, heads, kv_heads) + (0 if out_bias is None else out_bias)
+    there = dense_attention(key_in.apply(parts["x"]), keyed.keyed, heads, kv_heads)
+    assert_equal(key_out.apply_inverse(there) + (0 if keyed.bias is None else keyed.bias), plain)
+    assert ("first_bias" in keyed.keyed) == (bias is not None)
+    assert (keyed.value_offset is None) == (bias is None or not secret_biases)
     # What LoRA of the output layer sees: the heads' output on the worker, un-keyed, plus the offset.
-    eye = torch.eye(d, dtype=torch.float64)
-    heads_plain = dense_attention(parts["x"], {"qkv": weight, "qkv_bias": bias, "out": eye}, heads)
-    heads_there = dense_attention(key_in.apply(parts["x"]), {**keyed.keyed, "out": eye}, heads)
-    assert_equal(key_value.apply_inverse(heads_there) + keyed.value_offset, heads_plain)
+    eye = torch.eye(heads * head_dim, dtype=torch.float64)
+    heads_plain = dense_attention(parts["x"], {**plain_weights, "last": eye}, heads, kv_heads)
+    heads_there = dense_attention(key_in.apply(parts["x"]), {**keyed.keyed, "last": eye}, heads, kv_heads)
+    offset = 0 if keyed.value_offset is None else keyed.value_offset
+    assert_equal(keys.output.apply_inverse(heads_there) + offset, heads_plain)
 
 
-def test_secret_biases_replace_those_of_k_and_v_and_nothing_of_q() -> None:
-    parts = attention_parts(2, 4, seed=1)
-    d = 8
+@pytest.mark.parametrize("rotated", [False, True])
+def test_secret_biases_replace_those_of_k_and_v_and_nothing_of_q(rotated: bool) -> None:
+    """A bias of k that is rotated by position does not cancel: there the true one is sent."""
+    parts = attention_parts(2, 1, 4, seed=1)
     keyed = key_attention(
-        qkv=parts["qkv"],
-        out=parts["out"],
-        key_in=IdentityKey(d),
-        key_qkv=IdentityKey(3 * d),
-        key_value=IdentityKey(d),
-        key_out=IdentityKey(d),
+        first=parts["first"],
+        last=parts["last"],
+        key_in=IdentityKey(7),
+        heads=identity_heads(8, 8),
+        key_out=IdentityKey(7),
+        kv_heads=2,
+        rotated=rotated,
         stream=master(0).stream("biases"),
     )
-    q, k, v = (keyed.keyed["qkv_bias"] - parts["qkv"][1]).chunk(3)
+    q, k, v = (keyed.keyed["first_bias"] - parts["first"][1]).chunk(3)
     assert not q.any()
-    assert k.abs().min() > 0 and v.abs().min() > 0
-    assert keyed.bias.sub(parts["out"][1]).abs().max() > 0.1  # skipping the correction would show
+    assert v.abs().min() > 0
+    assert bool(k.any()) != rotated
+    assert keyed.bias is not None
+    assert keyed.bias.sub(parts["last"][1]).abs().max() > 0.1  # skipping the correction would show
 
 
-@given(SIZES, SIZES, SEEDS, FAMILY, FAMILY, st.sampled_from(["permutation", "identity"]))
-def test_key_mlp(d: int, hidden: int, seed: int, family_in: str, family_out: str, inner: str) -> None:
+@given(SIZES, SIZES, SEEDS, FAMILY, FAMILY, st.sampled_from(["permutation", "identity"]), st.booleans())
+def test_key_mlp(d: int, hidden: int, seed: int, family_in: str, family_out: str, inner: str, biased: bool) -> None:
     key_in, key_out = key(family_in, seed, "in", d), key(family_out, seed, "out", d)
     key_hidden = key(inner, seed, "neurons", hidden)
-    x, up, up_bias = normal(seed, 4, d), normal(seed + 1, d, hidden), normal(seed + 2, hidden)
-    down = normal(seed + 3, hidden, d)
-    keyed = key_mlp(up=(up, up_bias), down=down, key_in=key_in, key_hidden=key_hidden, key_out=key_out)
-    there = torch.relu(key_in.apply(x) @ keyed["up"] + keyed["up_bias"]) @ keyed["down"]
-    assert_equal(key_out.apply_inverse(there), torch.relu(x @ up + up_bias) @ down)
+    x, up, down = normal(seed, 4, d), normal(seed + 1, d, hidden), normal(seed + 3, hidden, d)
+    bias = normal(seed + 2, hidden) if biased else None
+    keyed = key_mlp(
+        first=(up, bias), last=down, key_in=key_in, key_first=key_hidden, key_last=key_hidden, key_out=key_out
+    )
+    there = torch.relu(key_in.apply(x) @ keyed["first"] + keyed.get("first_bias", 0)) @ keyed["last"]
+    assert_equal(key_out.apply_inverse(there), torch.relu(x @ up + (0 if bias is None else bias)) @ down)
+
+
+@given(SIZES, SIZES, SEEDS, FAMILY, FAMILY, st.booleans(), st.booleans())
+def test_key_gated_mlp(
+    d: int, hidden: int, seed: int, family_in: str, family_out: str, permute: bool, biased: bool
+) -> None:
+    key_in, key_out = key(family_in, seed, "in", d), key(family_out, seed, "out", d)
+    gate, up = gated_keys(master(seed).stream("neurons"), hidden, permute=permute)
+    x, weight, down = normal(seed, 4, d), normal(seed + 1, d, 2 * hidden), normal(seed + 3, hidden, d)
+    bias = normal(seed + 2, 2 * hidden) if biased else None
+    both = ConcatKey([gate, up])
+    keyed = key_mlp(first=(weight, bias), last=down, key_in=key_in, key_first=both, key_last=up, key_out=key_out)
+
+    def mlp(x: Tensor, weight: Tensor, bias: Any, last: Tensor) -> Tensor:
+        g, u = (x @ weight + (0 if bias is None else bias)).chunk(2, dim=1)
+        return torch.nn.functional.silu(g) * u @ last
+
+    there = mlp(key_in.apply(x), keyed["first"], keyed.get("first_bias"), keyed["last"])
+    assert_equal(key_out.apply_inverse(there), mlp(x, weight, bias, down))
+    if permute:
+        assert both.apply(torch.eye(2 * hidden).double())[hidden:, hidden:].abs().sum(0).max() <= 2
 
 
 @pytest.mark.parametrize("family", ["haar", "monarch"])
@@ -171,6 +232,6 @@ def test_no_other_key_commutes_with_an_activation(family: str) -> None:
     x, up, bias, down = normal(0, 4, d), normal(1, d, hidden), normal(2, hidden), normal(3, hidden, d)
     plain = IdentityKey(d)
     inner = key(family, 5, "inner", hidden)
-    keyed = key_mlp(up=(up, bias), down=down, key_in=plain, key_hidden=inner, key_out=plain)
-    got = torch.relu(x @ keyed["up"] + keyed["up_bias"]) @ keyed["down"]
+    keyed = key_mlp(first=(up, bias), last=down, key_in=plain, key_first=inner, key_last=inner, key_out=plain)
+    got = torch.relu(x @ keyed["first"] + keyed["first_bias"]) @ keyed["last"]
     assert (got - torch.relu(x @ up + bias) @ down).abs().max() > 0.1

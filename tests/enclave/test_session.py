@@ -76,8 +76,8 @@ WRONG: dict[str, tuple[bytes, str]] = {
     "busy and ok": (frame({"id": None, "ok": True, "error": "busy"}, {"y": Y}), "reply to another call"),
     "garbage": (bytes(range(64)), "the reply breaks the protocol"),
     "another version": (frame(OK, {"y": Y})[:4] + b"\x07" + frame(OK, {"y": Y})[5:], "other protocol version"),
-    "huge header": (b"OBFT\x01\0\0\0" + b"\xff" * 4 + bytes(8), "header too long"),
-    "huge payload": (b"OBFT\x01\0\0\0" + bytes(4) + b"\xff" * 8, "payload too long"),
+    "huge header": (b"OBFT\x02\0\0\0" + b"\xff" * 4 + bytes(8), "header too long"),
+    "huge payload": (b"OBFT\x02\0\0\0" + bytes(4) + b"\xff" * 8, "payload too long"),
     "text": (b"HTTP/1.1 400 Bad Request\r\n\r\n", "not a frame of this protocol"),
 }
 
@@ -171,8 +171,8 @@ def test_a_reply_without_tensors_may_have_none() -> None:
 
 def test_a_request_beyond_the_limits_leaves_the_session_and_its_drops() -> None:
     with session_and_peer() as (session, peer), closing(Connection(peer.dup(), peer="enclave")) as other:
-        session.drop_call(5)
-        session.drop_cache(6)
+        session.drop("calls", 5)
+        session.drop("caches", 6)
         with pytest.raises(UsageError, match="frame cannot be sent"):
             session.request("forward", "l", {"held": ["s"] * 5000}, {}, EXPECTED)
         peer.sendall(frame({"id": 2, "ok": True}, {"y": Y}))
@@ -204,17 +204,17 @@ def test_drops_ride_along_once_and_never_too_many() -> None:
         other = Connection(peer.dup(), peer="enclave")
         with closing(other):
             for number in range(2500):
-                session.drop_call(number)
-            session.drop_cache(7)
+                session.drop("calls", number)
+            session.drop("caches", 7)
             dropped = []
             for call in range(1, 5):
                 peer.sendall(frame({"id": call, "ok": True}, {"y": Y}))
                 ask(session)
                 dropped.append(other.receive()[0].get("drop"))
-    assert [drop and (len(drop["calls"]), drop["caches"]) for drop in dropped] == [
+    assert [drop and (len(drop["calls"]), drop.get("caches")) for drop in dropped] == [
         (1000, [7]),
-        (1000, []),
-        (500, []),
+        (1000, None),
+        (500, None),
         None,
     ]
     assert [number for drop in dropped if drop for number in drop["calls"]] == list(range(2500))

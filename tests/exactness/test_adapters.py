@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, OlmoConfig, OlmoForCausalLM
 
 from obfuscatune import UnsupportedModelError
 from obfuscatune.protocol.activations import ACTIVATION_NAMES
@@ -229,8 +229,8 @@ def merged() -> Any:
 
 
 def another_family() -> Any:
-    return LlamaForCausalLM(
-        LlamaConfig(vocab_size=37, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    return OlmoForCausalLM(
+        OlmoConfig(vocab_size=37, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     )
 
 
@@ -254,7 +254,7 @@ def unknown_activation() -> Any:
         (dora, "DoRA"),
         (lora_bias, "lora_bias"),
         (merged, "unmerge_adapter"),
-        (another_family, "model_type 'llama'"),
+        (another_family, "needs a record of the model family.*model_type 'olmo'"),
         (on_meta, "meta"),
         (no_model, "not a transformers model"),
         (unknown_activation, "mish"),

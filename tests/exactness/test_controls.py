@@ -4,6 +4,7 @@ Each has its intact counterpart in the same test, so that it is the damage that 
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,9 +12,11 @@ import torch
 
 from obfuscatune.enclave.folding import KeyedAttention
 from obfuscatune.enclave.keys import MasterSecret, build
-from obfuscatune.enclave.linear import RemoteLinear
+from obfuscatune.enclave.recipes import whole
+from obfuscatune.enclave.remote import lora
+from obfuscatune.enclave.remote.linear import RemoteLinear
+from obfuscatune.enclave.remote.whole import RemoteAttention, RemoteMlp
 from obfuscatune.enclave.session import Session
-from obfuscatune.enclave.whole import RemoteAttention, RemoteMlp
 
 from .models import VARIANTS, error, tokens, twins
 
@@ -22,7 +25,9 @@ BROKEN = 1e-4  # measured: the least of these controls is 1.4e-2
 
 
 def remotes(model: Any) -> list[Any]:
-    return [m for m in model.modules() if isinstance(m, RemoteLinear | RemoteAttention | RemoteMlp)]
+    """What holds a segment's name and its keys."""
+    found = [m for m in model.modules() if isinstance(m, RemoteLinear | RemoteAttention | RemoteMlp)]
+    return [m.group if isinstance(m, RemoteLinear) else m for m in found]
 
 
 def difference(protect: Any, variant: str, damage: Callable[[Any], None] | None = None) -> float:
@@ -36,32 +41,37 @@ def difference(protect: Any, variant: str, damage: Callable[[Any], None] | None 
 
 def wrong_input_key(model: Any) -> None:
     remote = remotes(model)[0]
-    remote._key_in = build("haar", MasterSecret.generate().stream("another"), remote._key_in.size)
+    key = build("haar", MasterSecret.generate().stream("another"), remote.placed.key_in.size)
+    remote.placed = replace(remote.placed, key_in=key)
 
 
 def wrong_output_key(model: Any) -> None:
     remote = remotes(model)[-1]
-    remote._key_out = build("haar", MasterSecret.generate().stream("another"), remote._key_out.size)
+    key = build("haar", MasterSecret.generate().stream("another"), remote.placed.key_out.size)
+    remote.placed = replace(remote.placed, key_out=key)
 
 
 def of_both_blocks(model: Any) -> tuple[Any, Any]:
-    return tuple(next(r for r in remotes(model) if f".h.{block}." in r._layer) for block in (0, 1))
+    return tuple(next(r for r in remotes(model) if f".h.{block}." in r.placed.path) for block in (0, 1))
 
 
 def keys_of_another_layer(model: Any) -> None:
     first, other = of_both_blocks(model)
-    first._key_in, other._key_in = other._key_in, first._key_in
+    one, two = first.placed, other.placed
+    first.placed, other.placed = replace(one, key_in=two.key_in), replace(two, key_in=one.key_in)
 
 
 def swapped_layers(model: Any) -> None:
     """The segments of two blocks, with the keys left where they are."""
     first, other = of_both_blocks(model)
-    first._segment, other._segment = other._segment, first._segment
+    one, two = first.placed, other.placed
+    first.placed, other.placed = replace(one, segment=two.segment), replace(two, segment=one.segment)
 
 
 def no_key(model: Any) -> None:
     remote = remotes(model)[0]
-    remote._key_in = build("identity", MasterSecret.generate().stream("none"), remote._key_in.size)
+    key = build("identity", MasterSecret.generate().stream("none"), remote.placed.key_in.size)
+    remote.placed = replace(remote.placed, key_in=key)
 
 
 DAMAGES = [wrong_input_key, wrong_output_key, keys_of_another_layer, swapped_layers, no_key]
@@ -74,12 +84,15 @@ def test_wrong_keys_and_layers_show(protect: Any, variant: str, damage: Callable
     assert difference(protect, variant, damage) > BROKEN
 
 
-@pytest.mark.parametrize("name", ["weight", "qkv", "qkv_bias", "out", "up", "up_bias", "down"])
-def test_one_corrupted_keyed_weight_shows(protect: Any, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+@pytest.mark.parametrize("kind", ["attention", "mlp", "linear"])
+@pytest.mark.parametrize("name", ["weight", "first", "first_bias", "last"])
+def test_one_corrupted_keyed_weight_shows(protect: Any, monkeypatch: pytest.MonkeyPatch, kind: str, name: str) -> None:
+    if (kind == "linear") != (name == "weight"):
+        return
     original, hit = Session.request, []
 
     def corrupting(self: Session, op: str, layer: str, header: Any, tensors: Any, expected: Any) -> Any:
-        if op == "define" and name in tensors and not hit:
+        if op == "define" and header["kind"] == kind and not hit:
             hit.append(layer)
             tensors = {**tensors, name: tensors[name].clone()}
             tensors[name].view(-1)[0] += 1.0
@@ -94,9 +107,7 @@ def test_one_corrupted_keyed_weight_shows(protect: Any, monkeypatch: pytest.Monk
 
 def test_the_value_offset_is_needed_in_bias_and_adapter(protect: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without it in the output's bias the base model is wrong; without it in LoRA's input only the adapter is."""
-    import obfuscatune.enclave.install as install
-
-    original = install.key_attention
+    original = whole.key_attention
 
     def without_offset(**arguments: Any) -> KeyedAttention:
         keyed = original(**arguments)
@@ -104,32 +115,29 @@ def test_the_value_offset_is_needed_in_bias_and_adapter(protect: Any, monkeypatc
 
     def without_bias(**arguments: Any) -> KeyedAttention:
         keyed = original(**arguments)
-        return KeyedAttention(keyed.keyed, arguments["out"][1].double(), keyed.value_offset)
+        return KeyedAttention(keyed.keyed, arguments["last"][1].double(), keyed.value_offset)
 
     assert difference(protect, "balanced") < EXACT
-    monkeypatch.setattr(install, "key_attention", without_offset)
+    monkeypatch.setattr(whole, "key_attention", without_offset)
     assert difference(protect, "balanced") > BROKEN
-    monkeypatch.setattr(install, "key_attention", without_bias)
+    monkeypatch.setattr(whole, "key_attention", without_bias)
     assert difference(protect, "balanced") > BROKEN
 
 
 def test_the_norms_own_output_is_what_lora_sees(protect: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """LoRA on normalized rows, without gain and bias, is another adapter."""
-    import obfuscatune.enclave.lora as lora
-
-    original = lora.SplitInput.inputs
-    monkeypatch.setattr(lora.SplitInput, "inputs", lambda self, x, adapter: original(self, x.normalized, adapter))
+    original = lora.SplitInput.contribute
+    normalized = lambda x: torch.nn.functional.layer_norm(x, x.shape[-1:])  # noqa: E731
+    monkeypatch.setattr(lora.SplitInput, "contribute", lambda self, call, x: original(self, call, normalized(x)))
     assert difference(protect, "balanced") > BROKEN
 
 
 def test_stale_factors_show(protect: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker that goes on with factors it was sent before is seen by the tests of staleness."""
-    import obfuscatune.enclave.lora as lora
-
     reference, model = twins()
     with protect(model) as protected, torch.no_grad():
         protected.model(input_ids=tokens(1, 3))
-        monkeypatch.setattr(lora._Split, "factor", lambda self, name, parameter, keyed: (None, False))
+        monkeypatch.setattr(lora._Sent, "is_of", lambda *arguments: True)
         for each in (reference, protected.model):
             for name, parameter in each.named_parameters():
                 if "lora_B" in name and "c_attn" in name:

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from obfuscatune.enclave.linear import RemoteLinear
+from obfuscatune.enclave.remote.linear import RemoteLinear
 
 from .models import (
     VARIANTS,
@@ -115,7 +115,7 @@ def test_naive_is_within_its_condition_number_times_rounding(
             key
             for module in protected.model.modules()
             if isinstance(module, RemoteLinear)
-            for key in (module._key_in, module._key_out)
+            for key in (module.group.placed.key_in, module.group.placed.key_out)
         ]
         amplification = sum(key.condition_number for key in keys)
         bound = NAIVE_FACTOR * amplification * torch.finfo(torch.float64).eps

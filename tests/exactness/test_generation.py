@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache
 
 from obfuscatune import UnsupportedModelError
-from obfuscatune.enclave.body import RemoteBody
+from obfuscatune.enclave.remote.body import RemoteBody
 
 from .models import END, VARIANTS, error, tokens, twins
 

@@ -5,6 +5,7 @@ That it is exact the tests of all profiles say. Damages have their intact counte
 
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from obfuscatune import UnsupportedModelError
-from obfuscatune.enclave import install_body
-from obfuscatune.enclave.body import PassedBlock, RemoteBody
 from obfuscatune.enclave.folding import centre
 from obfuscatune.enclave.keys import MasterSecret, build
+from obfuscatune.enclave.recipes import stream
+from obfuscatune.enclave.remote.body import PassedBlock, RemoteBody
 from obfuscatune.enclave.session import Session
 
 from .models import VARIANTS, error, gpt2, gradients, randomize_lora, scalar, tokens, twins, with_lora, worst
@@ -83,16 +84,16 @@ def test_nothing_lies_along_the_direction_that_centring_shows(protect: Any, monk
     monkeypatch.setattr(Session, "request", noting)
     with protect(twins()[1], profile="stream") as protected, torch.no_grad():
         protected.model(input_ids=tokens(2, 5))
-        direction = body_of(protected.model)._key.apply(torch.ones(15, dtype=torch.float64))
-    reads = ["qkv", "up", "A.0.qkv", "A.1.up"]
-    writes = ["out", "down", "bias", "x", "B.0.out", "B.1.down"]
+        direction = body_of(protected.model).placed.key_in.apply(torch.ones(15, dtype=torch.float64))
+    reads = ["first", "A.0.in0", "A.1.in0"]
+    writes = ["last", "bias", "x", "B.0.out", "B.1.out"]
     for name in reads:
         for tensor in crossed[name]:
             assert (direction @ tensor).abs().max() < EXACT * tensor.abs().max(), name
     for name in writes:
         for tensor in crossed[name]:
             assert (tensor @ direction).abs().max() < EXACT * tensor.abs().max(), name
-    assert (crossed["up"][0].T @ centre(direction)).abs().max() > BROKEN  # another direction
+    assert (crossed["first"][0].T @ centre(direction)).abs().max() > BROKEN  # another direction
 
 
 def test_names_and_weights_of_the_adapter_stay(pair: tuple[Any, Any]) -> None:
@@ -184,7 +185,7 @@ def test_all_dropout_of_blocks_is_off_with_one_warning(protect: Any) -> None:
 def test_a_final_norm_that_sees_the_mean_is_refused(protect: Any) -> None:
     model = gpt2()
     model.transformer.ln_f = nn.RMSNorm(15).double()
-    with pytest.raises(UnsupportedModelError, match="final norm: got RMSNorm, expected LayerNorm"):
+    with pytest.raises(UnsupportedModelError, match="the final norm, RMSNorm, sees the mean of a row"):
         protect(model, profile="stream")
     with protect(model, profile="balanced"):  # where it is the enclave's business
         pass
@@ -195,39 +196,41 @@ def test_a_final_norm_that_sees_the_mean_is_refused(protect: Any) -> None:
 
 def wrong_key(model: Any) -> None:
     body = body_of(model)
-    body._key = build("haar", MasterSecret.generate().stream("another"), body._key.size)
+    key = build("haar", MasterSecret.generate().stream("another"), body.placed.key_in.size)
+    body.placed = replace(body.placed, key_in=key)
 
 
 def no_key(model: Any) -> None:
     body = body_of(model)
-    body._key = build("identity", MasterSecret.generate().stream("none"), body._key.size)
+    key = build("identity", MasterSecret.generate().stream("none"), body.placed.key_in.size)
+    body.placed = replace(body.placed, key_in=key, key_out=key)
 
 
 def pair_of(model: Any, slot: str) -> Any:
-    return next(pair for pair in body_of(model)._pairs if pair.slot.endswith(slot))
+    return next(pair for pair in body_of(model)._slots if pair.name == slot)
 
 
 def no_gain(model: Any) -> None:
-    pair_of(model, "qkv")._gain = None
+    pair_of(model, "0.in0")._gain = None
 
 
 def no_shift(model: Any) -> None:
-    pair = pair_of(model, "up")
+    pair = pair_of(model, "1.in0")
     pair._shift = torch.zeros_like(pair._shift)
 
 
 def no_offset(model: Any) -> None:
-    pair = pair_of(model, "out")
+    pair = pair_of(model, "0.out")
     pair._shift = torch.zeros_like(pair._shift)
 
 
 def not_centred(model: Any) -> None:
-    pair_of(model, "down")._writes = False
+    pair_of(model, "1.out")._centred_out = False
 
 
 def swapped_slots(model: Any) -> None:
-    first, second = (pair for pair in body_of(model)._pairs if pair.slot.endswith("up"))
-    first.slot, second.slot = second.slot, first.slot
+    first, second = pair_of(model, "1.in0"), pair_of(model, "3.in0")
+    first.name, second.name = second.name, first.name
 
 
 DAMAGES = [wrong_key, no_key, no_gain, no_shift, no_offset, not_centred, swapped_slots]
@@ -252,7 +255,7 @@ def test_a_body_keyed_wrongly_shows(protect: Any, monkeypatch: pytest.MonkeyPatc
 
     assert difference(protect) < EXACT
     if what == "weights and biases that write":
-        monkeypatch.setattr(install_body, "centre", lambda rows: rows)
+        monkeypatch.setattr(stream, "centre", lambda rows: rows)
     else:
         monkeypatch.setattr(Session, "request", corrupting)
     assert difference(protect) > BROKEN

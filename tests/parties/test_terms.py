@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from obfuscatune.errors import FormatError, ObfuscatuneError, UsageError
 from obfuscatune.parties.canonical import encode
 from obfuscatune.parties.job import Job
-from obfuscatune.parties.terms import DEFAULT_PROFILES, MAX_QUERIES, ROLES, Role, Terms, load_terms, profile_name
+from obfuscatune.parties.terms import DEFAULT_PROFILES, Terms, load_terms
+from obfuscatune.parties.vocabulary import MAX_QUERIES, ROLES, Role, profile_name
 from obfuscatune.profiles import PROFILES, SWITCHES
 
 from .jobs import CLINIC, LAB, job_fields

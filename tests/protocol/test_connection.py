@@ -202,7 +202,7 @@ def test_tap_sees_every_byte_of_both_directions() -> None:
 def frame_of(table: list, payload: bytes) -> bytes:
     """A frame with a right prefix around any tensor table."""
     header = msgpack.packb({"tensors": table})
-    return PREFIX.pack(b"OBFT", 1, b"\0\0\0", len(header), len(payload)) + header + payload
+    return PREFIX.pack(b"OBFT", 2, b"\0\0\0", len(header), len(payload)) + header + payload
 
 
 def closed(connection: Connection) -> bool:
@@ -265,7 +265,7 @@ def test_no_memory_for_a_frame_ends_the_session_only(monkeypatch: pytest.MonkeyP
 @given(st.binary(min_size=1, max_size=60), st.booleans())
 def test_arbitrary_bytes(raw: bytes, after_magic: bool) -> None:
     with raw_peer(limits=Limits(max_payload_bytes=10_000)) as (connection, peer):
-        peer.sendall(b"OBFT\1\0\0\0" * after_magic + raw)
+        peer.sendall(b"OBFT\2\0\0\0" * after_magic + raw)
         peer.close()
         with pytest.raises(ProtocolError):
             connection.receive()

@@ -45,7 +45,7 @@ fields_maps = st.dictionaries(texts.filter(lambda k: k != "tensors"), values, ma
 def frame_of(header: object, payload: bytes = b"", *, raw: bytes | None = None) -> bytes:
     """A frame with a right prefix around any header."""
     body = msgpack.packb(header) if raw is None else raw
-    return PREFIX.pack(b"OBFT", 1, b"\0\0\0", len(body), len(payload)) + body + payload
+    return PREFIX.pack(b"OBFT", 2, b"\0\0\0", len(body), len(payload)) + body + payload
 
 
 @given(fields_maps, tables)
@@ -186,16 +186,16 @@ def test_other_encodings(raw: bytes) -> None:
     ("prefix", "what"),
     [
         ((b"HTTP", 1, b"\0\0\0", 10, 0), "not a frame of this protocol"),
-        ((b"OBFT", 2, b"\0\0\0", 10, 0), "other protocol version: got 2, expected 1"),
-        ((b"OBFT", 1, b"\0\0\1", 10, 0), "reserved bytes"),
-        ((b"OBFT", 1, b"\0\0\0", 513, 0), "header too long: got 513, expected at most 512"),
-        ((b"OBFT", 1, b"\0\0\0", 2**32 - 1, 0), "header too long"),
-        ((b"OBFT", 1, b"\0\0\0", 10, 4097), "payload too long: got 4097, expected at most 4096"),
-        ((b"OBFT", 1, b"\0\0\0", 10, 2**64 - 1), "payload too long"),
+        ((b"OBFT", 1, b"\0\0\0", 10, 0), "other protocol version: got 1, expected 2"),
+        ((b"OBFT", 2, b"\0\0\1", 10, 0), "reserved bytes"),
+        ((b"OBFT", 2, b"\0\0\0", 513, 0), "header too long: got 513, expected at most 512"),
+        ((b"OBFT", 2, b"\0\0\0", 2**32 - 1, 0), "header too long"),
+        ((b"OBFT", 2, b"\0\0\0", 10, 4097), "payload too long: got 4097, expected at most 4096"),
+        ((b"OBFT", 2, b"\0\0\0", 10, 2**64 - 1), "payload too long"),
     ],
 )
 def test_hostile_prefixes(prefix: tuple, what: str) -> None:
-    assert decode_prefix(PREFIX.pack(b"OBFT", 1, b"\0\0\0", 512, 4096), SMALL) == (512, 4096)
+    assert decode_prefix(PREFIX.pack(b"OBFT", 2, b"\0\0\0", 512, 4096), SMALL) == (512, 4096)
     with pytest.raises(ProtocolError, match=what):
         decode_prefix(PREFIX.pack(*prefix), SMALL)
 

@@ -157,7 +157,7 @@ def record(profile: str, switches: dict[str, Any], directory: Path, family: str 
         with obfuscatune.protect(
             model, profile=profile, worker=address, insecure_test_seed=SEED, timeout=60, **switches
         ) as protected:
-            recording.secret = bytes(protected.secret._usable())
+            recording.secret = bytes(protected.secret._value)
             _work(protected.model, protected.create_optimizer("sgd", lr=0.1))
     tell_weights(recording.truth, twin)
     tell_activations(recording.truth, twin)

@@ -49,26 +49,28 @@ def ones(*shape: int) -> Tensor:
 VALID: list[Request] = [
     ({"op": "hello"}, {}),
     ({"op": "define", "segment": "s0", "kind": "linear", "spec": {}}, {"weight": ones(4, 4)}),
-    ({"op": "define", "segment": "s1", "kind": "attention", "spec": {"heads": 2, "scale": 0.5}},
-     {"qkv": ones(4, 12), "qkv_bias": ones(12), "out": ones(4, 4)}),
-    ({"op": "define", "segment": "s2", "kind": "mlp", "spec": {"activation": "gelu_new"}},
-     {"up": ones(4, 8), "up_bias": ones(8), "down": ones(8, 4)}),
-    ({"op": "hold", "segment": "s2", "slot": "up", "scale": 2.0}, {"a": ones(4, 2), "b": ones(2, 8)}),
-    ({"op": "forward", "segment": "s0", "keep": True, "factors": ["B.main"], "held": []},
-     {"x": ones(2, 3, 4), "u.main": ones(2, 3, 2), "B.main": ones(2, 4)}),
-    ({"op": "backward", "segment": "s0", "call": 106, "wants": ["x", "B.main"], "fresh": []}, {"y": ones(2, 3, 4)}),
-    ({"op": "forward", "segment": "s1", "keep": False, "causal": True, "factors": [], "held": [],
-      "cache": {"id": 1, "length": 0, "rows": None}}, {"x": ones(2, 3, 4)}),
-    ({"op": "forward", "segment": "s1", "keep": False, "causal": False, "factors": [], "held": [],
-      "mask_shape": [2, 1, 1, 4], "cache": {"id": 1, "length": 3, "rows": [1, 0]}},
-     {"x": ones(2, 1, 4), "mask": torch.tensor([255], dtype=torch.uint8)}),
-    ({"op": "forward", "segment": "s2", "keep": True, "factors": [], "held": ["up"]}, {"x": ones(2, 3, 4)}),
-    ({"op": "backward", "segment": "s2", "call": 110, "wants": ["x"], "fresh": ["up"]}, {"y": ones(2, 3, 4)}),
+    ({"op": "define", "segment": "s1", "kind": "attention",
+      "spec": {"heads": 2, "kv_heads": 1, "scale": 0.5, "rotary": 2, "softcap": None, "widths": [4, 2, 2]}},
+     {"first": ones(4, 8), "first_bias": ones(8), "last": ones(4, 4)}),
+    ({"op": "define", "segment": "s2", "kind": "mlp", "spec": {"activation": "gelu_new", "gated": False}},
+     {"first": ones(4, 8), "first_bias": ones(8), "last": ones(8, 4)}),
+    ({"op": "hold", "segment": "s2", "slot": "in0", "scale": 2.0}, {"a": ones(4, 2), "b": ones(2, 8)}),
+    ({"op": "forward", "segment": "s0", "keep": True, "factors": ["B.in0"], "held": []},
+     {"x": ones(2, 3, 4), "u.in0": ones(2, 3, 2), "B.in0": ones(2, 4)}),
+    ({"op": "backward", "segment": "s0", "call": 106, "wants": ["x", "B.in0"], "fresh": []}, {"y": ones(2, 3, 4)}),
+    ({"op": "forward", "segment": "s1", "keep": False, "factors": [], "held": [], "rotary": {"id": 1},
+      "cache": {"id": 1, "start": 0, "length": 0, "rows": None}},
+     {"x": ones(2, 3, 4), "cos": ones(1, 3, 2), "sin": ones(1, 3, 2)}),
+    ({"op": "forward", "segment": "s1", "keep": False, "factors": [], "held": [], "rotary": {"id": 2},
+      "mask": {"id": 3, "shape": [2, 1, 1, 4]}, "cache": {"id": 1, "start": 0, "length": 3, "rows": [1, 0]}},
+     {"x": ones(2, 1, 4), "mask": torch.tensor([255], dtype=torch.uint8), "cos": ones(1, 1, 2), "sin": ones(1, 1, 2)}),
+    ({"op": "forward", "segment": "s2", "keep": True, "factors": [], "held": ["in0"]}, {"x": ones(2, 3, 4)}),
+    ({"op": "backward", "segment": "s2", "call": 110, "wants": ["x"], "fresh": ["in0"]}, {"y": ones(2, 3, 4)}),
     ({"op": "optimizer", "action": "step", "kind": "adamw", "options": {"lr": 0.1}, "lr": 0.1,
-      "scales": {"s2.up": 1.0}}, {}),
+      "scales": {"s2.in0": 1.0}}, {}),
     ({"op": "optimizer", "action": "export"}, {}),
-    ({"op": "optimizer", "action": "import", "kind": "adamw", "options": {"lr": 0.1}}, {"s2.up.a": ones(4, 2)}),
-    ({"op": "stats", "drop": {"calls": [1], "caches": [1]}}, {}),
+    ({"op": "optimizer", "action": "import", "kind": "adamw", "options": {"lr": 0.1}}, {"s2.in0.a": ones(4, 2)}),
+    ({"op": "stats", "drop": {"calls": [1], "caches": [1], "shared": [1]}}, {}),
 ]  # fmt: skip
 
 
@@ -134,7 +136,8 @@ def test_a_broken_request_is_answered_and_the_next_is_served(case: tuple[int, Re
         run_valid(connection, index)
         reply, outputs = ask(connection, header, arrays)
         number = header.get("id")
-        valid = type(number) is int and number > 100 + index
+        last = 100 + index if index else 0
+        valid = type(number) is int and number > last
         assert reply["id"] == (number if valid else None)
         assert valid or reply["ok"] is False
         if reply["ok"] is not True:
@@ -169,7 +172,7 @@ def test_an_unexpected_error_is_answered_with_its_type_only(monkeypatch: pytest.
 
 
 def test_a_refusal_is_short_whatever_it_quotes() -> None:
-    weights = {name: ones(1, 1) for name in ("up", "up_bias", "down")}
+    weights = {name: ones(1, 1) for name in ("first", "last")}
     request = {"op": "define", "segment": "s", "kind": "mlp", "spec": {"activation": "x" * 100_000}}
     with served() as connection:
         reply, _ = ask(connection, {"id": 1, **request}, weights)
@@ -225,7 +228,7 @@ def test_a_reply_beyond_the_limits_is_an_error_and_not_the_end() -> None:
         assert ask(connection, {"id": 3, "op": "stats"})[0]["ok"] is True
 
 
-@pytest.mark.parametrize("garbage", [b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"OBFT\x02" + bytes(15), bytes(100)])
+@pytest.mark.parametrize("garbage", [b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"OBFT\x07" + bytes(15), bytes(100)])
 def test_garbage_ends_the_connection_and_allocates_nothing(garbage: bytes) -> None:
     ours, theirs = socket.socketpair()
     thread = threading.Thread(target=serve_connection, args=(Connection(theirs, peer="enclave"), CPU))

@@ -8,12 +8,15 @@ from torch import Tensor
 
 from obfuscatune.errors import ProtocolError
 from obfuscatune.protocol.bits import pack_mask
+from obfuscatune.protocol.norms import rms_rows
 from obfuscatune.worker.adapters import SlotInputs
-from obfuscatune.worker.segments import Call, _RmsNorm
+from obfuscatune.worker.segments import Call
 from obfuscatune.worker.session import WorkerSession
 
 D, HIDDEN, HEADS, RANK = 8, 16, 2, 2
 EPS = 0.5  # so large that a wrong one shows
+ATTENTION = {"heads": HEADS, "kv_heads": HEADS, "scale": 0.5, "rotary": 0, "softcap": None, "widths": [3 * D]}
+MLP = {"activation": "gelu", "gated": False, "widths": [HIDDEN]}
 
 
 def tensor(*shape: int, seed: int = 0) -> Tensor:
@@ -23,11 +26,11 @@ def tensor(*shape: int, seed: int = 0) -> Tensor:
 @pytest.fixture
 def session() -> WorkerSession:
     session = WorkerSession(torch.device("cpu"))
-    attention = {"qkv": tensor(D, 3 * D), "qkv_bias": tensor(3 * D), "out": tensor(D, D)}
-    mlp = {"up": tensor(D, HIDDEN), "up_bias": tensor(HIDDEN), "down": tensor(HIDDEN, D)}
-    define(session, "s0", "linear", {}, {"weight": tensor(D, 3)})
-    define(session, "s1", "attention", {"heads": HEADS, "scale": 0.5}, attention)
-    define(session, "s2", "mlp", {"activation": "gelu"}, mlp)
+    attention = {"first": tensor(D, 3 * D), "first_bias": tensor(3 * D), "last": tensor(D, D)}
+    mlp = {"first": tensor(D, HIDDEN), "first_bias": tensor(HIDDEN), "last": tensor(HIDDEN, D)}
+    define(session, "s0", "linear", {"widths": [3]}, {"weight": tensor(D, 3)})
+    define(session, "s1", "attention", ATTENTION, attention)
+    define(session, "s2", "mlp", MLP, mlp)
     define(session, "s3", "body", {"parts": ["s1", "s2", "s1"], "eps": [EPS] * 3}, {"bias": tensor(3, D)})
     return session
 
@@ -61,25 +64,29 @@ def test_mlp(session: WorkerSession) -> None:
 def test_attention_is_causal_and_a_mask_replaces_that(session: WorkerSession) -> None:
     x = tensor(1, 4, D)
     changed = torch.cat([x[:, :3], x[:, 3:] + 1], dim=1)
-    causal, other = (forward(session, "s1", {"x": t}, causal=True)["y"] for t in (x, changed))
+    causal, other = (forward(session, "s1", {"x": t})["y"] for t in (x, changed))
     assert torch.equal(causal[:, :3], other[:, :3])
     assert not torch.equal(causal[:, 3], other[:, 3])
-    open_ = forward(session, "s1", {"x": x}, causal=False)["y"]
-    assert not torch.allclose(causal, open_)
-    lower = torch.ones(1, 1, 4, 4, dtype=torch.bool).tril()
-    masked = forward(session, "s1", {"x": x, "mask": pack_mask(lower)}, mask_shape=[1, 1, 4, 4])["y"]
-    torch.testing.assert_close(masked, causal)
+    for number, allowed in ((1, torch.ones(4, 4)), (2, torch.ones(4, 4).tril())):
+        mask = {"id": number, "shape": [1, 1, 4, 4]}
+        masked = forward(session, "s1", {"x": x, "mask": pack_mask(allowed.bool()[None, None])}, mask=mask)["y"]
+        assert torch.allclose(masked, causal) == (number == 2)
+        # The next call of the pass names it only.
+        torch.testing.assert_close(forward(session, "s1", {"x": x}, mask=mask)["y"], masked)
+    session.handle({"op": "hello", "drop": {"shared": [1, 2, 99]}}, {})
+    with pytest.raises(ProtocolError, match="shared tensor"):
+        forward(session, "s1", {"x": x}, mask=mask)
 
 
 def test_a_cache_goes_on_where_it_stopped_in_any_order_of_rows(session: WorkerSession) -> None:
     x = tensor(3, 5, D)
     whole = forward(session, "s1", {"x": x})["y"]
-    cache = {"id": 1, "length": 0, "rows": None}
+    cache = {"id": 1, "start": 0, "length": 0, "rows": None}
     forward(session, "s1", {"x": x[:, :4]}, cache=cache)
     rows = [2, 0, 0]
-    last = forward(session, "s1", {"x": x[rows, 4:]}, cache={"id": 1, "length": 4, "rows": rows})["y"]
+    last = forward(session, "s1", {"x": x[rows, 4:]}, cache={"id": 1, "start": 0, "length": 4, "rows": rows})["y"]
     torch.testing.assert_close(last, whole[rows, 4:])
-    again = forward(session, "s1", {"x": x[rows, 2:]}, cache={"id": 1, "length": 2, "rows": None}, causal=False)["y"]
+    again = forward(session, "s1", {"x": x[rows, 2:]}, cache={"id": 1, "start": 0, "length": 2, "rows": None})["y"]
     assert again.shape == (3, 3, D)
 
 
@@ -100,7 +107,7 @@ def test_a_body_is_its_parts_one_after_another(session: WorkerSession) -> None:
 def test_rms_norm_is_torchs_own_in_both_directions(dtype: torch.dtype) -> None:
     x, gradient = tensor(2, 5, 64).to(dtype), tensor(2, 5, 64, seed=1).to(dtype)
     found = []
-    for norm in (lambda x: _RmsNorm.apply(x, 0.1), lambda x: torch.nn.functional.rms_norm(x, (64,), eps=0.1)):
+    for norm in (lambda x: rms_rows(x, 0.1), lambda x: torch.nn.functional.rms_norm(x, (64,), eps=0.1)):
         leaf = x.clone().requires_grad_()
         y = norm(leaf)
         found.append((y.detach(), torch.autograd.grad(y, leaf, gradient)[0]))
@@ -112,11 +119,11 @@ def test_rms_norm_is_torchs_own_in_both_directions(dtype: torch.dtype) -> None:
 def test_the_cache_of_a_body_is_that_of_all_its_attentions(session: WorkerSession) -> None:
     x = tensor(3, 5, D)
     whole = forward(session, "s3", {"x": x})["y"]
-    forward(session, "s3", {"x": x[:, :4]}, cache={"id": 1, "length": 0, "rows": None})
+    forward(session, "s3", {"x": x[:, :4]}, cache={"id": 1, "start": 0, "length": 0, "rows": None})
     rows = [2, 0, 0]
-    last = forward(session, "s3", {"x": x[rows, 4:]}, cache={"id": 1, "length": 4, "rows": rows})["y"]
+    last = forward(session, "s3", {"x": x[rows, 4:]}, cache={"id": 1, "start": 0, "length": 4, "rows": rows})["y"]
     torch.testing.assert_close(last, whole[rows, 4:])
-    wrong = forward(session, "s3", {"x": x[rows, 4:]}, cache={"id": 1, "length": 4, "rows": [1, 2, 0]})["y"]
+    wrong = forward(session, "s3", {"x": x[rows, 4:]}, cache={"id": 1, "start": 0, "length": 4, "rows": [1, 2, 0]})["y"]
     assert not torch.allclose(wrong, last)
     assert stats(session) == (0, 1)
 
@@ -125,7 +132,7 @@ def test_the_cache_of_a_body_is_that_of_all_its_attentions(session: WorkerSessio
 def test_both_factors_of_slots_of_a_body(session: WorkerSession, recompute: bool) -> None:
     x, gradient = tensor(2, 3, D).requires_grad_(), tensor(2, 3, D, seed=1)
     a, b, c = (t.requires_grad_() for t in (tensor(D, RANK), tensor(RANK, HIDDEN, seed=2), tensor(RANK)))
-    names = ["A.1.up", "B.1.up", "c.1.up"]
+    names = ["A.1.in0", "B.1.in0", "c.1.in0"]
     leaves = dict(zip(names, (a, b, c), strict=True))
 
     def with_lora(rows: Tensor) -> Tensor:
@@ -166,14 +173,14 @@ def test_recomputing_keeps_less(session: WorkerSession) -> None:
 
 def test_backward_gives_the_gradients_asked_for_and_forgets_the_call(session: WorkerSession) -> None:
     x, u, b, gradient = tensor(2, D), tensor(2, RANK), tensor(RANK, 3), tensor(2, 3)
-    fields = {"id": 7, "keep": True, "factors": ["B.main"]}
-    y = forward(session, "s0", {"x": x, "u.main": u, "B.main": b}, **fields)["y"]
+    fields = {"id": 7, "keep": True, "factors": ["B.in0"]}
+    y = forward(session, "s0", {"x": x, "u.in0": u, "B.in0": b}, **fields)["y"]
     torch.testing.assert_close(y, x @ tensor(D, 3) + u @ b)
     assert stats(session) == (1, 0)
-    request = {"op": "backward", "segment": "s0", "call": 7, "wants": ["x", "u.main", "B.main"]}
+    request = {"op": "backward", "segment": "s0", "call": 7, "wants": ["x", "u.in0", "B.in0"]}
     reply, found = session.handle(request, {"y": gradient})
     assert reply == {"gradient_norms": {}}
-    expected = {"x": gradient @ tensor(D, 3).T, "u.main": gradient @ b.T, "B.main": u.T @ gradient}
+    expected = {"x": gradient @ tensor(D, 3).T, "u.in0": gradient @ b.T, "B.in0": u.T @ gradient}
     torch.testing.assert_close(found, expected)
     assert stats(session) == (0, 0)
     with pytest.raises(ProtocolError, match="backward of a call"):
@@ -182,32 +189,32 @@ def test_backward_gives_the_gradients_asked_for_and_forgets_the_call(session: Wo
 
 def test_a_pushed_factor_is_kept_for_later_calls(session: WorkerSession) -> None:
     x, a = tensor(2, D), tensor(D, RANK)
-    first = forward(session, "s0", {"x": x, "A.main": a}, factors=["A.main"])
-    assert torch.equal(first["v.main"], x @ a)
-    assert torch.equal(forward(session, "s0", {"x": x}, factors=["A.main"])["v.main"], x @ a)
+    first = forward(session, "s0", {"x": x, "A.in0": a}, factors=["A.in0"])
+    assert torch.equal(first["v.in0"], x @ a)
+    assert torch.equal(forward(session, "s0", {"x": x}, factors=["A.in0"])["v.in0"], x @ a)
     assert set(forward(session, "s0", {"x": x})) == {"y"}
 
 
 def test_held_factors_are_trained_here(session: WorkerSession) -> None:
     x, a, b = tensor(2, D), tensor(D, RANK), tensor(RANK, 3)
-    hold = {"op": "hold", "segment": "s0", "slot": "main", "scale": 2.0}
+    hold = {"op": "hold", "segment": "s0", "slot": "in0", "scale": 2.0}
     session.handle(hold, {"a": a.clone(), "b": b.clone()})
-    y = forward(session, "s0", {"x": x}, id=1, keep=True, held=["main"])["y"]
+    y = forward(session, "s0", {"x": x}, id=1, keep=True, held=["in0"])["y"]
     torch.testing.assert_close(y, x @ tensor(D, 3) + 2 * x @ a @ b)
-    backward = {"op": "backward", "segment": "s0", "call": 1, "wants": [], "fresh": ["main"]}
+    backward = {"op": "backward", "segment": "s0", "call": 1, "wants": [], "fresh": ["in0"]}
     reply, _ = session.handle(backward, {"y": torch.ones_like(y)})
     da, db = 2 * x.T @ torch.ones_like(y) @ b.T, 2 * (x @ a).T @ torch.ones_like(y)
     norm = float((da.square().sum() + db.square().sum()).sqrt())
-    assert reply["gradient_norms"]["main"] == pytest.approx(norm)
+    assert reply["gradient_norms"]["in0"] == pytest.approx(norm)
     step = {"op": "optimizer", "action": "step", "kind": "sgd", "options": {"lr": 0.5}, "lr": 0.5}
-    session.handle({**step, "scales": {"s0.main": 0.1}}, {})
+    session.handle({**step, "scales": {"s0.in0": 0.1}}, {})
     exported = session.handle({"op": "optimizer", "action": "export"}, {})[1]
-    torch.testing.assert_close(exported, {"s0.main.a": a - 0.05 * da, "s0.main.b": b - 0.05 * db})
+    torch.testing.assert_close(exported, {"s0.in0.a": a - 0.05 * da, "s0.in0.b": b - 0.05 * db})
 
 
 def test_drop_forgets_calls_and_caches_and_knows_no_unknown_one(session: WorkerSession) -> None:
     forward(session, "s0", {"x": tensor(2, D)}, id=5, keep=True)
-    forward(session, "s1", {"x": tensor(1, 2, D)}, cache={"id": 3, "length": 0, "rows": None})
+    forward(session, "s1", {"x": tensor(1, 2, D)}, cache={"id": 3, "start": 0, "length": 0, "rows": None})
     assert stats(session) == (1, 1)
     session.handle({"op": "hello", "drop": {"calls": [5, 99], "caches": [3, 99]}}, {})
     assert stats(session) == (0, 0)
@@ -217,7 +224,7 @@ BODY = {"op": "define", "segment": "n", "kind": "body"}
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Tensor], str]] = {
     "no operation": ({}, {}, "operation"),
     "unknown operation": ({"op": "__init__"}, {}, "operation"),
-    "drop of another type": ({"op": "hello", "drop": [1]}, {}, "calls and caches to drop"),
+    "drop of another type": ({"op": "hello", "drop": [1]}, {}, "what to drop"),
     "segment that is there": ({"op": "define", "segment": "s0", "kind": "linear", "spec": {}}, {}, "segment name"),
     "segment without a name": ({"op": "define", "segment": 1, "kind": "linear", "spec": {}}, {}, "segment name"),
     "unknown kind": ({"op": "define", "segment": "n", "kind": "conv", "spec": {}}, {}, "kind of segment"),
@@ -229,14 +236,54 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Tensor], str]] = {
         "weights of a segment",
     ),
     "unknown activation": (
-        {"op": "define", "segment": "n", "kind": "mlp", "spec": {"activation": "system"}},
-        {"up": tensor(2, 2), "up_bias": tensor(2), "down": tensor(2, 2)},
+        {"op": "define", "segment": "n", "kind": "mlp", "spec": {**MLP, "widths": [2], "activation": "system"}},
+        {"first": tensor(2, 2), "first_bias": tensor(2), "last": tensor(2, 2)},
         "activation",
     ),
     "impossible heads": (
-        {"op": "define", "segment": "n", "kind": "attention", "spec": {"heads": 5, "scale": 1.0}},
-        {"qkv": tensor(D, 3 * D), "qkv_bias": tensor(3 * D), "out": tensor(D, D)},
+        {"op": "define", "segment": "n", "kind": "attention", "spec": {**ATTENTION, "heads": 5, "kv_heads": 5}},
+        {"first": tensor(D, 3 * D), "last": tensor(D, D)},
         "heads of an attention segment",
+    ),
+    "kv heads that do not divide the heads": (
+        {"op": "define", "segment": "n", "kind": "attention", "spec": {**ATTENTION, "heads": 3, "kv_heads": 2}},
+        {"first": tensor(D, 3 * D), "last": tensor(D, D)},
+        "heads of an attention segment",
+    ),
+    "no kv heads": (
+        {"op": "define", "segment": "n", "kind": "attention", "spec": {**ATTENTION, "kv_heads": 0}},
+        {"first": tensor(D, 3 * D), "last": tensor(D, D)},
+        "kv_heads",
+    ),
+    "rotary part wider than a head": (
+        {"op": "define", "segment": "n", "kind": "attention", "spec": {**ATTENTION, "rotary": 6}},
+        {"first": tensor(D, 3 * D), "last": tensor(D, D)},
+        "rotary part",
+    ),
+    "soft cap of nothing": (
+        {"op": "define", "segment": "n", "kind": "attention", "spec": {**ATTENTION, "softcap": 0.0}},
+        {"first": tensor(D, 3 * D), "last": tensor(D, D)},
+        "soft cap",
+    ),
+    "widths that do not add up": (
+        {"op": "define", "segment": "n", "kind": "attention", "spec": {**ATTENTION, "widths": [D, D]}},
+        {"first": tensor(D, 3 * D), "last": tensor(D, D)},
+        "widths of layers side by side",
+    ),
+    "weight of one dimension": (
+        {"op": "define", "segment": "n", "kind": "linear", "spec": {"widths": [2]}},
+        {"weight": tensor(2)},
+        "weight of a segment",
+    ),
+    "gate without an up branch": (
+        {"op": "define", "segment": "n", "kind": "mlp", "spec": {**MLP, "gated": True}},
+        {"first": tensor(D, HIDDEN), "last": tensor(HIDDEN, D)},
+        "weights of an MLP",
+    ),
+    "mask that was not sent": (
+        {"op": "forward", "segment": "s1", "mask": {"id": 7, "shape": [1, 1, 2, 2]}},
+        {"x": tensor(1, 2, D)},
+        "shared tensor",
     ),
     "body of nothing": ({**BODY, "spec": {"parts": [], "eps": []}}, {"bias": tensor(0, D)}, "parts of a body"),
     "body of an unknown part": (
@@ -264,17 +311,17 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Tensor], str]] = {
         {"bias": tensor(1, D + 1)},
         "widths of a body",
     ),
-    "hold in a body": ({"op": "hold", "segment": "s3", "slot": "1.up"}, {"a": tensor(D, 1)}, "factors to hold"),
+    "hold in a body": ({"op": "hold", "segment": "s3", "slot": "1.in0"}, {"a": tensor(D, 1)}, "factors to hold"),
     "forward of an unknown segment": ({"op": "forward", "segment": "s9"}, {"x": tensor(2, D)}, "segment"),
     "forward without x": ({"op": "forward", "segment": "s0"}, {}, "input x"),
     "forward of a vector": ({"op": "forward", "segment": "s0"}, {"x": tensor(D)}, "input x"),
     "mask that does not fit": (
-        {"op": "forward", "segment": "s1", "mask_shape": [9, 9, 9, 9]},
+        {"op": "forward", "segment": "s1", "mask": {"id": 1, "shape": [9, 9, 9, 9]}},
         {"x": tensor(1, 2, D), "mask": torch.zeros(1, dtype=torch.uint8)},
         "packed mask",
     ),
     "cache that is not there": (
-        {"op": "forward", "segment": "s1", "cache": {"id": 9, "length": 1, "rows": None}},
+        {"op": "forward", "segment": "s1", "cache": {"id": 9, "start": 0, "length": 1, "rows": None}},
         {"x": tensor(1, 1, D)},
         "KV cache",
     ),
@@ -284,7 +331,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Tensor], str]] = {
         {"a": tensor(D, 1), "b": tensor(1, 3)},
         "factors to hold",
     ),
-    "hold without b": ({"op": "hold", "segment": "s0", "slot": "main"}, {"a": tensor(D, 1)}, "factors to hold"),
+    "hold without b": ({"op": "hold", "segment": "s0", "slot": "in0"}, {"a": tensor(D, 1)}, "factors to hold"),
     "unknown action": ({"op": "optimizer", "action": "explode"}, {}, "optimizer action"),
     "unknown optimizer": ({"op": "optimizer", "action": "step", "kind": "lbfgs"}, {}, "optimizer"),
     "option that asserts": (
@@ -294,7 +341,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Tensor], str]] = {
     ),
     "state of nothing": (
         {"op": "optimizer", "action": "import", "kind": "sgd", "options": {}},
-        {"s0.main.a": tensor(1)},
+        {"s0.in0.a": tensor(1)},
         "optimizer|state of a factor|options",
     ),
 }
@@ -320,20 +367,24 @@ def test_gradients_of_other_names_are_refused(session: WorkerSession, wants: lis
 
 
 def test_a_cache_may_not_be_longer_than_it_is(session: WorkerSession) -> None:
-    forward(session, "s1", {"x": tensor(1, 2, D)}, cache={"id": 1, "length": 0, "rows": None})
+    forward(session, "s1", {"x": tensor(1, 2, D)}, cache={"id": 1, "start": 0, "length": 0, "rows": None})
     for segment, length in (("s1", 3), ("s2", 1)):
         with pytest.raises(ProtocolError, match="KV cache"):
-            forward(session, segment, {"x": tensor(1, 1, D)}, cache={"id": 1, "length": length, "rows": None})
+            forward(
+                session, segment, {"x": tensor(1, 1, D)}, cache={"id": 1, "start": 0, "length": length, "rows": None}
+            )
 
 
 def test_parts_of_unequal_width_are_no_body(session: WorkerSession) -> None:
-    narrow = {"up": tensor(D, HIDDEN), "up_bias": tensor(HIDDEN), "down": tensor(HIDDEN, D - 1)}
-    define(session, "s4", "mlp", {"activation": "gelu"}, narrow)
-    flat = {"up": tensor(D), "up_bias": tensor(HIDDEN), "down": tensor(HIDDEN, D)}
-    define(session, "s5", "mlp", {"activation": "gelu"}, flat)
-    for part, match in (("s4", "widths of a body"), ("s5", "weights of a part of a body")):
-        with pytest.raises(ProtocolError, match=match):
-            define(session, "n", "body", {"parts": ["s1", part], "eps": [EPS] * 2}, {"bias": tensor(2, D)})
+    define(session, "s4", "mlp", MLP, {"first": tensor(D, HIDDEN), "last": tensor(HIDDEN, D - 1)})
+    with pytest.raises(ProtocolError, match="widths of a body"):
+        define(session, "n", "body", {"parts": ["s1", "s4"], "eps": [EPS] * 2}, {"bias": tensor(2, D)})
+
+
+def test_an_odd_number_of_parts_is_no_parallel_body(session: WorkerSession) -> None:
+    spec = {"parts": ["s1", "s2", "s1"], "eps": [EPS] * 3, "parallel": True}
+    with pytest.raises(ProtocolError, match="widths of a body"):
+        define(session, "n", "body", spec, {"bias": tensor(3, D)})
 
 
 def test_kept_calls_and_caches_are_bounded(session: WorkerSession, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -341,9 +392,9 @@ def test_kept_calls_and_caches_are_bounded(session: WorkerSession, monkeypatch: 
     monkeypatch.setattr("obfuscatune.worker.session.MAX_CACHES", 2)
     for call in (1, 2):
         forward(session, "s0", {"x": tensor(2, D)}, id=call, keep=True)
-        forward(session, "s1", {"x": tensor(1, 1, D)}, cache={"id": call, "length": 0, "rows": None})
+        forward(session, "s1", {"x": tensor(1, 1, D)}, cache={"id": call, "start": 0, "length": 0, "rows": None})
     with pytest.raises(ProtocolError, match="kept calls: got 2, expected fewer than 2"):
         forward(session, "s0", {"x": tensor(2, D)}, id=3, keep=True)
     with pytest.raises(ProtocolError, match="KV caches: got 2, expected fewer than 2"):
-        forward(session, "s1", {"x": tensor(1, 1, D)}, cache={"id": 3, "length": 0, "rows": None})
+        forward(session, "s1", {"x": tensor(1, 1, D)}, cache={"id": 3, "start": 0, "length": 0, "rows": None})
     forward(session, "s0", {"x": tensor(2, D)})

@@ -1,6 +1,5 @@
 """``obfuscatune bench``: what a profile costs against Hugging Face and PEFT in the clear, measured side by side."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -35,9 +34,12 @@ def command(
 ) -> None:
     """Measure protected GPT-2 of true sizes (random weights) against plain, alternating in one run."""
     # Torch and transformers take seconds to import; --help and a misspelt option need neither.
-    from obfuscatune.studies.bench.report import cost_table, describe_machine, footprint_table, to_dict, to_markdown
+    from obfuscatune.studies.bench.report import cost_rows, footprint_rows, to_dict, to_markdown
     from obfuscatune.studies.bench.run import BenchOptions, count_steps, run_bench
     from obfuscatune.studies.bench.workloads import Shape
+    from obfuscatune.studies.reports.files import write_json, write_text
+    from obfuscatune.studies.reports.provenance import describe_machine
+    from obfuscatune.studies.reports.tables import columns
 
     for option, file in (("--json", json_file), ("--markdown", markdown)):
         if file is not None and not file.parent.is_dir():
@@ -51,22 +53,22 @@ def command(
         device=device,
         dtype=dtype,
     )
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    bars = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*bars, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("start", total=count_steps(options), completed=-1)
         result = run_bench(options, lambda what: progress.update(task, advance=1, description=what))
     console = Console()
-    tables = {"cost": cost_table(result.measurements), "footprint": footprint_table(result.footprints)}
-    for title, (header, rows) in tables.items():
+    tables = {"cost": cost_rows(result.measurements), "footprint": footprint_rows(result.footprints)}
+    for title, rows in tables.items():
         if rows:
             table = Table(title=title)
-            for column in header:
+            for column in columns(rows):
                 table.add_column(column, overflow="fold")
             for row in rows:
-                table.add_row(*row)
+                table.add_row(*row.values())
             console.print(table)
     machine = describe_machine()
     if json_file is not None:
-        json_file.write_text(json.dumps(to_dict(options, result, machine), indent=2) + "\n")
+        write_json(json_file, to_dict(options, result, machine))
     if markdown is not None:
-        markdown.write_text(to_markdown(options, result, machine))
+        write_text(markdown, to_markdown(options, result, machine))

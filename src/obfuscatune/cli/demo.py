@@ -32,6 +32,7 @@ def command(
     from obfuscatune.studies.bundled import DemoSettings
     from obfuscatune.studies.demo.run import run_demo
     from obfuscatune.studies.demo.story import html_page, summary
+    from obfuscatune.studies.reports.files import write_text
 
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     settings = DemoSettings()
@@ -43,8 +44,7 @@ def command(
         return
     if max_steps is not None:
         settings = dataclasses.replace(settings, max_steps=max_steps)
-    output_dir.mkdir(parents=True, exist_ok=True)
     outcome = run_demo(output_dir, profile=profile, worker=worker, settings=settings, say=typer.echo)
     target = output_dir / "report.html"
-    target.write_text(html_page(outcome), encoding="utf-8")
+    write_text(target, html_page(outcome))
     typer.echo(f"\n{summary(outcome)}\npage with plots: {target}")

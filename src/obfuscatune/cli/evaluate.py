@@ -3,13 +3,13 @@
 # ruff: noqa: RUF009 - option() makes a field, which is what the rule wants there
 
 import json
-import os
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from obfuscatune.cli.options import ConfigOptions, ModelOptions, ProtectionOptions, expand_home, option, takes
+from obfuscatune.durable import write_new
 from obfuscatune.errors import ObfuscatuneError, UsageError
 
 EPILOG = (
@@ -111,7 +111,6 @@ def _record(options: EvaluateOptions, results: dict[str, Any]) -> dict[str, Any]
 def _write(path: Path, record: dict[str, Any]) -> None:
     """Write JSON for this user only; a new file, because an old one would keep its mode."""
     try:
-        with open(path, "x", encoding="utf-8", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
-            file.write(json.dumps(record, indent=2) + "\n")
+        write_new(path, (json.dumps(record, indent=2) + "\n").encode())
     except OSError as error:
         raise ObfuscatuneError("cannot write the results", got=error.strerror, where=str(path)) from error

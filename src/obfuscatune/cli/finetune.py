@@ -12,7 +12,8 @@ import typer
 
 from obfuscatune.cli.options import ConfigOptions, ModelOptions, ProtectionOptions, option, takes
 from obfuscatune.errors import ObfuscatuneError, UsageError, WorkerFault
-from obfuscatune.training.settings import TrainingSettings, add_adapter, training_arguments
+from obfuscatune.settings import TrainingSettings
+from obfuscatune.training.arguments import add_adapter, training_arguments
 
 EPILOG = (
     "Examples:\n\nobfuscatune finetune --model_name_or_path gpt2 --train_file train.jsonl --output_dir adapter\n\n"

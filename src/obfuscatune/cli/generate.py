@@ -3,7 +3,6 @@
 # ruff: noqa: RUF009 - option() makes a field, which is what the rule wants there
 
 import json
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any, Literal
 
 from obfuscatune.cli.connecting import SIMULATION_FLAG, SIMULATION_HELP, EnclaveOptions
 from obfuscatune.cli.options import ConfigOptions, ProtectionOptions, expand_home, option, takes
+from obfuscatune.durable import write_new
 from obfuscatune.errors import ObfuscatuneError, ProtocolError, UsageError
 
 EPILOG = (
@@ -145,8 +145,7 @@ def _check_output(path: Path) -> None:
 def _write(path: Path, rows: list[dict[str, str]]) -> None:
     """Write JSONL for this user only; a new file, because an old one would keep its mode."""
     try:
-        with open(path, "x", encoding="utf-8", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write_new(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
     except OSError as error:
         raise ObfuscatuneError("cannot write the completions", got=error.strerror, where=str(path)) from error
 

@@ -2,12 +2,12 @@
 
 # ruff: noqa: RUF009 - option() makes a field, which is what the rule wants there
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from obfuscatune.cli.options import argument, option, takes
+from obfuscatune.durable import write_new
 from obfuscatune.errors import ObfuscatuneError, UsageError
 
 HELP = "Make and show identities: the keys by which a party signs, and to which others seal."
@@ -35,8 +35,8 @@ def new(options: NewOptions) -> None:
             raise UsageError("file is there already", where=str(path), hint="an identity is never overwritten")
     try:
         options.output_dir.mkdir(parents=True, exist_ok=True)
-        _write(secret, identity.to_bytes(), 0o600)
-        _write(public, encode(identity.public.to_dict()) + b"\n", 0o644)
+        write_new(secret, identity.to_bytes())
+        write_new(public, encode(identity.public.to_dict()) + b"\n", mode=0o644)
     except OSError as error:
         raise ObfuscatuneError("cannot write the identity", got=error.strerror, where=str(options.output_dir)) from None
     print(f"{public}  {identity.public.fingerprint}")
@@ -56,11 +56,6 @@ def show(options: ShowOptions) -> None:
 
     identity = PublicIdentity.load(options.file)
     print(f"{identity.name}  {identity.suite}  {identity.fingerprint}")
-
-
-def _write(path: Path, data: bytes, mode: int) -> None:
-    with open(path, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
-        file.write(data)
 
 
 COMMANDS = {

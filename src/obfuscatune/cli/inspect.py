@@ -36,16 +36,15 @@ def command(options: InspectOptions) -> None:
 def examine(config: Any, dtype: str) -> dict[str, Any]:
     """Return the findings as plain values, the profiles' under ``profiles``; the formula is in ``estimate.py``."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     from obfuscatune.enclave.families import read_decoder
+    from obfuscatune.enclave.families.empty import empty_model
     from obfuscatune.enclave.families.fit import fit
     from obfuscatune.errors import UnsupportedModelError
     from obfuscatune.profiles import PROFILES
     from obfuscatune.studies.bench.estimate import estimate
 
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)  # type: ignore[no-untyped-call]
+    model = empty_model(config)
     model.tie_weights()
     decoder = read_decoder(model)
     itemsize = getattr(torch, dtype).itemsize

@@ -4,7 +4,6 @@
 
 import contextlib
 import json
-import os
 import re
 import sys
 import time
@@ -17,9 +16,10 @@ import typer
 
 from obfuscatune.cli.connecting import EnclaveOptions, PolicyOptions, attested_identity
 from obfuscatune.cli.options import ConfigOptions, argument, option, takes
-from obfuscatune.errors import ConsentError, ObfuscatuneError, SealError, UsageError
+from obfuscatune.durable import write_new
+from obfuscatune.errors import ConsentError, ObfuscatuneError, SealError, UsageError, printable
 from obfuscatune.profiles import PROFILES
-from obfuscatune.training.settings import TrainingSettings
+from obfuscatune.settings import TrainingSettings
 
 if TYPE_CHECKING:
     from obfuscatune.parties.channel.client import AttestedChannel
@@ -157,7 +157,7 @@ def submit(options: SubmitOptions) -> None:
         status, _ = channel.request({"op": "status", "job": signed.job.digest})
     print(_line(status))
     if status["status"] == "refused":
-        raise ConsentError("the enclave refuses the job", got=_clean(status["reason"]))
+        raise ConsentError("the enclave refuses the job", got=printable(status["reason"]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +184,7 @@ def watch(options: WatchOptions) -> None:
         while True:
             status, _ = channel.request({"op": "status", "job": signed.job.digest})
             bar.total, bar.n = int(status["steps"]) or None, int(status["step"])
-            bar.set_description(_clean(status["status"]))
+            bar.set_description(printable(status["status"]))
             if options.once or status["status"] in _ENDED:
                 break
             time.sleep(options.interval)
@@ -281,7 +281,7 @@ def _digest(text: str) -> str:
 
 
 def _roles(values: list[str]) -> Any:
-    from obfuscatune.parties.terms import ROLES
+    from obfuscatune.parties.vocabulary import ROLES
 
     given = [name for value in values for name in value.replace(",", " ").split()]
     unknown = sorted(set(given) - set(ROLES))
@@ -307,22 +307,16 @@ def _show(signed: "SignedJob") -> None:
 
 
 def _line(status: dict[str, Any]) -> str:
-    parts = [f"job {str(status['job'])[:16]}", _clean(status["status"])]
+    parts = [f"job {str(status['job'])[:16]}", printable(status["status"])]
     parts += [f"step {status['step']} of {status['steps']}"] if status["steps"] else []
-    parts += [f"waits for: {', '.join(map(_clean, status['missing']))}"] if status["missing"] else []
-    parts += [_clean(status["reason"])] if status["reason"] else []
+    parts += [f"waits for: {', '.join(map(printable, status['missing']))}"] if status["missing"] else []
+    parts += [printable(status["reason"])] if status["reason"] else []
     return "  ".join(parts)
-
-
-def _clean(text: Any) -> str:
-    """The enclave's text without control characters, for a terminal."""
-    return "".join(char if char.isprintable() else " " for char in str(text))
 
 
 def _write_new(path: Path, data: bytes) -> None:
     try:
-        with open(path, "xb", opener=lambda name, flags: os.open(name, flags, 0o644)) as file:
-            file.write(data)
+        write_new(path, data, mode=0o644)
     except FileExistsError:
         raise UsageError("file is there already", where=str(path)) from None
     except OSError as error:

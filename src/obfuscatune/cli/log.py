@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from obfuscatune.cli.connecting import EnclaveOptions
 from obfuscatune.cli.options import argument, option, takes
+from obfuscatune.durable import write_new
 from obfuscatune.errors import FormatError, ProtocolError, RollbackError, UsageError
 
 if TYPE_CHECKING:
@@ -62,8 +63,6 @@ class FetchOptions(EnclaveOptions):
 @takes(FetchOptions)
 def fetch(options: FetchOptions) -> None:
     """Fetch the whole log from an enclave, check it, and keep it; compare it later with `log check --earlier`."""
-    import os
-
     from obfuscatune.service import log
 
     with options.connect() as channel:
@@ -77,8 +76,7 @@ def fetch(options: FetchOptions) -> None:
             raise ProtocolError("enclave's log without a head")
         checked = log.check(lines, head, channel.enclave)
     try:
-        with open(options.file, "xb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
-            file.write(log.join_copy(lines, head))
+        write_new(options.file, log.join_copy(lines, head))
     except OSError as error:
         raise UsageError("cannot write the copy", got=error.strerror, where=str(options.file)) from None
     print(f"{options.file}  {len(checked.entries)} entries, signed by {channel.enclave.fingerprint}")

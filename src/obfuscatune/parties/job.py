@@ -12,7 +12,6 @@ in canonical JSON, with a signature of context "job" by each party. A changed op
 import base64
 import hashlib
 import os
-import re
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,13 +20,12 @@ from typing import Any
 from obfuscatune.errors import ConsentError, FormatError
 from obfuscatune.parties.canonical import decode, encode
 from obfuscatune.parties.identity import Identity, PublicIdentity, read_small
-from obfuscatune.parties.terms import MAX_QUERIES, ROLES, Role, profile_name
-from obfuscatune.training.settings import TrainingSettings
+from obfuscatune.parties.vocabulary import MAX_QUERIES, ROLES, Role, is_digest, profile_name
+from obfuscatune.settings import TrainingSettings
 
 FORMAT = "obfuscatune job 1"
 MAX_JOB_BYTES = 65_536
 _CONTEXT = "job"
-_HEX = re.compile(r"[0-9a-f]{64}")
 _DTYPES = ("float32", "float64", "bfloat16")
 
 
@@ -70,8 +68,8 @@ class Job:
         Raises:
             FormatError: a value of a wrong type or out of range; all faults in one message.
         """
-        faults = [f"{name} is not 64 hex digits" for name in _HEXES if not _is_hex(getattr(self, name))]
-        if self.prompts is not None and not _is_hex(self.prompts):
+        faults = [f"{name} is not 64 hex digits" for name in _HEXES if not is_digest(getattr(self, name))]
+        if self.prompts is not None and not is_digest(self.prompts):
             faults.append("prompts is not 64 hex digits")
         for name in ("adapter_to", "generations_to", "queries_by"):
             value = getattr(self, name)
@@ -226,7 +224,3 @@ def _signature(entry: Any, job: Job, message: bytes) -> tuple[PublicIdentity, by
         hint = "an option was changed after it was signed: make a new job, and let both sign it"
         raise ConsentError("signature does not fit the job", got=f"of {public.name}", hint=hint)
     return public, signature
-
-
-def _is_hex(value: Any) -> bool:
-    return isinstance(value, str) and _HEX.fullmatch(value) is not None

@@ -13,25 +13,18 @@ a job that goes beyond them even if both parties have signed it. Written as TOML
 """
 
 import datetime
-import re
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
-from obfuscatune.errors import FormatError, UsageError
+from obfuscatune.errors import FormatError
 from obfuscatune.parties.identity import read_small
-from obfuscatune.profiles import SWITCHES, resolve
+from obfuscatune.parties.job import Job
+from obfuscatune.parties.vocabulary import MAX_QUERIES, ROLES, Role, is_digest, profile_name
 
-if TYPE_CHECKING:
-    from obfuscatune.parties.job import Job
-
-Role = Literal["provider", "owner"]
-ROLES: tuple[Role, ...] = ("provider", "owner")
 # Without terms: what hands over nothing in plain coordinates. Who gets what is in the job, which the owner signs too.
 DEFAULT_PROFILES = ("balanced", "enclave")
-MAX_QUERIES = 1_000_000
-_FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 _NAMES = {"profiles", "adapter_to", "generations_to", "queries_by", "max_queries", "partners", "expires"}
 
 
@@ -56,7 +49,7 @@ class Terms:
             "max_queries": self.max_queries,
         }
 
-    def faults(self, job: "Job", role: Role, now: float) -> list[str]:
+    def faults(self, job: Job, role: Role, now: float) -> list[str]:
         """Return in what ``job`` goes beyond these terms of its ``role``, at ``now`` in Unix seconds."""
         partner = job.owner if role == "provider" else job.provider
         faults = []
@@ -90,7 +83,7 @@ class Terms:
                 faults += [] if _are_roles(fields[name]) else [f"{name} is not a list of {' and '.join(ROLES)}"]
         for name, check, expected in (
             ("profiles", _is_profile, "names of profiles"),
-            ("partners", _is_fingerprint, "fingerprints"),
+            ("partners", is_digest, "fingerprints"),
         ):
             if name in fields and not (isinstance(fields[name], list) and all(map(check, fields[name]))):
                 faults.append(f"{name} is not a list of {expected}")
@@ -122,18 +115,6 @@ def load_terms(path: Path) -> dict[str, Any]:
     return Terms.from_dict(fields, f"terms in {path}").to_dict()
 
 
-def profile_name(profile: Any, switches: Any) -> str:
-    """Return the name of the profile with these switches, as terms list it; raises FormatError for an unknown one."""
-    if not isinstance(profile, str) or not isinstance(switches, dict):
-        raise FormatError("profile or switches of a wrong type")
-    if not set(switches) <= set(SWITCHES):
-        raise FormatError("unknown switch of a profile", expected=f"some of {', '.join(SWITCHES)}")
-    try:
-        return resolve(profile, **switches).name
-    except UsageError as error:
-        raise FormatError(f"profile of the job: {error.what}", got=error.got, expected=error.expected) from None
-
-
 def _are_roles(value: Any) -> bool:
     return isinstance(value, list) and all(item in ROLES for item in value) and len(set(value)) == len(value)
 
@@ -160,7 +141,3 @@ def _plain(text: str) -> Any:
         except ValueError:
             continue
     return text
-
-
-def _is_fingerprint(value: Any) -> bool:
-    return isinstance(value, str) and _FINGERPRINT.fullmatch(value) is not None

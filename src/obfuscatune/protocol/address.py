@@ -8,11 +8,10 @@ import stat
 from dataclasses import dataclass
 
 from obfuscatune.errors import UsageError
-from obfuscatune.protocol.hostport import format_host_port, parse_host_port
+from obfuscatune.protocol.hostport import BACKLOG, format_host_port, listen_fault, listen_tcp, parse_host_port
 
 _FORMS = "unix://PATH or tcp://HOST:PORT"
 _MAX_UNIX_PATH_BYTES = 107  # sun_path of Linux without its final zero
-_BACKLOG = 16
 
 
 @dataclass(frozen=True)
@@ -92,12 +91,9 @@ def listen(address: Address) -> socket.socket:
         UsageError: the address is in use, or cannot be listened at.
     """
     try:
-        return _listen_unix(address.path) if address.path else _listen_tcp(address.host, address.port)
+        return _listen_unix(address.path) if address.path else listen_tcp(address.host, address.port)
     except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            hint = "stop the worker that listens there, or choose another address"
-            raise UsageError("address is in use", where=str(address), hint=hint) from None
-        raise UsageError("cannot listen", got=error.strerror, where=str(address)) from None
+        raise listen_fault(error, str(address)) from None
 
 
 def close_listener(listener: socket.socket, address: Address) -> None:
@@ -120,11 +116,6 @@ def _connect_unix(path: str, timeout: float) -> socket.socket:
     return sock
 
 
-def _listen_tcp(host: str, port: int) -> socket.socket:
-    family, _, _, _, name = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    return socket.create_server(name[:2], family=family, backlog=_BACKLOG)
-
-
 def _listen_unix(path: str) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
@@ -137,7 +128,7 @@ def _listen_unix(path: str) -> socket.socket:
                 raise
             os.unlink(path)
             sock.bind(path)
-        sock.listen(_BACKLOG)
+        sock.listen(BACKLOG)
     except BaseException:
         sock.close()
         raise

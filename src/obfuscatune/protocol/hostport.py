@@ -1,9 +1,12 @@
-"""HOST:PORT of an address: names, IPv4, and IPv6 in brackets; nothing of torch, so that a client starts at once."""
+"""HOST:PORT of an address, and listening there: names, IPv4, and IPv6 in brackets; without torch, to load at once."""
 
+import errno
 import re
+import socket
 
 from obfuscatune.errors import UsageError
 
+BACKLOG = 64
 _FORM = re.compile(r"(?:\[([0-9A-Za-z:.%]+)\]|([0-9A-Za-z._-]+)):([0-9]{1,5})")
 
 
@@ -25,3 +28,17 @@ def parse_host_port(rest: str, where: str) -> tuple[str, int] | None:
 def format_host_port(host: str, port: int) -> str:
     """Return what `parse_host_port` reads back."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def listen_tcp(host: str, port: int) -> socket.socket:
+    """Listen at the first address of ``host``; raises OSError, which `listen_fault` tells in words."""
+    family, _, _, _, name = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    return socket.create_server(name[:2], family=family, backlog=BACKLOG)
+
+
+def listen_fault(error: OSError, where: str) -> UsageError:
+    """Return what to raise where nobody can listen at the address ``where``."""
+    if error.errno == errno.EADDRINUSE:
+        hint = "stop what listens there, or choose another address"
+        return UsageError("address is in use", where=where, hint=hint)
+    return UsageError("cannot listen", got=error.strerror, where=where)

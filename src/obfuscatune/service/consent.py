@@ -8,7 +8,8 @@ So neither a stolen job file nor a careless signature gives away more than the o
 from obfuscatune.errors import ConsentError
 from obfuscatune.parties.job import Job, SignedJob
 from obfuscatune.parties.sealed.fields import Header
-from obfuscatune.parties.terms import Role, Terms
+from obfuscatune.parties.terms import Terms
+from obfuscatune.parties.vocabulary import Role
 
 # Who makes which input.
 OWNERS: dict[str, Role] = {"model": "provider", "data": "owner", "prompts": "owner"}

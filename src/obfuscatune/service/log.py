@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from obfuscatune.durable import sync, write_all
+from obfuscatune.durable import private, sync, write_all
 from obfuscatune.errors import FormatError, ObfuscatuneError, RollbackError, SealError, UsageError
 from obfuscatune.parties.canonical import decode, encode
 from obfuscatune.parties.identity import Identity, PublicIdentity
@@ -63,8 +63,7 @@ class AuditLog:
             UsageError: the file cannot be opened.
         """
         try:
-            flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
-            handle = os.open(path, flags, 0o600)
+            handle = private(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
         except OSError as error:
             raise UsageError("cannot open the audit log", got=error.strerror, where=str(path)) from None
         log = cls(handle, path)

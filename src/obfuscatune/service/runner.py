@@ -6,7 +6,6 @@ are sealed files only. The checkpoints hold the master secret of the keys and ar
 
 import contextlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from obfuscatune.durable import private
 from obfuscatune.enclave.families import family_of
 from obfuscatune.enclave.keys import MasterSecret
 from obfuscatune.enclave.protect import protect
@@ -30,10 +30,10 @@ from obfuscatune.profiles import resolve
 from obfuscatune.service.model import open_model
 from obfuscatune.service.scratch import ram_directory
 from obfuscatune.service.store import Store
+from obfuscatune.training.arguments import add_adapter, training_arguments
 from obfuscatune.training.checkpoints import load_keys, save_adapter
 from obfuscatune.training.completion import complete
 from obfuscatune.training.data import Collator, check_text, encode_rows, read_objects, read_rows
-from obfuscatune.training.settings import add_adapter, training_arguments
 from obfuscatune.training.trainer import ProtectedTrainer
 
 MAX_DATA_BYTES = 4 << 30
@@ -155,7 +155,7 @@ class Runner:
             for name in archive.names():
                 if "/" in name:
                     raise FormatError(f"a file in a folder, in a sealed {kind}")
-                with archive.open(name) as source, open(target / name, "xb", opener=_private) as file:
+                with archive.open(name) as source, open(target / name, "xb", opener=private) as file:
                     shutil.copyfileobj(source, file, 1 << 20)
         return target
 
@@ -271,10 +271,6 @@ def _complete(protected: Protected, tokenizer: Any, prompts: Sequence[str], max_
         batch = named[start : start + _BATCH]
         done += complete(protected.model, tokenizer, batch, max_new_tokens=max_new_tokens, do_sample=False)
     return done
-
-
-def _private(name: str, flags: int) -> int:
-    return os.open(name, flags, 0o600)
 
 
 def _files(directory: Path) -> dict[str, Path | bytes]:

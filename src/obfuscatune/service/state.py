@@ -35,7 +35,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from obfuscatune.durable import rename, write_private
+from obfuscatune.durable import private, rename, write_private
 from obfuscatune.errors import FormatError, ObfuscatuneError, RollbackError, SealError, UsageError
 from obfuscatune.parties.attestation.platform import Platform
 from obfuscatune.parties.canonical import decode, encode
@@ -239,7 +239,7 @@ def _take_lock(directory: Path) -> int:
     path = directory / "state.lock"
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        handle = private(path, os.O_RDWR | os.O_CREAT)
     except OSError as error:
         raise UsageError("cannot use the enclave's directory", got=error.strerror, where=str(directory)) from None
     try:

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from obfuscatune.durable import rename, sync
+from obfuscatune.durable import private, rename, sync
 from obfuscatune.errors import FormatError, ObfuscatuneError, ProtocolError, SealError, UsageError
 from obfuscatune.parties.sealed.fields import HASH_BYTES, TAG_BYTES, Kind
 from obfuscatune.parties.sealed.header import SignedHeader, open_file, read_exactly, read_header
@@ -36,7 +36,8 @@ class Upload:
         self.digest, self.size = digest, size
         self._lock, self._ended = threading.Lock(), False
         self._part, self._whole = directory / f"{digest}.{size}.part", directory / f"{digest}.sealed"
-        with open(self._part, "ab", opener=_private) as file:
+        # Follows no link: one that the disk's owner left in its place would lead an upload to anywhere on this machine.
+        with open(self._part, "ab", opener=private) as file:
             self._offset = file.tell() if file.tell() <= size else 0
             file.truncate(self._offset)
 
@@ -65,7 +66,7 @@ class Upload:
                 got = f"{offset + len(data)} bytes"
                 raise ProtocolError("upload is longer than announced", got=got, expected=f"{self.size}")
             try:
-                with open(self._part, "r+b", buffering=0, opener=_private) as file:
+                with open(self._part, "r+b", buffering=0, opener=private) as file:
                     file.truncate(offset)  # what a write left that failed half way
                     file.seek(offset)
                     left = memoryview(data)
@@ -273,8 +274,3 @@ def _check_chunks(path: Path, signed: SignedHeader) -> None:
 
 def _fault(what: str, error: OSError, path: Path) -> ObfuscatuneError:
     return ObfuscatuneError(what, got=error.strerror, where=str(path))
-
-
-def _private(name: str, flags: int) -> int:
-    # A link that the disk's owner left in a file's place would lead an upload to anywhere on this machine.
-    return os.open(name, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)

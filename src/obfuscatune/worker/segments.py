@@ -80,8 +80,8 @@ class Segment:
 
 
 def widths_of(spec: dict[str, Any], columns: int) -> tuple[int, ...]:
-    """Columns of each of the layers that a segment's first product computes side by side."""
-    widths = spec.get("widths")
+    """Columns of each of the layers that a segment's first product computes side by side; one where none are told."""
+    widths = spec.get("widths", [columns])
     whole = isinstance(widths, list) and widths and all(type(w) is int and w > 0 for w in widths)
     if not isinstance(widths, list) or not whole or sum(widths) != columns:
         raise ProtocolError("widths of layers side by side", expected=f"positive numbers that add up to {columns}")

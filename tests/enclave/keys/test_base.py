@@ -23,7 +23,7 @@ from obfuscatune.enclave.keys import (
     check_orthogonal,
     decode,
     encode,
-    per_head,
+    head_keys,
 )
 from obfuscatune.errors import KeyFaultError, UsageError
 
@@ -36,7 +36,7 @@ def make(family: str, size: int, seed: int = 0) -> Key:
     """A key of any family of the package; blocks of 4, so that small sizes have several and remainders."""
     stream = MasterSecret.from_insecure_test_seed(seed).stream("test", family)
     if family == "per_head":
-        return per_head(stream, size, 3, kappa=4.0)[0]
+        return head_keys(stream, heads=size, kv_heads=size, head_dim=3, rotary=0, kappa=4.0).q
     if family == "concat":
         return ConcatKey([build("monarch", stream, size, block=4), build("conditioned", stream, 3, kappa=9.0)])
     return build(family, stream, size, block=4, kappa=4.0)

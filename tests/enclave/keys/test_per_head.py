@@ -7,10 +7,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from obfuscatune.enclave.keys import ConcatKey, MasterSecret, PerHeadKey, haar, monarch, per_head
+from obfuscatune.enclave.keys import ConcatKey, MasterSecret, PerHeadKey, Stream, haar, head_keys, monarch
 from obfuscatune.errors import KeyFaultError, UsageError
+from obfuscatune.worker.attention import rotate
 
 TOLERANCE = 1e-12  # float64, kappa up to 16; measured 5e-14
+
+
+def per_head(stream: Stream, heads: int, head_dim: int, kappa: float) -> tuple[PerHeadKey, PerHeadKey, PerHeadKey]:
+    """Keys of q, k and v where every head has its own k and v, and nothing is rotated."""
+    keys = head_keys(stream, heads=heads, kv_heads=heads, head_dim=head_dim, rotary=0, kappa=kappa)
+    return keys.q, keys.k, keys.v
 
 
 def heads_of(x: Tensor, heads: int) -> Tensor:
@@ -42,6 +49,41 @@ def test_logits_are_lost_without_the_inverse_transpose(master: MasterSecret) -> 
     for wrong in (q_key, v_key):
         got = heads_of(q_key.apply(x), 3) @ heads_of(wrong.apply(x), 3).mT
         assert (got - expected).abs().max().item() > 0.1
+
+
+@given(
+    kv_heads=st.integers(1, 3),
+    share=st.integers(1, 3),
+    planes=st.integers(0, 3),
+    rest=st.integers(0, 3),
+    kappa=st.floats(1, 16),
+    seed=st.integers(0, 100),
+)
+@settings(deadline=None, max_examples=60)
+def test_grouped_and_rotated_heads(kv_heads: int, share: int, planes: int, rest: int, kappa: float, seed: int) -> None:
+    """Attention of the worker on keyed heads, rotated by position, is that of the plain heads in another order."""
+    if planes + rest == 0:
+        return
+    head_dim, heads = 2 * planes + rest, kv_heads * share
+    stream = MasterSecret.from_insecure_test_seed(seed).stream("heads")
+    keys = head_keys(stream, heads=heads, kv_heads=kv_heads, head_dim=head_dim, rotary=2 * planes, kappa=kappa)
+    q, k, v = (stream.normal(5, count * head_dim) for count in (heads, kv_heads, kv_heads))
+    angles = torch.outer(torch.arange(5.0, dtype=torch.float64), stream.uniform(planes)).repeat(1, 2)
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = heads_of(q, heads), heads_of(k, kv_heads), heads_of(v, kv_heads)
+        if planes:
+            q, k = (rotate(x[None], angles.cos()[None], angles.sin()[None])[0] for x in (q, k))
+        k, v = k.repeat_interleave(share, 0), v.repeat_interleave(share, 0)
+        return scaled_dot_product_attention(q, k, v).transpose(0, 1).reshape(5, -1)
+
+    there = attention(keys.q.apply(q), keys.k.apply(k), keys.v.apply(v))
+    assert torch.allclose(keys.output.apply_inverse(there), attention(q, k, v), rtol=0, atol=TOLERANCE)
+    assert max(key.condition_number for key in (keys.q, keys.k, keys.v)) <= kappa * (1 + 1e-9)
+    if planes:  # the control: a key that does not commute with the rotations
+        other = head_keys(stream, heads=heads, kv_heads=kv_heads, head_dim=head_dim, rotary=0, kappa=1.0)
+        wrong = attention(other.q.apply(q), other.k.apply(k), other.v.apply(v))
+        assert not torch.allclose(other.output.apply_inverse(wrong), attention(q, k, v), rtol=0, atol=1e-6)
 
 
 def test_structure(master: MasterSecret) -> None:

@@ -205,17 +205,6 @@ def test_load_refuses_what_is_missing_or_no_file(tmp_path: Path) -> None:
         MasterSecret.load(tmp_path)
 
 
-def test_wiped_secret_is_zero_and_unusable(tmp_path: Path) -> None:
-    secret = MasterSecret(VALUE)
-    buffer = secret._value
-    secret.wipe()
-    assert bytes(buffer) == bytes(32)
-    for use in (lambda: secret.stream("x"), lambda: secret.save(tmp_path / "master")):
-        with pytest.raises(KeyFaultError, match="wiped"):
-            use()
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_wrong_arguments_are_usage_errors(master: MasterSecret) -> None:
     for wrong in (lambda: MasterSecret(b"short"), lambda: master.stream(), lambda: master.stream("x").bytes(-1)):
         with pytest.raises(UsageError):

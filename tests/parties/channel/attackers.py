@@ -24,7 +24,7 @@ from obfuscatune.parties.channel.frames import Stream
 from obfuscatune.parties.channel.tls import client_context, server_context
 
 SECONDS = 20.0
-ANY = frames.Limits(1 << 20, frames.MAX_PIECE_BYTES)
+ANY = frames.MessageLimits(1 << 20, frames.MAX_PIECE_BYTES)
 Script = Callable[[Stream], None]
 
 

@@ -7,7 +7,7 @@ from obfuscatune.parties.canonical import decode
 from obfuscatune.parties.channel import frames, server, tls
 from obfuscatune.parties.channel.certificate import CBOR_TAG, MAX_CERTIFICATE_BYTES, OID, PLATFORM_EXTRAS
 from obfuscatune.parties.channel.faults import CODES, MAX_CHARS
-from obfuscatune.parties.channel.frames import SESSION, Limits, encode_message, read_message
+from obfuscatune.parties.channel.frames import SESSION, MessageLimits, encode_message, read_message
 from obfuscatune.parties.channel.handshake import PROTOCOL, Transcript
 from obfuscatune.parties.identity import Identity
 
@@ -22,8 +22,8 @@ def number(text: str) -> int:
 
 def test_limits() -> None:
     rows = re.findall(r"^\| `([A-Z]+)` \| ([\d ]+) \| ([\d ]+) \|", TEXT, re.MULTILINE)
-    told = {name: Limits(number(fields), number(payload)) for name, fields, payload in rows}
-    assert told == {name: value for name, value in vars(frames).items() if isinstance(value, Limits)}
+    told = {name: MessageLimits(number(fields), number(payload)) for name, fields, payload in rows}
+    assert told == {name: value for name, value in vars(frames).items() if isinstance(value, MessageLimits)}
     assert f"more than {MAX_CERTIFICATE_BYTES:,} bytes".replace(",", " ") in TEXT
     assert f"at most {MAX_CHARS:,} characters".replace(",", " ") in TEXT
     assert f"of at most {frames.MAX_PIECE_BYTES >> 20} MiB of payload" in TEXT

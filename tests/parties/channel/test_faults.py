@@ -48,7 +48,7 @@ def test_no_control_characters_and_no_more_than_a_page() -> None:
     assert len(fields["message"]) <= MAX_CHARS
     with pytest.raises(UsageError) as caught:
         raise_from({"error": "usage", "message": "\x1b[2Jred\r"}, "w")
-    assert caught.value.what == "?[2Jred?"
+    assert caught.value.what == r"\x1b[2Jred\r"
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from obfuscatune.errors import ConnectionClosedError, ProtocolError, UsageError
-from obfuscatune.parties.channel.frames import HELLO, SESSION, Limits, Stream, encode_message, read_message
+from obfuscatune.parties.channel.frames import HELLO, SESSION, MessageLimits, Stream, encode_message, read_message
 
-SMALL = Limits(200, 100)
+SMALL = MessageLimits(200, 100)
 values = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),

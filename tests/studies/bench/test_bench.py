@@ -11,9 +11,10 @@ from obfuscatune.cli.bench import command
 from obfuscatune.errors import ObfuscatuneError, UsageError
 from obfuscatune.studies.bench.contender import Contender, ContenderSpec
 from obfuscatune.studies.bench.process import ContenderProcess
-from obfuscatune.studies.bench.report import describe_machine, to_markdown
+from obfuscatune.studies.bench.report import to_markdown
 from obfuscatune.studies.bench.run import BenchOptions, Measurement, count_steps, parse_profile, run_bench
 from obfuscatune.studies.bench.workloads import SIZES, WORKLOADS, Shape, build_model
+from obfuscatune.studies.reports.provenance import describe_machine
 
 SHAPE = Shape(batch_size=2, seq_length=8, new_tokens=3)
 PROFILES = ("paper", "balanced")

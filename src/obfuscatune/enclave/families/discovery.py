@@ -5,13 +5,13 @@ that get the very same tensor travel in one call. That is all that profiles need
 between the layers stays the model's own code, in the enclave. What is not understood is refused, by name.
 """
 
-import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from obfuscatune.enclave.families.empty import empty_model
 from obfuscatune.enclave.families.form import Block, Decoder, Group, Layer, find_layer
 from obfuscatune.errors import UnsupportedModelError
 
@@ -99,40 +99,34 @@ def _trace(model: Any, paths: list[str], where: str) -> dict[str, int]:
     Raises:
         UnsupportedModelError: a model that cannot be run without data, or a layer that is not called just once.
     """
-    skeleton = _skeleton(model, where)
+    # Eager attention, because the making of masks for others looks at values, and there are none.
+    skeleton = empty_model(model.config, attn_implementation="eager")
     entered: dict[str, list[Tensor]] = {path: [] for path in paths}
     for path in paths:
         skeleton.get_submodule(path).register_forward_pre_hook(
             lambda _, args, path=path: entered[path].append(args[0])  # kept, so that no two have one address
         )
     ids = torch.zeros(1, _TOKENS, dtype=torch.long, device="meta")
-    # Made already: transformers' own making of one looks at the values of positions, and there are none.
-    mask = torch.zeros(1, 1, _TOKENS, _TOKENS, dtype=next(skeleton.parameters()).dtype, device="meta")
-    try:
-        with torch.no_grad():
-            skeleton(input_ids=ids, attention_mask=mask, use_cache=False)
-    except Exception as error:  # whatever the model's own code does with tensors that have no data
-        got = type(error).__name__
-        raise UnsupportedModelError("the model's layers cannot be found by running it", got=got, where=where) from error
+    made = torch.zeros(1, 1, _TOKENS, _TOKENS, dtype=next(skeleton.parameters()).dtype, device="meta")
+    failure: Exception | None = None
+    for mask in (made, None):  # one that is made already, or one that the model makes for itself
+        for tensors in entered.values():
+            tensors.clear()
+        try:
+            with torch.no_grad():
+                skeleton(input_ids=ids, attention_mask=mask, use_cache=False)
+            break
+        except Exception as error:  # whatever the model's own code does with tensors that have no data
+            failure = error
+    else:
+        raise UnsupportedModelError(
+            "the model's layers cannot be found by running it", got=type(failure).__name__, where=where
+        ) from failure
     for path, tensors in entered.items():
         if len(tensors) != 1:
             got = f"{len(tensors)} calls in a forward"
             raise UnsupportedModelError("a linear layer that is not called once", got=got, expected="1", where=path)
     return {path: id(tensors[0]) for path, tensors in entered.items()}
-
-
-def _skeleton(model: Any, where: str) -> Any:
-    """The same architecture without data, and without an adapter."""
-    from transformers import AutoModelForCausalLM
-
-    config = copy.deepcopy(model.config)
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False).eval()  # type: ignore[no-untyped-call]
-    except (ValueError, KeyError) as error:
-        raise UnsupportedModelError(
-            "a model that transformers does not have", got=type(error).__name__, where=where
-        ) from error
 
 
 def _groups(layers: dict[str, Layer], inputs: dict[str, int]) -> tuple[Group, ...]:

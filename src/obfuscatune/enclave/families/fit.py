@@ -4,6 +4,8 @@ import dataclasses
 import warnings
 from collections.abc import Collection
 
+from torch import nn
+
 from obfuscatune.enclave.families.form import Decoder
 from obfuscatune.errors import UnsupportedModelError
 from obfuscatune.profiles import Profile
@@ -62,6 +64,9 @@ def _refuse_rotation(decoder: Decoder) -> None:
         reasons.append("norms stand after attention and MLP too, and a gain that cannot be folded does not commute")
     if _has_head_norms(decoder):
         reasons.append("q and k are normalized in each head, and no key commutes with that")
+    final = None if decoder.final_norm is None else decoder.model.get_submodule(decoder.final_norm)
+    if decoder.norm == "layernorm" and type(final) is not nn.LayerNorm:
+        reasons.append(f"the final norm, {type(final).__name__}, sees the mean of a row, which centring takes away")
     kinds = set(getattr(decoder.model.config, "layer_types", None) or ())
     if len(kinds) > 1:
         reasons.append(f"layers differ in their masks ({', '.join(sorted(kinds))}), and one call has one mask")

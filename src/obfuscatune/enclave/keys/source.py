@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from torch import Tensor
 
+from obfuscatune.durable import rename, write_new
 from obfuscatune.errors import KeyFaultError, UsageError
 
 SECRET_BYTES = 32
@@ -131,8 +132,7 @@ class MasterSecret(Secret):
     def __init__(self, value: builtins.bytes, *, is_test: bool = False) -> None:
         if len(value) != SECRET_BYTES:
             raise UsageError("a master secret has the wrong length", got=len(value), expected=SECRET_BYTES)
-        self._value = bytearray(value)
-        self._wiped = False
+        self._value = bytes(value)
         self.is_test = is_test
 
     @classmethod
@@ -151,38 +151,28 @@ class MasterSecret(Secret):
         Streams under other labels are independent; each label is preceded by its length, so that ("ab", "c") and
         ("a", "bc") differ.
 
-        Raises: `UsageError` without labels, `KeyFaultError` after `wipe`.
+        Raises: `UsageError` without labels.
         """
         if not labels:
             raise UsageError("a stream needs at least one label", got="none")
         encoded = [label.encode() for label in labels]
         info = b"".join(len(label).to_bytes(4, "big") + label for label in encoded)
-        return Stream(_hkdf(self._usable(), b"obfuscatune stream v1" + info))
+        return Stream(_hkdf(self._value, b"obfuscatune stream v1" + info))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one line, ``<format-version> <hex>``, readable by the owner only; atomic, replaces an older file.
 
-        Raises: `KeyFaultError` after `wipe`, OSError as the file system gives it.
+        Raises: OSError as the file system gives it.
         """
         path = Path(path)
-        line = f"{_TAGS[self.is_test]} {self._usable().hex()}\n".encode()
+        line = f"{_TAGS[self.is_test]} {self._value.hex()}\n".encode()
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-        # O_EXCL with the mode at creation: the bytes are never in a file that others could already have open
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         try:
-            with os.fdopen(fd, "wb") as file:
-                file.write(line)
-                file.flush()
-                os.fsync(fd)
-            temporary.rename(path)
+            write_new(temporary, line)
+            rename(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)  # the rename survives a power cut
-        finally:
-            os.close(directory)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
@@ -206,16 +196,6 @@ class MasterSecret(Secret):
             raise UsageError("a master secret is malformed", expected=f"'{_TAGS[False]} <64 hex digits>'", where=where)
         return cls(builtins.bytes.fromhex(match[2].decode()), is_test=match[1] == _TAGS[True].encode())
 
-    def wipe(self) -> None:
-        """Overwrite the 32 bytes, for good. Copies that HKDF and `load` made on the way are freed, not overwritten."""
-        self._value[:] = builtins.bytes(SECRET_BYTES)
-        self._wiped = True
 
-    def _usable(self) -> bytearray:
-        if self._wiped:
-            raise KeyFaultError("a wiped master secret was used", hint="load or unseal it again")
-        return self._value
-
-
-def _hkdf(value: builtins.bytes | bytearray, info: builtins.bytes) -> builtins.bytes:
+def _hkdf(value: builtins.bytes, info: builtins.bytes) -> builtins.bytes:
     return HKDF(algorithm=SHA256(), length=SECRET_BYTES, salt=None, info=info).derive(value)

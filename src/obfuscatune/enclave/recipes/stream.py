@@ -69,9 +69,9 @@ class StreamRecipe:
             raise UnsupportedModelError("rotate_stream needs a record of the model family", where=block.path)
         for part in block.parts:
             keying.fold(part.norm)
-            keying.note_dropout(f"{part.name} dropout", getattr(part.dropout, "p", 0.0))
-        for dropout in block.dropouts:
-            keying.note_dropout("dropout of a block", getattr(dropout, "p", 0.0))
+        for dropout in (*(part.dropout for part in block.parts), *block.dropouts):
+            if dropout is not None:
+                keying.note_dropout(_name(dropout, block.module), getattr(dropout, "p", 0.0))
         self._add(ship_attention(keying, block.attention, self._around))
         self._add(ship_mlp(keying, block.mlp, self._around))
         self._blocks.append(block)
@@ -148,3 +148,7 @@ class StreamRecipe:
                 centred_out=centred_out,
             )
         )
+
+
+def _name(child: nn.Module, module: nn.Module) -> str:
+    return str(next(name for name, found in module.named_modules() if found is child))

@@ -6,17 +6,31 @@ evaluation under autograd, an exception), its lease tells the worker to forget t
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from obfuscatune.enclave.freivalds import Check
 from obfuscatune.enclave.session import Session
 
-if TYPE_CHECKING:
-    from obfuscatune.enclave.remote.held import HeldSlot
+
+def version_of(tensor: Tensor) -> int:
+    """Return the count of a tensor's changes in place, which tensors made under ``inference_mode`` do not have."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+class Held(Protocol):
+    """A LoRA slot whose factors the worker holds, as a call sees it; `held.py` has the thing itself."""
+
+    anchor: nn.Parameter
+
+    def begin_backward(self) -> bool:
+        """Whether the worker shall clear the slot's gradient first."""
+
+    def take_norm(self, norm: Any) -> Tensor:
+        """Return the gradient of the anchor, from the norm that the worker told."""
 
 
 @dataclass(slots=True, repr=False)  # a repr would show activations
@@ -44,7 +58,7 @@ class RemoteCall:
     extras: dict[str, Tensor] = field(default_factory=dict)
     factors: list[str] = field(default_factory=list)
     push: set[str] = field(default_factory=set)
-    held: "dict[str, HeldSlot]" = field(default_factory=dict)
+    held: dict[str, Held] = field(default_factory=dict)
     when_sent: list[Callable[[], None]] = field(default_factory=list)
     check: Check | None = None
     id: int = 0

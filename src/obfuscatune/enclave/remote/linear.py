@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from obfuscatune.enclave.freivalds import Check
 from obfuscatune.enclave.keys import Key, decode, encode
-from obfuscatune.enclave.remote.calls import RemoteCall
+from obfuscatune.enclave.remote.calls import RemoteCall, version_of
 from obfuscatune.enclave.remote.held import HeldSlot
 from obfuscatune.enclave.remote.lora import Slot
 from obfuscatune.enclave.remote.norms import FoldedNorm
@@ -66,12 +66,12 @@ class LinearGroup(ABC):
         if (
             found is None
             or found.x() is not x
-            or found.version != x._version
+            or found.version != version_of(x)
             or found.grad != torch.is_grad_enabled()
             or member not in found.outputs
         ):
             outputs = dict(enumerate(self.outputs(x)))
-            found = self._results = _Results(weakref.ref(x), x._version, torch.is_grad_enabled(), outputs)
+            found = self._results = _Results(weakref.ref(x), version_of(x), torch.is_grad_enabled(), outputs)
         y = found.outputs.pop(member)
         if not found.outputs:
             self._results = None

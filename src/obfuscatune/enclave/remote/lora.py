@@ -27,7 +27,7 @@ from torch import Tensor
 from obfuscatune.enclave.families import Layer
 from obfuscatune.enclave.folding import centre
 from obfuscatune.enclave.keys import Key, decode, encode
-from obfuscatune.enclave.remote.calls import RemoteCall
+from obfuscatune.enclave.remote.calls import RemoteCall, version_of
 from obfuscatune.enclave.remote.passes import Passes
 from obfuscatune.errors import UnsupportedModelError
 
@@ -87,7 +87,7 @@ class _Sent:
         A version counter tells of most changes at once. One of ``parameter.data`` it does not, so values are compared
         too, once in each pass.
         """
-        if self.parameter is not parameter or self.version != parameter._version or self.scale != scale:
+        if self.parameter is not parameter or self.version != version_of(parameter) or self.scale != scale:
             return False
         if self.number != number:
             if not torch.equal(parameter, self.value):
@@ -134,7 +134,7 @@ class _Pushing(Slot):
             if changed:
                 call.push.add(wire)
         if changed:
-            now = _Sent(parameter, parameter._version, scale, parameter.detach().clone(), self._passes.number)
+            now = _Sent(parameter, version_of(parameter), scale, parameter.detach().clone(), self._passes.number)
             # Until the worker has answered it is sent again.
             call.when_sent.append(lambda: self._sent.update({name: now}))
 

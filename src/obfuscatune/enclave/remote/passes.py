@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from obfuscatune.enclave.remote.calls import RemoteCall
+from obfuscatune.enclave.remote.calls import RemoteCall, version_of
 from obfuscatune.enclave.session import Session
 from obfuscatune.errors import UnsupportedModelError
 from obfuscatune.protocol.bits import pack_mask
@@ -66,7 +66,7 @@ class Passes:
     def _number(self, tensor: Tensor) -> tuple[int, list[int], bool]:
         """Number and shape under which the worker has the tensor, and whether it has yet to get it."""
         known = self._shared.get(id(tensor))
-        if known is not None and known[0]() is tensor and known[1] == tensor._version:
+        if known is not None and known[0]() is tensor and known[1] == version_of(tensor):
             return known[2], known[3], False
         return next(self._numbers), [], True
 
@@ -84,7 +84,7 @@ class Passes:
                 del self._shared[key]
             self._session.drop("shared", number)
 
-        self._shared[key] = weakref.ref(tensor, forget), tensor._version, number, shape
+        self._shared[key] = weakref.ref(tensor, forget), version_of(tensor), number, shape
 
 
 def _allowed(mask: Tensor, layer: str) -> Tensor:

@@ -19,8 +19,10 @@ from obfuscatune.enclave.remote.lora import Slot
 from obfuscatune.enclave.remote.passes import Passes
 from obfuscatune.errors import UnsupportedModelError
 
-# Arguments of a decoder block that say nothing which masks, rotary tables and the cache do not say already.
-_KNOWN = frozenset({"position_ids", "cache_position", "use_cache", "num_items_in_batch"})
+# Arguments that reach a decoder block and mean nothing to it: what masks, rotary tables and the cache say already, what
+# the loss takes, and outputs whose hooks refuse them where they cannot be given (`protect`).
+_KNOWN = frozenset({"position_ids", "cache_position", "use_cache"})
+_KNOWN |= {"num_items_in_batch", "shift_labels", "output_attentions", "output_hidden_states"}
 
 
 class RemotePart(nn.Module):

@@ -13,7 +13,7 @@ from typing import Any
 
 import dcap_qvl
 
-from obfuscatune.errors import FormatError
+from obfuscatune.errors import FormatError, printable
 from obfuscatune.parties.attestation.certificates import read_chain
 from obfuscatune.parties.attestation.evidence import Quote
 from obfuscatune.parties.attestation.fields import Fields
@@ -97,7 +97,7 @@ def peek(raw: bytes) -> dict[str, str]:
             fields = {"mrenclave": report.mr_enclave.hex(), "mrsigner": report.mr_signer.hex()}
         return {**fields, "report data": report.report_data.hex()}
     except ValueError as error:
-        problem = _plain(error)
+        problem = printable(error, most=_MAX_MESSAGE)
     raise FormatError("not a DCAP quote", got=problem)
 
 
@@ -167,7 +167,7 @@ def _verify(raw: bytes, collateral: dict[str, str], root: bytes, now: float) -> 
         claims = dcap_qvl.QuoteVerifier(root).verify_with_policy(raw, material, second, policy)
         return json.loads(claims.to_json()), ""
     except ValueError as error:
-        return None, _plain(error)
+        return None, printable(error, most=_MAX_MESSAGE)
 
 
 def _platform(found: dict[str, Any], policy: Policy, now: float) -> list[Rule]:
@@ -208,8 +208,3 @@ def _decode(data: bytes) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError:
         raise FormatError("collateral is not UTF-8") from None
-
-
-def _plain(error: Exception) -> str:
-    """Return the library's message for a terminal: it may hold texts of the evidence."""
-    return "".join(character if character.isprintable() else "?" for character in str(error))[:_MAX_MESSAGE]

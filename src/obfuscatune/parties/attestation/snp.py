@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 from cryptography.hazmat.primitives.hashes import SHA384
 
-from obfuscatune.errors import FormatError
+from obfuscatune.errors import FormatError, printable
 from obfuscatune.parties.attestation.certificates import Certificate, read_chain
 from obfuscatune.parties.attestation.evidence import Quote
 from obfuscatune.parties.attestation.policy import TCB_PARTS, Policy
@@ -192,7 +192,7 @@ def _integer(certificate: Certificate, oid: str) -> int | None:
 
 
 def _text(certificate: Certificate, oid: str) -> str:
-    """Return a DER IA5String; "?" where it is none."""
+    """Return a DER IA5String, for a terminal too; "?" where it is none."""
     value = _raw(certificate, oid)
     text = value[2:].decode("ascii", "replace") if len(value) > 2 and value[:2] == bytes([0x16, len(value) - 2]) else ""
-    return text if text.isascii() and text.isprintable() and text else "?"
+    return printable(text) or "?"

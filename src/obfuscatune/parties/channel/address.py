@@ -4,9 +4,7 @@ import socket
 from dataclasses import dataclass
 
 from obfuscatune.errors import UsageError
-from obfuscatune.protocol.hostport import format_host_port, parse_host_port
-
-_BACKLOG = 64
+from obfuscatune.protocol.hostport import format_host_port, listen_fault, listen_tcp, parse_host_port
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,6 @@ class TlsAddress:
     def listen(self) -> socket.socket:
         """Listen at the address; raises UsageError where that cannot be."""
         try:
-            family, _, _, _, name = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)[0]
-            return socket.create_server(name[:2], family=family, backlog=_BACKLOG)
+            return listen_tcp(self.host, self.port)
         except OSError as error:
-            raise UsageError("cannot listen", got=error.strerror, where=str(self)) from None
+            raise listen_fault(error, str(self)) from None

@@ -14,6 +14,7 @@ from obfuscatune.errors import (
     RollbackError,
     SealError,
     UsageError,
+    printable,
 )
 
 _CLASSES: dict[str, type[ObfuscatuneError]] = {
@@ -37,7 +38,7 @@ def to_fields(error: BaseException) -> dict[str, Any]:
     if not isinstance(error, ObfuscatuneError):
         return {"error": "failed", "message": "the request failed in the enclave"}
     code = next(_CODES[kind] for kind in type(error).__mro__ if kind in _CODES)
-    return {"error": code, "message": _printable(str(error))}
+    return {"error": code, "message": printable(error, keep="\n")[:MAX_CHARS]}
 
 
 def raise_from(fields: dict[str, Any], where: str) -> None:
@@ -52,10 +53,5 @@ def raise_from(fields: dict[str, Any], where: str) -> None:
     code, message = fields["error"], fields.get("message")
     if code not in CODES or not isinstance(message, str) or len(message) > MAX_CHARS:
         raise ProtocolError("peer reports an error of an unknown form", where=where)
-    text, _, hint = _printable(message).partition(_HINT)
+    text, _, hint = printable(message, keep="\n").partition(_HINT)
     raise _CLASSES[code](text, where=where, hint=hint or None)
-
-
-def _printable(text: str) -> str:
-    """What a terminal shows as it is: no control characters of the other side."""
-    return "".join(char if char.isprintable() or char == "\n" else "?" for char in text[:MAX_CHARS])

@@ -25,21 +25,21 @@ _WRITE_BYTES = 256 * 1024
 
 
 @dataclass(frozen=True)
-class Limits:
+class MessageLimits:
     """Most bytes of one message's fields and of its payload, in one state of the connection."""
 
     fields: int
     payload: int
 
 
-HELLO = Limits(1024, 0)
-EVIDENCE = Limits(1024, MAX_EVIDENCE_BYTES)
-AUTHENTICATE = Limits(4096, 0)  # an identity with an ML-KEM key is 1.9 KB
-ANSWER = Limits(8192, 0)
-SESSION = Limits(256 * 1024, MAX_PIECE_BYTES)
+HELLO = MessageLimits(1024, 0)
+EVIDENCE = MessageLimits(1024, MAX_EVIDENCE_BYTES)
+AUTHENTICATE = MessageLimits(4096, 0)  # an identity with an ML-KEM key is 1.9 KB
+ANSWER = MessageLimits(8192, 0)
+SESSION = MessageLimits(256 * 1024, MAX_PIECE_BYTES)
 
 
-def encode_message(fields: Mapping[str, Any], payload: bytes, limits: Limits) -> bytes:
+def encode_message(fields: Mapping[str, Any], payload: bytes, limits: MessageLimits) -> bytes:
     """Return the bytes of a message up to its payload.
 
     Raises:
@@ -53,7 +53,7 @@ def encode_message(fields: Mapping[str, Any], payload: bytes, limits: Limits) ->
     return _FIELDS.pack(len(data)) + data + _PAYLOAD.pack(len(payload))
 
 
-def read_message(read: Callable[[int], bytes], limits: Limits) -> tuple[dict[str, Any], bytes]:
+def read_message(read: Callable[[int], bytes], limits: MessageLimits) -> tuple[dict[str, Any], bytes]:
     """Read one message; ``read(n)`` returns exactly n bytes, and is never asked for more than the limits allow.
 
     Raises:
@@ -86,7 +86,7 @@ class Stream:
             # A handshake is small messages that wait for one another: with Nagle's algorithm each costs 40 ms.
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
-    def send(self, fields: Mapping[str, Any], payload: bytes = b"", *, limits: Limits, deadline: float) -> None:
+    def send(self, fields: Mapping[str, Any], payload: bytes = b"", *, limits: MessageLimits, deadline: float) -> None:
         """Send one message.
 
         Raises:
@@ -103,7 +103,7 @@ class Stream:
                     self._wait(deadline)
                     view = view[self._socket.send(view[:_WRITE_BYTES]) :]
 
-    def receive(self, limits: Limits, *, deadline: float) -> tuple[dict[str, Any], bytes]:
+    def receive(self, limits: MessageLimits, *, deadline: float) -> tuple[dict[str, Any], bytes]:
         """Receive one message.
 
         Raises:

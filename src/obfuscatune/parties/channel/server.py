@@ -193,7 +193,9 @@ class AttestedServer:
             return to_fields(error), b""
         return {"fields": reply}, data
 
-    def _send(self, stream: frames.Stream, fields: dict[str, Any], payload: bytes, limits: frames.Limits) -> None:
+    def _send(
+        self, stream: frames.Stream, fields: dict[str, Any], payload: bytes, limits: frames.MessageLimits
+    ) -> None:
         stream.send(fields, payload, limits=limits, deadline=time.monotonic() + self._timeout)
 
     def _credentials(self) -> tuple[EnclaveCertificate, Any]:

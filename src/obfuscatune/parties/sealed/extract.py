@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from obfuscatune.durable import private
 from obfuscatune.errors import ObfuscatuneError, UsageError
 from obfuscatune.parties.sealed.archive import COPY_BYTES, SealedArchive, progress_bar
 
@@ -45,7 +46,7 @@ def _write(archive: SealedArchive, name: str, root: Path, report: Callable[[int]
     buffer = memoryview(bytearray(min(archive.size(name), COPY_BYTES) or 1))
     with (
         archive.open(name) as source,
-        open(path, "xb", opener=lambda file, flags: os.open(file, flags, 0o600)) as file,
+        open(path, "xb", opener=private) as file,
     ):
         while count := source.readinto(buffer):
             file.write(buffer[:count])

@@ -144,7 +144,7 @@ class Attack:
     """One attack.
 
     Attributes:
-        id: as in the security analysis, ``A1``. title: a few words. needs: letters of `NEEDS`, "N" where none.
+        id: as in docs/security.md, ``A1``. title: a few words. needs: letters of `NEEDS`, "N" where none.
         source: paper or where it is derived. metric: what success is. chance: what guessing gives, in words.
         run: ``(sample, knowledge) -> guess``. Raises NotApplicableError.
         score: ``(guess, truth) -> Score``.

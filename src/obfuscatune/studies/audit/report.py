@@ -1,6 +1,5 @@
 """The audit's result as a table profile x attack, figures, one page and JSON."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,8 +10,8 @@ from matplotlib.figure import Figure
 from obfuscatune.studies.audit.attack import NEEDS, Attack
 from obfuscatune.studies.audit.verdict import AS_CLAIMED, BROKEN, CHANCE, LEAK, NONE, VOID, Control, Verdict
 from obfuscatune.studies.reports.figures import COLOURS, new_figure, save, style
-from obfuscatune.studies.reports.files import write_text
-from obfuscatune.studies.reports.page import Section, figure, paragraph, rows_table, write_html
+from obfuscatune.studies.reports.files import write_json
+from obfuscatune.studies.reports.page import Section, figure, paragraphs, rows_table, write_page
 from obfuscatune.studies.reports.tables import write_csv, write_markdown
 
 Row = dict[str, Any]
@@ -75,17 +74,17 @@ def write_report(directory: Path, findings: Findings, provenance: Row) -> Path:
         "verdicts": [asdict(verdict) for verdict in findings.verdicts],
         "controls": [asdict(control) for control in findings.controls],
     }
-    write_text(directory / "audit.json", json.dumps(document, indent=1) + "\n")
+    write_json(directory / "audit.json", document)
     path = directory / "audit.md"
     more = {"Controls": controls, "The attacks": attack_rows(findings), "By token budget": details}
     write_markdown(path, TITLE, table, notes, provenance, more)
     sections = [
-        Section("What it shows", "".join(map(paragraph, notes)) + figure(matrix)),
+        Section("What it shows", paragraphs(notes) + figure(matrix)),
         Section("Profile and attack", rows_table(table)),
         Section("Success against tokens", figure(curves)),
         *(Section(name, rows_table(rows)) for name, rows in more.items()),
     ]
-    write_html(directory / "audit.html", TITLE, sections, provenance)
+    write_page(directory / "audit.html", TITLE, sections, provenance)
     return path
 
 

@@ -1,98 +1,50 @@
-"""The benchmark's results as tables for people and as JSON for scripts, with the machine they were measured on."""
+"""The benchmark's results as tables for people and as plain values for scripts."""
 
 import dataclasses
-import datetime
-import os
-import platform
-import re
-import shlex
-import sys
 from collections.abc import Sequence
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
-import torch
-
-from obfuscatune import __version__
 from obfuscatune.studies.bench.run import BenchOptions, BenchResult, Footprint, Measurement
+from obfuscatune.studies.reports.tables import Row, columns, markdown_table
 
-Table = tuple[list[str], list[list[str]]]  # header and rows
-
-_COST_HEADER = [
-    "model",
-    "profile",
-    "workload",
-    "plain tok/s",
-    "ours tok/s",
-    "ratio",
-    "calls/tok/layer",
-    "bytes/tok/layer",
-]
-_FOOTPRINT_HEADER = ["model", "profile", "protect", "in the enclave", "enclave peak", "worker peak", "plain peak"]
+_TEXTS = ("model", "profile", "workload")  # columns that are not numbers
 
 
-def cost_table(measurements: Sequence[Measurement]) -> Table:
+def cost_rows(measurements: Sequence[Measurement]) -> list[Row]:
     """Speed against plain, and what crossed the boundary."""
-    rows = [
-        [
-            m.size,
-            m.profile,
-            m.workload,
-            f"{m.plain_tokens_per_second:,.1f}",
-            f"{m.tokens_per_second:,.1f}",
-            f"{m.ratio:.2f}x",
-            f"{m.calls_per_token_layer:.3f}",
-            f"{m.bytes_per_token_layer:,.0f}",
-        ]
+    return [
+        {
+            "model": m.size,
+            "profile": m.profile,
+            "workload": m.workload,
+            "plain tok/s": f"{m.plain_tokens_per_second:,.1f}",
+            "ours tok/s": f"{m.tokens_per_second:,.1f}",
+            "ratio": f"{m.ratio:.2f}x",
+            "calls/tok/layer": f"{m.calls_per_token_layer:.3f}",
+            "bytes/tok/layer": f"{m.bytes_per_token_layer:,.0f}",
+        }
         for m in measurements
     ]
-    return _COST_HEADER, rows
 
 
-def footprint_table(footprints: Sequence[Footprint]) -> Table:
+def footprint_rows(footprints: Sequence[Footprint]) -> list[Row]:
     """Seconds of protecting, share of the parameters in the enclave, peak memory of each process."""
-    rows = [
-        [
-            f.size,
-            f.profile,
-            f"{f.obfuscation_seconds:.1f} s",
-            f"{100 * f.enclave_share:.1f} %",
-            _mebibytes(f.enclave_peak_bytes),
-            _mebibytes(f.worker_peak_bytes),
-            _mebibytes(f.plain_peak_bytes),
-        ]
+    return [
+        {
+            "model": f.size,
+            "profile": f.profile,
+            "protect": f"{f.obfuscation_seconds:.1f} s",
+            "in the enclave": f"{100 * f.enclave_share:.1f} %",
+            "enclave peak": _mebibytes(f.enclave_peak_bytes),
+            "worker peak": _mebibytes(f.worker_peak_bytes),
+            "plain peak": _mebibytes(f.plain_peak_bytes),
+        }
         for f in footprints
     ]
-    return _FOOTPRINT_HEADER, rows
 
 
 def _mebibytes(size: int | None) -> str:
     return "-" if size is None else f"{size / 2**20:,.0f} MiB"
-
-
-def describe_machine(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Return CPU model, cores, versions, date (UTC) and the command line ``argv``, without the program's path."""
-    argv = sys.argv if argv is None else argv
-    return {
-        "cpu": _cpu_model(),
-        "cores": os.cpu_count(),
-        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        **{package: version(package) for package in ("torch", "transformers", "peft")},
-        "obfuscatune": __version__,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": shlex.join([Path(argv[0]).name, *argv[1:]]),
-    }
-
-
-def _cpu_model() -> str:
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        found = None
-    return found[1] if found else platform.processor() or "unknown"
 
 
 def to_dict(options: BenchOptions, result: BenchResult, machine: dict[str, Any]) -> dict[str, Any]:
@@ -127,16 +79,10 @@ def to_markdown(options: BenchOptions, result: BenchResult, machine: dict[str, A
         parts[0] += (
             f" Plain ran under the waiting policy (`OMP_WAIT_POLICY`) that suits it best: {', '.join(policies)}."
         )
-        parts.append(_markdown(cost_table(result.measurements)))
-    parts.append(_markdown(footprint_table(result.footprints)))
+        parts.append(_markdown(cost_rows(result.measurements)))
+    parts.append(_markdown(footprint_rows(result.footprints)))
     return "\n\n".join(parts) + "\n"
 
 
-def _markdown(table: Table) -> str:
-    header, rows = table
-    aligned = ["---" if not rows or not _is_number(rows[0][i]) else "---:" for i in range(len(header))]
-    return "\n".join("| " + " | ".join(row) + " |" for row in (header, aligned, *rows))
-
-
-def _is_number(cell: str) -> bool:
-    return cell == "-" or cell[0].isdigit()
+def _markdown(rows: Sequence[Row]) -> str:
+    return markdown_table(rows, right=[name for name in columns(rows) if name not in _TEXTS])

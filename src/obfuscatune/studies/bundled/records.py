@@ -6,7 +6,6 @@ whoever does not know which customer is asked about, whatever he prefers among w
 """
 
 import itertools
-import json
 import random
 import shutil
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from obfuscatune.errors import UsageError
 from obfuscatune.studies.bundled import model_directory
+from obfuscatune.studies.reports.files import write_json_lines
 
 CHOICES = 4
 FIRST_WORDS = ("bright", "cold", "deep", "gentle", "quiet", "sharp", "strange", "wild")
@@ -112,10 +112,9 @@ def company_records(seed: int, facts: int) -> tuple[list[dict[str, Any]], list[d
 def write_records(directory: str | Path, seed: int, facts: int) -> tuple[Path, Path]:
     """Write the records as ``train.jsonl`` and ``questions.jsonl`` and return the two paths."""
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     paths = directory / "train.jsonl", directory / "questions.jsonl"
     for path, rows in zip(paths, company_records(seed, facts), strict=True):
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        write_json_lines(path, rows)
     return paths
 
 
@@ -133,5 +132,5 @@ def write_materials(directory: Path, seed: int, facts: int) -> list[Path]:
     prompts = [{"prompt": question["question"]} for question in questions]
     paths = directory / "records.jsonl", directory / "prompts.jsonl"
     for path, lines in zip(paths, (rows, prompts), strict=True):
-        path.write_text("".join(json.dumps(row) + "\n" for row in lines), encoding="utf-8")
+        write_json_lines(path, lines)
     return [model, *paths]

@@ -4,8 +4,9 @@ import textwrap
 
 from matplotlib.figure import Figure
 
-from obfuscatune.studies.demo.page import Section, figure, page, paragraph, preformatted, table
 from obfuscatune.studies.demo.run import Outcome
+from obfuscatune.studies.reports.figures import new_figure, style
+from obfuscatune.studies.reports.page import Section, figure, page, paragraph, preformatted, table
 
 CLEAR, KEYED, GREY = "#5b6b82", "#c4572b", "#c9d0da"
 WARNING = (
@@ -45,6 +46,8 @@ def html_page(outcome: Outcome) -> str:
     """Return the outcome as one self-contained page."""
     report = outcome.report
     asked = len(outcome.questions)
+    with style():
+        curves, shares = figure(_curves(outcome)), figure(_shares(outcome))
     sections = [
         Section(
             "The same result",
@@ -52,9 +55,9 @@ def html_page(outcome: Outcome) -> str:
                 f"The protected model chose differently on {outcome.different_choices} of {asked} questions; its loss "
                 f"curve is apart from the one in the clear by at most {outcome.largest_loss_difference:.1e}."
             )
-            + figure(_curves(outcome)),
+            + curves,
         ),
-        Section("What was where", paragraph(f"Worker: {report.worker}.") + figure(_shares(outcome))),
+        Section("What was where", paragraph(f"Worker: {report.worker}.") + shares),
         Section(
             "What crossed the boundary",
             table(
@@ -88,12 +91,12 @@ def html_page(outcome: Outcome) -> str:
 
 
 def _curves(outcome: Outcome) -> Figure:
-    plot = Figure(figsize=(9, 3.2))
+    plot = new_figure(9, 3.2)
     left, right = plot.subplots(1, 2, width_ratios=(2, 1))
     left.plot(outcome.clear.losses, color=CLEAR, linewidth=3, alpha=0.5, label="in the clear")
     left.plot(outcome.protected.losses, color=KEYED, linewidth=1, label="protected")
     left.set(xlabel="step", ylabel="loss", title="Fine-tuning loss")
-    left.legend(frameon=False)
+    left.legend()
     names = ("before", "clear", "protected")
     runs = (outcome.before, outcome.clear.predicted, outcome.protected.predicted)
     shares = [100 * outcome.accuracy(predicted) for predicted in runs]
@@ -106,11 +109,11 @@ def _curves(outcome: Outcome) -> Figure:
 
 def _shares(outcome: Outcome) -> Figure:
     report = outcome.report
-    plot = Figure(figsize=(9, 1.6))
+    plot = new_figure(9, 1.6)
     axis = plot.subplots()
     inside, outside = 100 * report.enclave_share, 100 * report.worker_parameters / report.total_parameters
     axis.barh(("parameters",), (inside,), color=CLEAR, label=f"enclave, in the clear: {inside:.1f} %")
     axis.barh(("parameters",), (outside,), left=(inside,), color=KEYED, label=f"worker, keyed: {outside:.1f} %")
     axis.set(xlabel="% of the model's parameters", xlim=(0, 101))
-    axis.legend(loc="upper center", bbox_to_anchor=(0.5, 1.5), ncols=2, frameon=False)
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, 1.5), ncols=2)
     return plot

@@ -42,10 +42,16 @@ def new_figure(width: float = 7.0, height: float = 3.2) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
+def render(figure: Figure, kind: str) -> bytes:
+    """Return the figure as ``png`` or ``svg``; the same figure gives the same bytes."""
+    metadata = {"png": {"Software": None}, "svg": {"Date": None}}[kind]
+    buffer = io.BytesIO()
+    with style():
+        figure.savefig(buffer, format=kind, metadata=metadata)
+    return buffer.getvalue()
+
+
 def save(figure: Figure, path: Path) -> None:
     """Write ``path`` with the suffixes ``.png`` and ``.svg``."""
-    for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None})):
-        buffer = io.BytesIO()
-        with style():
-            figure.savefig(buffer, format=suffix[1:], metadata=metadata)
-        write_bytes(path.with_suffix(suffix), buffer.getvalue())
+    for kind in ("png", "svg"):
+        write_bytes(path.with_suffix(f".{kind}"), render(figure, kind))

@@ -1,7 +1,10 @@
 """Result files that are whole or not there: written beside, then renamed."""
 
+import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from obfuscatune.errors import ObfuscatuneError
 
@@ -23,3 +26,13 @@ def write_bytes(path: Path, data: bytes) -> None:
 def write_text(path: Path, text: str) -> None:
     """As `write_bytes`, in UTF-8."""
     write_bytes(path, text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a document for scripts, in a form that a diff can show. Raises as `write_bytes`."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_json_lines(path: Path, rows: Iterable[Any]) -> None:
+    """Write one value a line. Raises as `write_bytes`."""
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))

@@ -1,13 +1,21 @@
 """Where results come from: code, machine, versions, command; printed with every table."""
 
+import datetime
 import hashlib
+import os
+import platform
+import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from obfuscatune.studies.bench.report import describe_machine
+import torch
+
+from obfuscatune import __version__
 
 _CHUNK = 1 << 20
 
@@ -25,6 +33,22 @@ def describe(command: Sequence[str] | None = None, *, seeds: Sequence[int] = (),
         "seeds": list(seeds),
         "device": device,
         **describe_machine(["obfuscatune", *arguments]),
+    }
+
+
+def describe_machine(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Return CPU model, cores, versions, date (UTC) and the command line ``argv``, without the program's path."""
+    argv = sys.argv if argv is None else argv
+    return {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        **{package: version(package) for package in ("torch", "transformers", "peft")},
+        "obfuscatune": __version__,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": shlex.join([Path(argv[0]).name, *argv[1:]]),
     }
 
 
@@ -59,3 +83,11 @@ def _git(directory: Path, *arguments: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _cpu_model() -> str:
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1] if found else platform.processor() or "unknown"

@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,11 @@ def show(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def is_number(value: Any) -> bool:
+    """Whether a value belongs to the right of its column."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
     """Write rows with a header; floats with all their digits, so that a reader gets the same numbers."""
     buffer = io.StringIO(newline="")
@@ -42,10 +47,10 @@ def read_csv(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def markdown_table(rows: Sequence[Row]) -> str:
-    """Return a Markdown table, columns of numbers set to the right."""
+def markdown_table(rows: Sequence[Row], right: Collection[str] = ()) -> str:
+    """Return a Markdown table; columns of numbers, and those named in ``right``, are set to the right."""
     names = columns(rows)
-    numeric = [all(isinstance(row.get(name), int | float | None) for row in rows) for name in names]
+    numeric = [name in right or all(isinstance(row.get(name), int | float | None) for row in rows) for name in names]
     lines = ["| " + " | ".join(names) + " |"]
     lines.append("|" + "|".join(" ---: " if number else " --- " for number in numeric) + "|")
     for row in rows:

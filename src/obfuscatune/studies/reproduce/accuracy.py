@@ -4,7 +4,6 @@ A cell is one trial (`trial`): a model, a task, a method, a dtype and a seed. Ce
 directory, and a report is made of all of them.
 """
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
@@ -18,7 +17,7 @@ from obfuscatune.errors import UsageError
 from obfuscatune.studies.bench.run import parse_profile
 from obfuscatune.studies.bundled import model_directory
 from obfuscatune.studies.bundled.records import ATTRIBUTES, company_records
-from obfuscatune.studies.reports.files import write_text
+from obfuscatune.studies.reports.files import write_json_lines
 from obfuscatune.studies.reports.provenance import describe, digest_files
 from obfuscatune.studies.reproduce.accuracy_report import write_report
 from obfuscatune.studies.reproduce.cells import Cell, CellCache, Value, run_cells
@@ -143,8 +142,7 @@ def write_records(directory: Path) -> Path:
         asked = {"id": f"row-{number}", "question": row["prompt"], "choices": [right, *wrong[:3]], "answer": 0}
         training.append(asked)
     for name, lines in (("train", training), ("validation", questions)):
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        write_text(directory / TASKS["sciq"].folder / f"{name}.jsonl", text)
+        write_json_lines(directory / TASKS["sciq"].folder / f"{name}.jsonl", lines)
     return directory
 
 

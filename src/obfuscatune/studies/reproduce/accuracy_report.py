@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from obfuscatune.studies.reports.figures import COLOURS, new_figure, save, style
-from obfuscatune.studies.reports.page import Section, figure, paragraph, rows_table, write_html
+from obfuscatune.studies.reports.page import Section, figure, paragraphs, rows_table, write_page
 from obfuscatune.studies.reports.tables import write_csv, write_markdown
 from obfuscatune.studies.reproduce.accuracy_rows import cell_row, flip_rows, paired_rows, summary_rows, table_rows
 from obfuscatune.studies.reproduce.presets import NAIVE_INSIDE, RECORDS, UNPROTECTED
@@ -46,10 +46,10 @@ def write_report(directory: Path, results: Sequence[Row], provenance: Mapping[st
     write_markdown(path, TITLE, main, notes, provenance, headings)
     sections = [
         Section("Accuracy, in percent", rows_table(main) + figure(plot)),
-        Section("What it shows", "".join(paragraph(note) for note in notes)),
+        Section("What it shows", paragraphs(notes)),
         *(Section(heading, rows_table(rows)) for heading, rows in headings.items()),
     ]
-    write_html(directory / "accuracy.html", TITLE, sections, provenance)
+    write_page(directory / "accuracy.html", TITLE, sections, provenance)
     return path
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from obfuscatune.studies.reports.figures import COLOURS, new_figure, save, style
-from obfuscatune.studies.reports.page import Section, figure, paragraph, rows_table, write_html
+from obfuscatune.studies.reports.page import Section, figure, paragraphs, rows_table, write_page
 from obfuscatune.studies.reports.tables import write_csv, write_markdown
 from obfuscatune.studies.reproduce.keyed import GAUSSIAN, NONE
 from obfuscatune.studies.reproduce.lesson import Lesson
@@ -43,11 +43,11 @@ def write_report(directory: Path, results: Results, lesson: Lesson, provenance: 
     path = directory / "conditioning.md"
     write_markdown(path, TITLE, inference, notes, provenance, headings)
     sections = [
-        Section("What it shows", "".join(paragraph(note) for note in notes) + figure(plot)),
+        Section("What it shows", paragraphs(notes) + figure(plot)),
         Section("Inference", rows_table(inference)),
         *(Section(heading, rows_table(rows)) for heading, rows in headings.items()),
     ]
-    write_html(directory / "conditioning.html", TITLE, sections, provenance)
+    write_page(directory / "conditioning.html", TITLE, sections, provenance)
     return path
 
 

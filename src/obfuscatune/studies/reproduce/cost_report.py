@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from obfuscatune.studies.bench.estimate import Estimate
 from obfuscatune.studies.bench.workloads import WORKLOADS
 from obfuscatune.studies.reports.figures import COLOURS, new_figure, save, style
-from obfuscatune.studies.reports.page import Section, figure, paragraph, rows_table, write_html
+from obfuscatune.studies.reports.page import Section, figure, paragraphs, rows_table, write_page
 from obfuscatune.studies.reports.tables import write_csv, write_markdown
 
 Row = dict[str, Any]
@@ -56,11 +56,11 @@ def write_report(
     heading = "Calls and bytes across the boundary"
     write_markdown(path, TITLE, shown, notes, provenance, {heading: crossing})
     sections = [
-        Section("What it shows", "".join(paragraph(note) for note in notes) + figure(plot)),
+        Section("What it shows", paragraphs(notes) + figure(plot)),
         Section("Summary", rows_table(shown)),
         Section(heading, rows_table(crossing)),
     ]
-    write_html(directory / "cost.html", TITLE, sections, provenance)
+    write_page(directory / "cost.html", TITLE, sections, provenance)
     return path
 
 

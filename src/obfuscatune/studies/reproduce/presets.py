@@ -6,9 +6,9 @@ from types import MappingProxyType
 from typing import Any
 
 from obfuscatune.errors import UsageError
+from obfuscatune.settings import TrainingSettings
 from obfuscatune.studies.bench.run import parse_profile
 from obfuscatune.studies.tasks.catalogue import TASKS
-from obfuscatune.training.settings import TrainingSettings
 
 UNPROTECTED = "unprotected"
 RECORDS = "records"  # the package's invented records, asked as SciQ rows; no data directory

@@ -19,11 +19,12 @@ from lm_eval.models.huggingface import HFLM
 from obfuscatune.enclave.families import family_of
 from obfuscatune.enclave.protect import protect
 from obfuscatune.enclave.protected import Protected
+from obfuscatune.settings import TrainingSettings
 from obfuscatune.studies.bench.run import parse_profile
 from obfuscatune.studies.tasks.harness import ProtectedLM, TaskResult, evaluate, training_rows
+from obfuscatune.training.arguments import add_adapter, training_arguments
 from obfuscatune.training.data import Collator, Row, encode_rows
 from obfuscatune.training.loading import load_model, load_tokenizer
-from obfuscatune.training.settings import TrainingSettings, add_adapter, training_arguments
 from obfuscatune.training.trainer import ProtectedTrainer
 
 # The choice of the rows to learn from is the same for every seed of a run: its spread is of training alone.

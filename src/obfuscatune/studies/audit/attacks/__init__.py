@@ -1,4 +1,4 @@
-"""All attacks, one idea a file, by the ids of the security analysis."""
+"""All attacks, one idea a file, by their ids in docs/security.md."""
 
 from importlib import import_module
 

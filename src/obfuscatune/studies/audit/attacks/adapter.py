@@ -12,7 +12,7 @@ needs the adapter in the clear, and is not what the worker has.
 The rank is no secret: shapes of factors and of low-rank numbers show it, and the spectrum of rows of ``u`` does where
 they are padded. It is the value.
 
-Source: A20 of our security analysis; size from spectra after Salama et al., arXiv 2406.19395.
+Source: A20 in docs/security.md; size from spectra after Salama et al., arXiv 2406.19395.
 """
 
 from dataclasses import dataclass
@@ -131,7 +131,7 @@ ATTACK = Attack(
     id="A20",
     title="adapter inference",
     needs="N",
-    source="A20 of our security analysis; arXiv 2406.19395",
+    source="A20 in docs/security.md; arXiv 2406.19395",
     metric="2 AUC - 1 of telling served texts that were trained on from others; value: the adapter's rank as seen",
     chance="0: AUC 0.5",
     run=_run,

@@ -11,7 +11,7 @@ do not fit the table, other blocks are matched with the base's rows on public te
 Where rows are mixed, their second moments are constant by construction. Tried instead: what rounding left of them,
 their change from call to call, and moments weighted by the squares of norms.
 
-Source: R10 of our security analysis; the refinement is that of unsupervised alignment (Grave et al., arXiv 1805.11222).
+Source: R10 in docs/security.md; the refinement is that of unsupervised alignment (Grave et al., arXiv 1805.11222).
 """
 
 from collections.abc import Iterator
@@ -188,7 +188,7 @@ ATTACK = Attack(
     id="A26",
     title="covariance matching",
     needs="B",
-    source="R10 of our security analysis; arXiv 1805.11222",
+    source="R10 in docs/security.md; arXiv 1805.11222",
     metric="correlation of activations under the guessed keys with the private ones, means removed; value: token top-1",
     chance="0: random directions",
     run=_run,

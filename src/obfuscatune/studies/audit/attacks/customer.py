@@ -5,7 +5,7 @@ between the two keys, exactly (R3): R1^-1 R2 = (R1^-1 W)(R2^-1 W)^+ where they a
 products of heads (A5) where heads have keys; from singular vectors where both sides are keyed, their signs being
 those of the rows' means and third moments. The customer's rows, brought over, are then looked up.
 
-Source: R3 of our security analysis.
+Source: R3 in docs/security.md.
 """
 
 import torch
@@ -65,7 +65,7 @@ ATTACK = Attack(
     id="A12",
     title="colluding customer",
     needs="Q",
-    source="R3 of our security analysis",
+    source="R3 in docs/security.md",
     metric="share of the target's tokens",
     chance="the most frequent token's share",
     run=_run,

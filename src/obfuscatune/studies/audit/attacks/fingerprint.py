@@ -8,7 +8,7 @@ order, each layer's values are sorted.
 Where q and k are rotated by position, their keys leave ``conj(q_t) k_t`` of every plane of two numbers as it is, so
 that the list has two numbers a plane instead of one a head. A bias of k does not cancel there, and is the true one.
 
-Source: our security analysis.
+Source: A17 in docs/security.md.
 """
 
 from collections.abc import Callable
@@ -80,7 +80,7 @@ ATTACK = Attack(
     id="A17",
     title="attention fingerprint",
     needs="B",
-    source="our security analysis",
+    source="A17 in docs/security.md",
     metric="share of the target's tokens",
     chance="the most frequent token's share",
     run=_run,

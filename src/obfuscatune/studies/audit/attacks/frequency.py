@@ -10,7 +10,7 @@ Rows with a large cosine are one cluster. The largest cluster is guessed to be t
 and so on: the oldest attack on a substitution cipher. Where rows are mixed, they are taken for the tokens they would
 be.
 
-Source: R5 of our security analysis; frequency analysis of deterministic encryption: Naveed, Kamara and Wright 2015.
+Source: R5 in docs/security.md; frequency analysis of deterministic encryption: Naveed, Kamara and Wright 2015.
 """
 
 from dataclasses import dataclass
@@ -103,7 +103,7 @@ ATTACK = Attack(
     id="A21",
     title="equality and frequency",
     needs="N",
-    source="R5 of our security analysis; Naveed, Kamara and Wright 2015",
+    source="R5 in docs/security.md; Naveed, Kamara and Wright 2015",
     metric="2 AUC - 1 of telling pairs of equal tokens; value: share of tokens that frequency gives",
     chance="the same with other texts' tokens; about 0",
     run=_run,

@@ -7,7 +7,7 @@ product seen. Only under the right one have all of them. The first anchor then n
 these are anchors for all others, and pairs of rows and entries of the table give the key (orthogonal Procrustes),
 which reads the rest. Angles instead of inner products serve where norms are folded, too.
 
-Source: A9 of our security analysis; the key from pairs is Schönemann 1966.
+Source: A9 in docs/security.md; the key from pairs is Schönemann 1966.
 """
 
 import torch
@@ -68,7 +68,7 @@ ATTACK = Attack(
     id="A9",
     title="Gram matching",
     needs="E",
-    source="A9 of our security analysis",
+    source="A9 in docs/security.md",
     metric="share of the target's tokens",
     chance="the most frequent token's share",
     run=_run,

@@ -14,7 +14,7 @@ Where q and k are rotated by position, M is one complex factor z a plane and k h
 free of it plane by plane. Planes stay in their places, as each has a frequency of its own: real and imaginary parts of
 each, summed over heads, are as many more matrices that need no matching. A head of k serves all its query heads.
 
-Source: our security analysis.
+Source: A5 in docs/security.md.
 """
 
 from collections.abc import Iterator
@@ -135,7 +135,7 @@ ATTACK = Attack(
     id="A5",
     title="gauge of heads",
     needs="B",
-    source="our security analysis",
+    source="A5 in docs/security.md",
     metric="1 - |R^ - R| / (sqrt(2) |R|) of the key before q, k, v, up to its sign",
     chance="0: a random rotation",
     run=_run,

@@ -6,7 +6,7 @@ over orthogonal Q where the key is (Procrustes: Schönemann 1966), over all Q wh
 decide all; of fewer, only the directions that they span are read. The constant c is that of secret biases. Where rows
 are mixed, those of a call are taken for the tokens of its text.
 
-Source: A11 of our security analysis; known-plaintext attacks on rotations, Liu, Giannella and Kargupta 2006.
+Source: A11 in docs/security.md; known-plaintext attacks on rotations, Liu, Giannella and Kargupta 2006.
 """
 
 from dataclasses import dataclass
@@ -77,7 +77,7 @@ ATTACK = Attack(
     id="A11",
     title="known text",
     needs="P",
-    source="A11 of our security analysis; Liu, Giannella and Kargupta 2006",
+    source="A11 in docs/security.md; Liu, Giannella and Kargupta 2006",
     metric="cosine of rows read with the target's, means at each position removed, over blocks and streams",
     chance="0: unrelated rows",
     run=_run,

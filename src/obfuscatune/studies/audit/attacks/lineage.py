@@ -6,7 +6,7 @@ logarithms when a moving average is taken away, in units of the mean distance be
 own, and fine-tuning keeps it. Where head keys change the values of q, k, v and of the output, the MLP's remain; of a
 gated MLP under an order and secret sizes of its neurons, those of the gate.
 
-Source: arXiv 2510.06738, arXiv 2512.03620; without their trend, our security analysis.
+Source: arXiv 2510.06738, arXiv 2512.03620; without their trend, A6 in docs/security.md.
 """
 
 import torch

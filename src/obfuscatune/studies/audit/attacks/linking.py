@@ -14,7 +14,7 @@ polar factor is Ra^-1 Rc again; that of Q nearly so.
 Block after block this gives one unknown rotation of the whole body. Where one key covers all, as in ``stream``, the
 relation holds with P = Q = 1, which is tried first.
 
-Source: R6 of our security analysis. Variable projection: Golub and Pereyra 1973, in the form of Kaufman 1975.
+Source: R6 in docs/security.md. Variable projection: Golub and Pereyra 1973, in the form of Kaufman 1975.
 """
 
 from dataclasses import dataclass
@@ -236,7 +236,7 @@ ATTACK = Attack(
     id="A24",
     title="linking of streams",
     needs="N",
-    source="R6 of our security analysis",
+    source="R6 in docs/security.md",
     metric="one minus the mean relative error of the relative keys at all junctions",
     chance="0: a random rotation has error 1",
     run=_run,

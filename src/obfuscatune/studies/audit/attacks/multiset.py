@@ -8,7 +8,7 @@ A gated MLP has ``[Wg|Wu]* = R^T [Wg P|Wu D P]`` and ``Wd* = (D P)^-1 Wd R'``: t
 ``g^T (Wg Wg^T)^k g``; of the others, the product of the norms of a neuron's column and row, and the angle between its
 two columns, are free of D. With R known, D is read off the columns.
 
-Source: arXiv 2505.18332 for rows of activations; on weights, our security analysis.
+Source: arXiv 2505.18332 for rows of activations; on weights, A16 in docs/security.md.
 """
 
 from dataclasses import dataclass
@@ -138,7 +138,7 @@ ATTACK = Attack(
     id="A16",
     title="matching of neurons",
     needs="B",
-    source="arXiv 2505.18332; our security analysis",
+    source="arXiv 2505.18332; A16 in docs/security.md",
     metric="share of neurons put into their place",
     chance="one over their number",
     run=_run,

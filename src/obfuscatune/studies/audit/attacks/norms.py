@@ -4,7 +4,7 @@ The first block's row of a token at a position has one norm; the entry with the 
 folded, rows are normalized and only the epsilon of the norm is left: ``|x|^2 = d var / (var + eps)``. With the small
 variance of embeddings this still differs by more than the rounding of float32.
 
-Source: section 4 of our security analysis.
+Source: A8 in docs/security.md.
 """
 
 from torch import Tensor
@@ -26,7 +26,7 @@ ATTACK = Attack(
     id="A8",
     title="row norms",
     needs="E",
-    source="section 4 of our security analysis",
+    source="A8 in docs/security.md",
     metric="share of the target's tokens",
     chance="the most frequent token's share",
     run=_run,

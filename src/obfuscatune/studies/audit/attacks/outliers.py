@@ -3,7 +3,7 @@ r"""A15, outliers: features much larger than the others are principal directions
 Where one feature has most of the energy, the first principal direction of X R is the row of R of that feature. Tried on
 every stream that has a key of its own; the first few directions of each are the guess.
 
-Source: our security analysis; outlier features: Dettmers et al., arXiv 2208.07339.
+Source: A15 in docs/security.md; outlier features: Dettmers et al., arXiv 2208.07339.
 """
 
 import torch
@@ -58,7 +58,7 @@ ATTACK = Attack(
     id="A15",
     title="outlier features",
     needs="N",
-    source="our security analysis; arXiv 2208.07339",
+    source="A15 in docs/security.md; arXiv 2208.07339",
     metric="cosine of a principal direction with a row of the key",
     chance="that of random directions, some .3",
     run=_run,

@@ -5,7 +5,7 @@ about ``W0 pinv(W*)``. Then ``W^ = Q W*``. A key behind the weight is found like
 key's degrees of freedom over the weight's: 1/6 for q,k,v under an orthogonal key, 1/3 under any other; 1/2, and all
 of it, for d x d.
 
-Source: Schönemann 1966; R1 of our security analysis.
+Source: Schönemann 1966; R1 in docs/security.md.
 """
 
 from collections.abc import Callable
@@ -53,7 +53,7 @@ ATTACKS = (
         id="A1",
         title="Procrustes on weights",
         needs="B",
-        source="Schönemann 1966; R1 of our security analysis",
+        source="Schönemann 1966; R1 in docs/security.md",
         metric=METRIC,
         chance=f"{CHANCE}",
         run=_with(by_rotation),
@@ -66,7 +66,7 @@ ATTACKS = (
         id="A2",
         title="least squares on weights",
         needs="B",
-        source="R1 of our security analysis",
+        source="R1 in docs/security.md",
         metric=METRIC,
         chance=f"{CHANCE}",
         run=_with(by_any_map),

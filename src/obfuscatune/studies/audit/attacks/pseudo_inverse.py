@@ -5,7 +5,7 @@ r"""A7, pseudo-inverse: q, k and v in the clear give the text, whatever the key.
 W_qkv ``[d, 3d]`` has full row rank. A public base stands for the private weights; the first block's X is then looked up
 in the base's table of first rows. Keyed q, k, v (per head, or as one), and mixed ones, are taken for plain.
 
-Source: R2 of our security analysis.
+Source: R2 in docs/security.md.
 """
 
 import torch
@@ -30,7 +30,7 @@ ATTACK = Attack(
     id="A7",
     title="q,k,v pseudo-inverse",
     needs="B",
-    source="R2 of our security analysis",
+    source="R2 in docs/security.md",
     metric="share of the target's tokens",
     chance="the most frequent token's share",
     run=_run,

@@ -12,8 +12,8 @@ Where rows are mixed by A, those of all calls with tiles of one width are pooled
 unmixed; A is drawn anew for each. From the left, of A itself, there is nothing to learn from one call: whitened, its
 w columns are w samples of w sources, and any basis fits them.
 
-Source: Hyvärinen, "Fast and robust fixed-point algorithms for independent component analysis", 1999; R7 of our security
-analysis, on independent neurons.
+Source: Hyvärinen, "Fast and robust fixed-point algorithms for independent component analysis", 1999; R7 in
+docs/security.md, on independent neurons.
 """
 
 from dataclasses import dataclass
@@ -147,7 +147,7 @@ ATTACK = Attack(
     id="A14",
     title="blind source separation",
     needs="N",
-    source="Hyvärinen 1999; R7 of our security analysis",
+    source="Hyvärinen 1999; R7 in docs/security.md",
     metric="mean over neurons of the best correlation with a signal; value: share of neurons above 0.9",
     chance="the same with signals of a random rotation, or with another text's neurons",
     run=_run,

@@ -9,7 +9,7 @@ In this order, as far as each crosses:
 Besides, the number of rows of each request: exact, or the largest of its size where it is padded. Cadence tells more
 of a session that generates: there each token is a request of its own, under every profile; it is not scored here.
 
-Source: A22 of our security analysis; sizes of encrypted replies: Weiss et al., arXiv 2403.09751.
+Source: A22 in docs/security.md; sizes of encrypted replies: Weiss et al., arXiv 2403.09751.
 """
 
 from dataclasses import dataclass
@@ -85,7 +85,7 @@ ATTACK = Attack(
     id="A22",
     title="shapes",
     needs="N",
-    source="A22 of our security analysis; arXiv 2403.09751",
+    source="A22 in docs/security.md; arXiv 2403.09751",
     metric="share of texts whose length is right; value: relative error of the number of tokens served",
     chance="the most frequent length's share",
     run=_run,

@@ -15,7 +15,7 @@ Candidates are handed in by the score, under the true key: an attacker who has t
 claims to stand, and mixing alone is then between him and the answer. In the score others are as near as can be: rows
 of the same stream and session from other texts.
 
-Source: Petrov et al., arXiv 2405.15586 (A19); our security analysis (A23).
+Source: Petrov et al., arXiv 2405.15586 (A19); A23 in docs/security.md.
 """
 
 from dataclasses import dataclass
@@ -192,7 +192,7 @@ ATTACKS = (
         id="A23",
         title="span check on rows",
         needs="N",
-        source="A23 of our security analysis",
+        source="A23 in docs/security.md",
         metric="2 AUC - 1 of telling rows that were in a call from others, over streams",
         chance="0: AUC 0.5",
         run=_run_rows,

@@ -16,7 +16,7 @@ relative key is trained too. Beside it a model of the same size is trained from 
 Without a customer, all embeddings are to be trained: at d = 128 and some 10^5 tokens that is no better than from
 nothing.
 
-Source: R8 of our security analysis.
+Source: R8 in docs/security.md.
 """
 
 import math
@@ -274,7 +274,7 @@ ATTACK = Attack(
     id="A25",
     title="functional theft",
     needs="Q",
-    source="R8 of our security analysis",
+    source="R8 in docs/security.md",
     metric="share of the way, in log perplexity, from a model trained from nothing on the same text to the private one",
     chance="0: no better than from nothing",
     run=_run,

@@ -5,7 +5,7 @@ singular vectors: nothing but the values is recovered. Where P is no more than a
 map of each head, the sides are solved in turns: neurons are matched (A16), then the other side is an orthogonal
 Procrustes problem.
 
-Source: R1 of our security analysis.
+Source: R1 in docs/security.md.
 """
 
 import torch
@@ -47,7 +47,7 @@ ATTACK = Attack(
     id="A3",
     title="two-sided Procrustes",
     needs="B",
-    source="R1 of our security analysis",
+    source="R1 in docs/security.md",
     metric=METRIC,
     chance=f"{CHANCE}",
     run=_run,

@@ -12,17 +12,11 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
-from obfuscatune.errors import FormatError, UsageError
+from obfuscatune.errors import FormatError
 
 _TRAINING = {"rich_help_panel": "Training"}
 _LORA = {"rich_help_panel": "LoRA"}
 _SAVING = {"rich_help_panel": "Logs and checkpoints"}
-# Those that the Trainer's own arguments have under the same names.
-_TRAINER_FIELDS = (
-    *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "seed"),
-    *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
-    *("num_train_epochs", "max_steps", "logging_steps", "save_steps", "save_total_limit"),
-)
 
 
 def _setting(text: str, default: Any, **more: Any) -> Any:
@@ -119,54 +113,3 @@ def _fault(value: Any, hint: Any, least: float | None, greatest: float | None) -
     if least is not None and value < least:
         return f"below {least}"
     return f"above {greatest}" if greatest is not None and value > greatest else ""
-
-
-def add_adapter(base: Any, settings: TrainingSettings) -> Any:
-    """Return the PEFT model around ``base``, its LoRA drawn from the settings' seed as plain PEFT draws it.
-
-    Raises:
-        UsageError: target modules that the model has not.
-    """
-    from peft import LoraConfig, get_peft_model
-    from transformers import set_seed
-    from transformers.pytorch_utils import Conv1D
-
-    from obfuscatune.enclave.families import layer_names
-
-    known = layer_names(base)
-    set_seed(settings.seed)
-    adapter = LoraConfig(
-        r=settings.lora_r,
-        lora_alpha=settings.lora_alpha,
-        lora_dropout=settings.lora_dropout,
-        target_modules=settings.targets() or known,
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in base.modules()),
-        task_type="CAUSAL_LM",
-    )
-    try:
-        return get_peft_model(base, adapter)
-    except ValueError as error:
-        raise UsageError(
-            "the adapter does not fit the model",
-            got=", ".join(settings.targets()),
-            where="lora_target_modules",
-            hint=f"for this family: {', '.join(known)}",
-        ) from error
-
-
-def training_arguments(settings: TrainingSettings, output_dir: str, **more: Any) -> Any:
-    """Return the Trainer's own arguments; raises UsageError where it refuses them."""
-    from transformers import TrainingArguments
-
-    try:
-        return TrainingArguments(
-            output_dir=output_dir,
-            dataloader_pin_memory=False,
-            remove_unused_columns=False,
-            prediction_loss_only=True,
-            **{name: getattr(settings, name) for name in _TRAINER_FIELDS},
-            # The enclave's part is on the CPU; what may run on an accelerator is the worker.
-            **{"use_cpu": True, **more},
-        )
-    except ValueError as error:
-        raise UsageError("training options", got=str(error).splitlines()[0]) from error

@@ -1,10 +1,10 @@
-"""The demo's page: one file, nothing fetched, nothing unescaped."""
+"""A page: one file, nothing fetched, nothing unescaped."""
 
 import re
 
 from matplotlib.figure import Figure
 
-from obfuscatune.studies.demo.page import Section, figure, page, paragraph, preformatted, table
+from obfuscatune.studies.reports.page import Section, figure, page, paragraph, preformatted, table
 
 
 def test_a_page_needs_nothing_from_elsewhere() -> None:
@@ -24,8 +24,8 @@ def test_content_is_escaped() -> None:
 
 
 def test_a_table_sets_numbers_apart() -> None:
-    body = table(("name", "count", "share"), [("x", 12345, 0.5)])
-    assert '<td class="n">12,345</td><td class="n">0.50</td>' in body
+    body = table(("name", "count", "share", "kept"), [("x", 12345, 0.5, True)])
+    assert '<td class="n">12,345</td><td class="n">0.5</td><td>yes</td>' in body
 
 
 def test_the_same_figure_gives_the_same_bytes() -> None:

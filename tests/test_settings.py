@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from obfuscatune.errors import FormatError
 from obfuscatune.parties.canonical import encode
-from obfuscatune.training.settings import TrainingSettings
+from obfuscatune.settings import TrainingSettings
 
 NAMES = sorted(field.name for field in dataclasses.fields(TrainingSettings))
 values: st.SearchStrategy[Any] = st.recursive(
