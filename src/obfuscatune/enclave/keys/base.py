@@ -30,17 +30,14 @@ class Key(Secret, ABC):
         size: width of the feature axis.
         factors: float64 master factors, and int64 index tensors, which keep their dtype.
         singular_range: smallest and largest singular value of R.
-        multiply_adds: cost of one product, per row.
     """
 
     family: str
 
-    def __init__(
-        self, size: int, factors: Factors, *, singular_range: tuple[float, float] = (1.0, 1.0), multiply_adds: int
-    ) -> None:
+    def __init__(self, size: int, factors: Factors, *, singular_range: tuple[float, float] = (1.0, 1.0)) -> None:
         if size < 1:
             raise UsageError("a key has an impossible size", got=size, expected="at least 1")
-        self.size, self.multiply_adds, self.singular_range = size, multiply_adds, singular_range
+        self.size, self.singular_range = size, singular_range
         self._factors = factors
         self._cast: dict[tuple[torch.dtype, torch.device], Factors] = {}
 
@@ -127,7 +124,7 @@ class IdentityKey(OrthogonalKey):
     family = "identity"
 
     def __init__(self, size: int) -> None:
-        super().__init__(size, (), multiply_adds=0)
+        super().__init__(size, ())
 
     def _product(self, x: Tensor, factors: Factors) -> Tensor:
         return x

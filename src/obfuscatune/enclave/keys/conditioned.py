@@ -21,7 +21,7 @@ class DenseKey(Key):
 
     def __init__(self, family: str, matrix: Tensor, inverse: Tensor, singular_range: tuple[float, float]) -> None:
         self.family = family
-        super().__init__(len(matrix), (matrix, inverse), singular_range=singular_range, multiply_adds=len(matrix) ** 2)
+        super().__init__(len(matrix), (matrix, inverse), singular_range=singular_range)
 
     def _product(self, x: Tensor, factors: Factors) -> Tensor:
         return x @ factors[0]

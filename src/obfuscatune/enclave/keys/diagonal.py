@@ -16,9 +16,7 @@ class ScaledPermutationKey(Key):
     def __init__(self, scale: Tensor, order: Tensor) -> None:
         lengths = scale.abs()
         singular = (lengths.min().item(), lengths.max().item())
-        super().__init__(
-            len(order), (scale, 1 / scale, order, order.argsort()), singular_range=singular, multiply_adds=0
-        )
+        super().__init__(len(order), (scale, 1 / scale, order, order.argsort()), singular_range=singular)
 
     def _product(self, x: Tensor, factors: Factors) -> Tensor:
         return (x * factors[0]).index_select(1, factors[2])

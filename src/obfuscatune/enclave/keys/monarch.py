@@ -48,7 +48,6 @@ class MonarchKey(OrthogonalKey):
         super().__init__(
             len(permutations[0]),
             (*first, *second, *permutations, *inverses),
-            multiply_adds=sum(b.numel() for b in (*first, *second)),
         )
 
     def _product(self, x: Tensor, factors: Factors) -> Tensor:
@@ -95,11 +94,11 @@ def _join(parts: list[Tensor], dim: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)  # torch.cat copies even a single part
 
 
-def monarch(stream: Stream, n: int, block: int = 64) -> MonarchKey | HaarKey:
-    """A Monarch key of size n with blocks of about ``block``, or a `HaarKey` where one block would be all of it.
+def block_sizes(n: int, block: int) -> list[int]:
+    """Sizes of the blocks of a Monarch key of size n with blocks of about ``block``; one, n, where it would be dense.
 
     The block size is the one of [block / 2, 3 block / 2] nearest to ``block`` that divides n; if none does, the one
-    that leaves the largest remainder, which becomes one smaller block. Permutations are uniform on all n! orders.
+    that leaves the largest remainder, which becomes one smaller block.
     Raises: `UsageError` if ``block`` is below 2: blocks of 1 would only permute and flip signs.
     """
     if block < 2:
@@ -107,6 +106,18 @@ def monarch(stream: Stream, n: int, block: int = 64) -> MonarchKey | HaarKey:
     candidates = range(max(2, (block + 1) // 2), block * 3 // 2 + 1)
     size = min(candidates, key=lambda b: (-n % b, abs(b - block)))
     if n <= max(block, size):
+        return [n]
+    count, rest = divmod(n, size)
+    return [size] * count + ([rest] if rest else [])
+
+
+def monarch(stream: Stream, n: int, block: int = 64) -> MonarchKey | HaarKey:
+    """A Monarch key of size n with the blocks of :func:`block_sizes`, or a `HaarKey` where one is all of it.
+
+    Permutations are uniform on all n! orders. Raises: `UsageError` if ``block`` is below 2.
+    """
+    size, *others = block_sizes(n, block)
+    if not others:
         return haar(stream, n)
     count, rest = divmod(n, size)
     first, second = (

@@ -20,7 +20,7 @@ class HaarKey(OrthogonalKey):
 
     def __init__(self, matrix: Tensor) -> None:
         check_orthogonal_blocks(self.family, matrix)
-        super().__init__(len(matrix), (matrix,), multiply_adds=len(matrix) ** 2)
+        super().__init__(len(matrix), (matrix,))
 
     def _product(self, x: Tensor, factors: Factors) -> Tensor:
         return x @ factors[0]

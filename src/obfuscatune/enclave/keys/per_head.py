@@ -42,7 +42,6 @@ class PerHeadKey(Key):
             heads * head_dim,
             (blocks[order], inverses[order], order, order.argsort()),  # blocks by output head, where they are applied
             singular_range=(singular.min().item(), singular.max().item()),
-            multiply_adds=blocks.numel(),
         )
 
     def _product(self, x: Tensor, factors: Factors) -> Tensor:
@@ -136,7 +135,6 @@ class ConcatKey(Key):
             sum(key.size for key in keys),
             (),
             singular_range=(min(smallest), max(largest)),
-            multiply_adds=sum(key.multiply_adds for key in keys),
         )
 
     def _product(self, x: Tensor, factors: Factors) -> Tensor:

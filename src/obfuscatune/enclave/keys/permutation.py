@@ -12,7 +12,7 @@ class PermutationKey(OrthogonalKey):
     family = "permutation"
 
     def __init__(self, order: Tensor) -> None:
-        super().__init__(len(order), (order, order.argsort()), multiply_adds=0)
+        super().__init__(len(order), (order, order.argsort()))
 
     def _product(self, x: Tensor, factors: Factors) -> Tensor:
         return x.index_select(1, factors[0])

@@ -60,7 +60,7 @@ def test_mixed_rows_tell_nothing(attacked: Callable[..., Score]) -> None:
     score = attacked(ATTACK, "strict")
     assert abs(score.success - score.chance) < 0.04  # .005 is one deviation over sessions
     assert score.value is not None
-    assert score.value < 0.02  # one neuron of 256 was above 0.9 by chance in one of three sessions
+    assert score.value < 0.02  # of 256 neurons one, in 1 of 6 sessions; as a random rotation has it
 
 
 def test_another_text_is_not_found(attacked: Callable[..., Score], stranger: Recorded) -> None:
