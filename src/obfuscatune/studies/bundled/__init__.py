@@ -47,6 +47,9 @@ _SETTINGS = {
         family="llama",
         lora_target_modules=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
         lora_fan_in_fan_out=False,
+        # At GPT-2's rate it learns as much, but two runs in the clear whose weights differ by 1e-7 part by 6e-3 in the
+        # loss, at this one by 3e-6.
+        learning_rate=1.5e-3,
     ),
 }
 BUNDLED_FAMILIES = tuple(_SETTINGS)
