@@ -125,13 +125,16 @@ def test_a_body_of_plain_weights_is_the_model(models: Fixtures) -> None:
 
 @pytest.mark.slow
 def test_a_short_audit(tmp_path: Path) -> None:
-    """In two minutes: `balanced` links at 4d tokens, `strict` does not, and the report says of what it is."""
+    """In two minutes: `balanced` is broken at 4d tokens, `strict` is not, and the report says of what model.
+
+    Attacks whose controls run on one profile, to be quick; others are in the tests above.
+    """
     plan = make_plan(
         model="tiny",
         architecture="llama",
         profiles=["balanced", "strict"],
         knowledge=["N", "B", "Q"],
-        attacks=["A1", "A3", "A5", "A7", "A12", "A17", "A24"],
+        attacks=["A3", "A5", "A12", "A24"],
         tokens="4d",
         seeds=2,
     )
@@ -139,5 +142,5 @@ def test_a_short_audit(tmp_path: Path) -> None:
     assert findings.conclusive
     assert failed_claims(findings) == []
     leaks = {v.attack for v in findings.verdicts if v.profile == "balanced" and v.word == LEAK}
-    assert leaks == {"A3", "A5", "A12", "A17", "A24"}
+    assert leaks == {"A3", "A5", "A12", "A24"}
     assert "tiny llama: d = 64, 2 blocks, 4 heads, 2 of k and v" in path.read_text()

@@ -163,7 +163,7 @@ def attack_rows(findings: Findings) -> list[Row]:
 def draw_matrix(findings: Findings) -> Figure:
     """Return the table as coloured fields with the success in them; inside `style`."""
     names, profiles = list(findings.attacks), list(findings.profiles)
-    plot = new_figure(0.36 * len(names) + 2.2, 0.42 * len(profiles) + 1.2)
+    plot = new_figure(max(0.36 * len(names) + 2.2, 4.5), 0.42 * len(profiles) + 1.2)  # room for the legend
     axes = plot.subplots()
     axes.grid(visible=False)
     for verdict in findings.verdicts:
