@@ -87,3 +87,9 @@ def test_only_a_device_inside_a_tee_changes_the_verdict(tmp_path: Path) -> None:
     assert examine(tmp_path)["verdict"] == NO_TEE
     (tmp_path / "dev" / "tdx_guest").touch()
     assert examine(tmp_path)["verdict"] == TEE
+
+
+def test_inspect_knows_shapes_by_name(run) -> None:
+    outcome = run("inspect", "--model_name_or_path", "qwen2.5-0.5b", "--dtype", "bfloat16", "--json")
+    found = json.loads(outcome.out)
+    assert (outcome.code, found["blocks"], found["parameters"]) == (0, 24, 494_032_768)

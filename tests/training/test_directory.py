@@ -1,6 +1,7 @@
 """Model directories are read tensor by tensor: right in every layout, and refused by name where they are not."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -227,7 +228,7 @@ def test_a_dtype_that_is_not_ours_is_refused(directory: Path) -> None:
         obfuscatune.load(directory, "float16")
 
 
-WORKING_COPIES = 8  # of an MLP in float64, while it is keyed; MEASURED
+WORKING_COPIES = 6  # of an MLP in float64, while it is keyed; measured 4.7 with the keys and all else
 PROGRAM = """
 import sys
 from obfuscatune import load, protect
@@ -252,7 +253,9 @@ def test_the_plain_model_is_never_whole(tmp_path: Path) -> None:
     bound = WORKING_COPIES * 8 * 3 * hidden * inner
     assert bound < size
     command = [sys.executable, "-c", PROGRAM, str(write(tmp_path / "tiny")), str(tmp_path / "large")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603
+    # Large buffers go back to the system at once: what the C library keeps of freed ones is not what is tested.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 18)}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)  # noqa: S603
     before, peak, worker = (int(number) for number in done.stdout.split())
     assert worker > size  # the worker has it all
     assert peak - before < bound

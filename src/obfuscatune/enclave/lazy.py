@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from obfuscatune.enclave.families import read_decoder
+from obfuscatune.enclave.families.empty import empty_model
 from obfuscatune.errors import UnsupportedModelError, UsageError
 
 _ATTRIBUTE = "_obfuscatune_lazy_weights"  # of a model that is not filled
@@ -113,13 +114,8 @@ def load_lazily(config: Any, source: TensorSource, dtype: torch.dtype) -> Any:
     Raises:
         UnsupportedModelError: an unknown family, or tensors that are not those of the configuration.
     """
-    from transformers import AutoModelForCausalLM
-
     _check(config, source)
-    with torch.device("meta"):
-        skeleton: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            config, dtype=dtype, trust_remote_code=False
-        )
+    skeleton = empty_model(config, dtype=dtype)
     wanted = dict(skeleton.state_dict())
     tied = dict(skeleton._tied_weights_keys or {}) if getattr(config, "tie_word_embeddings", False) else {}
     wanted = {name: tensor for name, tensor in wanted.items() if name not in tied}

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from obfuscatune.enclave.families import read_decoder
+from obfuscatune.enclave.families.empty import empty_model
 from obfuscatune.errors import UsageError
 from obfuscatune.parties.sealed.tensor_table import INDEX_FILE
 
@@ -31,12 +32,7 @@ def write_random_model(config: Any, dtype: str, directory: Path) -> None:
     Raises:
         UsageError: the disk has no room for it. UnsupportedModelError: no decoder blocks are found.
     """
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        skeleton: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            config, dtype=getattr(torch, dtype), trust_remote_code=False
-        )
+    skeleton = empty_model(config, dtype=getattr(torch, dtype))
     tied = (skeleton._tied_weights_keys or {}) if config.tie_word_embeddings else {}
     shapes = {name: tensor for name, tensor in skeleton.state_dict().items() if name not in tied}
     size = sum(tensor.numel() * tensor.element_size() for tensor in shapes.values())
