@@ -10,9 +10,9 @@ from torch import Tensor
 
 from obfuscatune.worker.attention import attend
 
-EXACT = 1e-12  # float64; measured 2e-15
-# One rounding to bfloat16 of values of size up to 4: at most 2^-7; measured 7.8e-3.
-ROUNDED = 2**-7
+EXACT = 1e-13  # float64; measured 1.1e-15
+# Relative to the largest number: one rounding to bfloat16 is at most 2^-9, two with a soft cap; measured 2.8e-3.
+ROUNDED = 2**-8
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -38,10 +38,10 @@ def test_is_the_equation(batch: int, groups: int, share: int, new: int, cached: 
 
 
 @pytest.mark.parametrize("softcap", [None, 50.0])
-def test_one_row_of_bfloat16_is_rounded_once(softcap: float | None) -> None:
+def test_one_row_of_bfloat16_is_as_good_as_its_rounding(softcap: float | None) -> None:
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, h, s, 64, generator=generator).bfloat16() for h, s in ((6, 1), (2, 200), (2, 200)))
     found = attend(q, k, v, mask=None, scale=0.125, softcap=softcap)
     expected = attend(*(t.double() for t in (q, k, v)), mask=None, scale=0.125, softcap=softcap)
     assert found.dtype == torch.bfloat16
-    assert torch.equal(found, expected.bfloat16()) or (found - expected).abs().max() <= ROUNDED * expected.abs().max()
+    assert (found - expected).abs().max() <= ROUNDED * expected.abs().max()
