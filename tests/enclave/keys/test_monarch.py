@@ -105,3 +105,17 @@ def test_a_spoiled_block_is_refused(master: MasterSecret) -> None:
 def test_blocks_of_one_are_refused(master: MasterSecret) -> None:
     with pytest.raises(UsageError, match="too small"):
         monarch(master.stream("m"), 16, 1)
+
+
+@given(st.integers(9, 40), st.sampled_from([64, 70, 97]), st.integers(0, 50))
+@settings(max_examples=20)
+def test_many_bfloat16_rows_are_close_to_the_dense_product(rows: int, size: int, seed: int) -> None:
+    """Rounded blocks and numbers between the rounds: relative to a row's norm at most 1 %; measured .5 %."""
+    key = monarch(MasterSecret.from_insecure_test_seed(seed).stream("key"), size, 8)
+    x = torch.randn(rows, size, generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16)
+    dense = key.dense()
+    for product, matrix in ((key.apply, dense), (key.apply_inverse, dense.T)):
+        y = product(x)
+        assert y.dtype == torch.bfloat16 and y.is_contiguous()
+        gap = (y.double() - x.double() @ matrix).norm(dim=1) / x.double().norm(dim=1)
+        assert 0 < gap.max() < 0.01

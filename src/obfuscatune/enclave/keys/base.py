@@ -1,7 +1,7 @@
 """What a key is: a secret invertible linear map of the feature axis, rows are tokens, x* = x R.
 
-Master factors are float64. Products run in the dtype of x (half dtypes in float32), on factors cast once per dtype
-and device.
+Master factors are float64. Products run in the dtype of x (half dtypes in float32, unless a family says otherwise), on
+factors cast once per dtype and device.
 """
 
 from abc import ABC, abstractmethod
@@ -92,13 +92,18 @@ class Key(Secret, ABC):
 
     def _run(self, product: RowProduct, x: Tensor) -> Tensor:
         self._check(x)
-        dtype = x.dtype if x.dtype == torch.float64 else torch.float32
-        rows = x.reshape(-1, self.size).to(dtype)
+        rows = x.reshape(-1, self.size)
+        dtype = self._compute_dtype(rows)
+        rows = rows.to(dtype)
         factors = self._factors_for(dtype, x.device)
         if not torch.is_autocast_enabled(x.device.type):
             return product(rows, factors).view(x.shape).to(x.dtype)
         with torch.autocast(x.device.type, enabled=False):  # keys in bfloat16 would cost five digits
             return product(rows, factors).view(x.shape).to(x.dtype)
+
+    def _compute_dtype(self, rows: Tensor) -> torch.dtype:
+        """The dtype in which rows are multiplied."""
+        return rows.dtype if rows.dtype == torch.float64 else torch.float32
 
     def _factors_for(self, dtype: torch.dtype, device: torch.device) -> Factors:
         cast = self._cast.get((dtype, device))
