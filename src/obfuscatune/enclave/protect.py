@@ -17,6 +17,7 @@ from obfuscatune.enclave.recipes.linears import key_group
 from obfuscatune.enclave.recipes.stream import StreamRecipe
 from obfuscatune.enclave.recipes.whole import key_attention_part, key_mlp_part
 from obfuscatune.enclave.remote.body import RemoteBody
+from obfuscatune.enclave.remote.calls import without_autocast
 from obfuscatune.enclave.remote.head import use_fast_head
 from obfuscatune.enclave.remote.held import HeldAdapter
 from obfuscatune.enclave.remote.linear import RemoteLinear
@@ -89,10 +90,11 @@ def protect(
         if weights is not None:
             weights.keep(layer.path for block in decoder.blocks[: resolved.enclave_blocks] for layer in block.layers)
         recipe = _recipe(keying, decoder)
-        for block in _with_bar(blocks, progress):
-            recipe.key_block(block)
-            keying.close()
-        recipe.finish()
+        with without_autocast():
+            for block in _with_bar(blocks, progress):
+                recipe.key_block(block)
+                keying.close()
+            recipe.finish()
         if resolved.attention == "worker" and getattr(causal_lm, "_supports_sdpa", False):
             causal_lm.set_attn_implementation("sdpa")  # its masks say only what is allowed, and None for causal
         keying.install()

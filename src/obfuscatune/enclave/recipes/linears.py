@@ -40,7 +40,7 @@ def key_group(keying: Keying, group: Group) -> None:
     widths = [layer.shape[1] for layer in layers]
     segment = keying.define(path, "linear", {"widths": widths}, {"weight": keyed}, keyed.dtype)
     check = Check(keyed, keying.checks) if profile.verify else None
-    placed = Placed(keying.session, segment, path, key_in, key_out, keying.fold(group.norm))
+    placed = Placed(keying.session, segment, path, key_in, key_out, keying.fold(group.norm), dtype)
     slots: dict[int, Slot] = {}
     together: LinearGroup
     if profile.mix_rows:

@@ -89,7 +89,7 @@ class StreamRecipe:
         bias = torch.stack([key.apply(zero if part.bias is None else part.bias) for part in parts])
         segment = keying.define(path, "body", fields, {"bias": bias}, dtype)
         body = RemoteBody(
-            Placed(keying.session, segment, path, key, key, None),
+            Placed(keying.session, segment, path, key, key, None, dtype),
             centred=self._around.centred,
             mirror=keying.mirror,
             passes=keying.passes,

@@ -205,7 +205,8 @@ def _concat(keys: tuple[Key, ...]) -> Key:
 def _placed(keying: Keying, shipped: Shipped) -> Placed:
     part = shipped.part
     folded = keying.fold(part.norm)
-    return Placed(keying.session, shipped.segment, part.path, shipped.key_in, shipped.key_out, folded)
+    dtype = part.last.weight.dtype
+    return Placed(keying.session, shipped.segment, part.path, shipped.key_in, shipped.key_out, folded, dtype)
 
 
 def _bias(shipped: Shipped) -> Tensor | None:

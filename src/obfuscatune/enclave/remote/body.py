@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from obfuscatune.enclave.folding import centre
 from obfuscatune.enclave.keys import decode, encode
 from obfuscatune.enclave.remote.cache import CacheMirror
-from obfuscatune.enclave.remote.calls import RemoteCall
+from obfuscatune.enclave.remote.calls import RemoteCall, without_autocast
 from obfuscatune.enclave.remote.linear import Placed
 from obfuscatune.enclave.remote.lora import Slot
 from obfuscatune.enclave.remote.passes import Passes
@@ -66,9 +66,17 @@ class RemoteBody(nn.Module):
             UnsupportedModelError: an argument that is not understood, a mask with values other than allowed and
             forbidden, an unknown kind of cache, or gradients through a cache filled by an earlier call.
         """
+        refuse_unknown({"encoder_hidden_states": encoder_hidden_states, **kwargs}, self.placed.path)
+        cache = past_key_values if past_key_values is not None else layer_past
+        with without_autocast():
+            return self._run(hidden_states, attention_mask, position_embeddings, cache)
+
+    def _run(
+        self, hidden_states: Tensor, mask: Tensor | None, tables: tuple[Tensor, Tensor] | None, cache: Any
+    ) -> Tensor:
         placed = self.placed
-        refuse_unknown({"encoder_hidden_states": encoder_hidden_states, **kwargs}, placed.path)
-        rows = centre(hidden_states) if self._centred else hidden_states
+        rows = placed.rows(hidden_states)
+        rows = centre(rows) if self._centred else rows
         call = RemoteCall(
             placed.session,
             placed.segment,
@@ -79,9 +87,8 @@ class RemoteBody(nn.Module):
         )
         for slot in self._slots:
             slot.contribute(call, None)
-        self._passes.add_mask(call, attention_mask)
-        self._passes.add_rotary(call, position_embeddings)
-        cache = past_key_values if past_key_values is not None else layer_past
+        self._passes.add_mask(call, mask)
+        self._passes.add_rotary(call, tables)
         if cache is not None:
             add_cache(call, self._mirror, cache, self._index)
         return decode(call.run()["y"], placed.key_out)

@@ -16,6 +16,15 @@ from obfuscatune.enclave.freivalds import Check
 from obfuscatune.enclave.session import Session
 
 
+def without_autocast() -> torch.autocast:
+    """A context in which torch computes in the dtypes that tensors have: keys, shares of a sum and checks need them.
+
+    Under ``torch.autocast`` a remote layer so computes in the dtype of its weights, which is more exact than the plain
+    one, and not in half of it.
+    """
+    return torch.autocast("cpu", enabled=False)
+
+
 def version_of(tensor: Tensor) -> int:
     """Return the count of a tensor's changes in place, which tensors made under ``inference_mode`` do not have."""
     return -1 if tensor.is_inference() else tensor._version
@@ -158,5 +167,6 @@ class _Remote(torch.autograd.Function):
         needed = dict(zip(ctx.names, ctx.needs_input_grad[2:], strict=True))
         wants = [name for name in call.tensors if needed[name]]
         given = {name: grad.contiguous() for name, grad in zip(call.shapes, grads, strict=True) if grad is not None}
-        found, anchors = call._backward(wants, given)
+        with without_autocast():
+            found, anchors = call._backward(wants, given)
         return None, None, *(found.get(name, anchors.get(name)) for name in ctx.names)

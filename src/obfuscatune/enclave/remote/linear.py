@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from obfuscatune.enclave.freivalds import Check
 from obfuscatune.enclave.keys import Key, decode, encode
-from obfuscatune.enclave.remote.calls import RemoteCall, version_of
+from obfuscatune.enclave.remote.calls import RemoteCall, version_of, without_autocast
 from obfuscatune.enclave.remote.held import HeldSlot
 from obfuscatune.enclave.remote.lora import Slot
 from obfuscatune.enclave.remote.norms import FoldedNorm
@@ -25,6 +25,7 @@ class Placed:
     Attributes:
         segment, path: its name on the worker, and in the model, for messages.
         key_in, key_out: of what enters and leaves. norm: that was folded into it, if any.
+        dtype: of the model's weights; under autocast, rows may come in another.
     """
 
     session: Session
@@ -33,10 +34,11 @@ class Placed:
     key_in: Key
     key_out: Key
     norm: FoldedNorm | None
+    dtype: torch.dtype
 
     def rows(self, x: Tensor) -> Tensor:
         """Return what is keyed: x itself, or where its norm is folded the normalized rows that it came from."""
-        return x if self.norm is None else self.norm.rows_of(x, self.path)
+        return (x if self.norm is None else self.norm.rows_of(x, self.path)).to(self.dtype)
 
 
 @dataclass(slots=True, repr=False)  # a repr would show activations
@@ -70,7 +72,8 @@ class LinearGroup(ABC):
             or found.grad != torch.is_grad_enabled()
             or member not in found.outputs
         ):
-            outputs = dict(enumerate(self.outputs(x)))
+            with without_autocast():
+                outputs = dict(enumerate(self.outputs(x)))
             found = self._results = _Results(weakref.ref(x), version_of(x), torch.is_grad_enabled(), outputs)
         y = found.outputs.pop(member)
         if not found.outputs:

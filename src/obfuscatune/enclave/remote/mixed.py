@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 from obfuscatune.enclave.freivalds import Check
 from obfuscatune.enclave.keys.rows import RowMixer
 from obfuscatune.enclave.mixing import mix, tile_starts
+from obfuscatune.enclave.remote.calls import without_autocast
 from obfuscatune.enclave.remote.linear import LinearGroup, Placed
 
 
@@ -76,4 +77,5 @@ class _Product(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.group.product(grad, transpose=True), None
+        with without_autocast():
+            return ctx.group.product(grad, transpose=True), None

@@ -59,7 +59,7 @@ class Passes:
         cos, sin = tables
         number, shape, new = self._number(cos)
         if new:
-            call.extras |= {"cos": cos.detach().contiguous(), "sin": sin.detach().contiguous()}
+            call.extras |= {"cos": cos.detach().to(call.dtype), "sin": sin.detach().to(call.dtype)}
         call.header["rotary"] = {"id": number}
         self._when_sent(call, cos, number, shape, new)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from obfuscatune.enclave.keys import decode, encode
 from obfuscatune.enclave.remote.cache import CacheMirror
-from obfuscatune.enclave.remote.calls import RemoteCall
+from obfuscatune.enclave.remote.calls import RemoteCall, without_autocast
 from obfuscatune.enclave.remote.held import HeldSlot
 from obfuscatune.enclave.remote.linear import Placed
 from obfuscatune.enclave.remote.lora import Slot
@@ -82,7 +82,8 @@ class RemoteMlp(RemotePart):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Return ``[..., d]``."""
-        return self.finish(self.call(hidden_states))
+        with without_autocast():
+            return self.finish(self.call(hidden_states))
 
 
 class RemoteAttention(RemotePart):
@@ -108,13 +109,14 @@ class RemoteAttention(RemotePart):
             forbidden, an unknown kind of cache, or gradients through a cache filled by an earlier call.
         """
         refuse_unknown(kwargs, self.placed.path)
-        call = self.call(hidden_states)
-        self._passes.add_mask(call, attention_mask)
-        self._passes.add_rotary(call, position_embeddings)
-        cache = past_key_values if past_key_values is not None else layer_past
-        if cache is not None:
-            add_cache(call, self._mirror, cache, self._index)
-        return self.finish(call), None
+        with without_autocast():
+            call = self.call(hidden_states)
+            self._passes.add_mask(call, attention_mask)
+            self._passes.add_rotary(call, position_embeddings)
+            cache = past_key_values if past_key_values is not None else layer_past
+            if cache is not None:
+                add_cache(call, self._mirror, cache, self._index)
+            return self.finish(call), None
 
 
 def add_cache(call: RemoteCall, mirror: CacheMirror, cache: Any, index: int) -> None:
