@@ -8,12 +8,15 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
+    Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
+    MistralConfig,
     Phi3Config,
     PretrainedConfig,
     Qwen2Config,
+    Qwen3Config,
 )
 from transformers.pytorch_utils import Conv1D
 
@@ -52,7 +55,10 @@ def _gpt_neox() -> PretrainedConfig:
 CONFIGS = {
     "gpt2": _gpt2,
     "llama": lambda: _grouped(LlamaConfig, attention_bias=True, mlp_bias=True),
+    "mistral": lambda: _grouped(MistralConfig),
     "qwen2": lambda: _grouped(Qwen2Config),
+    "qwen3": lambda: _grouped(Qwen3Config, head_dim=HEAD_DIM),
+    "gemma3": lambda: _grouped(Gemma3TextConfig, head_dim=HEAD_DIM, query_pre_attn_scalar=HEAD_DIM),
     "gemma2": lambda: _grouped(Gemma2Config, head_dim=HEAD_DIM, query_pre_attn_scalar=HEAD_DIM),
     "gpt_neox": _gpt_neox,
     "phi3": lambda: _grouped(Phi3Config),
