@@ -7,12 +7,13 @@ from collections.abc import Collection
 from torch import nn
 
 from obfuscatune.enclave.families.form import Decoder
+from obfuscatune.enclave.families.stock import refuse_changed
 from obfuscatune.errors import UnsupportedModelError
 from obfuscatune.profiles import Profile
 
 
 def fit(decoder: Decoder, profile: Profile, chosen: Collection[str] = ()) -> Profile:
-    """Return the profile as it is run on this model.
+    """Return the profile as it is run on this model, whose code is stock where it leaves.
 
     Where q and k are normalized in each head no key of theirs commutes with what the worker would compute, so attention
     stays in the enclave, with a warning; refused where it was asked for on the worker.
@@ -23,6 +24,13 @@ def fit(decoder: Decoder, profile: Profile, chosen: Collection[str] = ()) -> Pro
     Raises:
         UnsupportedModelError: this profile cannot run this model exactly; why, and what can.
     """
+    fitted = _adapted(decoder, profile, chosen)
+    if fitted.remote:
+        refuse_changed(decoder.blocks[fitted.enclave_blocks :], fitted)
+    return fitted
+
+
+def _adapted(decoder: Decoder, profile: Profile, chosen: Collection[str]) -> Profile:
     if not profile.remote:
         return profile
     if not decoder.known:
@@ -38,7 +46,7 @@ def fit(decoder: Decoder, profile: Profile, chosen: Collection[str] = ()) -> Pro
             raise UnsupportedModelError(
                 f"attention cannot run on the worker: {what}", where=decoder.family, hint='attention="enclave"'
             )
-        warnings.warn(f"{decoder.family}: {what}, so attention stays in the enclave.", stacklevel=3)
+        warnings.warn(f"{decoder.family}: {what}, so attention stays in the enclave.", stacklevel=4)
         return dataclasses.replace(profile, attention="enclave", name=f"{profile.name}+attention=enclave")
     return profile
 

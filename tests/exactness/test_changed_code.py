@@ -1,0 +1,139 @@
+"""A model whose code was changed is run as it is where the change stays in the enclave, and refused where it leaves."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP
+
+from obfuscatune import UnsupportedModelError
+
+from .families import model_of, twins_of, wide
+from .models import error, tokens
+
+EXACT = 1e-9  # measured 2.5e-14
+CHANGED = 1e-3  # what each change does to the logits of the plain model; measured 0.17 and more
+WHOLE = ("balanced", "stream")
+LINEAR = ("paper", "strict")
+
+
+class DoubledAttention(LlamaAttention):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        y, weights = super().forward(*args, **kwargs)
+        return 2 * y, weights
+
+
+class DoubledMlp(LlamaMLP):
+    def forward(self, x: Any) -> Any:
+        return 2 * super().forward(x)
+
+
+class DoubledBlock(LlamaDecoderLayer):
+    def forward(self, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(hidden_states, *args, **kwargs) + hidden_states
+
+
+def attention_class(block: Any) -> None:
+    block.self_attn.__class__ = DoubledAttention
+
+
+def mlp_class(block: Any) -> None:
+    block.mlp.__class__ = DoubledMlp
+
+
+def block_class(block: Any) -> None:
+    block.__class__ = DoubledBlock
+
+
+def forward_of_an_instance(block: Any) -> None:
+    block.mlp.forward = lambda x: torch.tanh(x)
+
+
+def hook_on_attention(block: Any) -> None:
+    block.self_attn.register_forward_hook(lambda module, args, output: (2 * output[0], output[1]))
+
+
+def hook_on_activation(block: Any) -> None:
+    block.mlp.act_fn.register_forward_hook(lambda module, args, output: 2 * output)
+
+
+def hook_on_norm(block: Any) -> None:
+    block.input_layernorm.register_forward_hook(lambda module, args, output: output.flip(-1))
+
+
+def hook_on_block(block: Any) -> None:
+    block.register_forward_pre_hook(lambda module, args: (args[0].flip(-1), *args[1:]))
+
+
+def hook_on_linear(block: Any) -> None:
+    block.mlp.down_proj.register_forward_hook(lambda module, args, output: 2 * output)
+
+
+# What is changed -> profiles under which that leaves.
+CHANGES: dict[Callable[[Any], None], tuple[str, ...]] = {
+    attention_class: WHOLE,
+    mlp_class: WHOLE,
+    block_class: ("stream",),
+    forward_of_an_instance: WHOLE,
+    hook_on_attention: WHOLE,
+    hook_on_activation: WHOLE,
+    hook_on_norm: WHOLE,
+    hook_on_block: ("stream",),
+    hook_on_linear: (*WHOLE, *LINEAR),
+}
+
+
+@pytest.mark.parametrize("profile", [*WHOLE, *LINEAR])
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_a_change_runs_where_it_stays_and_is_refused_where_it_leaves(
+    protect: Any, change: Callable[[Any], None], profile: str
+) -> None:
+    ids = tokens(2, 6)
+    with wide(), torch.no_grad():
+        stock, reference = twins_of("llama", lora=False)
+        change(reference.model.layers[0])
+        model = copy.deepcopy(stock)
+        change(model.model.layers[0])
+        expected = reference(input_ids=ids).logits
+        assert error(stock(input_ids=ids).logits, expected) > CHANGED
+        if profile in CHANGES[change]:
+            with pytest.raises(UnsupportedModelError, match=r"leaves for the worker has .* \(at model\.layers\.0"):
+                protect(model, profile=profile)
+            with protect(model, profile=profile, enclave_blocks=1) as protected:  # that block stays
+                assert error(protected.model(input_ids=ids).logits, expected) < EXACT
+            return
+        with protect(model, profile=profile) as protected:
+            assert error(protected.model(input_ids=ids).logits, expected) < EXACT
+
+
+def test_a_hook_within_an_adapter_that_leaves(protect: Any) -> None:
+    model = model_of("llama")
+    lora = model.get_base_model().model.layers[0].self_attn.q_proj
+    lora.lora_A["default"].register_forward_hook(lambda module, args, output: 2 * output)
+    for profile in ("paper", "balanced", "stream"):
+        with pytest.raises(UnsupportedModelError, match=r"a hook.*q_proj\.lora_A\.default"):
+            protect(model, profile=profile)
+
+
+def test_a_class_of_its_own_is_named(protect: Any) -> None:
+    class Sparse(GPT2MLP):
+        pass
+
+    model = model_of("gpt2")
+    model.get_base_model().transformer.h[1].mlp.__class__ = Sparse
+    with pytest.raises(UnsupportedModelError, match=r"a class of its own.*Sparse.*transformer\.h\.1\.mlp"):
+        protect(model)
+
+
+@pytest.mark.parametrize("profile", ["balanced", "stream", "strict"])
+def test_hooks_that_transformers_leaves_do_not_matter(protect: Any, profile: str) -> None:
+    ids = tokens(2, 6)
+    with wide(), torch.no_grad():
+        reference, model = twins_of("llama")
+        model(input_ids=ids, output_hidden_states=True)
+        assert model.get_base_model().model.layers[0]._forward_hooks  # the control: it has left some
+        with protect(model, profile=profile) as protected:
+            assert error(protected.model(input_ids=ids).logits, reference(input_ids=ids).logits) < EXACT
