@@ -94,6 +94,7 @@ class StreamRecipe:
             mirror=keying.mirror,
             passes=keying.passes,
             index=first.index,
+            passed=[block.index for block in self._blocks[1:]],
             slots=self._slots,
         )
         for block in self._blocks:

@@ -28,6 +28,7 @@ class RemoteBody(nn.Module):
     Args:
         placed: its two keys are R, orthogonal. centred: whether C is there; rows that come back are centred then.
         index: of the block, which is also the layer of the enclave's cache that mirrors all of the worker's.
+        passed: indices of the other blocks.
         slots: LoRA of all blocks.
 
     Attributes:
@@ -44,11 +45,13 @@ class RemoteBody(nn.Module):
         mirror: CacheMirror,
         passes: Passes,
         index: int,
+        passed: Sequence[int],
         slots: Sequence[Slot],
     ) -> None:
         super().__init__()
         self.placed, self._centred, self._slots = placed, centred, slots
         self._mirror, self._passes, self._index = mirror, passes, index
+        self._passed = passed
 
     def forward(
         self,
@@ -90,7 +93,7 @@ class RemoteBody(nn.Module):
         self._passes.add_mask(call, mask)
         self._passes.add_rotary(call, tables)
         if cache is not None:
-            add_cache(call, self._mirror, cache, self._index)
+            add_cache(call, self._mirror, cache, self._index, self._passed)
         return decode(call.run()["y"], placed.key_out)
 
 

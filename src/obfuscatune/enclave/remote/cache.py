@@ -8,6 +8,7 @@ worker must go on from.
 
 import itertools
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,12 +32,21 @@ class CacheMirror:
         self._last: tuple[tuple[int, int, int, int], Tensor, Tensor] | None = None
 
     def request(
-        self, cache: Any, layer_index: int, batch: int, new: int, layer: str, *, continued: bool
+        self,
+        cache: Any,
+        layer_index: int,
+        batch: int,
+        new: int,
+        layer: str,
+        *,
+        continued: bool,
+        passed: Sequence[int] = (),
     ) -> dict[str, Any]:
         """Return the ``cache`` field of a forward request, and append ``new`` tokens to the stubs of this layer.
 
         A call that trains must not go on from an earlier one (``continued=False``): the worker keeps keys and values
-        without their graph.
+        without their graph. ``passed``: indices of later layers whose tokens are in the same cache of the worker. Their
+        windows get stubs that are never read, because ``transformers`` cannot crop a window that was not filled.
 
         Raises:
             UnsupportedModelError: not a plain DynamicCache, or one that this model did not fill or must not go on from.
@@ -68,6 +78,9 @@ class CacheMirror:
         attended, _ = cache.update(*self._stubs(number, batch, length, new), layer_index)
         if attended.shape[2] != length + new:
             raise UnsupportedModelError("a KV cache that keeps more than is attended to", where=layer)
+        for index in passed:
+            if index < len(cache.layers) and type(cache.layers[index]) is DynamicSlidingWindowLayer:
+                cache.update(*self._stubs(number, batch, length, new), index)
         stub = cache.layers[layer_index]
         kept = stub.keys.shape[2]  # a window keeps the last tokens only
         if rows is not None or start:  # where the worker has the earlier tokens now

@@ -119,10 +119,12 @@ class RemoteAttention(RemotePart):
             return self.finish(call), None
 
 
-def add_cache(call: RemoteCall, mirror: CacheMirror, cache: Any, index: int) -> None:
-    """Tell a call of ``[B, T, d]`` rows from which cached tokens it goes on."""
+def add_cache(call: RemoteCall, mirror: CacheMirror, cache: Any, index: int, passed: Sequence[int] = ()) -> None:
+    """Tell a call of ``[B, T, d]`` rows from which cached tokens it goes on; ``passed``: see `CacheMirror.request`."""
     batch, new = call.rows
-    call.header["cache"] = mirror.request(cache, index, batch, new, call.layer, continued=not call.trains())
+    call.header["cache"] = mirror.request(
+        cache, index, batch, new, call.layer, continued=not call.trains(), passed=passed
+    )
 
 
 def refuse_unknown(arguments: dict[str, Any], layer: str) -> None:
