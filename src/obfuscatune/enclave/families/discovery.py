@@ -97,10 +97,19 @@ def _trace(model: Any, paths: list[str], where: str) -> dict[str, int]:
     """Return, by path of a layer, a number for the tensor that entered it.
 
     Raises:
-        UnsupportedModelError: a model that cannot be run without data, or a layer that is not called just once.
+        UnsupportedModelError: a model that cannot be run without data, a layer that is not called just once, or one
+        that was added to the model.
     """
     # Eager attention, because the making of masks for others looks at values, and there are none.
     skeleton = empty_model(model.config, attn_implementation="eager")
+    there = {name for name, _ in skeleton.named_modules()}
+    for path in paths:
+        if path not in there:
+            raise UnsupportedModelError(
+                "a linear layer that the configuration's architecture does not have",
+                expected=f"the layers of {type(skeleton).__name__}",
+                where=path,
+            )
     entered: dict[str, list[Tensor]] = {path: [] for path in paths}
     for path in paths:
         skeleton.get_submodule(path).register_forward_pre_hook(

@@ -1,8 +1,8 @@
 """Whether what leaves for the worker is stock code: the worker computes that, and never a change made to a module.
 
-A subclass under a known ``model_type``, a ``forward`` set on an instance, or a hook would be lost without a word when its
-module is replaced. Code that stays in the enclave may be changed at will. Not seen are other values of a stock module's
-attributes, such as another activation than the configuration's.
+A subclass under a known ``model_type``, a ``forward`` set on an instance, or a hook would be lost without a word when
+its module is replaced. Code that stays in the enclave may be changed at will. Not seen are other values of a stock
+module's attributes, such as another activation than the configuration's.
 """
 
 from collections.abc import Iterator
@@ -35,7 +35,8 @@ def refuse_changed(blocks: list[Block], profile: Profile) -> None:
                 raise _changed("a class of its own", path, got)
             if "forward" in vars(module):
                 raise _changed("a forward of its own", path)
-            if any(getattr(hook, "__module__", "") != _HARMLESS for kind in _HOOKS for hook in getattr(module, kind).values()):
+            hooks = [hook for kind in _HOOKS for hook in getattr(module, kind).values()]
+            if any(getattr(hook, "__module__", "") != _HARMLESS for hook in hooks):
                 raise _changed("a hook", path)
 
 

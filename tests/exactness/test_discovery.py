@@ -1,0 +1,193 @@
+"""Decoders without a record: what is found in them, that it runs exactly, and what is refused for what it is."""
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    Cohere2Config,
+    FalconConfig,
+    GemmaConfig,
+    GPTJConfig,
+    GPTNeoConfig,
+    GptOssConfig,
+    MambaConfig,
+    OPTConfig,
+    PhiConfig,
+)
+
+from obfuscatune import UnsupportedModelError
+from obfuscatune.cli import main
+from obfuscatune.enclave.remote.linear import RemoteLinear
+
+from .families import COMMON, SQUARE, adapted, randomize
+from .models import error, gradients, scalar, tokens, worst
+
+EXACT = 1e-9  # float64; measured 5.5e-14
+LOGITS_FLOAT32 = 1e-5  # measured 1.3e-6
+MONARCH = {"key_block": 4}
+SMALL = {"vocab_size": 37, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+WINDOWS = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
+
+# Configuration, and how many layers travel in each call of a block.
+FOUND: dict[str, tuple[Callable[[], Any], list[int]]] = {
+    # Embeddings of another width, with linear layers outside the blocks, and blocks at another path.
+    "opt": (
+        lambda: OPTConfig(
+            **SMALL, hidden_size=24, ffn_dim=20, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=12,
+            max_position_embeddings=64, dropout=0.0,
+        ),
+        [3, 1, 1, 1],
+    ),
+    # One layer that attends to all tokens, one with a window; layers without biases beside layers with.
+    "gpt_neo": (
+        lambda: GPTNeoConfig(
+            vocab_size=37, hidden_size=24, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]],
+            window_size=4, max_position_embeddings=64, attention_dropout=0.0, embed_dropout=0.0, resid_dropout=0.0,
+        ),
+        [3, 1, 1, 1],
+    ),
+    # Attention and MLP of the same norm; positions that are rotated in pairs of neighbours.
+    "gptj": (
+        lambda: GPTJConfig(
+            vocab_size=37, n_embd=24, n_layer=2, n_head=3, rotary_dim=4, n_positions=64, attn_pdrop=0.0, embd_pdrop=0.0,
+            resid_pdrop=0.0,
+        ),
+        [4, 1, 1],
+    ),
+    "phi": (lambda: PhiConfig(**{**COMMON, "hidden_size": 32}), [4, 1, 1]),
+    "gemma": (lambda: GemmaConfig(**SQUARE, head_dim=6), [3, 1, 2, 1]),
+    "cohere2": (lambda: Cohere2Config(**SQUARE, **WINDOWS), [5, 1, 1]),
+}  # fmt: skip
+STOCK_FLOAT32 = {  # whose stock masks are not finite in float64
+    "bloom": lambda: BloomConfig(**SMALL, hidden_size=24, n_layer=2, n_head=4, hidden_dropout=0.0)
+}
+
+
+def model_of(config: Any, dtype: torch.dtype = torch.float64) -> Any:
+    return randomize(AutoModelForCausalLM.from_config(config).to(dtype).eval())
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    mask = torch.ones(2, 9, dtype=torch.int64)
+    mask[1, :3] = 0
+    return tokens(2, 9), mask
+
+
+@pytest.mark.parametrize("profile", ["paper", "strict"])
+@pytest.mark.parametrize("name", FOUND)
+def test_what_is_found_runs_exactly(protect: Any, name: str, profile: str) -> None:
+    make, together = FOUND[name]
+    reference = adapted(model_of(make()))
+    model = copy.deepcopy(reference)
+    ids, mask = batch()
+    prompt = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    with protect(model, profile=profile, lora_placement="enclave", **(MONARCH if profile == "strict" else {})) as run:
+        layers = [module for module in run.model.modules() if isinstance(module, RemoteLinear)]
+        counts = {id(layer.group): len(layer.group.widths) for layer in layers}
+        assert sorted(counts.values()) == sorted(together * 2)
+        before = _calls(run)
+        results = []
+        for each in (reference, run.model):
+            logits = each(input_ids=ids, attention_mask=mask).logits[mask.bool()]
+            if each is run.model:
+                assert _calls(run) - before == 2 * len(together)
+            scalar(logits).backward()
+            results.append({"logits": logits.detach(), **gradients(each)})
+        assert torch.equal(run.model.generate(**prompt), reference.generate(**prompt))
+    assert len(results[0]) > 12
+    assert worst(results[1], results[0]) < EXACT
+
+
+def _calls(protected: Any) -> int:
+    traffic = protected.report().traffic
+    return sum(traffic[name].calls for name in ("forward", "multiply") if name in traffic)
+
+
+@pytest.mark.parametrize("profile", ["paper", "strict"])
+@pytest.mark.parametrize("name", STOCK_FLOAT32)
+def test_float32(protect: Any, name: str, profile: str) -> None:
+    reference = model_of(STOCK_FLOAT32[name](), torch.float32)
+    ids, mask = batch()
+    with protect(copy.deepcopy(reference), profile=profile) as run, torch.no_grad():
+        got, expected = (m(input_ids=ids, attention_mask=mask).logits[mask.bool()] for m in (run.model, reference))
+    assert error(got, expected) < LOGITS_FLOAT32
+
+
+def test_a_layer_that_another_calls_by_its_weight_is_refused(protect: Any) -> None:
+    """BLOOM's slow form multiplies slices of ``dense.weight`` itself, and never calls the layer."""
+    config = BloomConfig(**SMALL, hidden_size=24, n_layer=2, n_head=4, pretraining_tp=2, slow_but_exact=True)
+    with pytest.raises(UnsupportedModelError, match=r"not called once: got 0 calls.*self_attention\.dense"):
+        protect(model_of(config, torch.float32), profile="strict")
+
+
+def _one_block_twice(model: Any) -> None:
+    model.model.layers[1] = model.model.layers[0]
+
+
+def _a_list_in_a_block(model: Any) -> None:
+    model.model.layers[0].extra = nn.ModuleList([nn.Linear(24, 24)])
+
+
+def _a_layer_that_was_added(model: Any) -> None:
+    model.model.layers[0].extra = nn.Linear(24, 24)
+
+
+def _a_tied_embedding(model: Any) -> None:
+    model.model.layers[0].self_attn.o_proj.weight = model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_one_block_twice, r"a weight that two layers share"),
+        (_a_list_in_a_block, r"a list of modules in a block.*layers\.0\.extra"),
+        (_a_layer_that_was_added, r"architecture does not have.*layers\.0\.extra"),
+        (_a_tied_embedding, r"a weight that two layers share: got model\.embed_tokens\.weight"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_what_a_configuration_does_not_say_is_refused(
+    protect: Any, change: Callable[[Any], None], message: str
+) -> None:
+    model = AutoModelForCausalLM.from_config(GemmaConfig(**SQUARE, head_dim=6))
+    change(model)
+    with pytest.raises(UnsupportedModelError, match=message):
+        protect(model, profile="strict")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (lambda: GptOssConfig(**SQUARE, head_dim=6, num_local_experts=2, sliding_window=4), r"mlp\.router"),
+        (lambda: MambaConfig(vocab_size=37, hidden_size=24, num_hidden_layers=2, state_size=4), r"A_log.*mixer"),
+        (lambda: FalconConfig(**SMALL, hidden_size=24, num_attention_heads=3), r"kind that cannot be keyed.*Falcon"),
+    ],
+    ids=["attention sinks and experts", "a state-space model", "a linear layer of its own class"],
+)
+def test_other_kinds_of_layers_are_refused_by_name(protect: Any, config: Callable[[], Any], message: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=message):
+        protect(AutoModelForCausalLM.from_config(config()), profile="strict")
+
+
+def test_inspect_says_what_was_found(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    FOUND["gptj"][0]().save_pretrained(tmp_path)
+    capfd.readouterr()
+    assert main(["inspect", "--model_name_or_path", str(tmp_path), "--json"]) == 0
+    found = json.loads(capfd.readouterr().out)
+    assert (found["family"], found["record"], found["blocks"], found["width"]) == ("gptj", False, 2, 24)
+    assert found["calls_of_a_block"] == [
+        "attn.k_proj + attn.v_proj + attn.q_proj + mlp.fc_in", "attn.out_proj", "mlp.fc_out",
+    ]  # fmt: skip
+    refused = {row["profile"] for row in found["profiles"] if "refused" in row}
+    assert refused == {"plain", "balanced", "stream"}
+    assert main(["inspect", "--model_name_or_path", str(tmp_path)]) == 0
+    out = capfd.readouterr().out
+    assert "attn.q_proj + mlp.fc_in; attn.out_proj" in out and "balanced cannot run this model" in out
