@@ -112,28 +112,35 @@ def _neox() -> dict[str, Any]:
 
 
 def model_of(name: str, *, dtype: torch.dtype = torch.float64, lora: bool = True, seed: int = 0, **options: Any) -> Any:
-    """A model without dropout, every parameter of it random; some gains are tiny or negative."""
+    """A model without dropout, every parameter of it random; ``options`` are LoRA's."""
     config = {**RECORDED, **UNRECORDED}[name]()
+    model = randomize(AutoModelForCausalLM.from_config(config).to(dtype).eval(), seed)
+    return adapted(model, **options) if lora else model
+
+
+def randomize(model: Any, seed: int = 0) -> Any:
+    """Give the model random parameters and return it; some gains of norms are tiny or negative."""
     generator = torch.Generator().manual_seed(seed)
-    model: Any = AutoModelForCausalLM.from_config(config).to(dtype).eval()
+    gain = 0.0 if "gemma" in model.config.model_type else 1.0
     for path, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
         if parameter.ndim == 1 and path.endswith("weight"):
-            noise = (0.0 if "gemma" in name else 1.0) + 0.5 * noise
+            noise = gain + 0.5 * noise
             noise[0], noise[1] = noise[0] * 1e-3, -noise[1].abs()
         else:
             noise *= 1.6 / parameter.shape[-1] ** 0.5 if parameter.ndim > 1 else 0.4  # as large sums at every width
         parameter.data.copy_(noise)
-    if not lora:
-        return model
-    targets = options.pop("target_modules", "all-linear")
-    more = {"fan_in_fan_out": True} if name == "gpt2" else {}
-    adapted = get_peft_model(
-        model, LoraConfig(**{"r": 3, "lora_alpha": 5, "target_modules": targets, **more, **options})
-    )
-    adapted.to(dtype).eval()
-    randomize_lora(adapted, seed=1)
-    return adapted
+    return model
+
+
+def adapted(model: Any, **options: Any) -> Any:
+    """A PEFT model of rank 3 around the model, on all linear layers unless told, both factors random."""
+    dtype = next(model.parameters()).dtype
+    more = {"fan_in_fan_out": True} if model.config.model_type == "gpt2" else {}
+    config = LoraConfig(**{"r": 3, "lora_alpha": 5, "target_modules": "all-linear", **more, **options})
+    peft_model = get_peft_model(model, config).to(dtype).eval()
+    randomize_lora(peft_model, seed=1)
+    return peft_model
 
 
 def twins_of(name: str, **options: Any) -> tuple[Any, Any]:
