@@ -46,7 +46,7 @@ def test_many_tokens_beyond_a_window(protect: Any, family: str, profile: str) ->
     assert error(torch.stack(got.logits), torch.stack(expected.logits)) < LOGITS
 
 
-@pytest.mark.parametrize("profile", ["balanced", "stream", "strict", "paper"])
+@pytest.mark.parametrize("profile", ["balanced", "stream", "strict", pytest.param("paper", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("family", ["llama", "mistral, window", "gemma2", "gpt_neox", "phi3, partial rotary, window"])
 def test_speculation_crops_the_cache(protect: Any, family: str, profile: str) -> None:
     """By tokens of the prompt, and by an assistant whose guesses are mostly wrong."""

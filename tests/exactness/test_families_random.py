@@ -289,7 +289,7 @@ CONDITIONS: dict[str, Any] = {"batch": st.integers(1, 2), "lora": st.booleans(),
 
 @pytest.mark.parametrize("family", FAMILIES)
 @given(data=st.data(), choice=st.sampled_from(SWITCHES), **CONDITIONS)
-@settings(max_examples=4)
+@settings(max_examples=3)
 def test_a_few_configurations(
     protect: Any, family: str, data: Any, choice: Any, batch: int, lora: bool, pad: int
 ) -> None:
