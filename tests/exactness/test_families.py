@@ -261,10 +261,14 @@ def test_what_is_not_understood_is_refused_by_name(protect: Any) -> None:
         T5ForConditionalGeneration,
     )
 
-    from .families import COMMON
+    from .families import COMMON, SQUARE
 
-    experts = MixtralConfig(**COMMON, num_local_experts=2)
-    refused(protect, AutoModelForCausalLM.from_config(experts), r"experts|not those of a linear layer")
+    mixture = AutoModelForCausalLM.from_config(MixtralConfig(**SQUARE, num_local_experts=2)).eval()
+    refused(protect, mixture, r"experts|not those of a linear layer")
+    with torch.no_grad():
+        expected = mixture(input_ids=tokens(1, 4)).logits
+        with protect(mixture, profile="enclave") as protected:  # where nothing leaves
+            assert torch.equal(protected.model(input_ids=tokens(1, 4)).logits, expected)
     moe = Qwen3MoeConfig(**COMMON, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=8)
     refused(protect, AutoModelForCausalLM.from_config(moe), r"experts|not those of a linear layer")
     quantized = model_of("olmo2", lora=False)

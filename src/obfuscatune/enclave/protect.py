@@ -70,17 +70,17 @@ def protect(
     resolved = resolve(profile, **switches)
     causal_lm = _causal_lm(model)
     _refuse_protected(causal_lm)
-    decoder = read_decoder(causal_lm)
-    resolved = fit(decoder, resolved, {name for name, value in switches.items() if value is not None})
     _check_tensors(causal_lm)
     keys = _master_secret(secret, insecure_test_seed, worker)
     total = _base_parameters(model)
     weights = lazy_weights(causal_lm)
-    if not resolved.remote:
+    if not resolved.remote:  # nothing leaves, so it need not be understood
         if weights is not None:
             weights.keep()
             weights.finish()
         return Protected(model, resolved, None, None, keys, total_parameters=total, worker_parameters=0)
+    decoder = read_decoder(causal_lm)
+    resolved = fit(decoder, resolved, {name for name, value in switches.items() if value is not None})
     blocks = _leaving(decoder, resolved)
     session = open_session(worker, timeout=timeout, threads=threads, device=device)
     try:
