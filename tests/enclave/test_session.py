@@ -228,11 +228,102 @@ def test_an_interrupt_in_a_request_ends_the_session(
         raise error
 
     with session_and_peer() as (session, _):
-        monkeypatch.setattr(Connection, "receive", interrupted)
+        monkeypatch.setattr(Connection, "receive_frame", interrupted)
         with pytest.raises(error):
             ask(session)
         with pytest.raises(UsageError, match="interrupted in the middle of a request"):
             ask(session)
+
+
+def send(session: Session, x: Tensor) -> Any:
+    return session.submit("forward", "h.0.attn", {"segment": "s0"}, {"x": x}, {"y": (tuple(x.shape), x.dtype)})
+
+
+@contextmanager
+def doubling_worker(peer: socket.socket, *, requests: int) -> Iterator[list[int]]:
+    """A worker that reads a request only after it has sent the last reply whole; gives the ids in their order."""
+    ids: list[int] = []
+
+    def serve() -> None:
+        with closing(Connection(peer.dup(), peer="enclave")) as other:
+            for _ in range(requests):
+                header, tensors = other.receive()
+                ids.append(header["id"])
+                other.send({"id": header["id"], "ok": True}, {"y": tensors["x"] * 2})
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        yield ids
+    finally:
+        thread.join(timeout=30)
+
+
+def test_several_requests_under_way() -> None:
+    """Each is larger than all socket buffers: the worker cannot take the third before its first reply is read."""
+    with session_and_peer() as (session, peer), doubling_worker(peer, requests=5) as ids:
+        inputs = [torch.full((4 * 1024**2,), float(i)) for i in range(5)]
+        pending = [send(session, x) for x in inputs]
+        assert pending[0].has_come
+        for i in (4, 0, 2, 1, 3):
+            assert torch.equal(pending[i].result()[1]["y"], inputs[i] * 2)
+        assert ids == [1, 2, 3, 4, 5]
+        counts = session.traffic["forward"]
+        assert counts.calls == 5
+        assert counts.bytes_received > 5 * 16 * 1024**2
+
+
+def test_one_thread_waits_while_another_one_sends() -> None:
+    with session_and_peer() as (session, peer), doubling_worker(peer, requests=40):
+        found: dict[int, bool] = {}
+
+        def work(first: int) -> None:
+            for i in range(first, first + 20):
+                x = torch.full((512 * 1024,), float(i))
+                found[i] = torch.equal(send(session, x).result()[1]["y"], x * 2)
+
+        threads = [threading.Thread(target=work, args=(first,)) for first in (0, 20)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(timeout=30)
+        assert found == dict.fromkeys(range(40), True)
+
+
+def test_a_fault_of_one_request_ends_the_others() -> None:
+    with session_and_peer() as (session, peer):
+        first, second = (session.submit("forward", f"h.{i}", {}, {}, EXPECTED) for i in range(2))
+        peer.sendall(frame({"id": 1, "ok": False, "message": "no"}) + frame({"id": 2, "ok": True}, {"y": Y}))
+        with pytest.raises(WorkerFault, match=r"got 'no' \(at worker w, layer h.0, call 1\)"):
+            first.result()
+        with pytest.raises(UsageError, match="ended by an earlier fault"):
+            second.result()
+
+
+def test_a_worker_that_neither_reads_nor_sends_is_given_up() -> None:
+    with session_and_peer(timeout=0.2) as (session, _):
+        session.submit("forward", "h.0", {}, {}, EXPECTED)
+        with pytest.raises(WorkerFault, match=r"no reply within 0.2 s \(at worker w, layer h.1, call 2\)"):
+            session.submit("forward", "h.1", {}, {"x": torch.zeros(16 * 1024**2)}, EXPECTED)
+
+
+def test_close_ends_a_wait_in_another_thread() -> None:
+    with session_and_peer() as (session, _):
+        waiting, ended = threading.Event(), []
+
+        def wait() -> None:
+            pending = session.submit("forward", "h.0", {}, {}, EXPECTED)
+            waiting.set()
+            with pytest.raises(UsageError, match="was closed"):
+                pending.result()
+            ended.append(True)
+
+        thread = threading.Thread(target=wait)
+        thread.start()
+        assert waiting.wait(20)
+        session.close()
+        thread.join(timeout=20)
+        assert ended
 
 
 def test_two_threads_do_not_mix_their_requests() -> None:

@@ -27,13 +27,13 @@ def kill_when_sent(monkeypatch: pytest.MonkeyPatch, protected: Any, op: str, num
     """Kill the worker between the ``number``-th request of an operation and its reply."""
     pid, send, seen = protected.session.process.pid, Connection.send, []
 
-    def sending(self: Connection, fields: Any, tensors: Any = None) -> int:
+    def sending(self: Connection, fields: Any, tensors: Any = None, **options: Any) -> int:
         seen.append(fields["op"])
         if (fields["op"], seen.count(op)) != (op, number):
-            return send(self, fields, tensors or {})
+            return send(self, fields, tensors or {}, **options)
         os.kill(pid, signal.SIGSTOP)
         os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOWAIT)  # it has stopped, so it cannot reply
-        sent = send(self, fields, tensors or {})
+        sent = send(self, fields, tensors or {}, **options)
         os.kill(pid, signal.SIGKILL)
         return sent
 

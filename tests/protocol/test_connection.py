@@ -362,10 +362,11 @@ def test_a_late_rest_is_never_read(length: int) -> None:
 
 def test_a_trickle_does_not_hold_a_read_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     with raw_peer() as (connection, peer):
+        connection.settimeout(20)
         clock = iter([0.0, 19.0, 21.0])  # the start, then after each short read
         monkeypatch.setattr("obfuscatune.protocol.connection.time.monotonic", lambda: next(clock))
-        real = connection._step
-        monkeypatch.setattr(connection, "_step", lambda way, buffers: real(way, [memoryview(buffers[0])[:1]]))
+        real = connection._step_in
+        monkeypatch.setattr(connection, "_step_in", lambda buffers, wait: real([memoryview(buffers[0])[:1]], wait=wait))
         peer.sendall(FRAME)
         with pytest.raises(TimeoutError):
             connection.receive()
@@ -415,7 +416,7 @@ def test_close_wakes_a_blocked_receive() -> None:
 def test_close_ends_the_stream_although_somebody_else_holds_the_socket() -> None:
     """As a thread blocked in its receive does, or a forked child."""
     with raw_peer() as (connection, peer):
-        holder = connection._sock.dup()
+        holder = connection._stream._sock.dup()
         with holder:
             connection.close()
             peer.settimeout(5)

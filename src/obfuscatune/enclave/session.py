@@ -1,29 +1,26 @@
 """The enclave's end of a session: requests to the worker, and the checks on every reply.
 
-The worker is not trusted to be right. A reply is used only if it has the id of the request, exactly the tensors
-expected, of exactly the expected shapes and dtypes, all finite. Anything else, a timeout and a dead worker become one
-:class:`~obfuscatune.errors.WorkerFault`, after which the session is closed for good, so that a late reply can never
-be taken for a later one.
+Several requests may be under way; the worker answers them in order. The worker is not trusted to be right. A reply is
+used only if it has the id of its request, exactly the tensors expected, of exactly the expected shapes and dtypes, all
+finite. Anything else, a timeout and a dead worker become one :class:`~obfuscatune.errors.WorkerFault`, after which the
+session is closed for good, so that a late reply can never be taken for a later one.
 """
 
-import math
 import subprocess
 import threading
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from obfuscatune.enclave.keys.source import Secret
+from obfuscatune.enclave.replies import Expected, Pending
 from obfuscatune.errors import ConnectionClosedError, ProtocolError, UsageError, WorkerFault
-from obfuscatune.protocol.connection import Connection
+from obfuscatune.protocol.connection import Connection, Frame
 from obfuscatune.protocol.frames import PROTOCOL_VERSION
-
-Expected = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 
 # What the worker can be told to forget; of each so many with one request: a header holds some thousands of values.
 DROPPED = ("calls", "caches", "shared")
@@ -43,6 +40,9 @@ class Traffic:
 class Session(Secret):
     """Requests to one worker over one connection. Refuses to be copied or pickled, and so does a model around it.
 
+    For any number of threads. Replies are read by whoever waits for one, and by whoever sends while the worker takes
+    no more bytes, which may be because it is sending itself.
+
     Args:
         connection: connected, nothing sent yet.
         worker: how messages name the worker: its address, or ``spawned process N``.
@@ -58,9 +58,15 @@ class Session(Secret):
         self._timeout = timeout
         self._last_id = 0
         self._dropped: dict[str, list[int]] = {kind: [] for kind in DROPPED}
-        self._lock = threading.RLock()
+        self._under_way: deque[Pending] = deque()
+        self._sending, self._receiving, self._counting = threading.RLock(), threading.RLock(), threading.Lock()
         self._ended: str | None = None
         connection.settimeout(timeout)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it was closed, or ended by a fault."""
+        return self._ended is not None
 
     def hello(self) -> dict[str, Any]:
         """Greet the worker; returns what it says of itself. Raises WorkerFault where it speaks another version."""
@@ -74,14 +80,26 @@ class Session(Secret):
         """Let the worker forget a call, a KV cache or a shared tensor, with the next request; for finalizers too."""
         self._dropped[kind].append(number)
 
+    def limit(self, seconds: float) -> None:
+        """Wait for replies this long at most from now on: for the last requests of a session."""
+        self._timeout = min(self._timeout, seconds)
+        if self._ended is None:
+            self.connection.settimeout(self._timeout)
+
     def request(
         self, op: str, layer: str, header: dict[str, Any], tensors: Mapping[str, Tensor], expected: Expected | None
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Send one request and return its checked reply.
+        """Send one request and return its checked reply; see `submit` and `Pending.result`."""
+        return self.submit(op, layer, header, tensors, expected).result()
+
+    def submit(
+        self, op: str, layer: str, header: dict[str, Any], tensors: Mapping[str, Tensor], expected: Expected | None
+    ) -> Pending:
+        """Send one request, and return what its reply is had from.
 
         Args:
             op: name of the operation. layer: path of the layer it serves, for messages; never sent.
-            header: the operation's own fields. tensors: keyed tensors by wire name.
+            header: the operation's own fields. tensors: keyed tensors by wire name; not to be changed before the reply.
             expected: names, shapes and dtypes of the reply's tensors; ``None`` takes whatever comes (exports).
 
         Raises:
@@ -89,66 +107,83 @@ class Session(Secret):
             UsageError: the protected model was closed before; or the request is beyond the limits of a frame, in which
                 case nothing was sent and the session goes on.
         """
-        with self._lock:
-            if self._ended is not None:
-                raise UsageError(self._ended, where=layer, hint="protect the model again, with a worker that runs")
+        with self._sending:
+            self._refuse_ended(layer)
             self._last_id += 1
-            call = self._last_id
-            message = {"id": call, "op": op, **header}
+            pending = Pending(self, op, layer, self._last_id, expected)
+            message = {"id": pending.id, "op": op, **header}
             dropped = {kind: taken for kind, ids in self._dropped.items() if (taken := _take(ids))}
             if dropped:
                 message["drop"] = dropped
-            # A worker may not make the enclave allocate more than it asked for.
-            most = None if expected is None else sum(math.prod(s) * d.itemsize for s, d in expected.values())
-            sent, received = self.connection.bytes_sent, self.connection.bytes_received
+            busy = bool(self._under_way)
+            self._under_way.append(pending)  # first, because the reply may come before the last byte is sent
             started = time.perf_counter()
             try:
-                self.connection.send(message, tensors)
-                reply, outputs = self.connection.receive(max_payload=most)
-            except TimeoutError as error:
-                raise self.fault(f"no reply within {self._timeout:g} s", layer) from error
-            except ConnectionClosedError as error:
-                raise self.fault("the worker is gone", layer, got=self._exit_status()) from error
-            except ProtocolError as error:
-                raise self.fault("the reply breaks the protocol", layer, got=error.what) from error
+                sent = self.connection.send(message, tensors, meanwhile=self._read_meanwhile if busy else None)
             except UsageError:  # beyond the limits, so not a byte of it was sent
+                self._under_way.remove(pending)
                 for kind, ids in dropped.items():
                     self._dropped[kind][:0] = ids
                 raise
-            except BaseException:  # an interrupt between two bytes: the connection cannot be used again
-                self._end("the session was interrupted in the middle of a request")
+            except BaseException as error:
+                self._break(error, layer)
                 raise
-            counts = self.traffic[op]
-            counts.calls += 1
-            counts.seconds += time.perf_counter() - started
-            counts.bytes_sent += self.connection.bytes_sent - sent
-            counts.bytes_received += self.connection.bytes_received - received
-            self._check(reply, outputs, expected, layer, call)
-            return reply, outputs
+            self._count(op, calls=1, bytes_sent=sent, seconds=time.perf_counter() - started)
+            return pending
 
-    def _check(
-        self, reply: dict[str, Any], outputs: dict[str, Tensor], expected: Expected | None, layer: str, call: int
-    ) -> None:
-        if reply.get("ok") is not True:
-            # The worker's own words: nothing of it may steer a terminal.
-            message = ascii(reply.get("message", "no message"))[:300]
-            raise self.fault("the worker refused the request", layer, got=message)
-        if reply.get("id") != call:
-            raise self.fault("reply to another call", layer, got=ascii(reply.get("id"))[:20], expected=call)
-        if expected is not None:
-            if set(outputs) != set(expected):
-                raise self.fault("tensors of the reply", layer, got=sorted(outputs)[:8], expected=sorted(expected))
-            for name, (shape, dtype) in expected.items():
-                tensor = outputs[name]
-                if tuple(tensor.shape) != shape or tensor.dtype != dtype:
-                    got = f"{list(tensor.shape)} {tensor.dtype}"
-                    raise self.fault(f"shape or dtype of {name}", layer, got=got, expected=f"{list(shape)} {dtype}")
-        for name, tensor in outputs.items():
-            # One pass in the common case: a sum is finite unless a term is not, or it overflows.
-            if tensor.is_floating_point() and not math.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
-                raise self.fault(
-                    f"{name} is not finite", layer, hint="a faulty worker, or a training run that diverged"
-                )
+    def await_reply(self, pending: Pending) -> None:
+        """Read replies, in their order, up to the one of ``pending``."""
+        started = time.perf_counter()
+        with self._receiving:
+            while not pending.has_come:
+                self._refuse_ended(pending.layer)
+                try:
+                    self._hand_over(self.connection.receive_frame(max_payload=self._under_way[0].most))
+                except BaseException as error:
+                    self._break(error, pending.layer)
+                    raise
+        self._count(pending.op, seconds=time.perf_counter() - started)
+
+    def _read_meanwhile(self) -> bool:
+        """Read what has come of the next reply; False where another thread waits for it."""
+        if not self._receiving.acquire(blocking=False):
+            return False
+        try:
+            if not self._under_way:
+                return False
+            frame = self.connection.receive_part(max_payload=self._under_way[0].most)
+            if frame is not None:
+                self._hand_over(frame)
+            return True
+        finally:
+            self._receiving.release()
+
+    def _hand_over(self, frame: Frame) -> None:
+        pending = self._under_way.popleft()
+        self._count(pending.op, bytes_received=frame.size)
+        pending.take(frame)
+
+    def _count(self, op: str, **counts: float) -> None:
+        with self._counting:
+            traffic = self.traffic[op]
+            for name, count in counts.items():
+                setattr(traffic, name, getattr(traffic, name) + count)
+
+    def _refuse_ended(self, layer: str) -> None:
+        if self._ended is not None:
+            raise UsageError(self._ended, where=layer, hint="protect the model again, with a worker that runs")
+
+    def _break(self, error: BaseException, layer: str) -> None:
+        """End the session after an error on the connection, and raise the one that tells it; or return, to raise it."""
+        if isinstance(error, ConnectionClosedError):
+            self._refuse_ended(layer)  # closed here, by another thread
+            raise self.fault("the worker is gone", layer, got=self._exit_status()) from error
+        if isinstance(error, TimeoutError):
+            raise self.fault(f"no reply within {self._timeout:g} s", layer) from error
+        if isinstance(error, ProtocolError):
+            raise self.fault("the reply breaks the protocol", layer, got=error.what) from error
+        # An interrupt between two bytes: the connection cannot be used again.
+        self._end("the session was interrupted in the middle of a request")
 
     def _exit_status(self) -> str | None:
         if self.process is None:
@@ -159,9 +194,9 @@ class Session(Secret):
             return "a closed connection, from a process that still runs"
         return f"exit status {code}" if code >= 0 else f"killed by signal {-code}"
 
-    def fault(self, what: str, layer: str, **details: Any) -> WorkerFault:
-        """End the session and return the error to raise; ``what`` was wrong with the reply of the last call."""
-        fault = WorkerFault(what, worker=self.worker, layer=layer, call=self._last_id, **details)
+    def fault(self, what: str, layer: str, *, call: int | None = None, **details: Any) -> WorkerFault:
+        """End the session and return the error to raise; ``what`` was wrong with the reply to ``call``, or the last."""
+        fault = WorkerFault(what, worker=self.worker, layer=layer, call=call or self._last_id, **details)
         self._end(f"the worker's session ended by an earlier fault ({what})")
         return fault
 
@@ -176,9 +211,11 @@ class Session(Secret):
                 self.process.wait()
 
     def close(self) -> None:
-        """End the session; a worker that this enclave started ends with it. May be called again."""
-        with self._lock:
-            self._end("the protected model was closed")
+        """End the session; a worker that this enclave started ends with it. May be called again, by any thread.
+
+        Requests that are under way in other threads end with an error.
+        """
+        self._end("the protected model was closed")
 
 
 def _take(ids: list[int]) -> list[int]:

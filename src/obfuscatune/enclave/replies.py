@@ -1,0 +1,82 @@
+"""Replies of a worker: a request under way, and what its reply must be before anything of it is used."""
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from obfuscatune.enclave.keys.source import Secret
+from obfuscatune.protocol.connection import Frame
+
+if TYPE_CHECKING:
+    from obfuscatune.enclave.session import Session
+
+Expected = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+class Pending(Secret):
+    """A request under way. Attributes: ``op``; ``layer``, for messages; ``id``: the number of the call."""
+
+    def __init__(self, session: "Session", op: str, layer: str, number: int, expected: Expected | None) -> None:
+        self.op, self.layer, self.id = op, layer, number
+        self._session, self._expected = session, expected
+        self._frame: Frame | None = None
+
+    @property
+    def most(self) -> int | None:
+        """Bytes of the reply's tensors: a worker may not make the enclave allocate more than it asked for."""
+        if self._expected is None:
+            return None
+        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self._expected.values())
+
+    @property
+    def has_come(self) -> bool:
+        """Whether the reply is there, so that `result` will not wait."""
+        return self._frame is not None
+
+    def take(self, frame: Frame) -> None:
+        """Take what the worker sent in this request's turn, not yet checked."""
+        self._frame = frame
+
+    def result(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Wait for the reply, and return it checked: fields and tensors. To be called once, by any thread.
+
+        Raises:
+            WorkerFault: naming worker, layer and call.
+            UsageError: the session has ended meanwhile, by a fault that was raised elsewhere.
+        """
+        if self._frame is None:
+            self._session.await_reply(self)
+        frame, self._frame = self._frame, None
+        if frame is None:
+            raise RuntimeError("a reply that was taken before")
+        fault = fault_of(frame, self.id, self._expected)
+        if fault is not None:
+            what, details = fault
+            raise self._session.fault(what, self.layer, call=self.id, **details)
+        return frame.fields, frame.tensors
+
+
+def fault_of(frame: Frame, call: int, expected: Expected | None) -> tuple[str, dict[str, Any]] | None:
+    """Say what is wrong with the reply to a call, with details for the error; None for nothing."""
+    reply, outputs = frame.fields, frame.tensors
+    if reply.get("ok") is not True:
+        # The worker's own words: nothing of it may steer a terminal.
+        return "the worker refused the request", {"got": ascii(reply.get("message", "no message"))[:300]}
+    if reply.get("id") != call:
+        return "reply to another call", {"got": ascii(reply.get("id"))[:20], "expected": call}
+    if expected is not None:
+        if set(outputs) != set(expected):
+            return "tensors of the reply", {"got": sorted(outputs)[:8], "expected": sorted(expected)}
+        for name, (shape, dtype) in expected.items():
+            tensor = outputs[name]
+            if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+                got = f"{list(tensor.shape)} {tensor.dtype}"
+                return f"shape or dtype of {name}", {"got": got, "expected": f"{list(shape)} {dtype}"}
+    for name, tensor in outputs.items():
+        # One pass in the common case: a sum is finite unless a term is not, or it overflows.
+        if tensor.is_floating_point() and not math.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
+            return f"{name} is not finite", {"hint": "a faulty worker, or a training run that diverged"}
+    return None
