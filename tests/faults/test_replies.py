@@ -48,7 +48,10 @@ LIES: dict[str, tuple[Answer, str]] = {
     "no tensors": (lambda connection, request, reply, outputs: connection.send(reply) and None, "tensors of the reply"),
     "another call": (change(id=1), "reply to another call"),
     "refusal": (change(ok=False, message="out of memory"), "out of memory"),
-    "garbage": (lambda connection, request, reply, outputs: connection._sock.sendall(bytes(99)), "breaks the protocol"),
+    "garbage": (
+        lambda connection, request, reply, outputs: connection._stream._sock.sendall(bytes(99)),
+        "breaks the protocol",
+    ),
     "end": (lambda connection, request, reply, outputs: connection.close(), "the worker is gone"),
 }
 
