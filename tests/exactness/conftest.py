@@ -4,7 +4,9 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,10 +14,10 @@ import pytest
 import obfuscatune
 
 
-@pytest.fixture(scope="session")
-def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a worker in a process of its own."""
-    address = f"unix://{tmp_path_factory.mktemp('worker')}/w.sock"
+@contextmanager
+def listening(directory: Path) -> Iterator[str]:
+    """A worker in a process of its own, by its address."""
+    address = f"unix://{directory}/w.sock"
     command = [sys.executable, "-m", "obfuscatune.worker", "--listen", address, "--threads", "1"]
     environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:  # noqa: S603
@@ -25,6 +27,20 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             assert process.poll() is None, "the worker died in some test"
         finally:
             process.terminate()
+
+
+@pytest.fixture(scope="session")
+def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a worker."""
+    with listening(tmp_path_factory.mktemp("worker")) as address:
+        yield address
+
+
+@pytest.fixture(scope="session")
+def second_worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of another one."""
+    with listening(tmp_path_factory.mktemp("worker")) as address:
+        yield address
 
 
 @pytest.fixture(scope="session")

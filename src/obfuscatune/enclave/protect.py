@@ -1,6 +1,6 @@
 """``protect``, the door: keys a model's large layers onto a worker and gives the same model back."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -11,6 +11,7 @@ from obfuscatune.enclave.families import Block, Decoder, read_decoder
 from obfuscatune.enclave.families.fit import fit
 from obfuscatune.enclave.keys import MasterSecret
 from obfuscatune.enclave.lazy import lazy_weights
+from obfuscatune.enclave.links import Link, bytes_of, spread
 from obfuscatune.enclave.protected import Protected
 from obfuscatune.enclave.recipes.context import Keying
 from obfuscatune.enclave.recipes.linears import key_group
@@ -22,6 +23,7 @@ from obfuscatune.enclave.remote.head import use_fast_head
 from obfuscatune.enclave.remote.held import HeldAdapter
 from obfuscatune.enclave.remote.linear import RemoteLinear
 from obfuscatune.enclave.remote.whole import RemotePart
+from obfuscatune.enclave.session import Session
 from obfuscatune.enclave.spawn import open_session
 from obfuscatune.errors import KeyFaultError, UnsupportedModelError, UsageError
 from obfuscatune.profiles import Profile, resolve
@@ -31,7 +33,7 @@ def protect(
     model: nn.Module,
     *,
     profile: str | Profile = "balanced",
-    worker: str = "spawn",
+    worker: str | Sequence[str] = "spawn",
     device: str | None = None,
     threads: int | None = None,
     timeout: float = 600.0,
@@ -52,7 +54,7 @@ def protect(
             float dtype. Which profiles run which families is a table in docs/design.md.
         profile: name of a profile, or a record; ``switches`` change single fields of it (``mlp="enclave"``).
         worker: ``"spawn"`` for a process on this machine, or the address of one that runs: ``unix://PATH``,
-            ``tcp://HOST:PORT``.
+            ``tcp://HOST:PORT``. Several of them share the blocks, each as many as it can hold.
         device, threads: of a spawned worker; torch's default otherwise.
         timeout: seconds to wait for each reply of the worker.
         secret: master secret of an earlier session, to resume it bit for bit; a fresh one otherwise.
@@ -71,42 +73,51 @@ def protect(
     causal_lm = _causal_lm(model)
     _refuse_protected(causal_lm)
     _check_tensors(causal_lm)
-    keys = _master_secret(secret, insecure_test_seed, worker)
+    workers = [worker] if isinstance(worker, str) else list(worker)
+    keys = _master_secret(secret, insecure_test_seed, workers)
     total = _base_parameters(model)
     weights = lazy_weights(causal_lm)
     if not resolved.remote:  # nothing leaves, so it need not be understood
         if weights is not None:
             weights.keep()
             weights.finish()
-        return Protected(model, resolved, None, None, keys, total_parameters=total, worker_parameters=0)
+        return Protected(model, resolved, [], None, keys, total_parameters=total)
     decoder = read_decoder(causal_lm)
     resolved = fit(decoder, resolved, {name for name, value in switches.items() if value is not None})
     blocks = _leaving(decoder, resolved)
-    session = open_session(worker, timeout=timeout, threads=threads, device=device)
+    sessions: list[Session] = []
     try:
-        session.hello()
-        held = HeldAdapter(session)
-        keying = Keying(session, resolved, causal_lm.config, keys, held, isinstance(model, PeftModel), weights)
+        for address in workers:
+            sessions.append(open_session(address, timeout=timeout, threads=threads, device=device))
+        links = [Link.greet(session) for session in sessions]
+        placed = spread([bytes_of(block) for block in blocks], links)
+        held = HeldAdapter()
+        keying = Keying(links, resolved, causal_lm.config, keys, held, isinstance(model, PeftModel), weights)
         if weights is not None:
             weights.keep(layer.path for block in decoder.blocks[: resolved.enclave_blocks] for layer in block.layers)
-        recipe = _recipe(keying, decoder)
+        recipes = [_recipe(keying, decoder) for _ in links]
         with without_autocast():
-            for block in _with_bar(blocks, progress):
-                recipe.key_block(block)
+            for block, number in zip(_with_bar(blocks, progress), placed, strict=True):
+                keying.link = links[number]
+                keying.link.blocks.append(block.path)
+                recipes[number].key_block(block)
                 keying.close()
-            recipe.finish()
-        if resolved.attention == "worker" and getattr(causal_lm, "_supports_sdpa", False):
-            causal_lm.set_attn_implementation("sdpa")  # its masks say only what is allowed, and None for causal
+            for keying.link, recipe in zip(links, recipes, strict=True):
+                recipe.finish()
         keying.install()
     except BaseException:
-        session.close()
+        for session in sessions:
+            session.close()
         if weights is not None:
             weights.release()
         raise
     if weights is not None:
         weights.finish()
-    causal_lm.base_model.register_forward_pre_hook(keying.passes.begin, with_kwargs=True)
+    for link in links:
+        causal_lm.base_model.register_forward_pre_hook(link.passes.begin, with_kwargs=True)
     if resolved.attention == "worker":
+        if getattr(causal_lm, "_supports_sdpa", False):
+            causal_lm.set_attn_implementation("sdpa")  # its masks say only what is allowed, and None for causal
         _refuse_output(causal_lm, "output_attentions", 'attention weights stay on the worker: attention="enclave"')
     if resolved.rotate_stream:
         what = "the blocks' outputs stay on the worker: rotate_stream=False. The last hidden state is there"
@@ -115,11 +126,10 @@ def protect(
     return Protected(
         model,
         resolved,
-        session,
+        links,
         held,
         keys,
         total_parameters=total,
-        worker_parameters=keying.worker_parameters,
     )
 
 
@@ -197,15 +207,16 @@ def _check_tensors(model: nn.Module) -> None:
         raise UnsupportedModelError("dtype of the weights", got=sorted(str(d) for d in dtypes), expected=expected)
 
 
-def _master_secret(secret: MasterSecret | None, insecure_test_seed: int | None, worker: str) -> MasterSecret:
+def _master_secret(secret: MasterSecret | None, insecure_test_seed: int | None, workers: Sequence[str]) -> MasterSecret:
     if insecure_test_seed is not None:
         if secret is not None:
             raise UsageError("secret and insecure_test_seed are both given", hint="choose one")
         secret = MasterSecret.from_insecure_test_seed(insecure_test_seed)
-    if secret is not None and secret.is_test and worker.startswith("tcp:"):
-        raise KeyFaultError(
-            "a test seed is refused with a TCP worker", where=worker, hint="leave insecure_test_seed out"
-        )
+    for worker in workers:
+        if secret is not None and secret.is_test and worker.startswith("tcp:"):
+            raise KeyFaultError(
+                "a test seed is refused with a TCP worker", where=worker, hint="leave insecure_test_seed out"
+            )
     return secret if secret is not None else MasterSecret.generate()
 
 

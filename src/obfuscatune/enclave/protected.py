@@ -1,4 +1,4 @@
-"""What `protect` returns: the model, its report, and the end of its session."""
+"""What `protect` returns: the model, its report, and the end of its sessions."""
 
 import weakref
 from types import TracebackType
@@ -8,40 +8,49 @@ import torch
 from torch import nn
 
 from obfuscatune.enclave.keys import MasterSecret
+from obfuscatune.enclave.links import Link
 from obfuscatune.enclave.remote.held import OPTIMIZERS, HeldAdapter, RemoteOptimizer
 from obfuscatune.enclave.report import Report, make_report
 from obfuscatune.enclave.session import Session
 from obfuscatune.errors import UsageError, WorkerFault
 from obfuscatune.profiles import Profile
 
+CLOSING_SECONDS = 60.0  # for each of a session's last replies: the adapter's factors where a worker trains them
+
 
 class Protected:
-    """A model that runs between enclave and worker; a context manager that ends the session and a spawned worker.
+    """A model that runs between enclave and workers; a context manager that ends the sessions and spawned workers.
 
     Attributes:
         model: the very object that was protected, of its old class: ``forward``, ``generate``, ``Trainer`` and PEFT's
             ``save_pretrained`` work as before.
-        profile: the resolved record. secret: the master secret, for a checkpoint; never leaves the enclave.
+        profile: the resolved record. links: its workers. secret: the master secret, for a checkpoint; never leaves the
+            enclave.
     """
 
     def __init__(
         self,
         model: nn.Module,
         profile: Profile,
-        session: Session | None,
+        links: list[Link],
         held: HeldAdapter | None,
         secret: MasterSecret,
         *,
         total_parameters: int,
-        worker_parameters: int,
     ) -> None:
-        self.model, self.profile, self.session, self.secret = model, profile, session, secret
+        self.model, self.profile, self.secret = model, profile, secret
+        self.links = links
         self._held = held
-        self._total_parameters, self._worker_parameters = total_parameters, worker_parameters
+        self._total_parameters = total_parameters
         self._final_report: Report | None = None
-        if session is not None:
+        for link in links:
             # The model's end, not this object's: `protect(model).model` alone keeps running.
-            weakref.finalize(model, session.close)
+            weakref.finalize(model, link.session.close)
+
+    @property
+    def session(self) -> Session | None:
+        """The session with the first worker; None where there is none."""
+        return self.links[0].session if self.links else None
 
     def __enter__(self) -> Self:
         return self
@@ -49,7 +58,13 @@ class Protected:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        if error is None:
+            self.close()
+            return
+        try:
+            self.close()
+        except WorkerFault as fault:  # the first error is the one to tell
+            error.add_note(f"closing failed too: {fault.what}")
 
     def create_optimizer(self, kind: str = "adamw", *, lr: float, **options: Any) -> torch.optim.Optimizer:
         """Return the optimizer of what is trained, wherever it is; for ``Trainer(optimizers=(optimizer, None))``.
@@ -72,22 +87,32 @@ class Protected:
         """Return what is where, what crossed the boundary, and what it cost."""
         if self._final_report is not None:
             return self._final_report
-        # What did not leave, rather than what the model counts now: the biases of remote layers are its buffers.
-        total, worker = self._total_parameters, self._worker_parameters
-        return make_report(self.profile, self.session, enclave=total - worker, worker=worker, total=total)
+        return make_report(self.profile, self.links, total=self._total_parameters)
 
     def close(self) -> None:
-        """End the session; the worker forgets it all. The model cannot be run after that; may be called again."""
-        if self.session is not None and self._final_report is None:
-            try:
-                if self._held is not None:
-                    self._held.pull()
-                self._final_report = self.report()
-            except (UsageError, WorkerFault):
-                self._final_report = None  # the session had ended by a fault, which was raised where it happened
-            finally:
-                self.session.close()
+        """End all sessions; the workers forget it all. The model cannot be run after that; may be called again.
+
+        A worker that does not answer any more is waited for `CLOSING_SECONDS` at most.
+
+        Raises:
+            WorkerFault: a worker failed only now, and LoRA factors that it trained are lost; the sessions have ended.
+        """
+        sessions = [link.session for link in self.links]
+        if self._final_report is not None or not sessions or any(session.has_ended for session in sessions):
+            # A fault was raised where it happened; what the workers had is lost since then.
+            for session in sessions:
+                session.close()
+            return
+        try:
+            for session in sessions:
+                session.limit(CLOSING_SECONDS)
+            if self._held is not None:
+                self._held.pull()
+            self._final_report = self.report()
+        finally:
+            for session in sessions:
+                session.close()
 
     def __repr__(self) -> str:
-        where = "no worker" if self.session is None else self.session.worker
+        where = ", ".join(link.session.worker for link in self.links) or "no worker"
         return f"Protected({type(self.model).__name__}, profile={self.profile.name!r}, worker={where!r})"

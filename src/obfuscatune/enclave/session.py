@@ -36,6 +36,14 @@ class Traffic:
     bytes_received: int = 0
     seconds: float = 0.0
 
+    def __add__(self, other: "Traffic") -> "Traffic":
+        return Traffic(
+            self.calls + other.calls,
+            self.bytes_sent + other.bytes_sent,
+            self.bytes_received + other.bytes_received,
+            self.seconds + other.seconds,
+        )
+
 
 class Session(Secret):
     """Requests to one worker over one connection. Refuses to be copied or pickled, and so does a model around it.

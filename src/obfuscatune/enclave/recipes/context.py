@@ -20,6 +20,7 @@ from obfuscatune.enclave.keys import Key, MasterSecret, build, haar
 from obfuscatune.enclave.keys.rows import RowMixer
 from obfuscatune.enclave.keys.source import Stream
 from obfuscatune.enclave.lazy import LazyWeights
+from obfuscatune.enclave.links import Link
 from obfuscatune.enclave.remote.cache import CacheMirror
 from obfuscatune.enclave.remote.held import HeldAdapter, HeldSlot
 from obfuscatune.enclave.remote.norms import FoldedNorm
@@ -36,30 +37,46 @@ class Keying:
     """The keying of one model. Recipes add to it; :meth:`install` makes what they noted real.
 
     Attributes:
+        links: the model's workers. link: the one that what is keyed now goes to.
         adapted: whether the model has an adapter: then a base parameter that is trained is one that plain PEFT trains.
         weights: of a model that is read layer by layer, else None.
     """
 
-    session: Session
+    links: list[Link]
     profile: Profile
     config: Any
     secret: MasterSecret
     held: HeldAdapter
     adapted: bool
     weights: LazyWeights | None = None
-    worker_parameters: int = 0
     replacements: list[Callable[[], None]] = field(default_factory=list)
     _dropout_off: list[str] = field(default_factory=list)
     _segments: int = 0
 
     def __post_init__(self) -> None:
-        self.mirror = CacheMirror(self.session)
-        self.passes = Passes(self.session)
+        self.link = self.links[0]
         # Never of the master secret: a resumed session would mix other rows by the same secrets, and meet a worker that
         # may have learnt the vectors of the check from the fault that ended the last one.
         fresh = self.secret if self.secret.is_test else MasterSecret.generate()
         self.mixer = RowMixer(fresh.stream("rows of calls"))
         self.checks = fresh.stream("vectors of checks")
+
+    # the worker in turn
+
+    @property
+    def session(self) -> Session:
+        """The session with it."""
+        return self.link.session
+
+    @property
+    def mirror(self) -> CacheMirror:
+        """Of the KV caches there."""
+        return self.link.mirror
+
+    @property
+    def passes(self) -> Passes:
+        """Of the masks and rotary tables there."""
+        return self.link.passes
 
     # weights
 
@@ -130,7 +147,7 @@ class Keying:
         self._segments += 1
         keyed = {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
         self.session.request("define", path, {"segment": segment, "kind": kind, "spec": spec}, keyed, {})
-        self.worker_parameters += sum(tensor.numel() for tensor in keyed.values())
+        self.link.parameters += sum(tensor.numel() for tensor in keyed.values())
         return segment
 
     def hold(self, name: str, layer: Layer, segment: str, key_in: Key, key_out: Key) -> HeldSlot:

@@ -58,7 +58,7 @@ class HeldSlot(Slot):
         # Float64: the clipping factor is a quotient of two norms, and must be exactly 1 where nothing is clipped.
         self.anchor = nn.Parameter(torch.zeros((), dtype=torch.float64))
         self.norm = 0.0
-        self._session, self._passes, self._segment = session, passes, segment
+        self.session, self._passes, self._segment = session, passes, segment
         self._key_in, self._key_out = key_in, key_out
         self._last_pass = self._compared = -1
         self._synced: tuple[Tensor, Tensor] | None = None
@@ -77,7 +77,7 @@ class HeldSlot(Slot):
         b = self._key_out.apply(self.layer.canonical(self._b.detach().double().T.contiguous()))
         tensors = {"a": a.to(self._a.dtype).contiguous(), "b": b.to(self._b.dtype).contiguous()}
         header = {"segment": self._segment, "slot": self.name, "scale": self._scaling}
-        self._session.request("hold", self.layer.path, header, tensors, {})
+        self.session.request("hold", self.layer.path, header, tensors, {})
         self._remember()
 
     def pull(self, exported: dict[str, Tensor]) -> None:
@@ -88,11 +88,11 @@ class HeldSlot(Slot):
         """
         keyed_a, keyed_b = (exported.get(f"{self.full_name}.{factor}") for factor in "ab")
         if keyed_a is None or keyed_b is None:
-            raise self._session.fault("a factor of a held slot is missing", self.layer.path)
+            raise self.session.fault("a factor of a held slot is missing", self.layer.path)
         for keyed, parameter in ((keyed_a, self._a), (keyed_b, self._b)):
             if keyed.shape != parameter.T.shape or keyed.dtype != parameter.dtype:
                 got, expected = f"{list(keyed.shape)} {keyed.dtype}", f"{list(parameter.T.shape)} {parameter.dtype}"
-                raise self._session.fault("factor of a held slot", self.layer.path, got=got, expected=expected)
+                raise self.session.fault("factor of a held slot", self.layer.path, got=got, expected=expected)
         with torch.no_grad():
             self._a.copy_(key_rows(keyed_a.double(), self._key_in).T)
             self._b.copy_(self.layer.stored(self._key_out.apply_inverse(keyed_b.double())).T)
@@ -140,7 +140,7 @@ class HeldSlot(Slot):
     def take_norm(self, norm: Any) -> Tensor:
         """Return the increment of the accumulated gradient's norm, the anchor's gradient. Refuses what is no norm."""
         if not isinstance(norm, float | int) or not math.isfinite(norm) or norm < 0:
-            raise self._session.fault("gradient norm of a held slot", self.layer.path)
+            raise self.session.fault("gradient norm of a held slot", self.layer.path)
         increment, self.norm = norm - self.norm, float(norm)
         self._last_pass = _backward_pass()
         return torch.tensor(increment, dtype=self.anchor.dtype)
@@ -162,16 +162,26 @@ def _backward_pass() -> int:
 
 
 class HeldAdapter:
-    """All LoRA pairs that the worker holds, and whether PEFT's parameters lag behind them."""
+    """All LoRA pairs that workers hold, and whether PEFT's parameters lag behind them."""
 
-    def __init__(self, session: Session) -> None:
-        self.session = session
+    def __init__(self) -> None:
         self.slots: list[HeldSlot] = []
         self.stale = False
 
+    def by_session(self) -> dict[Session, list[HeldSlot]]:
+        """Return the slots of each worker."""
+        found: dict[Session, list[HeldSlot]] = {}
+        for slot in self.slots:
+            found.setdefault(slot.session, []).append(slot)
+        return found
+
     def export(self) -> dict[str, Tensor]:
-        """Return the worker's keyed factors and moments by name."""
-        return self.session.request("optimizer", "-", {"action": "export"}, {}, None)[1]
+        """Return the workers' keyed factors and moments by name."""
+        header = {"action": "export"}
+        asked = {session.submit("optimizer", "-", header, {}, None): own for session, own in self.by_session().items()}
+        return {
+            name: tensor for pending, own in asked.items() for name, tensor in _of(own, pending.result()[1]).items()
+        }
 
     def pull(self) -> None:
         """Bring the adapter in PEFT's layers up to date with the worker's factors, if it is not.
@@ -193,6 +203,12 @@ class HeldAdapter:
         for slot in self.slots:
             slot.pull(tensors)
         self.stale = False
+
+
+def _of(slots: list[HeldSlot], state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The part of the factors and moments that belongs to some slots: no worker speaks for another one's."""
+    names = {slot.full_name for slot in slots}  # of SLOT.a, SLOT.b and SLOT.a/MOMENT
+    return {name: tensor for name, tensor in state.items() if name.partition("/")[0].rpartition(".")[0] in names}
 
 
 class RemoteOptimizer(Optimizer):
@@ -225,8 +241,13 @@ class RemoteOptimizer(Optimizer):
         """Step the factors of every slot that has a gradient, clipped as the anchors' gradients were."""
         scales = {slot.full_name: scale for slot in self._adapter.slots if (scale := slot.scale()) is not None}
         lr = float(self.param_groups[0]["lr"])
-        header = {"action": "step", "kind": self._kind, "options": self._options, "scales": scales, "lr": lr}
-        self._adapter.session.request("optimizer", "-", header, {}, {})
+        header = {"action": "step", "kind": self._kind, "options": self._options, "lr": lr}
+        asked = []
+        for session, slots in self._adapter.by_session().items():
+            own = {slot.full_name: scales[slot.full_name] for slot in slots if slot.full_name in scales}
+            asked.append(session.submit("optimizer", "-", {**header, "scales": own}, {}, {}))
+        for pending in asked:
+            pending.result()
         for slot in self._adapter.slots:
             slot.stepped()
         self._adapter.stale = True
@@ -247,5 +268,9 @@ class RemoteOptimizer(Optimizer):
             self._local.load_state_dict(local)
         super().load_state_dict(state)
         header = {"action": "import", "kind": self._kind, "options": self._options}
-        self._adapter.session.request("optimizer", "-", header, tensors, {})
+        asked = []
+        for session, slots in self._adapter.by_session().items():
+            asked.append(session.submit("optimizer", "-", header, _of(slots, tensors), {}))
+        for pending in asked:
+            pending.result()
         self._adapter.fetch()
