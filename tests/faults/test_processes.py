@@ -112,6 +112,37 @@ def test_a_closed_session_leaves_no_process() -> None:
         protected.model(input_ids=IDS)
 
 
+@pytest.mark.parametrize("profile", ["balanced", "paper"])
+def test_close_does_not_hang_on_a_worker_that_stands_still(profile: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped, it keeps its connection and takes what fits in the buffers. Only what it alone has is lost, and told."""
+    monkeypatch.setattr("obfuscatune.enclave.protected.CLOSING_SECONDS", 0.2)
+    protected = obfuscatune.protect(new_model(), profile=profile, worker="spawn", timeout=600)
+    process = protected.session.process
+    loss_of(protected.model).backward()
+    protected.create_optimizer(lr=1e-3).step()
+    os.kill(process.pid, signal.SIGSTOP)
+    monkeypatch.setattr("obfuscatune.enclave.session.ENDING_SECONDS", 0.2)
+    if profile == "paper":  # the step's factors
+        with pytest.raises(WorkerFault, match=r"no reply within 0\.2 s"):
+            protected.close()
+    else:
+        protected.close()
+    assert process.poll() == -signal.SIGKILL
+    protected.close()
+
+
+def test_a_fault_at_the_end_does_not_hide_the_first_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    with (
+        pytest.raises(ZeroDivisionError) as caught,
+        obfuscatune.protect(new_model(), profile="paper", worker="spawn", timeout=600) as protected,
+    ):
+        loss_of(protected.model).backward()
+        protected.create_optimizer(lr=1e-3).step()
+        protected.session.process.kill()
+        raise ZeroDivisionError
+    assert caught.value.__notes__ == ["closing failed too: the worker is gone"]
+
+
 @contextlib.contextmanager
 def listening_worker(address: str) -> Iterator[tuple["subprocess.Popen[str]", str]]:
     """A worker's process and the address it says it listens at."""

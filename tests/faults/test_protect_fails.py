@@ -17,9 +17,10 @@ from .workers import Fields, Tensors, generate, loss_of, new_model, worker_in_a_
 
 
 def state_of(model: Any) -> dict[str, Any]:
-    """All that a caller can see of a model: modules, parameters' values and switches, hooks."""
+    """All that a caller can see of a model: configuration, modules, parameters' values and switches, hooks."""
     state: dict[str, Any] = {name: (type(m), len(m._forward_pre_hooks)) for name, m in model.named_modules()}
     state |= {f"{n} grad": p.requires_grad for n, p in model.named_parameters()}
+    state |= {"config": model.config.to_dict(), "attention": model.config._attn_implementation}
     return state | {f"{n} value": t.clone() for n, t in model.state_dict().items()}
 
 
@@ -49,6 +50,7 @@ def test_worker_dies_while_weights_are_shipped(profile: str, op: str, tmp_path: 
             connection.send(reply, outputs)
 
     model = new_model()
+    model.get_base_model().set_attn_implementation("eager")  # not the one that a protected model has
     before = state_of(model)
     with worker_in_a_thread(tmp_path, answer) as address:
         with pytest.raises(WorkerFault, match="the worker is gone") as caught:
@@ -60,6 +62,7 @@ def test_worker_dies_while_weights_are_shipped(profile: str, op: str, tmp_path: 
 def test_a_warning_that_is_an_error_leaves_the_model_too(tmp_path: Path) -> None:
     model = new_model()
     model.config.attn_pdrop = 0.1
+    model.get_base_model().set_attn_implementation("eager")
     before = state_of(model)
     with worker_in_a_thread(tmp_path) as address, warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -25,6 +25,7 @@ from obfuscatune.protocol.frames import PROTOCOL_VERSION
 # What the worker can be told to forget; of each so many with one request: a header holds some thousands of values.
 DROPPED = ("calls", "caches", "shared")
 _MAX_DROPS = 1000
+ENDING_SECONDS = 10.0  # for a spawned worker to leave by itself
 
 
 @dataclass(slots=True)
@@ -213,7 +214,7 @@ class Session(Secret):
         self.connection.close()
         if self.process is not None and self.process.poll() is None:
             try:
-                self.process.wait(timeout=10)  # it leaves by itself when the connection closes
+                self.process.wait(timeout=ENDING_SECONDS)  # it leaves by itself when the connection closes
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
