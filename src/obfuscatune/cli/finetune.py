@@ -38,6 +38,9 @@ class FinetuneOptions(TrainingSettings, ProtectionOptions, ModelOptions, ConfigO
         "write into a directory that is not empty", False, flag="--overwrite_output_dir"
     )
     resume_from_checkpoint: str | None = option("a checkpoint's path, or last", None, **_SAVING)
+    overlap: bool = option(
+        "keep two halves of each batch under way, where the link to the worker is slow", False, flag="--overlap"
+    )
     report_to: str = option("tensorboard, wandb, ... where installed", "none", **_SAVING)
 
 
@@ -84,6 +87,7 @@ def command(options: FinetuneOptions) -> None:
             protected,
             kind=options.optim,
             args=arguments,
+            overlap=options.overlap,
             train_dataset=data[0],
             eval_dataset=data[1] if len(data) > 1 else None,
             data_collator=Collator(tokenizer.pad_token_id),

@@ -128,9 +128,9 @@ class Contender:
         return Subject(model, plain_optimizer, torch.device(self.spec.device))
 
     def _crossed(self) -> tuple[int, int]:
-        if self.protected is None or self.protected.session is None:
+        if self.protected is None:
             return 0, 0
-        traffic = list(self.protected.session.traffic.values())
+        traffic = [t for link in self.protected.links for t in link.session.traffic.values()]
         return sum(t.calls for t in traffic), sum(t.bytes_sent + t.bytes_received for t in traffic)
 
 
