@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from obfuscatune.enclave.remote.norms import FoldedNorm
+
 from .models import error, scalar, tokens, twins
 
 BOUND = 1e-9
@@ -53,3 +55,26 @@ def test_forward_generation_and_gradients(profile: str, protect: Callable[..., A
         for thread in threads:
             thread.join()
     assert not failures
+
+
+def test_a_norm_hands_each_thread_its_own_rows(protect: Callable[..., Any]) -> None:
+    """Both threads are made to pass the first norm before either goes on: what one gets is not the other's."""
+    reference, model = twins(n_layer=1)
+    with protect(model, profile="balanced") as protected, torch.no_grad():
+        both = threading.Barrier(2, timeout=60)
+        norm = next(module for module in protected.model.modules() if isinstance(module, FoldedNorm))
+        norm.register_forward_hook(lambda *_: both.wait() and None)
+        errors: list[float] = []
+
+        def work(number: int) -> None:
+            ids = tokens(1, 6, seed=number)
+            with torch.no_grad():
+                errors.append(error(protected.model(ids).logits, reference(ids).logits))
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(errors) == 2
+    assert max(errors) < BOUND
