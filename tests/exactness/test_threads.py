@@ -63,7 +63,11 @@ def test_a_norm_hands_each_thread_its_own_rows(protect: Callable[..., Any]) -> N
     with protect(model, profile="balanced") as protected, torch.no_grad():
         both = threading.Barrier(2, timeout=60)
         norm = next(module for module in protected.model.modules() if isinstance(module, FoldedNorm))
-        norm.register_forward_hook(lambda *_: both.wait() and None)
+
+        def wait(*_: Any) -> None:
+            both.wait()
+
+        norm.register_forward_hook(wait)
         errors: list[float] = []
 
         def work(number: int) -> None:
