@@ -88,7 +88,11 @@ class ProtectionOptions:
     """What the worker may see, and who it is."""
 
     profile: str = option(f"one of {', '.join(PROFILES)}", "balanced", rich_help_panel=PROTECTION)
-    worker: str = option("spawn, unix://PATH or tcp://HOST:PORT", "spawn", rich_help_panel=PROTECTION)
+    worker: list[str] | None = option(
+        "spawn (default), unix://PATH or tcp://HOST:PORT; repeated, the workers share the blocks",
+        None,
+        rich_help_panel=PROTECTION,
+    )
     device: str | None = option("device of a spawned worker", None, rich_help_panel=PROTECTION)
     threads: int | None = option("CPU threads of a spawned worker", None, min=1, rich_help_panel=PROTECTION)
     timeout: float = option("seconds to wait for each reply of the worker", 600.0, rich_help_panel=PROTECTION)
@@ -96,8 +100,12 @@ class ProtectionOptions:
 
     def protection(self) -> dict[str, Any]:
         """Return the arguments of ``obfuscatune.protect``, the switches resolved; warns and raises as ``resolve``."""
-        names = ("worker", "device", "threads", "timeout")
-        return {"profile": resolve(self.profile, **self.switches), **{name: getattr(self, name) for name in names}}
+        names = ("device", "threads", "timeout")
+        return {
+            "profile": resolve(self.profile, **self.switches),
+            "worker": list(self.worker or ["spawn"]),
+            **{name: getattr(self, name) for name in names},
+        }
 
 
 def takes(record: type[T]) -> Callable[[Callable[[T], None]], Callable[..., None]]:

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer
 
 from obfuscatune.enclave.protected import Protected
-from obfuscatune.training.checkpoints import whole_checkpoint
+from obfuscatune.training.checkpoints import secret_file, whole_checkpoint
 from obfuscatune.training.data import IGNORED_LABEL
 from obfuscatune.training.overlap import check_overlap, step
 
@@ -93,8 +93,13 @@ class ProtectedTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         path = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
-        with whole_checkpoint(path, self._protected.secret, self._protected.profile):
+        if self.is_world_process_zero():
+            with whole_checkpoint(path, self._protected.secret, self._protected.profile):
+                super()._save_checkpoint(model, trial)
+        else:  # its state of the random generators, and its own keys
             super()._save_checkpoint(model, trial)
+            self._protected.secret.save(secret_file(path, self.args.process_index))
+        self.accelerator.wait_for_everyone()  # whoever goes on finds a whole checkpoint
 
 
 class ProgressOnStderr(ProgressCallback):
