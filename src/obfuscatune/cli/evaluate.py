@@ -54,6 +54,8 @@ def command(options: EvaluateOptions) -> None:
         device=options.device,
         threads=options.threads,
         timeout=options.timeout,
+        identity=options.identity,
+        insecure=options.insecure,
         batch_size=options.batch_size,
         **{name: value for name, value in options.switches.items() if value is not None},
     ) as lm:

@@ -1,7 +1,9 @@
 """``protect``, the door: keys a model's large layers onto a worker and gives the same model back."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from peft import PeftModel
@@ -28,6 +30,9 @@ from obfuscatune.enclave.spawn import open_session
 from obfuscatune.errors import KeyFaultError, UnsupportedModelError, UsageError
 from obfuscatune.profiles import Profile, resolve
 
+if TYPE_CHECKING:
+    from obfuscatune.parties.identity import Identity
+
 
 def protect(
     model: nn.Module,
@@ -37,6 +42,8 @@ def protect(
     device: str | None = None,
     threads: int | None = None,
     timeout: float = 600.0,
+    identity: "Identity | str | Path | None" = None,
+    insecure: bool = False,
     secret: MasterSecret | None = None,
     insecure_test_seed: int | None = None,
     progress: bool = False,
@@ -54,18 +61,22 @@ def protect(
             float dtype. Which profiles run which families is a table in docs/design.md.
         profile: name of a profile, or a record; ``switches`` change single fields of it (``mlp="enclave"``).
         worker: ``"spawn"`` for a process on this machine, or the address of one that runs: ``unix://PATH``,
-            ``tcp://HOST:PORT``. Several of them share the blocks, each as many as it can hold.
+            ``tls://HOST:PORT#FINGERPRINT``, ``tcp://HOST:PORT``. Several of them share the blocks, each as many as it
+            can hold.
         device, threads: of a spawned worker; torch's default otherwise.
         timeout: seconds to wait for each reply of the worker.
+        identity: this enclave's, or the path of its ``NAME.key``, for ``tls://``; the worker must allow it.
+        insecure: whether ``tcp://`` may leave this machine: neither encrypted nor authenticated.
         secret: master secret of an earlier session, to resume it bit for bit; a fresh one otherwise.
-        insecure_test_seed: makes the keys predictable, for tests only; refused with a TCP worker.
+        insecure_test_seed: makes the keys predictable, for tests only; refused with a worker over a network.
         progress: show a bar while the weights are keyed.
 
     Returns:
         A context manager with ``.model``, ``.report()``, ``.create_optimizer()`` and ``.close()``.
 
     Raises:
-        UsageError: options that do not fit, no worker at the address.
+        UsageError: options that do not fit, no worker at the address, or one that does not let this identity in.
+        AttestationError: the worker has another identity than the address names.
         UnsupportedModelError: a model, configuration or adapter that cannot be run exactly.
         WorkerFault: the worker failed.
     """
@@ -85,10 +96,13 @@ def protect(
     decoder = read_decoder(causal_lm)
     resolved = fit(decoder, resolved, {name for name, value in switches.items() if value is not None})
     blocks = _leaving(decoder, resolved)
+    connect = partial(
+        open_session, timeout=timeout, threads=threads, device=device, identity=identity, insecure=insecure
+    )
     sessions: list[Session] = []
     try:
         for address in workers:
-            sessions.append(open_session(address, timeout=timeout, threads=threads, device=device))
+            sessions.append(connect(address))
         links = [Link.greet(session) for session in sessions]
         placed = spread([bytes_of(block) for block in blocks], links)
         held = HeldAdapter()
@@ -213,9 +227,9 @@ def _master_secret(secret: MasterSecret | None, insecure_test_seed: int | None, 
             raise UsageError("secret and insecure_test_seed are both given", hint="choose one")
         secret = MasterSecret.from_insecure_test_seed(insecure_test_seed)
     for worker in workers:
-        if secret is not None and secret.is_test and worker.startswith("tcp:"):
+        if secret is not None and secret.is_test and worker.startswith(("tcp:", "tls:")):
             raise KeyFaultError(
-                "a test seed is refused with a TCP worker", where=worker, hint="leave insecure_test_seed out"
+                "a test seed is refused with a worker over a network", where=worker, hint="leave insecure_test_seed out"
             )
     return secret if secret is not None else MasterSecret.generate()
 
