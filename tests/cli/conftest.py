@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from obfuscatune.cli import main
 
-COMMAND = [sys.executable, "-m", "obfuscatune.cli"]
+COMMAND = [sys.executable, "-m", "obfuscatune"]
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ def command(options: EvaluateOptions) -> None:
         peft=options.adapter_name_or_path,
         dtype=options.dtype,
         profile=options.profile,
-        worker=options.worker,
+        worker=options.worker or "spawn",
         device=options.device,
         threads=options.threads,
         timeout=options.timeout,

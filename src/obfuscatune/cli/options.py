@@ -90,7 +90,9 @@ class ProtectionOptions:
     """What the worker may see, and who it is."""
 
     profile: str = option(f"one of {', '.join(PROFILES)}", "balanced", rich_help_panel=PROTECTION)
-    worker: str = option(WORKER_FORMS, "spawn", rich_help_panel=PROTECTION)
+    worker: list[str] | None = option(
+        f"{WORKER_FORMS}; repeated, the workers share the blocks", None, rich_help_panel=PROTECTION
+    )
     identity: Path | None = option(
         "your NAME.key: for a worker at tls://, or a job's enclave", None, rich_help_panel=PROTECTION
     )
@@ -102,8 +104,12 @@ class ProtectionOptions:
 
     def protection(self) -> dict[str, Any]:
         """Return the arguments of ``obfuscatune.protect``, the switches resolved; warns and raises as ``resolve``."""
-        names = ("worker", "device", "threads", "timeout", "identity", "insecure")
-        return {"profile": resolve(self.profile, **self.switches), **{name: getattr(self, name) for name in names}}
+        names = ("device", "threads", "timeout", "identity", "insecure")
+        return {
+            "profile": resolve(self.profile, **self.switches),
+            "worker": list(self.worker or ["spawn"]),
+            **{name: getattr(self, name) for name in names},
+        }
 
 
 def takes(record: type[T]) -> Callable[[Callable[[T], None]], Callable[..., None]]:

@@ -54,7 +54,7 @@ class ProtectedLM(HFLM):  # type: ignore[misc]
         peft: str | None = None,
         dtype: str = "auto",
         profile: str = "balanced",
-        worker: str = "spawn",
+        worker: str | Sequence[str] = "spawn",
         device: str | None = None,
         threads: int | None = None,
         timeout: float = 600.0,
