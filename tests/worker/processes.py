@@ -34,7 +34,7 @@ except KeyboardInterrupt:
 def worker(*options: str | Path) -> Iterator[tuple["subprocess.Popen[str]", Address]]:
     """`obfuscatune worker` with these options, at an address that it chooses where they name none."""
     listen = [] if "--listen" in options else ["--listen", "tcp://127.0.0.1:0"]
-    command = [sys.executable, "-m", "obfuscatune.cli", "worker", *listen, "--threads", "1", "--sandbox", "none"]
+    command = [sys.executable, "-m", "obfuscatune", "worker", *listen, "--threads", "1", "--sandbox", "none"]
     with started([*command, *map(str, options)]) as (process, line):
         yield process, Address.parse(line.split()[3])
 
