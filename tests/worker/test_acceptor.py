@@ -4,13 +4,11 @@ import contextlib
 import os
 import select
 import signal
-import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from pathlib import Path
 
 import pytest
 import torch
@@ -143,7 +141,7 @@ def test_strangers_hold_nothing() -> None:
         until(lambda: not children(pid))
 
 
-@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("stop", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGKILL])
 def test_sessions_end_with_the_worker(stop: signal.Signals) -> None:
     with worker("--max_sessions", "2") as (process, address), closing(opened(address)) as first:
         assert ask(first, HELLO)["ok"] is True
@@ -219,14 +217,3 @@ def _all(threads: list[threading.Thread]) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-
-
-def test_a_unix_address_is_removed_at_the_end(tmp_path: Path) -> None:
-    path = Path(os.path.relpath(tmp_path / "w"))
-    with worker("--listen", f"unix://{path}") as (process, address), closing(opened(address)) as end:
-        assert ask(end, HELLO)["ok"] is True
-        process.terminate()
-        assert process.wait(PATIENCE) == 0
-    assert not path.exists()
-    with pytest.raises(FileNotFoundError), socket.socket(socket.AF_UNIX) as sock:
-        sock.connect(str(path))
