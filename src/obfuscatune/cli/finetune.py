@@ -19,7 +19,7 @@ from obfuscatune.training.ranks import Ranks
 EPILOG = (
     "Examples:\n\nobfuscatune finetune --model_name_or_path gpt2 --train_file train.jsonl --output_dir adapter\n\n"
     "obfuscatune finetune --model_name_or_path DIR --train_file chats.jsonl --output_dir adapter --max_length 2048\n\n"
-    "obfuscatune finetune --config run.yaml --profile balanced --worker tcp://gpu-host:7000\n\n"
+    "obfuscatune finetune --config run.yaml --worker tls://gpu:7000#FINGERPRINT --identity lab.key\n\n"
     "obfuscatune finetune --model_name_or_path gpt2 --task sciq --data_dir data --output_dir adapter\n\n"
     "obfuscatune finetune --config run.yaml --resume_from_checkpoint last"
 )

@@ -179,7 +179,7 @@ class Session(Secret):
 
     def _say_queued(self, ahead: object) -> None:
         """The worker has no place yet, and says so again and again: the wait for a reply starts anew each time."""
-        if type(ahead) is int and 0 < ahead < 2**32 and ahead != self._ahead:
+        if type(ahead) is int and 0 < ahead < (self._ahead or 2**32):  # nobody jumps a queue
             self._ahead = ahead
             sessions = "1 session" if ahead == 1 else f"{ahead} sessions"
             print(f"waiting for the worker at {self.worker}: {sessions} ahead", file=sys.stderr, flush=True)

@@ -83,6 +83,8 @@ def check_worker(der: bytes | None, fingerprint: str, where: str) -> PublicIdent
                     where=where,
                     hint="compare with its owner: obfuscatune identity show NAME.pub; or somebody stands between",
                 )
+            if der[-len(leaf.signature) - 1 :] != b"\0" + leaf.signature:
+                raise ValueError  # how many bits of the signature are none, which no parser looks at
             if leaf.signature_algorithm_oid != SignatureAlgorithmOID.ED25519:
                 raise InvalidSignature
             Ed25519PublicKey.from_public_bytes(identity.signing_key).verify(leaf.signature, leaf.tbs_certificate_bytes)

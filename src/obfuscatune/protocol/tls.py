@@ -75,7 +75,7 @@ def load_chain(context: ssl.SSLContext, chain: str, password: str) -> None:
     # `ssl` reads keys from files only. What is in the file is of no use without a password that is never written.
     with tempfile.TemporaryDirectory(prefix="obfuscatune-") as directory:  # made with mode 0700
         path = Path(directory) / "key.pem"
-        path.write_text(chain)
+        path.write_bytes(chain.encode())
         context.load_cert_chain(path, password=password)
 
 
