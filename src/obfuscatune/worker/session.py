@@ -19,6 +19,7 @@ from obfuscatune.worker.attention import AttentionSegment
 from obfuscatune.worker.body import BodySegment
 from obfuscatune.worker.kv import Tokens
 from obfuscatune.worker.optimizer import HeldOptimizer
+from obfuscatune.worker.residues import ResidueSegment
 from obfuscatune.worker.segments import Call, LinearSegment, MlpSegment, Segment
 
 Reply = tuple[dict[str, Any], dict[str, Tensor]]
@@ -32,6 +33,7 @@ SEGMENTS: dict[str, type[Segment]] = {
     "mlp": MlpSegment,
     "attention": AttentionSegment,
     "body": BodySegment,
+    "residues": ResidueSegment,
 }
 
 
@@ -180,10 +182,16 @@ class WorkerSession:
         return {"gradient_norms": norms}, dict(zip(wants, found, strict=False))
 
     def _multiply(self, header: dict[str, Any], tensors: dict[str, Tensor]) -> Reply:
-        """Multiply tiles of rows by their parts of a linear segment's weight, or of its transpose; nothing is kept."""
+        """Multiply rows by a linear segment's weight, or its transpose; nothing is kept."""
         segment, transpose = self._segment(header), header.get("transpose")
-        if not isinstance(segment, LinearSegment) or set(tensors) != {"x"} or not isinstance(transpose, bool):
-            raise ProtocolError("product", got=sorted(tensors), expected="x, for a linear segment, and transpose")
+        if (
+            not isinstance(segment, LinearSegment | ResidueSegment)
+            or set(tensors) != {"x"}
+            or not isinstance(transpose, bool)
+        ):
+            raise ProtocolError(
+                "product", got=sorted(tensors), expected="x, for a linear segment or a share, and transpose"
+            )
         return {}, {"y": segment.multiply(tensors["x"], transpose=transpose)}
 
     def _optimize(self, header: dict[str, Any], tensors: dict[str, Tensor]) -> Reply:
