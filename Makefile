@@ -7,6 +7,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # Enclave and worker share the cores. With OpenMP's default policy the idle process spins on the cores that the other one needs.
 test test-slow demo bench audit gpu-check: export OMP_WAIT_POLICY := passive
+test test-slow demo bench audit gpu-check: export GOMP_SPINCOUNT := 1000
 # No test may depend on what a model hub serves today.
 test test-slow: export HF_HUB_OFFLINE := 1
 

@@ -15,6 +15,7 @@ import typer
 
 from obfuscatune import __version__
 from obfuscatune.errors import ObfuscatuneError, UsageError
+from obfuscatune.protocol.waiting import WAITING
 
 VERBS = ("demo", "finetune", "generate", "worker", "inspect", "doctor", "bench", "evaluate", "lm-eval", "audit")
 # Verbs with verbs of their own: modules with HELP and COMMANDS, a map of name to (function, epilog).
@@ -60,8 +61,8 @@ def build_app() -> typer.Typer:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; the console script's entry."""
-    # Before torch is imported: two processes that share cores spin against each other, at more cost than all keys.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    for name, value in WAITING.items():  # before torch is imported
+        os.environ.setdefault(name, value)
     # A core dump would write keys and data to the disk, or hand them to the machine's crash reporter.
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from obfuscatune.cli.options import option, takes
+from obfuscatune.protocol.waiting import WAITING
 
 EPILOG = "Examples:\n\nobfuscatune doctor\n\nobfuscatune doctor --json"
 
@@ -64,7 +65,7 @@ def examine(root: Path = Path("/")) -> dict[str, Any]:
         **{name: version(name) for name in ("torch", "transformers", "peft")},
         "cpu_threads": torch.get_num_threads(),
         "cpu_cores": len(os.sched_getaffinity(0)),
-        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "not set: enclave and worker spin for each other's cores"),
+        **{name: os.environ.get(name, "not set: enclave and worker spin for each other's cores") for name in WAITING},
         "cuda_devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "kernel_of_shares": "built" if kernel() is not None else f"not built; {BUILD_HINT}",
         "core_dumps": "off" if core == 0 else "on: a crash may write keys and prompts to the disk (ulimit -c 0)",

@@ -10,6 +10,7 @@ from obfuscatune.errors import UsageError
 from obfuscatune.protocol.address import Address, connect
 from obfuscatune.protocol.connection import Connection
 from obfuscatune.protocol.limits import Limits
+from obfuscatune.protocol.waiting import WAITING
 
 
 def open_session(worker: str, *, timeout: float, threads: int | None, device: str | None) -> Session:
@@ -37,8 +38,7 @@ def _spawn(*, timeout: float, threads: int | None, device: str) -> Session:
     command = [sys.executable, "-m", "obfuscatune.worker", "--fd", str(theirs.fileno()), "--device", device]
     if threads is not None:
         command += ["--threads", str(threads)]
-    # Threads that spin while they wait would take the cores from the enclave's, and cost more than all keys do.
-    environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}
+    environment = {**os.environ, **WAITING}
     try:
         process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
             command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environment

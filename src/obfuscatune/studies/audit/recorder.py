@@ -25,6 +25,7 @@ import torch
 from obfuscatune.errors import ObfuscatuneError
 from obfuscatune.protocol.address import Address, close_listener, listen
 from obfuscatune.protocol.connection import Connection
+from obfuscatune.protocol.waiting import WAITING
 from obfuscatune.worker.server import serve_connection
 
 RECORD = struct.Struct("<BdQ")
@@ -61,7 +62,7 @@ def recording_worker(out: Path) -> Iterator[str]:
     with TemporaryDirectory(prefix="obfuscatune-audit-") as directory:
         address = f"unix://{directory}/worker"
         command = [sys.executable, "-m", "obfuscatune.studies.audit.recorder", "--listen", address, "--out", str(out)]
-        environment = {**os.environ, "OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": str(torch.get_num_threads())}
+        environment = {**os.environ, **WAITING, "OMP_NUM_THREADS": str(torch.get_num_threads())}
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:  # noqa: S603 - our own module
             try:
                 if process.stdout is None or process.stdout.readline().strip() != _READY:
