@@ -4,6 +4,7 @@ A request is a header and tensors; its answer likewise. A request that is not a 
 with a message of names and shapes, which the server sends back; the session goes on.
 """
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -48,6 +49,7 @@ class WorkerSession:
         self._caches: dict[int, dict[str, tuple[Tokens, ...]]] = {}
         self._shared: dict[int, tuple[Tensor, ...]] = {}
         self._optimizer = HeldOptimizer()
+        self._busy_seconds = 0.0
         self._operations = {
             "hello": self._hello,
             "define": self._define,
@@ -192,7 +194,10 @@ class WorkerSession:
             raise ProtocolError(
                 "product", got=sorted(tensors), expected="x, for a linear segment or a share, and transpose"
             )
-        return {}, {"y": segment.multiply(tensors["x"], transpose=transpose)}
+        started = time.perf_counter()
+        y = segment.multiply(tensors["x"], transpose=transpose)
+        self._busy_seconds += time.perf_counter() - started
+        return {}, {"y": y}
 
     def _optimize(self, header: dict[str, Any], tensors: dict[str, Tensor]) -> Reply:
         return self._optimizer.handle(header, tensors)
@@ -202,6 +207,7 @@ class WorkerSession:
             "peak_memory_bytes": peak_memory_bytes(),
             "kept_calls": len(self._calls),
             "caches": len(self._caches),
+            "busy_seconds": self._busy_seconds,
         }
         return numbers, {}
 

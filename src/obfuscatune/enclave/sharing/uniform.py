@@ -43,6 +43,10 @@ class Uniform(Secret):
         self._encryptor = Cipher(AES(self._keys(32)), CTR(bytes(16))).encryptor()
         self._left, self._process = _REKEY_BYTES, os.getpid()
 
+    def number(self) -> str:
+        """Return the number of a sharing, which is not secret: 32 hexadecimal digits that no other has."""
+        return self._keys(16).hex()
+
     def draw(self, scheme: Scheme, *shape: int) -> Tensor:
         """Return uniform centred residues, int8 ``[L, *shape]``."""
         out = torch.empty(len(scheme.primes), *shape, dtype=torch.int8)
