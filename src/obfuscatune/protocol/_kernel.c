@@ -70,7 +70,8 @@ INLINE void dot_tile(const int16_t *rows, int64_t width, int64_t count, const in
     }
 }
 
-/* rint(x column scale) of one row, and the scale that keeps its norm below `room` + `half`; 0 where it is not finite. */
+/* rint(x column scale) of one row, and the scale that keeps its norm below `room` + `half`. A row that is not finite gives
+ * zeros, and the scale NaN, of which its result will be. */
 INLINE double quantize(const float *x, const double *column, int64_t width, double room, double half, double *t,
                        int32_t *q) {
     int64_t top = 0, squares = 0;
@@ -83,7 +84,10 @@ INLINE double quantize(const float *x, const double *column, int64_t width, doub
         t[j] = value;
     }
     int64_t exponent = top >> 52;
-    if (exponent == 2047) return 0;
+    if (exponent == 2047) {
+        memset(q, 0, (size_t)width * sizeof *q);
+        return NAN;
+    }
     if (room == 0) { /* integers already, within what their bound allows */
         for (int64_t j = 0; j < width; j++) q[j] = low_bits(t[j] + ROUND);
         return 1;
@@ -123,10 +127,10 @@ struct encoding {
     int16_t *images;        /* [n, L, checks], 0 to p - 1 */
 };
 
-/* Rows begin to end - 1. Returns the first row that is not finite, or `end`; -1 without memory. */
+/* Rows begin to end - 1. Returns `end`; -1 without memory. */
 INLINE int64_t encode_any(const struct encoding *e, int64_t begin, int64_t end) {
     const int64_t width = e->width, L = e->L, T = e->T, checks = e->checks, plane = e->n * width;
-    int64_t done = begin;
+    int64_t done = end;
     double *t = malloc((size_t)width * sizeof *t);
     int32_t *q = malloc((size_t)(TILE * width) * sizeof *q);
     int16_t *r = malloc((size_t)(TILE * width) * sizeof *r);
@@ -136,11 +140,9 @@ INLINE int64_t encode_any(const struct encoding *e, int64_t begin, int64_t end) 
     }
     for (int64_t first = begin; first < end; first += TILE) {
         int64_t count = end - first < TILE ? end - first : TILE;
-        for (int64_t i = 0; i < count; i++, done++) {
+        for (int64_t i = 0; i < count; i++)
             e->scales[first + i] =
                 quantize(e->x + (first + i) * width, e->column, width, e->room, e->half, t, q + i * width);
-            if (e->scales[first + i] == 0) goto end;
-        }
         for (int64_t l = 0; l < L; l++) {
             const int32_t prime = e->primes[l];
             const uint16_t p = (uint16_t)prime, m = (uint16_t)((1 << 22) / p), up = lift(p);

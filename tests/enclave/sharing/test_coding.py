@@ -195,12 +195,22 @@ def test_what_is_refused() -> None:
             bad()
     with pytest.raises(UnsupportedModelError):
         fixed(torch.full((4, 4), torch.inf), Scheme.make(), "w")
+
+
+def test_rows_that_are_not_finite_give_nan_and_shares_of_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
     product = Product.of(gaussian(30, 20), Scheme.make())
-    for value in (torch.inf, -torch.inf, torch.nan):
-        x = gaussian(5, 30)
-        x[3, 2] = value
-        with pytest.raises(coding.NotFinite):
-            product.rows(x)
+    x = gaussian(5, 30)
+    right = product(x)
+    for row, value in enumerate((torch.inf, -torch.inf, torch.nan)):
+        x[row, 2] = value
+    for native in (True, False):
+        if not native:
+            monkeypatch.setattr(coding, "_kernel_or_warning", lambda: None)
+        rows = product.rows(x)
+        a, b, _ = (share[:, :3].int() for share in rows.shares)
+        assert all((plane % p == 0).all() for plane, p in zip(2 * a - b, product.scheme.primes, strict=True))
+        y = product.decode(rows, product.replies(rows))
+        assert y is not None and y[:3].isnan().all() and torch.equal(y[3:], right[3:])
 
 
 def test_the_first_shares_are_what_was_drawn() -> None:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from obfuscatune.enclave.sharing import reference
-from obfuscatune.enclave.sharing.reference import NotFinite
 from obfuscatune.enclave.sharing.scheme import Scheme, cofactor, lagrange, share_weights
 from obfuscatune.protocol.native import BUILD_HINT, kernel
 from obfuscatune.protocol.residues import centred
@@ -47,7 +46,7 @@ def encode(
     vectors: Tensor,
     weights: Sequence[Sequence[Sequence[int]]] | None = None,
 ) -> Rows:
-    """Return the shares of rows ``[n, width]`` float32.
+    """Return the shares of rows ``[n, width]`` float32; those of one that is not finite are of zeros.
 
     Args:
         column: ``[width]`` float64, what the columns are multiplied by first.
@@ -55,8 +54,6 @@ def encode(
         most: the largest norm of a row; None where ``x column`` is rounded as it is.
         vectors: int16 ``[L, checks, width]``, centred.
         weights: for each prime the coefficients of each share that is made; those of the scheme where None.
-
-    Raises: `NotFinite`.
     """
     n, width = x.shape
     rules = [share_weights(scheme, p) for p in scheme.primes] if weights is None else weights
@@ -78,8 +75,7 @@ def encode(
         len(drawn), coefficients.data_ptr(), made, vectors.data_ptr(), vectors.shape[1], out.data_ptr(),
         scales.data_ptr(), images.data_ptr(),
     )  # fmt: skip
-    if _each(native.encode, record, n, width) < n:
-        raise NotFinite
+    _each(native.encode, record, n, width)
     return Rows([*drawn, *out], scales, images)
 
 
@@ -92,7 +88,7 @@ def decode(
     rows: Rows,
     vectors: Tensor,
 ) -> Tensor | None:
-    """Return the products ``[n, width]`` float32, or None where one of them is not right.
+    """Return the products ``[n, width]`` float32, NaN of rows that were not finite; None where one is not right.
 
     Args:
         points: as many as are needed. replies: of the workers there, int8 ``[L, n, width]``, any numbers.

@@ -8,11 +8,6 @@ from torch import Tensor
 
 from obfuscatune.protocol.residues import centred
 
-
-class NotFinite(ValueError):  # noqa: N818 - an answer; the caller knows whose rows they are
-    """A number of a row is not finite."""
-
-
 Rules = Sequence[Sequence[Sequence[int]]]
 
 
@@ -20,12 +15,13 @@ def quantize(x: Tensor, column: Tensor, room: float, half: float) -> tuple[Tenso
     """Return integers ``rint(x column scale)`` int64 ``[n, width]`` and the scales ``[n]``.
 
     The scale brings the norm of a row to ``room`` before rounding, which adds ``half`` at most. The norm is taken of
-    integers of 19 bits, whose sum of squares is exact in any order. A scale of 0 says that the row is not finite.
+    integers of 19 bits, whose sum of squares is exact in any order. A row that is not finite gives zeros, and
+    the scale NaN, of which its result will be.
     """
     t = x.double() * column
     top = t.abs().amax(dim=1)
     if room == 0:
-        return t.round().nan_to_num().long(), torch.isfinite(top).double()
+        return t.round().long(), torch.ones_like(top)
     exponent = torch.frexp(top).exponent - 1 + 1023
     zero, finite = exponent < 18, torch.isfinite(top)
     coarse = torch.exp2((1041 - torch.where(zero | ~finite | (top == 0), 1041, exponent)).double())
@@ -33,7 +29,7 @@ def quantize(x: Tensor, column: Tensor, room: float, half: float) -> tuple[Tenso
     scales = room * coarse / (squares.double().sqrt() + half)
     scales = torch.where(zero | (top == 0), 1.0, scales)
     q = torch.where((zero | (top == 0) | ~finite)[:, None], 0.0, t * scales[:, None]).round().long()
-    return q, torch.where(finite, scales, 0.0)
+    return q, torch.where(finite, scales, torch.nan)
 
 
 def encode(
@@ -51,8 +47,6 @@ def encode(
     Share s of prime p: ``rules[p][s][0] X + sum_i rules[p][s][i] drawn[i] mod p``. Images: ``X v mod p``.
     """
     q, scales = quantize(x, column, room, half)
-    if (scales == 0).any():
-        raise NotFinite
     made: list[list[Tensor]] = [[] for _ in rules[0]]
     images = []
     for i, p in enumerate(primes):

@@ -21,7 +21,6 @@ from obfuscatune.enclave.session import Session
 from obfuscatune.enclave.sharing import coding
 from obfuscatune.enclave.sharing.check import COUNT, FieldCheck
 from obfuscatune.enclave.sharing.fixed import Side, fixed
-from obfuscatune.enclave.sharing.reference import NotFinite
 from obfuscatune.enclave.sharing.scheme import Scheme
 from obfuscatune.enclave.sharing.uniform import Uniform
 from obfuscatune.enclave.sharing.waiting import Answer, Box, Waiting
@@ -102,9 +101,11 @@ class Workers(Secret):
     def product(self, weight: SharedWeight, x: Tensor, *, transpose: bool) -> Tensor:
         """Return ``x W`` float32 ``[n, out]``, or with the transpose, for x float32 ``[n, in]``.
 
+        A row that is not finite, as those of padding are in some models, gives NaN.
+
         Raises:
             WorkerFault: too few workers are left, or one of them is wrong; named, where a spare tells which.
-            UsageError: a number of x is not finite; or it has ended before.
+            UsageError: it has ended before.
         """
         side = weight.backward if transpose else weight.forward
         out = torch.empty(len(x), len(side.after))
@@ -121,11 +122,7 @@ class Workers(Secret):
         side, (images, _) = weight.backward if transpose else weight.forward, self._vectors(weight, transpose)
         started = time.perf_counter()
         drawn = torch.stack([self._uniform.draw(self.scheme, *x.shape) for _ in range(self.scheme.threshold)])
-        try:
-            rows = coding.encode(self.scheme, x, side.before, drawn, most=side.most, vectors=images)
-        except NotFinite:
-            hint = "a training run that diverged, or a model that is out of float32's range"
-            raise UsageError("an activation or gradient is not finite", where=weight.path, hint=hint) from None
+        rows = coding.encode(self.scheme, x, side.before, drawn, most=side.most, vectors=images)
         encoded = time.perf_counter()
         header = {"segment": weight.segment, "transpose": transpose}
         expected = {"y": ((len(self.scheme.primes), len(x), len(side.after)), torch.int8)}
