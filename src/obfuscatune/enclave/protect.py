@@ -92,9 +92,12 @@ def protect(
     resolved = fit(decoder, resolved, {name for name, value in switches.items() if value is not None})
     blocks = _leaving(decoder, resolved)
     sessions: list[Session] = []
+    # Workers of our own that multiply at the same time share the cores: more threads would wait for each other.
+    each = max(1, torch.get_num_threads() // len(workers)) if resolved.shares and set(workers) == {"spawn"} else None
+    each = each if threads is None else threads
     try:
         for address in workers:
-            sessions.append(open_session(address, timeout=timeout, threads=threads, device=device))
+            sessions.append(open_session(address, timeout=timeout, threads=each, device=device))
         links = [Link.greet(session) for session in sessions]
         placed = [0] * len(blocks) if resolved.shares else spread([bytes_of(block) for block in blocks], links)
         held = HeldAdapter()

@@ -6,7 +6,6 @@ without VNNI do not saturate, and a float32 product of up to `EXACT_TERMS` terms
 
 import ctypes
 
-import torch
 from torch import Tensor
 
 from obfuscatune.protocol.native import kernel
@@ -22,12 +21,11 @@ def centred(x: Tensor, p: int) -> Tensor:
     return (x + p // 2).remainder(p) - p // 2
 
 
-def reduce(x: Tensor, p: int) -> Tensor:
-    """Return the centred residues of int32 numbers, int8; by the kernel where it is and they are on the CPU."""
+def reduce(x: Tensor, p: int, out: Tensor) -> Tensor:
+    """Put the centred residues of int32 numbers into ``out``, int8 and contiguous; by the kernel if it is there."""
     native = kernel()
     if native is None or not x.is_cpu:
-        return centred(x.long() if x.is_cpu else x, p).to(torch.int8)
+        return out.copy_(centred(x.long(), p))
     x = x.contiguous()
-    out = torch.empty(x.shape, dtype=torch.int8)
     native.reduce(ctypes.c_void_p(x.data_ptr()), ctypes.c_int64(x.numel()), p, ctypes.c_void_p(out.data_ptr()))
     return out

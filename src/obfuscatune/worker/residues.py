@@ -54,9 +54,15 @@ class ResidueSegment(Segment):
             raise ProtocolError("rows of shares", got=f"{list(x.shape)} {x.dtype}", expected=expected)
         columns = weight.mT if transpose else self._turned.mT
         y = torch.empty(*x.shape[:2], columns.shape[2], dtype=torch.int8, device=x.device)
+        sums = torch.empty(y.shape[1:], dtype=torch.int32, device=x.device)  # one for all: new memory costs page faults
         for i, p in enumerate(self.primes):
-            product = int8_product if self._exact else float_product
-            y[i] = reduce(product(x[i], columns[i]), p)
+            if not self._exact:
+                sums = float_product(x[i], columns[i])
+            elif x.is_cpu:
+                torch._int_mm(x[i], columns[i], out=sums)
+            else:
+                sums = int8_product(x[i], columns[i])
+            reduce(sums, p, out=y[i])
         return y
 
 

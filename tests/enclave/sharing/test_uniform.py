@@ -117,7 +117,7 @@ def test_two_pooled_workers_have_rows_and_weights_and_one_has_not() -> None:
         torch.zeros(1, 7, 6, 20, dtype=torch.int8),
         most=product.integers.forward.most,
         vectors=torch.zeros(7, 0, 20, dtype=torch.int16),
-        weights=[[(1, 0)]] * 7,
+        weights=(((1, 0),),) * 7,
     ).shares[-1]
     for i, p in enumerate(scheme.primes):
         a, b, c = (share[i].long() for share in rows.shares)

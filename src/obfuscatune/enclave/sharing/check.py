@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from obfuscatune.enclave.keys.source import Secret
+from obfuscatune.enclave.sharing.coding import for_results
 from obfuscatune.enclave.sharing.scheme import Scheme
 from obfuscatune.enclave.sharing.uniform import Uniform
 from obfuscatune.protocol.residues import PRIMES, centred
@@ -32,10 +33,10 @@ class FieldCheck(Secret):
             # Below 2^26 * 63 a term: sums of 2^19 of them are below 2^53, so exact.
             images = (vectors.double() @ matrix.T).long()
             residues = [centred(plane, p).to(torch.int16) for plane, p in zip(images, scheme.primes, strict=True)]
-            self._sides.append((torch.stack(residues), vectors))
+            self._sides.append((torch.stack(residues), for_results(scheme, vectors)))
 
     def sides(self, *, transpose: bool) -> tuple[Tensor, Tensor] | None:
-        """``W v`` ``[L, count, in]`` and v ``[L, count, out]``, int16; None after a fault."""
+        """``W v`` ``[L, count, in]``, and v ``[L, count, out]`` as `decode` wants it, int16; None after a fault."""
         return None if self._sides is None else self._sides[transpose]
 
     def discard(self) -> None:

@@ -7,7 +7,7 @@ import ctypes
 import functools
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -19,6 +19,7 @@ from obfuscatune.enclave.sharing.scheme import Scheme, cofactor, lagrange, share
 from obfuscatune.protocol.native import BUILD_HINT, kernel
 from obfuscatune.protocol.residues import centred
 
+Rules = tuple[tuple[tuple[int, ...], ...], ...]  # by prime, and share
 _FEW_NUMBERS = 1 << 17  # what one thread does before two have met
 
 
@@ -44,7 +45,7 @@ def encode(
     *,
     most: float | None,
     vectors: Tensor,
-    weights: Sequence[Sequence[Sequence[int]]] | None = None,
+    weights: Rules | None = None,
 ) -> Rows:
     """Return the shares of rows ``[n, width]`` float32; those of one that is not finite are of zeros.
 
@@ -56,7 +57,7 @@ def encode(
         weights: for each prime the coefficients of each share that is made; those of the scheme where None.
     """
     n, width = x.shape
-    rules = [share_weights(scheme, p) for p in scheme.primes] if weights is None else weights
+    rules = share_rules(scheme) if weights is None else weights
     made = len(rules[0])
     half = 0.5 * math.sqrt(width)
     room = 0.0 if most is None else most - half
@@ -65,8 +66,8 @@ def encode(
         shares, scales, images = reference.encode(scheme.primes, x, column, drawn, rules, room, half, vectors)
         return Rows([*drawn, *shares], scales, images)
     x, column, drawn, vectors = x.contiguous(), column.contiguous(), drawn.contiguous(), vectors.contiguous()
-    coefficients = torch.tensor(rules, dtype=torch.int16)
-    primes = torch.tensor(scheme.primes, dtype=torch.int32)
+    coefficients = _int16(rules)
+    primes = _primes(scheme)
     out = torch.empty(made, len(primes), n, width, dtype=torch.int8)
     scales = torch.empty(n, dtype=torch.float64)
     images = torch.empty(n, len(primes), vectors.shape[1], dtype=torch.int16)
@@ -93,30 +94,56 @@ def decode(
     Args:
         points: as many as are needed. replies: of the workers there, int8 ``[L, n, width]``, any numbers.
         column: ``[width]`` float64, what the result is multiplied by.
-        rows: what `encode` returned of this call. vectors: int16 ``[L, checks, width]``, centred.
+        rows: what `encode` returned of this call. vectors: int16 ``[L, checks, width]``, from `for_results`.
     """
     n, width = replies[0].shape[1:]
-    rules, images = [], []
-    for p, own in zip(scheme.primes, vectors, strict=True):
-        c = pow(cofactor(scheme, p), -1, p)
-        rules.append([(value * c + p // 2) % p - p // 2 for value in lagrange(tuple(points), 0, p)])
-        images.append(centred(own * cofactor(scheme, p), p))
-    factors = torch.stack(images)
+    rules = result_rules(scheme, tuple(points))
     native = _kernel_or_warning()
     if native is None:
-        return reference.decode(scheme.primes, replies, rules, factors, rows.images, rows.scales, column)
+        return reference.decode(scheme.primes, replies, rules, vectors, rows.images, rows.scales, column)
     replies = [reply.contiguous() for reply in replies]
-    coefficients = torch.tensor(rules, dtype=torch.int16)
-    primes = torch.tensor(scheme.primes, dtype=torch.int32)
-    column, scales, images_x = column.contiguous(), rows.scales, rows.images.contiguous()
+    coefficients, primes = _int16(rules), _primes(scheme)
+    column, scales, images, vectors = column.contiguous(), rows.scales, rows.images, vectors.contiguous()
     out = torch.empty(n, width, dtype=torch.float32)
     pointers = (ctypes.c_void_p * len(replies))(*[reply.data_ptr() for reply in replies])
     record = _Decoding(
         ctypes.cast(pointers, ctypes.c_void_p), len(replies), n, width, primes.data_ptr(), len(primes),
-        coefficients.data_ptr(), factors.data_ptr(), factors.shape[1], images_x.data_ptr(), scales.data_ptr(),
+        coefficients.data_ptr(), vectors.data_ptr(), vectors.shape[1], images.data_ptr(), scales.data_ptr(),
         column.data_ptr(), out.data_ptr(),
     )  # fmt: skip
     return out if _each(native.decode, record, n, width) >= n else None
+
+
+@functools.cache
+def share_rules(scheme: Scheme) -> Rules:
+    """For each prime, the coefficients of each share that is made."""
+    return tuple(tuple(share_weights(scheme, p)) for p in scheme.primes)
+
+
+@functools.cache
+def result_rules(scheme: Scheme, points: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    """For each prime, the coefficients of the replies from these points, with the inverse of M / p in them."""
+    rules = []
+    for p in scheme.primes:
+        c = pow(cofactor(scheme, p), -1, p)
+        rules.append(tuple((value * c + p // 2) % p - p // 2 for value in lagrange(points, 0, p)))
+    return tuple(rules)
+
+
+def for_results(scheme: Scheme, vectors: Tensor) -> Tensor:
+    """The check's vectors ``[L, checks, width]`` as `decode` wants them: times M / p, centred."""
+    planes = [centred(own * cofactor(scheme, p), p) for p, own in zip(scheme.primes, vectors, strict=True)]
+    return torch.stack(planes).to(torch.int16)
+
+
+@functools.cache
+def _int16(rules: Hashable) -> Tensor:
+    return torch.tensor(rules, dtype=torch.int16)
+
+
+@functools.cache
+def _primes(scheme: Scheme) -> Tensor:
+    return torch.tensor(scheme.primes, dtype=torch.int32)
 
 
 class _Encoding(ctypes.Structure):

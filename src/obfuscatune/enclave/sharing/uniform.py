@@ -55,7 +55,6 @@ class Uniform(Secret):
                 self._start()
             for plane, p in zip(out, scheme.primes, strict=True):
                 self._fill(plane.view(-1), p)
-            self._buffer[:] = bytes(len(self._buffer))
         return out
 
     def _fill(self, out: Tensor, p: int) -> None:

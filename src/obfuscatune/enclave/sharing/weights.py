@@ -17,7 +17,7 @@ def weight_shares(fixed: Fixed, scheme: Scheme, uniform: Uniform) -> list[Tensor
         drawn = torch.stack([uniform.draw(scheme, *rows.shape) for _ in range(scheme.threshold)])
     else:
         drawn = torch.zeros(scheme.threshold, len(scheme.primes), *rows.shape, dtype=torch.int8)
-        rules = [[(1, *[0] * scheme.threshold)]] * len(scheme.primes)
+        rules = (((1, *[0] * scheme.threshold),),) * len(scheme.primes)
     none = torch.zeros(len(scheme.primes), 0, rows.shape[1], dtype=torch.int16)
     shares = coding.encode(scheme, rows, columns, drawn, most=None, vectors=none, weights=rules).shares
     return shares if scheme.shares_weights else [shares[-1]] * len(scheme.points)

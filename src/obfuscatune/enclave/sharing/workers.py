@@ -44,7 +44,7 @@ class SharedWeight:
 
 @dataclass(slots=True)
 class Seconds:
-    """Of the enclave: drawing and making shares, sending them, waiting for replies, interpolating and checking."""
+    """Of the enclave: CPU time for shares, and for results with their check; time of sending, and of waiting."""
 
     encode: float = 0.0
     send: float = 0.0
@@ -120,10 +120,11 @@ class Workers(Secret):
 
     def _send(self, weight: SharedWeight, x: Tensor, *, transpose: bool) -> _Part:
         side, (images, _) = weight.backward if transpose else weight.forward, self._vectors(weight, transpose)
-        started = time.perf_counter()
+        started = time.process_time()
         drawn = torch.stack([self._uniform.draw(self.scheme, *x.shape) for _ in range(self.scheme.threshold)])
         rows = coding.encode(self.scheme, x, side.before, drawn, most=side.most, vectors=images)
-        encoded = time.perf_counter()
+        self.seconds.encode += time.process_time() - started
+        started = time.perf_counter()
         header = {"segment": weight.segment, "transpose": transpose}
         expected = {"y": ((len(self.scheme.primes), len(x), len(side.after)), torch.int8)}
         part = _Part(rows, len(x), {}, Box())
@@ -138,18 +139,17 @@ class Workers(Secret):
             if self._waiting is not None:
                 self._waiting.ask(i, part.pending[i], part.box)
         rows.shares.clear()  # sent; two of them together are the rows
-        self.seconds.encode += encoded - started
-        self.seconds.send += time.perf_counter() - encoded
+        self.seconds.send += time.perf_counter() - started
         return part
 
     def _finish(self, weight: SharedWeight, start: int, part: _Part, out: Tensor, *, transpose: bool) -> None:
         side, (_, vectors) = weight.backward if transpose else weight.forward, self._vectors(weight, transpose)
         started = time.perf_counter()
         replies = self._replies(part)
-        came = time.perf_counter()
+        self.seconds.wait += time.perf_counter() - started
+        started = time.process_time()
         y = self._decode(replies, part, side, vectors)
-        self.seconds.wait += came - started
-        self.seconds.decode += time.perf_counter() - came
+        self.seconds.decode += time.process_time() - started
         if y is None:
             raise self._wrong(weight, part, replies, side, vectors)
         out[start : start + part.count] = y
