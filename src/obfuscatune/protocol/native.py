@@ -1,4 +1,4 @@
-"""The C kernel of `_kernel.c`, where it was built: the arithmetic of shares, on both sides. Its calls free the GIL."""
+"""The C kernel of `c/kernel.c`, where it was built: the arithmetic of shares, on both sides. Its calls free the GIL."""
 
 import ctypes
 import functools
@@ -10,7 +10,7 @@ BUILD_HINT = "a C compiler, then `pip install` or `make setup` again; the torch 
 @functools.cache
 def kernel() -> ctypes.CDLL | None:
     """Return the kernel; None where the package was built without a C compiler."""
-    for path in sorted(Path(__file__).parent.glob("_kernel*.so")):
+    for path in sorted((Path(__file__).parent / "c").glob("kernel*.so")):
         try:
             found = ctypes.CDLL(str(path))
             for name in ("encode", "decode", "reduce", "keep_below"):

@@ -26,7 +26,7 @@ _MOST_SHIFT = 20  # powers of two that a channel is moved by, at most
 _LARGEST_ERROR = 0.5  # of a product's typical size: more is not a result
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Side:
     """What the products with a weight, or with its transpose, need of it.
 
