@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from obfuscatune.cli import main
 
-COMMAND = [sys.executable, "-m", "obfuscatune.cli"]
+COMMAND = [sys.executable, "-m", "obfuscatune"]
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def start_worker(address: str) -> "subprocess.Popen[str]":
         [*COMMAND, "worker", "--listen", address, "--threads", "1"], stdout=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
-    assert process.stdout.readline() == f"worker listening on {address} (cpu)\n"
+    assert process.stdout.readline().startswith(f"worker listening on {address} (cpu, 1 session of ")
     return process
 
 

@@ -191,7 +191,8 @@ def test_a_dead_worker_is_named_with_the_checkpoint_to_resume_from(
     monkeypatch.setattr(ProtectedTrainer, "log", log_and_kill)
     output = tmp_path / "out"
     with start_worker(address) as process:
-        outcome = run(*finetune, "--worker", address, "--output_dir", output)
+        finetune[finetune.index("--worker") + 1] = address
+        outcome = run(*finetune, "--output_dir", output)
     assert outcome.code == 1
     assert f"worker {address}, layer transformer.h.0.attn, call " in outcome.err
     assert f"--resume_from_checkpoint {output / 'checkpoint-3'}" in outcome.err

@@ -94,6 +94,12 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
         (["generate", "--model_name_or_path", "x", "--keys", "rot13"], "'haar'"),
         (["finetune", "--max_length", "1"], "--max_length"),
         (["worker", "--listen", "carrier-pigeon"], "not an address"),
+        (["worker", "--listen", "tcp://0.0.0.0:7000"], "neither encrypted nor authenticated"),
+        (["worker", "--listen", "tls://127.0.0.1:0"], "tls:// needs an identity"),
+        (["worker", "--listen", "tls://127.0.0.1:0", "--allow", "lab.pub"], "expected --identity"),
+        (["worker", "--listen", "unix://w", "--identity", "gpu1.key"], "expected --allow"),
+        (["worker", "--listen", f"tls://127.0.0.1:0#{64 * 'a'}"], "has no fingerprint"),
+        (["worker", "--listen", "unix://w", "--max_sessions", "0"], "--max_sessions"),
         (["generate", "--model_name_or_path", "x", "--top_p", "0.5"], "hint: add --do_sample"),
         (["inspect", "--model_name_or_path", "./nowhere"], "no such model directory: got ./nowhere"),
     ],
@@ -107,7 +113,7 @@ def test_misuse_is_refused(arguments: list[str], message: str, run) -> None:
 def test_a_config_file_is_refused_with_all_its_faults_by_line(tmp_path: Path, run) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(
-        "learning_rat: 3\nlora_r: many\nmlp: {a: 1}\nseed: 1\nseed: 2\nkeys: rot13\nlora_target_modules: a\n"
+        "learning_rat: 3\nlora_r: many\nmlp: {a: 1}\nseed: 1\nseed: 2\nkeys: rot13\nmax_steps: [3]\nworker: {a: b}\n"
     )
     outcome = run("finetune", "--config", path)
     assert outcome.code == 2
@@ -117,7 +123,8 @@ def test_a_config_file_is_refused_with_all_its_faults_by_line(tmp_path: Path, ru
         "line 3: 'mlp' is a map",
         "line 5: 'seed' is there twice",
         "line 6: 'keys'",
-        "line 7: 'lora_target_modules' is not a list",
+        "line 7: 'max_steps' is a list",
+        "line 8: 'worker' is a map",
         f"(at {path})",
     ):
         assert message in outcome.err

@@ -20,7 +20,7 @@ OPTIONS = {("worker",): WorkerOptions, ("enclave", "serve"): ServeOptions}
 def commands(manifest: ModuleType) -> dict[str, list[str]]:
     """All of them, by file, from the verb on."""
     argv = tomllib.loads(manifest.render_manifest())["loader"]["argv"]
-    found = {"manifest": argv[argv.index("obfuscatune.cli") + 1 :]}
+    found = {"manifest": argv[argv.index("obfuscatune") + 1 :]}
     for path in sorted([*DEPLOY.glob("systemd/*.service"), *DEPLOY.glob("systemd/drop-ins/*.conf")]):
         for line in re.findall(r"^ExecStart=(\S.*)$", path.read_text(), re.MULTILINE):
             found[path.name] = shlex.split(line)[1:]

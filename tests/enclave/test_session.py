@@ -1,6 +1,7 @@
 """The enclave's end of a session: what it takes for a reply, and that everything else is one `WorkerFault`."""
 
 import contextlib
+import select
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -140,6 +141,31 @@ def test_a_worker_that_is_gone() -> None:
     with session_and_peer() as (session, peer):
         peer.close()
         with pytest.raises(WorkerFault, match="the worker is gone"):
+            ask(session)
+
+
+def test_a_queue_is_told_once_for_each_place_and_prolongs_the_wait(capsys: pytest.CaptureFixture[str]) -> None:
+    with session_and_peer(timeout=1.0) as (session, peer):
+        queued = [frame({"id": 1, "queued": ahead}) for ahead in (2, 2, 1, 1, 5, "\x1b[2J", 0, -1, True, None)]
+
+        def worker() -> None:
+            for each in queued:
+                peer.sendall(each)
+                select.select([], [], [], 0.15)  # 1.5 s in all
+            peer.sendall(frame({"id": 1, "ok": True, "version": PROTOCOL_VERSION}))
+
+        thread = threading.Thread(target=worker)
+        thread.start()
+        assert session.hello()["version"] == PROTOCOL_VERSION
+        thread.join()
+        told = capsys.readouterr().err.splitlines()
+        assert told == [f"waiting for the worker at w: {n} ahead" for n in ("2 sessions", "1 session")]
+
+
+def test_only_a_greeting_waits_in_a_queue() -> None:
+    with session_and_peer() as (session, peer):
+        peer.sendall(frame({"id": 1, "queued": 2}))
+        with pytest.raises(WorkerFault, match="refused the request"):
             ask(session)
 
 

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -163,11 +164,6 @@ def test_a_worker_at_a_unix_address(tmp_path: Path) -> None:
         assert path.is_socket()
         expected = loss_of(new_model())
         with obfuscatune.protect(new_model(), worker=address, timeout=PATIENCE) as first:
-            second = new_model()
-            with pytest.raises(WorkerFault, match="another enclave is connected") as caught:
-                obfuscatune.protect(second, worker=address, timeout=PATIENCE)
-            assert (caught.value.worker, caught.value.layer) == (address, "-")
-            torch.testing.assert_close(loss_of(second), expected)
             torch.testing.assert_close(loss_of(first.model), expected)
         for _ in range(3):  # one after another it serves them all
             with obfuscatune.protect(new_model(), worker=address, timeout=PATIENCE) as protected:
@@ -182,6 +178,20 @@ def test_a_worker_at_a_unix_address(tmp_path: Path) -> None:
             assert not path.exists()
             with pytest.raises(WorkerFault, match="the worker is gone"):
                 loss_of(protected.model)
+
+
+def test_a_second_enclave_waits_for_its_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with listening_worker(f"unix://{tmp_path / 'w'}") as (_, address), ThreadPoolExecutor(1) as pool:
+        expected = loss_of(new_model())
+        with obfuscatune.protect(new_model(), worker=address, timeout=PATIENCE):
+            second = pool.submit(obfuscatune.protect, new_model(), worker=address, timeout=PATIENCE)
+            told = ""
+            while not told:
+                assert not wait([second], timeout=0.05).done
+                told = capsys.readouterr().err
+        assert told == f"waiting for the worker at {address}: 1 session ahead\n"
+        with second.result(PATIENCE) as protected:
+            torch.testing.assert_close(loss_of(protected.model), expected)
 
 
 def test_a_port_that_is_taken() -> None:

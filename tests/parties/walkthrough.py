@@ -104,7 +104,7 @@ class Machines:
             (root / name).mkdir()
         tools = root / "bin"
         tools.mkdir()
-        (tools / "obfuscatune").write_text(f'#!/bin/sh\nexec {sys.executable} -m obfuscatune.cli "$@"\n')
+        (tools / "obfuscatune").write_text(f'#!/bin/sh\nexec {sys.executable} -m obfuscatune "$@"\n')
         (tools / "obfuscatune").chmod(0o755)
         self.environment = {
             **os.environ,

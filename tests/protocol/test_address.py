@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from obfuscatune.errors import UsageError
 from obfuscatune.protocol.address import Address, address_of, close_listener, connect, listen
 
+PIN = "0123456789abcdef" * 4
+
 
 @pytest.mark.parametrize(
     ("text", "address"),
@@ -22,12 +24,50 @@ from obfuscatune.protocol.address import Address, address_of, close_listener, co
         ("tcp://gpu-host:7000", Address(host="gpu-host", port=7000)),
         ("tcp://127.0.0.1:0", Address(host="127.0.0.1", port=0)),
         ("tcp://[::1]:65535", Address(host="::1", port=65535)),
+        ("tls://0.0.0.0:7000", Address(host="0.0.0.0", port=7000, tls=True)),  # noqa: S104 - nobody listens
+        (f"tls://gpu-host:7000#{PIN}", Address(host="gpu-host", port=7000, tls=True, fingerprint=PIN)),
+        (f"tls://[::1]:1#{PIN}", Address(host="::1", port=1, tls=True, fingerprint=PIN)),
         ("tcp://[fe80::1%eth0]:1", Address(host="fe80::1%eth0", port=1)),
     ],
 )
 def test_parse(text: str, address: Address) -> None:
     assert Address.parse(text) == address
     assert str(address) == text
+
+
+@pytest.mark.parametrize("mark", ["", "x", PIN[:-1], PIN + "0", PIN.upper(), PIN[:-1] + "g", PIN + "#", " " + PIN[1:]])
+def test_a_fingerprint_is_64_digits(mark: str) -> None:
+    with pytest.raises(UsageError, match=r"not a fingerprint.*\nhint: "):
+        Address.parse(f"tls://gpu-host:7000#{mark}")
+
+
+@pytest.mark.parametrize(
+    ("text", "local"),
+    [
+        ("unix://w", True),
+        ("tcp://localhost:1", True),
+        ("tcp://127.0.0.1:1", True),
+        ("tcp://127.3.2.1:1", True),
+        ("tcp://[::1]:1", True),
+        ("tcp://[::ffff:127.0.0.1]:1", True),
+        ("tcp://[::ffff:10.0.0.1]:1", False),
+        ("tcp://0.0.0.0:1", False),
+        ("tcp://[::]:1", False),
+        ("tcp://10.0.0.1:1", False),
+        ("tcp://gpu-host:1", False),
+        ("tcp://localhost.example.org:1", False),
+        ("tls://10.0.0.1:1", False),
+    ],
+)
+def test_plain_tcp_stays_on_this_machine(text: str, local: bool) -> None:
+    address = Address.parse(text)
+    assert address.is_local is local
+    address.check_exposure(True, "--insecure")
+    if local or address.tls:
+        address.check_exposure(False, "--insecure")
+        return
+    with pytest.raises(UsageError, match=r"neither encrypted nor authenticated.*--insecure.*\n.*reads keyed weights"):
+        address.check_exposure(False, "--insecure")
 
 
 @pytest.mark.parametrize(
@@ -52,6 +92,9 @@ def test_parse(text: str, address: Address) -> None:
         "tcp://[::1]",
         "tcp://[::1:7000",
         "tcp://gpu-host:\u0661",
+        "tls://",
+        f"tcp://gpu-host:7000#{PIN}",
+        f"tls:///path#{PIN}",
     ],
 )
 def test_refused(text: str) -> None:

@@ -171,11 +171,13 @@ def multiply(address: Address) -> "torch.Tensor":
     """One product by a worker: a session from its greeting to its end."""
     with contextlib.closing(Connection(connect(address, PATIENCE), peer="worker")) as connection:
         connection.settimeout(PATIENCE)
-        define = {"id": 1, "op": "define", "segment": "s", "kind": "linear", "spec": {}}
+        connection.send({"id": 1, "op": "hello"})
+        assert connection.receive()[0]["ok"]
+        define = {"id": 2, "op": "define", "segment": "s", "kind": "linear", "spec": {}}
         connection.send(define, {"weight": 2 * torch.eye(4)})
         assert connection.receive()[0]["ok"]
         connection.send(
-            {"id": 2, "op": "forward", "segment": "s", "keep": False, "factors": [], "held": []},
+            {"id": 3, "op": "forward", "segment": "s", "keep": False, "factors": [], "held": []},
             {"x": torch.arange(4.0)[None, None]},
         )
         return connection.receive()[1]["y"]

@@ -387,14 +387,20 @@ def test_an_odd_number_of_parts_is_no_parallel_body(session: WorkerSession) -> N
         define(session, "n", "body", spec, {"bias": tensor(3, D)})
 
 
-def test_kept_calls_and_caches_are_bounded(session: WorkerSession, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("obfuscatune.worker.session.MAX_KEPT_CALLS", 2)
-    monkeypatch.setattr("obfuscatune.worker.session.MAX_CACHES", 2)
-    for call in (1, 2):
-        forward(session, "s0", {"x": tensor(2, D)}, id=call, keep=True)
-        forward(session, "s1", {"x": tensor(1, 1, D)}, cache={"id": call, "start": 0, "length": 0, "rows": None})
-    with pytest.raises(ProtocolError, match="kept calls: got 2, expected fewer than 2"):
+def test_what_is_held_is_bounded_in_bytes(session: WorkerSession) -> None:
+    cache = {"start": 0, "length": 0, "rows": None}
+    forward(session, "s0", {"x": tensor(2, D)}, id=1, keep=True)
+    forward(session, "s1", {"x": tensor(1, 1, D)}, cache={"id": 1, **cache})
+    session.ledger.budget = session.ledger.held
+    refused = "out of the session's memory budget"
+    with pytest.raises(ProtocolError, match=refused):
         forward(session, "s0", {"x": tensor(2, D)}, id=3, keep=True)
-    with pytest.raises(ProtocolError, match="KV caches: got 2, expected fewer than 2"):
-        forward(session, "s1", {"x": tensor(1, 1, D)}, cache={"id": 3, "start": 0, "length": 0, "rows": None})
+    with pytest.raises(ProtocolError, match=refused):
+        forward(session, "s1", {"x": tensor(1, 1, D)}, cache={"id": 3, **cache})
+    with pytest.raises(ProtocolError, match=refused):
+        define(session, "n", "linear", {}, {"weight": tensor(D, D)})
     forward(session, "s0", {"x": tensor(2, D)})
+    # What was refused is not there, and what is dropped makes room.
+    session.handle({"id": 9, "op": "stats", "drop": {"calls": [1], "caches": [1]}}, {})
+    forward(session, "s0", {"x": tensor(2, D)}, id=10, keep=True)
+    forward(session, "s1", {"x": tensor(1, 1, D)}, cache={"id": 10, **cache})

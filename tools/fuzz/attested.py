@@ -1,6 +1,7 @@
 """Targets of attestation: claims, evidence, policies, quotes of each kind up to the verdict, the TLS certificate."""
 
 import hashlib
+import ssl
 import struct
 import time
 from dataclasses import replace
@@ -50,6 +51,20 @@ def certificate(scratch: Path) -> Target:
 
     made = make_certificate(Identity.generate("enclave").public, open_platform(f"simulation:{scratch / 'p'}").attester)
     return Target(read_certificate, (made.der,), strict=True)
+
+
+def worker_certificate(scratch: Path) -> Target:
+    """The TLS certificate of a worker, which the enclave compares with a fingerprint."""
+    from obfuscatune.parties.link import check_worker, credentials_of
+
+    worker, other = Identity.generate("gpu1"), Identity.generate("gpu2")
+    shown = [ssl.PEM_cert_to_DER_cert(_leaf(credentials_of(each, "worker").chain)) for each in (worker, other)]
+    pin = worker.public.fingerprint
+    return Target(lambda data: check_worker(data, pin, "worker"), (shown[0],), strict=True, refused=(shown[1],))
+
+
+def _leaf(chain: str) -> str:
+    return chain[: chain.index("-----BEGIN ENCRYPTED")]
 
 
 def judged_tdx(scratch: Path) -> Target:

@@ -31,6 +31,7 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
         attested.evidence,
         attested.policy,
         attested.certificate,
+        attested.worker_certificate,
         attested.judged_tdx,
         attested.judged_snp,
         attested.judged_tpm,

@@ -22,7 +22,10 @@ def command(
         typer.Option(help="GPT-2 tiny to xl, a shape such as llama-3.2-1b, or a model's directory; repeatable"),
     ] = None,
     profile: Annotated[
-        list[str] | None, typer.Option(help="NAME or NAME+switch=value[+...]; repeatable", metavar="PROFILE")
+        list[str] | None,
+        typer.Option(
+            help="NAME or NAME+switch=value[+...], @tcp or @tls for a listening worker; repeatable", metavar="PROFILE"
+        ),
     ] = None,
     workload: Annotated[
         list[str] | None,

@@ -23,6 +23,8 @@ def load_config(context: typer.Context, path: Path | None) -> Path | None:
     faults: list[str] = []
     seen: set[str] = set()
     for name, value, line in _read(path):
+        if name in options and options[name].multiple and isinstance(value, str):
+            value = [value]  # one of what may be several
         fault = f"{name!r} is there twice" if name in seen else _fault(context, options, name, value)
         seen.add(name)
         if fault:
@@ -71,7 +73,7 @@ def _fault(context: typer.Context, options: dict[str, Any], name: str, value: An
     if value is None:
         return ""
     if options[name].multiple != isinstance(value, list):
-        return f"{name!r} is {'not ' if options[name].multiple else ''}a list"
+        return f"{name!r} is {'not a list' if options[name].multiple else 'a list'}"
     try:
         options[name].process_value(context, value)
     except typer.BadParameter as error:

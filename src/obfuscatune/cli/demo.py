@@ -21,7 +21,7 @@ def command(
     profile: Annotated[
         str, typer.Option("--profile", help="plain, naive, paper, balanced, strict, stream or enclave")
     ] = "balanced",
-    worker: Annotated[str, typer.Option("--worker", help="spawn, unix://PATH or tcp://HOST:PORT")] = "spawn",
+    worker: Annotated[str, typer.Option("--worker", help="spawn, unix://PATH or tcp://127.0.0.1:PORT")] = "spawn",
     max_steps: Annotated[int | None, typer.Option("--max_steps", min=1, help="fewer steps, for a quick look")] = None,
     materials_only: Annotated[
         bool,

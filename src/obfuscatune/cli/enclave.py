@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from obfuscatune.cli.options import ConfigOptions, option, takes
+from obfuscatune.cli.options import INSECURE_HELP, WORKER_FORMS, ConfigOptions, option, takes
 
 HELP = "Run an enclave that serves jobs of a model provider and a data owner."
 _PLATFORM = "configfs (TDX, SEV-SNP), gramine (SGX), tpm, or simulation:DIR, which protects nothing"
@@ -24,7 +24,9 @@ class ServeOptions(ConfigOptions):
     state: Path = option("directory of sealed state, log and sealed files; on any disk")
     parties: Path = option("directory with the NAME.pub files of who may connect")
     listen: str = option("tls://HOST:PORT; port 0 for any", "tls://127.0.0.1:7443")
-    worker: str = option("spawn, unix://PATH or tcp://HOST:PORT", "spawn")
+    worker: str = option(WORKER_FORMS, "spawn")
+    worker_identity: Path | None = option("NAME.key that a tls:// worker knows; default: the enclave's own", None)
+    insecure: bool = option(INSECURE_HELP, False, flag="--insecure")
     timeout: float = option("seconds to wait for each reply of the worker", 600.0)
     max_store_gb: float = option("GB that uploads may take on the disk", 100.0, min=0.001)
 
@@ -47,6 +49,7 @@ def serve(options: ServeOptions) -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"  # nothing that a sealed model names is looked up anywhere
     signal.signal(signal.SIGTERM, _stop)
     platform = open_platform(options.platform)
+    from obfuscatune.parties.identity import Identity
     from obfuscatune.service.serve import open_service
 
     with open_service(
@@ -56,6 +59,8 @@ def serve(options: ServeOptions) -> None:
         parties=options.parties,
         worker=options.worker,
         timeout=options.timeout,
+        worker_identity=None if options.worker_identity is None else Identity.load(options.worker_identity),
+        insecure=options.insecure,
         max_store_bytes=int(options.max_store_gb * 1e9),
     ) as service:
         if platform.simulated:

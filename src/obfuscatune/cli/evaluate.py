@@ -50,10 +50,12 @@ def command(options: EvaluateOptions) -> None:
         peft=options.adapter_name_or_path,
         dtype=options.dtype,
         profile=options.profile,
-        worker=options.worker,
+        worker=options.worker or "spawn",
         device=options.device,
         threads=options.threads,
         timeout=options.timeout,
+        identity=options.identity,
+        insecure=options.insecure,
         batch_size=options.batch_size,
         **{name: value for name, value in options.switches.items() if value is not None},
     ) as lm:

@@ -14,11 +14,12 @@ from obfuscatune.cli.options import ConfigOptions, ModelOptions, ProtectionOptio
 from obfuscatune.errors import ObfuscatuneError, UsageError, WorkerFault
 from obfuscatune.settings import TrainingSettings
 from obfuscatune.training.arguments import add_adapter, training_arguments
+from obfuscatune.training.ranks import Ranks
 
 EPILOG = (
     "Examples:\n\nobfuscatune finetune --model_name_or_path gpt2 --train_file train.jsonl --output_dir adapter\n\n"
     "obfuscatune finetune --model_name_or_path DIR --train_file chats.jsonl --output_dir adapter --max_length 2048\n\n"
-    "obfuscatune finetune --config run.yaml --profile balanced --worker tcp://gpu-host:7000\n\n"
+    "obfuscatune finetune --config run.yaml --worker tls://gpu:7000#FINGERPRINT --identity lab.key\n\n"
     "obfuscatune finetune --model_name_or_path gpt2 --task sciq --data_dir data --output_dir adapter\n\n"
     "obfuscatune finetune --config run.yaml --resume_from_checkpoint last"
 )
@@ -38,6 +39,9 @@ class FinetuneOptions(TrainingSettings, ProtectionOptions, ModelOptions, ConfigO
         "write into a directory that is not empty", False, flag="--overwrite_output_dir"
     )
     resume_from_checkpoint: str | None = option("a checkpoint's path, or last", None, **_SAVING)
+    overlap: bool = option(
+        "keep two halves of each batch under way, where the link to the worker is slow", False, flag="--overlap"
+    )
     report_to: str = option("tensorboard, wandb, ... where installed", "none", **_SAVING)
 
 
@@ -49,7 +53,8 @@ def command(options: FinetuneOptions) -> None:
     step, saves a checkpoint and stops.
     """
     _check_source(options)
-    checkpoint = _prepare_output(options)
+    ranks = Ranks.of_environment()
+    checkpoint = _prepare_output(options, ranks)
     from obfuscatune.enclave.protect import protect
     from obfuscatune.training.checkpoints import load_keys, remove_checkpoints, save_adapter
     from obfuscatune.training.data import Collator, encode_rows
@@ -57,16 +62,18 @@ def command(options: FinetuneOptions) -> None:
     from obfuscatune.training.loading import load, load_tokenizer
     from obfuscatune.training.trainer import ProtectedTrainer
 
-    arguments = _training_arguments(options)
     protection = options.protection()
-    secret = None if checkpoint is None else load_keys(checkpoint, protection["profile"])
+    ranks.check(protection["profile"], overlap=options.overlap)
+    protection["worker"] = ranks.workers_of(protection["worker"])
+    arguments = _training_arguments(options, ranks)
+    secret = None if checkpoint is None else load_keys(checkpoint, protection["profile"], ranks.rank)
     rows = _read_rows(options)
     base = load(options.model_name_or_path, options.dtype)
     tokenizer = load_tokenizer(options.model_name_or_path, base.config)
     positions = getattr(base.config, "max_position_embeddings", options.max_length)
     length = min(options.max_length, positions)
     encoded = [encode_rows(of_source, tokenizer, length) for of_source in rows.values()]
-    for source, (_, summary) in zip(rows, encoded, strict=True):
+    for source, (_, summary) in zip(rows, encoded, strict=True) if ranks.first else ():
         counts = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in asdict(summary).items())
         print(f"{source}: {counts}", file=sys.stderr)
         if summary.answers_without_end:
@@ -74,16 +81,18 @@ def command(options: FinetuneOptions) -> None:
             print(f"warning: {what}", file=sys.stderr)
     model = add_adapter(base, options)
     with (
-        protect(model, **protection, secret=secret, progress=True) as protected,
-        StopOnInterrupt() as interrupt,
+        protect(model, **protection, secret=secret, progress=ranks.first) as protected,
+        StopOnInterrupt(ranks) as interrupt,
     ):
-        if checkpoint is None:
+        if checkpoint is None and ranks.first:
             remove_checkpoints(options.output_dir)  # of another run, under other keys: "last" must not find them
         data = [examples for examples, _ in encoded]
         trainer = ProtectedTrainer(
             protected,
             kind=options.optim,
             args=arguments,
+            overlap=options.overlap,
+            quiet=not ranks.first,
             train_dataset=data[0],
             eval_dataset=data[1] if len(data) > 1 else None,
             data_collator=Collator(tokenizer.pad_token_id),
@@ -98,8 +107,10 @@ def command(options: FinetuneOptions) -> None:
                 print(f"interrupted: {_how_to_resume(options.output_dir)}", file=sys.stderr)
                 raise typer.Exit(130)
             print("interrupted after the last step: the training is complete", file=sys.stderr)
-        save_adapter(protected.model, options.output_dir)
         report = protected.report()
+        if not ranks.first:
+            return
+        save_adapter(protected.model, options.output_dir)
     _write_report({"training": trainer.state.log_history, **report.to_dict()}, options.output_dir)
     print(report)
 
@@ -132,13 +143,15 @@ def _read_rows(options: FinetuneOptions) -> dict[str, list[Any]]:
     return rows
 
 
-def _prepare_output(options: FinetuneOptions) -> Path | None:
+def _prepare_output(options: FinetuneOptions, ranks: Ranks) -> Path | None:
     """Refuse what would be overwritten; return the checkpoint to resume from, if any."""
     directory, checkpoint = options.output_dir, None
     if options.resume_from_checkpoint is not None:
         from obfuscatune.training.checkpoints import find_checkpoint
 
         checkpoint = find_checkpoint(options.resume_from_checkpoint, directory)
+    elif not ranks.first:
+        return None  # what is in the directory may be the first process's own
     elif (
         directory.exists() and (not directory.is_dir() or any(directory.iterdir())) and not options.overwrite_output_dir
     ):
@@ -152,7 +165,7 @@ def _prepare_output(options: FinetuneOptions) -> Path | None:
     return checkpoint
 
 
-def _training_arguments(options: FinetuneOptions) -> Any:
+def _training_arguments(options: FinetuneOptions, ranks: Ranks) -> Any:
     """Return the Trainer's own arguments."""
     from transformers.integrations.integration_utils import get_available_reporting_integrations
 
@@ -160,7 +173,10 @@ def _training_arguments(options: FinetuneOptions) -> Any:
     if options.report_to not in available:
         raise UsageError("nothing installed to report to", got=options.report_to, expected=", ".join(available))
     evaluation = "epoch" if options.validation_file else "no"
-    return training_arguments(options, str(options.output_dir), eval_strategy=evaluation, report_to=options.report_to)
+    more = {"ddp_backend": "gloo"} if ranks.size > 1 else {}
+    return training_arguments(
+        options, str(options.output_dir), eval_strategy=evaluation, report_to=options.report_to, **more
+    )
 
 
 def _with_checkpoint(fault: WorkerFault, output_dir: Path) -> WorkerFault:

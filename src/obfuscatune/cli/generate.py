@@ -53,7 +53,6 @@ class GenerateOptions(ProtectionOptions, ConfigOptions):
     seed: int = option("of sampling; keys are never seeded", 42, min=0, **_GENERATION)
     enclave: str | None = option("its address, tls://HOST:PORT", None, **_ENCLAVE)
     job: Path | None = option("the job file", None, **_ENCLAVE)
-    identity: Path | None = option("your NAME.key", None, **_ENCLAVE)
     policy: Path | None = option("TOML file that says which enclaves you accept", None, **_ENCLAVE)
     allow_simulation: bool = option(SIMULATION_HELP, False, flag=SIMULATION_FLAG, **_ENCLAVE)
 

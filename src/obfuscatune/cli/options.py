@@ -25,6 +25,8 @@ T = TypeVar("T")
 _METAVARS = {bool: " ", int: "N", float: "X", Path: "PATH"}
 
 PROTECTION = "Protection"
+WORKER_FORMS = "spawn, unix://PATH, tls://HOST:PORT#FINGERPRINT or tcp://HOST:PORT"
+INSECURE_HELP = "allow tcp:// beyond this machine, which anyone on the path can read and change"
 SWITCH_PANEL = "Switches of the profile (each changes it alone)"
 _SWITCH_HELP = {
     "keys": "key family of the streams of width d",
@@ -92,7 +94,13 @@ class ProtectionOptions:
     """What the worker may see, and who it is."""
 
     profile: str = option(f"one of {', '.join(PROFILES)}", "balanced", rich_help_panel=PROTECTION)
-    worker: str = option("spawn, unix://PATH or tcp://HOST:PORT", "spawn", rich_help_panel=PROTECTION)
+    worker: list[str] | None = option(
+        f"{WORKER_FORMS}; repeated, the workers share the blocks", None, rich_help_panel=PROTECTION
+    )
+    identity: Path | None = option(
+        "your NAME.key: for a worker at tls://, or a job's enclave", None, rich_help_panel=PROTECTION
+    )
+    insecure: bool = option(INSECURE_HELP, False, flag="--insecure", rich_help_panel=PROTECTION)
     device: str | None = option("device of a spawned worker", None, rich_help_panel=PROTECTION)
     threads: int | None = option("CPU threads of a spawned worker", None, min=1, rich_help_panel=PROTECTION)
     timeout: float = option("seconds to wait for each reply of the worker", 600.0, rich_help_panel=PROTECTION)
@@ -100,8 +108,12 @@ class ProtectionOptions:
 
     def protection(self) -> dict[str, Any]:
         """Return the arguments of ``obfuscatune.protect``, the switches resolved; warns and raises as ``resolve``."""
-        names = ("worker", "device", "threads", "timeout")
-        return {"profile": resolve(self.profile, **self.switches), **{name: getattr(self, name) for name in names}}
+        names = ("device", "threads", "timeout", "identity", "insecure")
+        return {
+            "profile": resolve(self.profile, **self.switches),
+            "worker": list(self.worker or ["spawn"]),
+            **{name: getattr(self, name) for name in names},
+        }
 
 
 def takes(record: type[T]) -> Callable[[Callable[[T], None]], Callable[..., None]]:

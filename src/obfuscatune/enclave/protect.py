@@ -2,7 +2,9 @@
 
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from peft import PeftModel
@@ -32,6 +34,9 @@ from obfuscatune.enclave.spawn import open_session
 from obfuscatune.errors import KeyFaultError, UnsupportedModelError, UsageError
 from obfuscatune.profiles import Profile, resolve
 
+if TYPE_CHECKING:
+    from obfuscatune.parties.identity import Identity
+
 
 def protect(
     model: nn.Module,
@@ -41,6 +46,8 @@ def protect(
     device: str | None = None,
     threads: int | None = None,
     timeout: float = 600.0,
+    identity: "Identity | str | Path | None" = None,
+    insecure: bool = False,
     secret: MasterSecret | None = None,
     insecure_test_seed: int | None = None,
     progress: bool = False,
@@ -58,20 +65,23 @@ def protect(
             float dtype. Which profiles run which families is a table in docs/design.md.
         profile: name of a profile, or a record; ``switches`` change single fields of it (``mlp="enclave"``).
         worker: ``"spawn"`` for a process on this machine, or the address of one that runs: ``unix://PATH``,
-            ``tcp://HOST:PORT``. Several of them share the blocks, each as many as it can hold. Profile ``shared`` needs
-            three, of operators that do not collude, and more with ``spares``; ``"spawn"`` starts all of them here, for
-            tests and demonstrations, and protects nothing.
+            ``tls://HOST:PORT#FINGERPRINT``, ``tcp://HOST:PORT``. Several of them share the blocks, each as many as it
+            can hold. Profile ``shared`` needs three, of operators that do not collude, and more with ``spares``;
+            ``"spawn"`` starts all of them here, for tests and demonstrations, and protects nothing.
         device, threads: of a spawned worker; torch's default otherwise.
         timeout: seconds to wait for each reply of the worker.
+        identity: this enclave's, or the path of its ``NAME.key``, for ``tls://``; the worker must allow it.
+        insecure: whether ``tcp://`` may leave this machine: neither encrypted nor authenticated.
         secret: master secret of an earlier session, to resume it bit for bit; a fresh one otherwise.
-        insecure_test_seed: makes the keys predictable, for tests only; refused with a TCP worker.
+        insecure_test_seed: makes the keys predictable, for tests only; refused with a worker over a network.
         progress: show a bar while the weights are keyed.
 
     Returns:
         A context manager with ``.model``, ``.report()``, ``.create_optimizer()`` and ``.close()``.
 
     Raises:
-        UsageError: options that do not fit, no worker at the address.
+        UsageError: options that do not fit, no worker at the address, or one that does not let this identity in.
+        AttestationError: the worker has another identity than the address names.
         UnsupportedModelError: a model, configuration or adapter that cannot be run exactly.
         WorkerFault: the worker failed.
     """
@@ -91,13 +101,16 @@ def protect(
     decoder = read_decoder(causal_lm)
     resolved = fit(decoder, resolved, {name for name, value in switches.items() if value is not None})
     blocks = _leaving(decoder, resolved)
+    if resolved.shares and threads is None and set(workers) == {"spawn"}:
+        # Workers of our own that multiply at the same time share the cores: more threads would wait for each other.
+        threads = max(1, torch.get_num_threads() // len(workers))
+    connect = partial(
+        open_session, timeout=timeout, threads=threads, device=device, identity=identity, insecure=insecure
+    )
     sessions: list[Session] = []
-    # Workers of our own that multiply at the same time share the cores: more threads would wait for each other.
-    each = max(1, torch.get_num_threads() // len(workers)) if resolved.shares and set(workers) == {"spawn"} else None
-    each = each if threads is None else threads
     try:
         for address in workers:
-            sessions.append(open_session(address, timeout=timeout, threads=each, device=device))
+            sessions.append(connect(address))
         links = [Link.greet(session) for session in sessions]
         placed = [0] * len(blocks) if resolved.shares else spread([bytes_of(block) for block in blocks], links)
         held = HeldAdapter()
@@ -191,7 +204,8 @@ def _addresses(worker: str | Sequence[str], profile: Profile) -> list[str]:
         raise UsageError(
             "number of workers", got=len(given), expected=f"{len(count)} for profile {profile.name}", hint="spares=1"
         )
-    if len(set(given) - {"spawn"}) != len([address for address in given if address != "spawn"]):
+    identities = [address.rpartition("#")[2] for address in given if address != "spawn"]
+    if len(set(identities)) != len(identities):
         raise UsageError("one worker is given twice: with two shares it has what is shared", where=", ".join(given))
     return given
 
@@ -249,9 +263,9 @@ def _master_secret(secret: MasterSecret | None, insecure_test_seed: int | None, 
             raise UsageError("secret and insecure_test_seed are both given", hint="choose one")
         secret = MasterSecret.from_insecure_test_seed(insecure_test_seed)
     for worker in workers:
-        if secret is not None and secret.is_test and worker.startswith("tcp:"):
+        if secret is not None and secret.is_test and worker.startswith(("tcp:", "tls:")):
             raise KeyFaultError(
-                "a test seed is refused with a TCP worker", where=worker, hint="leave insecure_test_seed out"
+                "a test seed is refused with a worker over a network", where=worker, hint="leave insecure_test_seed out"
             )
     return secret if secret is not None else MasterSecret.generate()
 

@@ -7,6 +7,7 @@ session is closed for good, so that a late reply can never be taken for a later 
 """
 
 import subprocess
+import sys
 import threading
 import time
 from collections import defaultdict, deque
@@ -70,6 +71,7 @@ class Session(Secret):
         self._under_way: deque[Pending] = deque()
         self._sending, self._receiving, self._counting = threading.RLock(), threading.RLock(), threading.Lock()
         self._ended: str | None = None
+        self._ahead: int | None = None  # sessions before this one in the worker's queue
         connection.settimeout(timeout)
 
     @property
@@ -168,9 +170,19 @@ class Session(Secret):
             self._receiving.release()
 
     def _hand_over(self, frame: Frame) -> None:
+        if self._under_way[0].op == "hello" and "queued" in frame.fields and not self._under_way[0].has_come:
+            self._say_queued(frame.fields["queued"])
+            return
         pending = self._under_way.popleft()
         self._count(pending.op, bytes_received=frame.size)
         pending.take(frame)
+
+    def _say_queued(self, ahead: object) -> None:
+        """The worker has no place yet, and says so again and again: the wait for a reply starts anew each time."""
+        if type(ahead) is int and 0 < ahead < (self._ahead or 2**32):  # nobody jumps a queue
+            self._ahead = ahead
+            sessions = "1 session" if ahead == 1 else f"{ahead} sessions"
+            print(f"waiting for the worker at {self.worker}: {sessions} ahead", file=sys.stderr, flush=True)
 
     def _count(self, op: str, **counts: float) -> None:
         with self._counting:

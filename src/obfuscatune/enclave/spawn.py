@@ -4,20 +4,42 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from obfuscatune.enclave.session import Session
-from obfuscatune.errors import UsageError
+from obfuscatune.errors import AttestationError, ConnectionClosedError, ProtocolError, UsageError
 from obfuscatune.protocol.address import Address, connect
 from obfuscatune.protocol.connection import Connection
 from obfuscatune.protocol.limits import Limits
+from obfuscatune.protocol.tls import connect_tls, enclave_context, reason
 from obfuscatune.protocol.waiting import WAITING
 
+if TYPE_CHECKING:
+    from obfuscatune.parties.identity import Identity
 
-def open_session(worker: str, *, timeout: float, threads: int | None, device: str | None) -> Session:
+_HANDSHAKE_SECONDS = 30.0
+
+
+def open_session(
+    worker: str,
+    *,
+    timeout: float,
+    threads: int | None,
+    device: str | None,
+    identity: "Identity | str | Path | None" = None,
+    insecure: bool = False,
+) -> Session:
     """Return a session with a new worker (``"spawn"``) or with the one at an address; no request is sent yet.
 
+    Args:
+        identity: this enclave's, for ``tls://``; the worker must allow it. insecure: whether ``tcp://`` may leave this
+            machine.
+
     Raises:
-        UsageError: bad address, no worker there, or options that only a spawned worker can take.
+        UsageError: bad address, no worker there, one that does not know the identity, or options that only a spawned
+            worker can take.
+        AttestationError: the worker has another identity than the address names.
     """
     if worker == "spawn":
         return _spawn(timeout=timeout, threads=threads, device=device or "cpu")
@@ -28,8 +50,55 @@ def open_session(worker: str, *, timeout: float, threads: int | None, device: st
             hint="obfuscatune worker --listen ADDRESS --device DEVICE --threads N",
         )
     address = Address.parse(worker)
-    connection = Connection(connect(address, timeout=timeout), limits=Limits(), peer=str(address))
+    address.check_exposure(insecure, "insecure=True (--insecure)")
+    if address.tls:
+        connection = _connect_secured(address, timeout, identity)
+    else:
+        connection = Connection(connect(address, timeout=timeout), limits=Limits(), peer=str(address))
     return Session(connection, worker=str(address), timeout=timeout)
+
+
+def _connect_secured(address: Address, timeout: float, identity: "Identity | str | Path | None") -> Connection:
+    """Connect under TLS: when this returns, each side knows the other, and nothing of a session was sent."""
+    from obfuscatune.parties.identity import Identity
+    from obfuscatune.parties.link import check_worker, credentials_of
+
+    where = str(address)
+    if not address.fingerprint:
+        hint = "the worker prints its whole address when it starts; or: obfuscatune identity show NAME.pub"
+        raise UsageError("no fingerprint of the worker", got=where, expected=f"{where}#FINGERPRINT", hint=hint)
+    if identity is None:
+        hint = 'obfuscatune identity new lab, then identity="lab.key" (--identity lab.key), and lab.pub to the worker'
+        raise UsageError("tls:// needs an identity of this enclave", where=where, hint=hint)
+    own = identity if isinstance(identity, Identity) else Identity.load(Path(identity))
+    context = enclave_context(credentials_of(own, "enclave"))
+    sock = connect(address, timeout=timeout)
+    try:
+        sock.settimeout(min(timeout, _HANDSHAKE_SECONDS))
+        secured = connect_tls(sock, context, where)
+    except (OSError, ProtocolError) as error:
+        sock.close()
+        got = error.what if isinstance(error, ProtocolError) else reason(error)
+        hint = "is it an obfuscatune worker that listens at tls://"
+        raise UsageError("no TLS with the worker", got=got, where=where, hint=hint) from None
+    try:
+        check_worker(secured.getpeercert(binary_form=True), address.fingerprint, where)
+    except AttestationError:
+        secured.close()
+        raise
+    connection = Connection(secured, limits=Limits(), peer=where)
+    connection.settimeout(min(timeout, _HANDSHAKE_SECONDS))
+    try:
+        told, _ = connection.receive(max_payload=0)
+    except (ConnectionClosedError, TimeoutError) as error:
+        connection.close()
+        got = "no answer" if isinstance(error, TimeoutError) else error.got
+        hint = f"start it with --allow {own.public.name}.pub: this enclave is {own.public.fingerprint}"
+        raise UsageError("the worker does not let this identity in", got=got, where=where, hint=hint) from None
+    if told.get("ok") is not True:
+        connection.close()
+        raise UsageError("the worker does not let this identity in", where=where)
+    return connection
 
 
 def _spawn(*, timeout: float, threads: int | None, device: str) -> Session:

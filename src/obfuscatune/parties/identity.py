@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from cryptography import x509
 from cryptography.exceptions import InvalidSignature, InvalidTag
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PrivateKey, MLKEM768PublicKey
@@ -172,6 +173,10 @@ class Identity:
     def sign(self, context: str, message: bytes) -> bytes:
         """Return the Ed25519 signature (64 bytes) of ``message`` for ``context``."""
         return self._signing.sign(_signed(context, message))
+
+    def sign_certificate(self, builder: x509.CertificateBuilder) -> x509.Certificate:
+        """Return the certificate under this identity's key; its bytes begin unlike those of any other message."""
+        return builder.sign(self._signing, None)
 
     def unwrap(self, wrapped: bytes, info: bytes) -> bytes:
         """Return what was wrapped for this identity under the same ``info``.

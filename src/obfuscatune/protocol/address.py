@@ -1,8 +1,10 @@
-"""Where a worker listens: ``unix://PATH`` or ``tcp://HOST:PORT``."""
+"""Where a worker listens: ``unix://PATH``, ``tcp://HOST:PORT``, or ``tls://HOST:PORT#FINGERPRINT``."""
 
 import contextlib
 import errno
+import ipaddress
 import os
+import re
 import socket
 import stat
 from dataclasses import dataclass
@@ -10,8 +12,9 @@ from dataclasses import dataclass
 from obfuscatune.errors import UsageError
 from obfuscatune.protocol.hostport import BACKLOG, format_host_port, listen_fault, listen_tcp, parse_host_port
 
-_FORMS = "unix://PATH or tcp://HOST:PORT"
+_FORMS = "unix://PATH, tcp://HOST:PORT or tls://HOST:PORT#FINGERPRINT"
 _MAX_UNIX_PATH_BYTES = 107  # sun_path of Linux without its final zero
+_FINGERPRINT = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -19,15 +22,21 @@ class Address:
     """A parsed address: a unix ``path``, or a ``host`` and ``port`` where ``path`` is empty.
 
     Port 0 is for listening only: the system picks one, which `address_of` tells.
+
+    Attributes:
+        tls: whether the link is encrypted and both ends are known. fingerprint: of the worker's identity, 64 hex
+            digits; needed to connect, empty where a worker is told to listen.
     """
 
     path: str = ""
     host: str = ""
     port: int = 0
+    tls: bool = False
+    fingerprint: str = ""
 
     @classmethod
     def parse(cls, text: str) -> "Address":
-        """Parse ``unix://PATH`` or ``tcp://HOST:PORT`` (IPv6 hosts in brackets).
+        """Parse ``unix://PATH``, ``tcp://HOST:PORT`` or ``tls://HOST:PORT[#FINGERPRINT]`` (IPv6 hosts in brackets).
 
         Raises:
             UsageError: another form, a port above 65535, or a path that AF_UNIX cannot hold.
@@ -44,16 +53,45 @@ class Address:
                     hint="use a shorter one, for instance under /tmp, or a relative path",
                 )
             return cls(path=rest)
-        parsed = parse_host_port(rest, text) if scheme == "tcp" and separator else None
+        tls = scheme == "tls"
+        rest, mark, fingerprint = rest.partition("#") if tls else (rest, "", "")
+        parsed = parse_host_port(rest, text) if scheme in ("tcp", "tls") and separator else None
         if parsed is None:
             hint = "for instance tcp://127.0.0.1:7000, or with IPv6 tcp://[::1]:7000"
             raise UsageError("not an address", got=repr(text), expected=_FORMS, hint=hint)
-        return cls(host=parsed[0], port=parsed[1])
+        if mark and not _FINGERPRINT.fullmatch(fingerprint):
+            hint = "the worker prints its whole address when it starts; or: obfuscatune identity show NAME.pub"
+            raise UsageError("not a fingerprint", got=repr(fingerprint), expected="64 digits of 0-9a-f", hint=hint)
+        return cls(host=parsed[0], port=parsed[1], tls=tls, fingerprint=fingerprint)
 
     def __str__(self) -> str:
         if self.path:
             return f"unix://{self.path}"
-        return f"tcp://{format_host_port(self.host, self.port)}"
+        mark = f"#{self.fingerprint}" if self.fingerprint else ""
+        return f"{'tls' if self.tls else 'tcp'}://{format_host_port(self.host, self.port)}{mark}"
+
+    @property
+    def is_local(self) -> bool:
+        """Whether no other machine can be meant: a unix socket, or loopback."""
+        if self.path or self.host == "localhost":
+            return True
+        try:
+            host = ipaddress.ip_address(self.host.partition("%")[0])
+        except ValueError:
+            return False  # a name may be anybody's
+        mapped = getattr(host, "ipv4_mapped", None)
+        return host.is_loopback if mapped is None else mapped.is_loopback
+
+    def check_exposure(self, insecure: bool, flag: str) -> None:
+        """Refuse TCP without TLS to another machine, unless ``flag`` names it; raises UsageError."""
+        if not (self.is_local or self.tls or insecure):
+            raise UsageError(
+                "tcp:// beyond this machine is neither encrypted nor authenticated",
+                got=str(self),
+                expected=f"tls://, or {flag} where nobody else can reach the link",
+                hint="who listens on the path reads keyed weights and activations, LoRA factors and all sizes; who "
+                "stands in it can change results. docs/deployment.md sets up tls:// in five commands",
+            )
 
 
 def address_of(listener: socket.socket) -> Address:

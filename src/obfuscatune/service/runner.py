@@ -54,11 +54,22 @@ class Runner:
 
     Args:
         identity: the enclave's. store: of the sealed files. worker: as of `protect`. timeout: seconds for each of the
-            worker's replies.
+            worker's replies. worker_identity: by which a ``tls://`` worker knows the enclave, its own by default.
+            insecure: as of `protect`.
     """
 
-    def __init__(self, identity: Identity, store: Store, *, worker: str, timeout: float = 600.0) -> None:
+    def __init__(
+        self,
+        identity: Identity,
+        store: Store,
+        *,
+        worker: str,
+        timeout: float = 600.0,
+        worker_identity: Identity | None = None,
+        insecure: bool = False,
+    ) -> None:
         self._identity, self._store, self._worker, self._timeout = identity, store, worker, timeout
+        self._worker_identity, self._insecure = worker_identity or identity, insecure
         self._alive: contextlib.ExitStack | None = None
         self._loaded: tuple[str, Protected, Any] | None = None  # job, model, tokenizer
 
@@ -129,6 +140,8 @@ class Runner:
                     profile=profile,
                     worker=self._worker,
                     timeout=self._timeout,
+                    identity=self._worker_identity,
+                    insecure=self._insecure,
                     secret=secret,
                 )
             )

@@ -12,10 +12,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from obfuscatune.durable import write_new
 from obfuscatune.errors import UsageError
 from obfuscatune.parties.attestation.platform import Platform
+from obfuscatune.parties.canonical import encode
 from obfuscatune.parties.channel.server import AttestedServer
-from obfuscatune.parties.identity import PublicIdentity
+from obfuscatune.parties.identity import Identity, PublicIdentity
 from obfuscatune.service.book import Book
 from obfuscatune.service.log import AuditLog
 from obfuscatune.service.requests import Query, Requests
@@ -126,6 +128,8 @@ def open_service(
     parties: Path,
     worker: str,
     timeout: float = 600.0,
+    worker_identity: Identity | None = None,
+    insecure: bool = False,
     max_store_bytes: int = 1 << 40,
 ) -> Iterator[Service]:
     """Yield a service on the state of ``directory``, not working yet.
@@ -133,7 +137,9 @@ def open_service(
     Args:
         directory: of state, log and store; on any disk. platform: the TEE. listen: ``tls://HOST:PORT``.
         parties: directory of the ``.pub`` files of who may connect; read anew for each connection.
-        worker, timeout: as of `protect`. max_store_bytes: that uploads may take.
+        worker, timeout, insecure: as of `protect`. worker_identity: what the worker knows the enclave by; default: the
+            enclave's own, whose public half is written to ``directory/enclave.pub`` for it.
+        max_store_bytes: that uploads may take.
 
     Raises:
         RollbackError, SealError: a state that is not the last one, or not of this code on this platform.
@@ -145,7 +151,15 @@ def open_service(
     with State.open(directory, platform) as state:
         log = AuditLog.open(directory / "log.jsonl", state.log_head, state.log_length)
         book = Book(state, log, Store(directory / "store", max_store_bytes))
-        runner = Runner(state.identity, book.store, worker=worker, timeout=timeout)
+        runner = Runner(
+            state.identity,
+            book.store,
+            worker=worker,
+            timeout=timeout,
+            insecure=insecure,
+            worker_identity=worker_identity,
+        )
+        _publish(state.identity.public, directory / "enclave.pub")
 
         def server_of(requests: Requests) -> AttestedServer:
             return AttestedServer(
@@ -164,6 +178,15 @@ def open_service(
         finally:
             service.close()
             log.close()
+
+
+def _publish(identity: PublicIdentity, path: Path) -> None:
+    """Write the enclave's public identity, which the operator gives to a worker; replaces that of an earlier state."""
+    try:
+        path.unlink(missing_ok=True)
+        write_new(path, encode(identity.to_dict()) + b"\n", mode=0o644)
+    except OSError as error:
+        raise UsageError("cannot write the enclave's identity", got=error.strerror, where=str(path)) from None
 
 
 def load_parties(directory: Path) -> list[PublicIdentity]:

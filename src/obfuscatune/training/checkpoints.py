@@ -60,8 +60,15 @@ def find_checkpoint(resume: str, output_dir: Path) -> Path:
     return path
 
 
-def load_keys(checkpoint: Path, profile: Profile) -> MasterSecret:
+def secret_file(checkpoint: Path, rank: int = 0) -> Path:
+    """Return where a process of a run keeps its master secret: each has keys of its own."""
+    return checkpoint / (SECRET_FILE if rank == 0 else f"{SECRET_FILE}_{rank}")
+
+
+def load_keys(checkpoint: Path, profile: Profile, rank: int = 0) -> MasterSecret:
     """Return the master secret of a checkpoint made under the profile's switches, by whatever name.
+
+    A process that the checkpointed run had not (``rank``) takes the first one's.
 
     Raises:
         UsageError: the checkpoint was made under other switches, whose keys are others, or cannot be read.
@@ -80,7 +87,8 @@ def load_keys(checkpoint: Path, profile: Profile) -> MasterSecret:
         raise UsageError(
             "checkpoint of another profile", got=f"{name} with {got}", expected=expected, where=str(checkpoint)
         )
-    return MasterSecret.load(checkpoint / SECRET_FILE)
+    own = secret_file(checkpoint, rank)
+    return MasterSecret.load(own if own.exists() else secret_file(checkpoint))
 
 
 def _describe(profile: Profile) -> dict[str, Any]:

@@ -7,6 +7,10 @@ from typing import Any, Self
 
 from transformers import TrainerCallback
 
+from obfuscatune.training.ranks import Ranks
+
+ONE = Ranks()
+
 
 class StopOnInterrupt(TrainerCallback):
     """A callback of the Trainer, and a context manager that takes the signal.
@@ -15,8 +19,9 @@ class StopOnInterrupt(TrainerCallback):
     is complete; after any other step there is one more, which ends with a checkpoint.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ranks: Ranks = ONE) -> None:
         self.requested = False
+        self._ranks = ranks
         self._before: Any = signal.SIG_DFL
 
     def __enter__(self) -> Self:
@@ -36,5 +41,6 @@ class StopOnInterrupt(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         """Ask the Trainer to save and to stop."""
+        self.requested = self._ranks.any(self.requested)  # all stop after the same step
         if self.requested:
             control.should_save = control.should_training_stop = True

@@ -11,8 +11,9 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer
 
 from obfuscatune.enclave.protected import Protected
-from obfuscatune.training.checkpoints import whole_checkpoint
+from obfuscatune.training.checkpoints import secret_file, whole_checkpoint
 from obfuscatune.training.data import IGNORED_LABEL
+from obfuscatune.training.overlap import check_overlap, step
 
 
 class ProtectedTrainer(Trainer):
@@ -21,27 +22,44 @@ class ProtectedTrainer(Trainer):
     Args:
         protected: what ``protect`` returned; its model is trained by the optimizer that it makes.
         kind: ``adamw`` or ``sgd``.
+        overlap: keep two halves of each batch under way (`overlap.py`).
         quiet: print nothing: the loss tells of the data, and the terminal may be somebody else's.
         args, more: as of ``Trainer``.
     """
 
-    def __init__(self, protected: Protected, *, kind: str, args: Any, quiet: bool = False, **more: Any) -> None:
+    def __init__(
+        self, protected: Protected, *, kind: str, args: Any, overlap: bool = False, quiet: bool = False, **more: Any
+    ) -> None:
+        if overlap:
+            check_overlap(protected.model, protected.profile)
         optimizer = protected.create_optimizer(kind, lr=args.learning_rate, weight_decay=args.weight_decay)
         super().__init__(model=protected.model, args=args, optimizers=(optimizer, None), **more)
-        self._protected, self._tokens = protected, 0
+        self._protected, self._tokens, self._overlap = protected, 0, overlap
         for printing in (ProgressCallback, PrinterCallback):
             self.remove_callback(printing)
         if not quiet:
             self.add_callback(ProgressOnStderr())
         self._last: tuple[float, ...] | None = None
 
-    def training_step(self, model: Any, inputs: dict[str, Any], *more: Any, **named: Any) -> torch.Tensor:
-        """Count the batch's tokens, padding apart."""
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """Count the batch's tokens, padding apart; with overlap, run its halves at once."""
         if self._last is None:  # here, so that the first interval does not hold the loading of a checkpoint
             self._last = self._counts()
         self._tokens += int(inputs["attention_mask"].sum())
-        loss: torch.Tensor = super().training_step(model, inputs, *more, **named)
+        if self._overlap and num_items_in_batch is not None:  # then the halves' losses add up to the batch's
+            return self._overlapped_step(model, inputs, num_items_in_batch)
+        loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
         return loss
+
+    def _overlapped_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> torch.Tensor:
+        def loss_of(half: dict[str, Any]) -> torch.Tensor:
+            with self.compute_loss_context_manager():
+                loss: torch.Tensor = self.compute_loss(model, half, num_items_in_batch=num_items_in_batch)
+            return loss
+
+        model.train()
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        return step(loss_of, self._prepare_inputs(inputs), trained)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *more: Any, **named: Any) -> Any:
         """The model's own loss, with logits only at positions where some row has a label: the head is costly."""
@@ -64,8 +82,7 @@ class ProtectedTrainer(Trainer):
 
     def _counts(self) -> tuple[float, ...]:
         """Running totals: seconds, tokens, calls, bytes in both directions, seconds waiting for the worker."""
-        session = self._protected.session
-        traffic = [] if session is None else list(session.traffic.values())
+        traffic = [t for link in self._protected.links for t in link.session.traffic.values()]
         return (
             time.perf_counter(),
             self._tokens,
@@ -76,8 +93,13 @@ class ProtectedTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         path = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
-        with whole_checkpoint(path, self._protected.secret, self._protected.profile):
+        if self.is_world_process_zero():
+            with whole_checkpoint(path, self._protected.secret, self._protected.profile):
+                super()._save_checkpoint(model, trial)
+        else:  # its state of the random generators, and its own keys
             super()._save_checkpoint(model, trial)
+            self._protected.secret.save(secret_file(path, self.args.process_index))
+        self.accelerator.wait_for_everyone()  # whoever goes on finds a whole checkpoint
 
 
 class ProgressOnStderr(ProgressCallback):

@@ -3,72 +3,108 @@
 import argparse
 import contextlib
 import logging
+import os
 import signal
 import socket
 import sys
+from dataclasses import replace
 from typing import get_args
 
 import torch
 
-from obfuscatune.errors import ObfuscatuneError, UsageError
-from obfuscatune.protocol.address import Address, address_of, close_listener, listen
+from obfuscatune.errors import ObfuscatuneError, ProtocolError, UsageError
+from obfuscatune.protocol.address import address_of
 from obfuscatune.protocol.connection import Connection
-from obfuscatune.protocol.limits import Limits
-from obfuscatune.worker import sandbox
-from obfuscatune.worker.server import serve_connection, serve_forever
+from obfuscatune.protocol.tls import Credentials, worker_context
+from obfuscatune.worker import outside, sandbox
+from obfuscatune.worker.acceptor import Acceptor, Bounds, die_with_parent
+from obfuscatune.worker.budget import budget_of_each, free_bytes
+from obfuscatune.worker.child import Service
+from obfuscatune.worker.parallel import Group, follow
+from obfuscatune.worker.server import serve_connection
+from obfuscatune.worker.session import WorkerSession
 
 
-def run(*, listen_on: str, device: str = "cpu", threads: int | None = None, mode: sandbox.Mode = "auto") -> int:
-    """Serve on an address until interrupted; return the exit status.
-
-    Args:
-        mode: whether the worker runs in a sandbox: see `sandbox.choose`.
-
-    Raises:
-        UsageError: bad address, port taken, a device that this machine does not have, or no sandbox to be had.
-    """
-    address = Address.parse(listen_on)
-    # A stopped service leaves as after Ctrl-C: its socket file would otherwise stay behind.
+def _serve(options: argparse.Namespace) -> None:
+    """Serve at an inherited listening socket until interrupted."""
+    die_with_parent(os.getppid())
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    listener = listen(address)
-    try:
-        with contextlib.suppress(KeyboardInterrupt):
-            inside = sandbox.choose(mode, device)
-            if inside is not None:
-                return inside.serve(listener, device=device, threads=threads)
-            _serve(listener, device, threads)
-    finally:
-        close_listener(listener, address)
-    return 0
+    credentials = None if options.credentials is None else outside.read_credentials(options.credentials)
+    free = _free(options.device)
+    each = int(options.memory_gb * 1e9) if options.memory_gb else budget_of_each(free, options.max_sessions)
+    context = None if credentials is None else worker_context(credentials)
+    service = Service(_own(options.device), options.threads, each, context)
+    listener = socket.socket(fileno=options.listener)
+    acceptor = Acceptor(listener, service, Bounds(max_sessions=options.max_sessions))
+    shown = _shown(listener, credentials)
+    sessions = "1 session" if options.max_sessions == 1 else f"{options.max_sessions} sessions"
+    # The port is the one that port 0 became, and the fingerprint makes it what an enclave is given.
+    print(f"worker listening on {shown} ({options.device}, {sessions} of {each / 1e9:.1f} GB)", flush=True)
+    with contextlib.suppress(KeyboardInterrupt):
+        acceptor.serve()
 
 
-def _serve(listener: socket.socket, device: str, threads: int | None) -> None:
-    chosen = _prepare(device, threads)
-    print(f"worker listening on {address_of(listener)} ({chosen})", flush=True)  # the port that port 0 became
-    serve_forever(listener, chosen, Limits())
+def _shown(listener: socket.socket, credentials: Credentials | None) -> str:
+    address = address_of(listener)
+    return str(address if credentials is None else replace(address, tls=True, fingerprint=credentials.fingerprint))
 
 
 def _serve_enclave(fd: int, device: str, threads: int | None) -> None:
     """Serve the enclave at the other end of an inherited socket until it closes."""
-    chosen = _prepare(device, threads)
-    # The terminal's Ctrl-C goes to the whole process group. The enclave decides; the worker leaves when it closes.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    serve_connection(Connection(socket.socket(fileno=fd), peer="enclave"), chosen)
-
-
-def _prepare(device: str, threads: int | None) -> torch.device:
     if threads is not None:
         torch.set_num_threads(threads)
-    return _device(device)
+    _free(device)
+    # The terminal's Ctrl-C goes to the whole process group. The enclave decides; the worker leaves when it closes.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    serve_connection(Connection(socket.socket(fileno=fd), peer="enclave"), torch.device(device))
 
 
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError("device not available", got=name, hint="obfuscatune doctor lists devices") from error
-    return device
+def _follow(options: argparse.Namespace) -> None:
+    """Be a process beside the one that listens, under torchrun."""
+    device = _own(options.device)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 decides, and torchrun ends the others
+    budget = int(options.memory_gb * 1e9) if options.memory_gb else None
+
+    def serve(group: Group) -> None:
+        session = WorkerSession(device, budget, group)
+        while (request := group.take()) is not None:
+            with contextlib.suppress(ProtocolError):  # rank 0 answers with the same
+                session.handle(*request)
+
+    follow(device, serve)
+
+
+def _own(name: str) -> torch.device:
+    """The device of this process: under torchrun ``cuda`` is one for each."""
+    local = os.environ.get("LOCAL_RANK")
+    return torch.device(f"cuda:{local}" if name == "cuda" and local is not None else name)
+
+
+def _free(name: str) -> int:
+    """Return the bytes that a device has free, asked in a process of its own: CUDA does not survive a fork.
+
+    Raises:
+        UsageError: this machine has no such device.
+    """
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            device = torch.device(name)
+            torch.empty(0, device=device)
+            os.write(writer, str(free_bytes(device)).encode())
+        except BaseException:  # said by silence: nothing may run on in a copy of this process
+            os._exit(1)
+        os._exit(0)
+    os.close(writer)
+    with open(reader, "rb") as pipe:
+        told = pipe.read()
+    os.waitpid(pid, 0)
+    if not told:
+        raise UsageError("device not available", got=name, hint="obfuscatune doctor lists devices")
+    return int(told)
 
 
 def main() -> int:
@@ -77,19 +113,33 @@ def main() -> int:
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--listen", metavar="ADDRESS", help="unix://PATH or tcp://HOST:PORT")
     where.add_argument("--fd", type=int, help="an inherited, connected socket; no sandbox is made around it")
+    where.add_argument("--follow", action="store_true", help="what torchrun's other processes do")
     where.add_argument("--listener", type=int, metavar="FD", help="an inherited, listening socket; no sandbox either")
+    parser.add_argument("--credentials", type=int, metavar="FD", help="an inherited pipe: makes --listener's link TLS")
     parser.add_argument("--device", default="cpu", help="for instance cpu, cuda, cuda:1")
-    parser.add_argument("--threads", type=int, help="CPU threads; torch's default otherwise")
+    parser.add_argument("--threads", type=int, help="CPU threads of each session; torch's default otherwise")
+    parser.add_argument("--max_sessions", type=int, default=1, help="enclaves served at once; others wait")
+    parser.add_argument("--memory_gb", type=float, help="of each session; what is free, in equal shares, otherwise")
     parser.add_argument("--sandbox", choices=get_args(sandbox.Mode), default="auto", help="around the worker")
+    parser.add_argument("--insecure", action="store_true", help="tcp:// beyond this machine")
     options = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     try:
         if options.fd is not None:
             _serve_enclave(options.fd, options.device, options.threads)
+        elif options.follow:
+            _follow(options)
         elif options.listener is not None:
-            _serve(socket.socket(fileno=options.listener), options.device, options.threads)
+            _serve(options)
         else:
-            return run(listen_on=options.listen, device=options.device, threads=options.threads, mode=options.sandbox)
+            arguments = outside.arguments_of(options.threads, options.max_sessions, options.memory_gb)
+            return outside.run(
+                listen_on=options.listen,
+                arguments=arguments,
+                device=options.device,
+                mode=options.sandbox,
+                insecure=options.insecure,
+            )
     except ObfuscatuneError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -28,6 +28,12 @@ class HeldOptimizer:
         """Take the factors of one slot into the optimizer's care."""
         self._held[name] = factors
 
+    def state(self) -> list[Tensor]:
+        """Return the gradients and the optimizer's state of all factors."""
+        grads = [p.grad for _, p in self._parameters() if p.grad is not None]
+        moments = [] if self._optimizer is None else self._optimizer.state.values()
+        return [*grads, *(value for state in moments for value in state.values() if isinstance(value, Tensor))]
+
     def handle(self, header: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Run one action: ``step``, ``export`` or ``import``."""
         action = header.get("action")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from obfuscatune.errors import ProtocolError
 from obfuscatune.protocol.residues import EXACT_TERMS, LARGEST, MOST_TERMS, PRIMES, reduce
+from obfuscatune.worker.parallel import ALONE, Group
 from obfuscatune.worker.segments import Segment
 
 _MOST_SHARINGS = 65536
@@ -26,7 +27,16 @@ class ResidueSegment(Segment):
         tensors: ``weight``.
     """
 
-    def __init__(self, spec: dict[str, Any], tensors: dict[str, Tensor], defined: Mapping[str, Segment]) -> None:
+    def __init__(
+        self,
+        spec: dict[str, Any],
+        tensors: dict[str, Tensor],
+        defined: Mapping[str, Segment],
+        group: Group = ALONE,
+    ) -> None:
+        if group.size > 1:
+            raise ProtocolError("shares on a worker of several processes", got=group.size, expected="one process")
+        self.group = group
         primes, point = spec.get("primes"), spec.get("point")
         if not isinstance(primes, list) or not 1 <= len(primes) <= len(PRIMES) or not set(primes) <= set(PRIMES):
             raise ProtocolError("primes", got=ascii(primes)[:40], expected=f"some of {PRIMES}")

@@ -3,17 +3,13 @@
 It protects the machine, and an enclave's process on it, from a worker that was taken over through a fault in how it
 reads requests. It does not protect the owners from the worker: that is what the keys are for.
 
-The socket is bound outside and inherited as a descriptor, so that a worker at a TCP address needs no network either: a
-listening socket goes on accepting in the network it was made in. The process outside keeps the socket's file and ends
-the sandbox with itself.
+The socket is bound outside and inherited, see `outside`: a worker at a TCP address needs no network either.
 """
 
 import glob
 import importlib.util
 import os
-import select
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -26,7 +22,6 @@ from obfuscatune.errors import UsageError
 Mode = Literal["auto", "bubblewrap", "none"]
 
 _PROBE_SECONDS = 30.0
-_ENDING_SECONDS = 10.0
 _LIBRARIES = ("torch", "numpy", "msgpack")
 _SYSTEM = (
     *("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32"),
@@ -60,11 +55,11 @@ class Sandbox:
             *_mounts(device),
             *("--remount-ro", "/"),  # bubblewrap's own, under all that is mounted
         ]
-        self._environment = _environment()
+        self.environment = _environment()
         try:
             done = subprocess.run(  # noqa: S603 - bubblewrap by its full path, and our own interpreter
                 self.command("-c", "import obfuscatune.worker"),
-                env=self._environment,
+                env=self.environment,
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 timeout=_PROBE_SECONDS,
@@ -79,28 +74,6 @@ class Sandbox:
     def command(self, *arguments: str) -> list[str]:
         """Return the command that runs Python with ``arguments`` in the sandbox."""
         return [*self._prefix, sys.executable, "-P", *arguments]
-
-    def serve(self, listener: socket.socket, *, device: str, threads: int | None) -> int:
-        """Run a worker on a listening socket and return its exit status; an interrupt ends the worker first."""
-        fd = listener.fileno()
-        command = self.command("-m", "obfuscatune.worker", "--listener", str(fd), "--device", device)
-        if threads is not None:
-            command += ["--threads", str(threads)]
-        ended, alive = os.pipe()
-        try:
-            process = subprocess.Popen(  # noqa: S603 - as above
-                command, env=self._environment, pass_fds=[fd, alive], stdin=subprocess.DEVNULL
-            )
-        finally:
-            os.close(alive)
-        try:
-            return process.wait()
-        finally:
-            process.kill()
-            process.wait()
-            # That was bubblewrap. The pipe's other end is the worker's alone, and closes when the worker is gone.
-            select.select([ended], [], [], _ENDING_SECONDS)
-            os.close(ended)
 
 
 def choose(mode: Mode, device: str) -> Sandbox | None:

@@ -18,16 +18,14 @@ from obfuscatune.protocol.memory import peak_memory_bytes
 from obfuscatune.worker.adapters import HeldFactors, SlotInputs
 from obfuscatune.worker.attention import AttentionSegment
 from obfuscatune.worker.body import BodySegment
+from obfuscatune.worker.budget import Ledger, free_bytes
 from obfuscatune.worker.kv import Tokens
 from obfuscatune.worker.optimizer import HeldOptimizer
+from obfuscatune.worker.parallel import ALONE, Group, ends_the_group
 from obfuscatune.worker.residues import ResidueSegment
 from obfuscatune.worker.segments import Call, LinearSegment, MlpSegment, Segment
 
 Reply = tuple[dict[str, Any], dict[str, Tensor]]
-
-MAX_KEPT_CALLS = 65536
-MAX_CACHES = 65536
-MAX_SHARED = 65536
 
 SEGMENTS: dict[str, type[Segment]] = {
     "linear": LinearSegment,
@@ -39,10 +37,18 @@ SEGMENTS: dict[str, type[Segment]] = {
 
 
 class WorkerSession:
-    """Serves the requests of one enclave. Attribute ``device``: where weights live and products are computed."""
+    """Serves the requests of one enclave.
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    Args:
+        device: where weights live and products are computed.
+        budget: bytes that the session may hold there; None: it may take what there is.
+        group: of the processes that share the weights. Rank 0 hands every request on to the others.
+
+    Attribute ``ledger``: what it holds, counted.
+    """
+
+    def __init__(self, device: torch.device, budget: int | None = None, group: Group = ALONE) -> None:
+        self.device, self.ledger, self.group = device, Ledger(budget), group
         self._segments: dict[str, Segment] = {}
         self._pushed: dict[str, dict[str, Tensor]] = {}
         self._calls: dict[int, tuple[Segment, dict[str, Tensor], dict[str, Tensor]]] = {}
@@ -62,21 +68,44 @@ class WorkerSession:
         }
 
     def handle(self, header: dict[str, Any], tensors: dict[str, Tensor]) -> Reply:
-        """Answer one request. Raises ProtocolError where it is not a valid one."""
+        """Answer one request.
+
+        Raises:
+            ProtocolError: it is not a valid one.
+            GroupError: another process of the group is gone, or this one has failed where the others may have not.
+        """
+        self.group.hand_on(header, tensors)
+        try:
+            return self._handle(header, tensors)
+        except Exception as error:
+            if self.group.size > 1 and (lost := ends_the_group(error)) is not None:
+                raise lost from error
+            raise
+
+    def _handle(self, header: dict[str, Any], tensors: dict[str, Tensor]) -> Reply:
         operation = self._operations.get(header.get("op", ""))
         if operation is None:
             raise ProtocolError("operation", got=repr(header.get("op"))[:40], expected=", ".join(self._operations))
         drop = header.get("drop") or {}
         if not isinstance(drop, dict):
             raise ProtocolError("what to drop", got=type(drop).__name__, expected="map")
-        for kind, kept in (("calls", self._calls), ("caches", self._caches), ("shared", self._shared)):
-            for number in drop.get(kind, ()):
-                kept.pop(number, None)
+        for number in drop.get("calls", ()):
+            self._calls.pop(number, None)
+            self.ledger.drop(("call", number))
+        for number in drop.get("caches", ()):
+            for segment in self._caches.pop(number, ()):
+                self.ledger.drop(("cache", number, segment))
+        for number in drop.get("shared", ()):
+            self._shared.pop(number, None)
+            self.ledger.drop(("shared", number))
         return operation(header, {name: tensor.to(self.device) for name, tensor in tensors.items()})
 
     def _hello(self, header: dict[str, Any], tensors: dict[str, Tensor]) -> Reply:
         threads = torch.get_num_threads()
-        return {"version": PROTOCOL_VERSION, "device": str(self.device), "threads": threads}, {}
+        memory = free_bytes(self.device) if self.ledger.budget is None else self.ledger.budget
+        memory *= self.group.size  # each process has its part of the weights
+        told = {"version": PROTOCOL_VERSION, "device": str(self.device), "threads": threads, "memory_bytes": memory}
+        return told, {}
 
     def _define(self, header: dict[str, Any], tensors: dict[str, Tensor]) -> Reply:
         name, kind, spec = header.get("segment"), header.get("kind"), header.get("spec")
@@ -84,7 +113,9 @@ class WorkerSession:
             raise ProtocolError("segment name", got=repr(name)[:40], expected="a new one")
         if kind not in SEGMENTS or not isinstance(spec, dict):
             raise ProtocolError("kind of segment", got=repr(kind)[:40], expected=", ".join(SEGMENTS))
-        self._segments[name] = SEGMENTS[kind](spec, tensors, self._segments)
+        segment = SEGMENTS[kind](spec, tensors, self._segments, self.group)
+        self.ledger.hold(("segment", name), segment.weight.values())
+        self._segments[name] = segment
         self._pushed[name] = {}
         return {}, {}
 
@@ -99,6 +130,7 @@ class WorkerSession:
                 held.a.copy_(tensors["a"])
                 held.b.copy_(tensors["b"])
         else:
+            self.ledger.hold(("held", header["segment"], slot), tensors.values())
             segment.held[slot] = HeldFactors(tensors["a"], tensors["b"], float(header.get("scale", 1.0)))
             self._optimizer.add(f"{header['segment']}.{slot}", segment.held[slot])
         return {}, {}
@@ -118,13 +150,12 @@ class WorkerSession:
             cos, sin = self._share(field, tables)
             call.rotary = cos, sin
         for name in [n for n in tensors if n[:2] in ("A.", "B.", "c.")]:
+            self.ledger.hold(("pushed", header["segment"], name), [tensors[name]])
             pushed[name] = tensors.pop(name)
         used = {name: pushed[name] for name in header.get("factors", ())}
         leaves = {"x": x, **tensors, **used}
         keep = bool(header.get("keep"))
         if keep:
-            if len(self._calls) >= MAX_KEPT_CALLS:
-                raise ProtocolError("kept calls", got=len(self._calls), expected=f"fewer than {MAX_KEPT_CALLS}")
             leaves = {n: t.detach().requires_grad_() for n, t in leaves.items()}
         cache = header.get("cache")
         if cache is not None:
@@ -134,16 +165,18 @@ class WorkerSession:
             y = segment.run(leaves["x"], slots, call)
         outputs = {"y": y, **slots.outputs}
         if cache is not None and call.present is not None:
+            buffers = [buffer for tokens in call.present for buffer in tokens.buffers]
+            self.ledger.hold(("cache", cache["id"], header["segment"]), buffers)
             self._caches.setdefault(cache["id"], {})[header["segment"]] = call.present
         if keep:
+            self.ledger.hold(("call", header["id"]), [*leaves.values(), *outputs.values()])
             self._calls[header["id"]] = (segment, leaves, outputs)
         return {}, {name: tensor.detach() for name, tensor in outputs.items()}
 
     def _share(self, field: dict[str, Any], new: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
         """What all calls of a pass share under a number: the first of them brings it, as ``new``."""
         if new is not None:
-            if len(self._shared) >= MAX_SHARED:
-                raise ProtocolError("shared tensors", got=len(self._shared), expected=f"fewer than {MAX_SHARED}")
+            self.ledger.hold(("shared", field["id"]), new)
             self._shared[field["id"]] = new
         if field["id"] not in self._shared:
             raise ProtocolError("shared tensor", got=repr(field["id"])[:20], expected="one that was sent")
@@ -153,8 +186,6 @@ class WorkerSession:
         """Keys and values of ``length`` cached tokens, rows gathered as the request says (beam search)."""
         start, length, rows = cache["start"], cache["length"], cache["rows"]
         if not length:
-            if len(self._caches) >= MAX_CACHES:
-                raise ProtocolError("KV caches", got=len(self._caches), expected=f"fewer than {MAX_CACHES}")
             return None
         stored = self._caches.get(cache["id"], {}).get(segment)
         if stored is None or not 0 <= start <= stored[0].length - length:
@@ -165,6 +196,7 @@ class WorkerSession:
         kept = self._calls.pop(header.get("call", -1), None)
         if kept is None:
             raise ProtocolError("backward of a call", got=header.get("call"), expected="one that is kept")
+        self.ledger.drop(("call", header["call"]))
         segment, leaves, outputs = kept
         grads = {name: tensor for name, tensor in tensors.items() if name in outputs}
         wants = list(header.get("wants", ()))
@@ -200,7 +232,9 @@ class WorkerSession:
         return {}, {"y": y}
 
     def _optimize(self, header: dict[str, Any], tensors: dict[str, Tensor]) -> Reply:
-        return self._optimizer.handle(header, tensors)
+        answer = self._optimizer.handle(header, tensors)
+        self.ledger.hold("optimizer", self._optimizer.state())
+        return answer
 
     def _stats(self, header: dict[str, Any], tensors: dict[str, Tensor]) -> Reply:
         numbers = {
@@ -208,6 +242,7 @@ class WorkerSession:
             "kept_calls": len(self._calls),
             "caches": len(self._caches),
             "busy_seconds": self._busy_seconds,
+            "held_bytes": self.ledger.held,
         }
         return numbers, {}
 

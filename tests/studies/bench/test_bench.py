@@ -1,5 +1,6 @@
 """The benchmark: its counts are right, its processes end, bad options are refused. No test looks at speed."""
 
+import dataclasses
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import pytest
 from obfuscatune.cli.bench import command
 from obfuscatune.errors import ObfuscatuneError, UsageError
 from obfuscatune.studies.bench.contender import Contender, ContenderSpec
+from obfuscatune.studies.bench.link import LinkKind, split_link
 from obfuscatune.studies.bench.process import ContenderProcess
 from obfuscatune.studies.bench.report import to_markdown
 from obfuscatune.studies.bench.run import BenchOptions, Measurement, count_steps, parse_profile, run_bench
@@ -84,6 +86,25 @@ def test_counts_are_those_of_the_connection(profile: str, workload: str) -> None
         assert (reply["bytes"] > 0) == (reply["calls"] > 0) == (profile != "enclave")
     finally:
         contender.close()
+
+
+@pytest.mark.parametrize("link", ["tcp", "tls"])
+def test_a_listening_worker_is_measured_too(link: LinkKind) -> None:
+    contender = Contender(dataclasses.replace(_spec("balanced"), link=link))
+    try:
+        contender.load(adapter=False)
+        assert contender.run(workload="prefill")["calls"] == _calls("balanced", "prefill")
+        assert contender.protected.session.worker.startswith(f"{link}://127.0.0.1:")
+    finally:
+        contender.close()
+    assert contender.spec.name == f"balanced@{link}"
+
+
+def test_links_are_part_of_a_profiles_text() -> None:
+    assert split_link("balanced+mlp=enclave@tls") == ("balanced+mlp=enclave", "tls")
+    assert split_link("balanced") == ("balanced", "spawn")
+    with pytest.raises(UsageError, match="unknown link: got udp"):
+        BenchOptions(profiles=("balanced@udp",))
 
 
 def test_plain_crosses_no_boundary_and_trains() -> None:

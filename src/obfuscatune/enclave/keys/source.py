@@ -10,6 +10,7 @@ import os
 import re
 import secrets
 import stat
+import threading
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
@@ -54,12 +55,14 @@ class Stream(Secret):
 
     def __init__(self, key: builtins.bytes) -> None:
         self._keystream = Cipher(ChaCha20(key, nonce=builtins.bytes(16)), mode=None).encryptor()
+        self._lock = threading.Lock()  # the library refuses two threads at once
 
     def bytes(self, n: int) -> builtins.bytes:
         """The next ``n`` bytes. Raises: `UsageError` if n is negative."""
         if n < 0:
             raise UsageError("a count of random numbers is negative", got=n)
-        return self._keystream.update(builtins.bytes(n))
+        with self._lock:
+            return self._keystream.update(builtins.bytes(n))
 
     def _words(self, n: int) -> Tensor:
         # bytearray, because torch.frombuffer warns about read-only memory

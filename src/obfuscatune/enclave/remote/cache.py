@@ -90,9 +90,10 @@ class CacheMirror:
     def _stubs(self, number: int, batch: int, first: int, count: int) -> tuple[Tensor, Tensor]:
         """Stubs of ``count`` tokens from position ``first`` on, as keys and values; not to be written to."""
         asked = (number, batch, first, count)
-        if self._last is None or self._last[0] != asked:  # all layers of a step ask for the same
+        last = self._last
+        if last is None or last[0] != asked:  # all layers of a step ask for the same
             rows = torch.arange(batch, dtype=torch.float64).view(batch, 1, 1).expand(batch, 1, count)
             positions = torch.arange(first, first + count, dtype=torch.float64).expand(batch, 1, count)
             keys = torch.stack([rows, positions], dim=-1)
-            self._last = asked, keys, torch.full_like(keys, number)
-        return self._last[1:]
+            self._last = last = asked, keys, torch.full_like(keys, number)
+        return last[1:]

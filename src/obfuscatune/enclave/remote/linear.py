@@ -1,5 +1,6 @@
 """Remote linear layers: ``y = x W + b`` with W on the worker, keyed on both sides; those that share x in one call."""
 
+import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -51,6 +52,12 @@ class _Results:
     outputs: dict[int, Tensor]
 
 
+class _Last(threading.local):
+    """What came of the last call of a thread: several may run the model at once."""
+
+    results: _Results | None = None
+
+
 class LinearGroup(ABC):
     """Layers that share one input. The first that is asked for an x makes the call; the others take what came back.
 
@@ -60,11 +67,11 @@ class LinearGroup(ABC):
 
     def __init__(self, placed: Placed, widths: Sequence[int]) -> None:
         self.placed, self.widths = placed, list(widths)
-        self._results: _Results | None = None
+        self._last = _Last()
 
     def output(self, x: Tensor, member: int) -> Tensor:
         """Return ``x W`` ``[..., out]`` of one layer, its bias not added; x ``[..., in]``."""
-        found = self._results
+        found = self._last.results
         if (
             found is None
             or found.x() is not x
@@ -74,10 +81,10 @@ class LinearGroup(ABC):
         ):
             with without_autocast():
                 outputs = dict(enumerate(self.outputs(x)))
-            found = self._results = _Results(weakref.ref(x), version_of(x), torch.is_grad_enabled(), outputs)
+            found = self._last.results = _Results(weakref.ref(x), version_of(x), torch.is_grad_enabled(), outputs)
         y = found.outputs.pop(member)
         if not found.outputs:
-            self._results = None
+            self._last.results = None
         return y
 
     @abstractmethod

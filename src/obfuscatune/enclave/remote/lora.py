@@ -169,27 +169,27 @@ class SplitOutput(_Pushing):
     ) -> None:
         super().__init__(name, layer, passes, rank_key)
         self._key, self._offset = key, offset
-        self._adapter: str | None = None
 
     def contribute(self, call: RemoteCall, x: Tensor | None) -> None:
         """Send, where needed, ``A*`` ``[in, r]``, and ask for ``v`` ``[..., r]``."""
-        self._adapter = self.active()
-        if self._adapter is None:
+        adapter = self.active()
+        if adapter is None:
             return
-        a = self.lora.lora_A[self._adapter].weight
+        a = self.lora.lora_A[adapter].weight
         rank_key = self.rank_key(a.shape[0])
         self.push(call, "A", a, {"A": lambda: encode(self._key.apply_inverse_transpose(a).T, rank_key)})
         call.shapes[f"v.{self.name}"] = (*call.rows, a.shape[0])
 
     def finish(self, outputs: dict[str, Tensor]) -> Tensor | None:
         """Return ``s (x A) B``."""
-        if self._adapter is None:
+        v, adapter = outputs.get(f"v.{self.name}"), self.active()
+        if v is None or adapter is None:
             return None
-        a, b = self.lora.lora_A[self._adapter].weight, self.lora.lora_B[self._adapter].weight
-        low_rank = decode(outputs[f"v.{self.name}"].to(a.dtype), self.rank_key(a.shape[0]))
+        a, b = self.lora.lora_A[adapter].weight, self.lora.lora_B[adapter].weight
+        low_rank = decode(v.to(a.dtype), self.rank_key(a.shape[0]))
         if self._offset is not None:
             low_rank = low_rank + self._offset.to(a.dtype) @ a.T
-        product: Tensor = (low_rank * self.lora.scaling[self._adapter]) @ b.T
+        product: Tensor = (low_rank * self.lora.scaling[adapter]) @ b.T
         return product
 
 

@@ -5,6 +5,7 @@ by a small gain to get from one to the other would lose precision. The rows are 
 :meth:`FoldedNorm.rows_of`.
 """
 
+import threading
 import weakref
 
 import torch
@@ -14,6 +15,12 @@ from torch import Tensor, nn
 from obfuscatune.enclave.families import Norm
 from obfuscatune.errors import UnsupportedModelError
 from obfuscatune.protocol.norms import rms_rows
+
+
+class _Last(threading.local):
+    """What a norm gave last to a thread: several may run the model at once."""
+
+    rows: tuple[weakref.ref[Tensor], Tensor] | None = None
 
 
 class FoldedNorm(nn.Module):
@@ -28,7 +35,7 @@ class FoldedNorm(nn.Module):
         if norm.shift is not None:
             self.bias = norm.module.bias
         self._kind, self._eps = norm.kind, norm.eps
-        self._last: tuple[weakref.ref[Tensor], Tensor] | None = None
+        self._last = _Last()
         for parameter in self.parameters():
             parameter.requires_grad_(False)
 
@@ -45,7 +52,7 @@ class FoldedNorm(nn.Module):
         else:
             rows = rms_rows(hidden_states, self._eps)
             output = rows * (1 + self.weight)
-        self._last = weakref.ref(output), rows
+        self._last.rows = weakref.ref(output), rows
         return output
 
     def rows_of(self, output: Tensor, layer: str) -> Tensor:
@@ -54,7 +61,7 @@ class FoldedNorm(nn.Module):
         Raises:
             UnsupportedModelError: ``output`` is not what this norm gave last: something stands between the two.
         """
-        last, self._last = self._last, None
+        last, self._last.rows = self._last.rows, None
         if last is None or last[0]() is not output:
             raise UnsupportedModelError(
                 "input of a remote layer did not come from its norm",

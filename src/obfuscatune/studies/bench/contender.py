@@ -14,6 +14,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -25,6 +26,7 @@ from obfuscatune.enclave.protected import Protected
 from obfuscatune.errors import ObfuscatuneError
 from obfuscatune.profiles import Profile
 from obfuscatune.protocol.memory import peak_memory_bytes
+from obfuscatune.studies.bench.link import LinkKind, worker_at
 from obfuscatune.studies.bench.workloads import SIZES, WORKLOADS, Repetition, Shape, Subject, build_model, with_adapter
 from obfuscatune.training.loading import load, load_model
 
@@ -40,7 +42,7 @@ class ContenderSpec:
         profile: the switches of a profile; None runs the model in the clear, as Hugging Face and PEFT do.
         threads: of this process, and as many of its worker, which computes while this process waits.
         device: where the plain model runs, or the worker. dtype: of the weights.
-        directory: of the model; None builds a GPT-2 of that size in memory.
+        directory: of the model; None builds a GPT-2 of that size in memory. link: how the worker is reached.
     """
 
     size: str
@@ -50,6 +52,14 @@ class ContenderSpec:
     device: str
     dtype: str = "float32"
     directory: str | None = None
+    link: LinkKind = "spawn"
+
+    @property
+    def name(self) -> str:
+        """How tables name it: the profile, and its link if the worker is not spawned."""
+        if self.profile is None:
+            return "plain"
+        return self.profile.name if self.link == "spawn" else f"{self.profile.name}@{self.link}"
 
 
 class Contender:
@@ -58,6 +68,7 @@ class Contender:
     def __init__(self, spec: ContenderSpec) -> None:
         self.spec = spec
         self.protected: Protected | None = None
+        self._worker = ExitStack()
         self._model: Any = None
         self._repetitions: dict[str, Repetition] = {}
 
@@ -71,7 +82,8 @@ class Contender:
             return {"obfuscation_seconds": 0.0}
         options: dict[str, Any] = {}
         if self.spec.profile.remote:
-            options = {"threads": self.spec.threads, "device": self.spec.device}
+            at = worker_at(self.spec.link, device=self.spec.device, threads=self.spec.threads)
+            options = self._worker.enter_context(at)
         started = time.perf_counter()
         self.protected = protect(self._model, profile=self.spec.profile, **options)
         return {"obfuscation_seconds": time.perf_counter() - started}
@@ -106,6 +118,7 @@ class Contender:
         """Let go of the model, and of the worker if there is one."""
         if self.protected is not None:
             self.protected.close()
+        self._worker.close()
         self.protected, self._model, self._repetitions = None, None, {}
 
     def _build(self, adapter: bool) -> Any:
@@ -128,9 +141,9 @@ class Contender:
         return Subject(model, plain_optimizer, torch.device(self.spec.device))
 
     def _crossed(self) -> tuple[int, int]:
-        if self.protected is None or self.protected.session is None:
+        if self.protected is None:
             return 0, 0
-        traffic = list(self.protected.session.traffic.values())
+        traffic = [t for link in self.protected.links for t in link.session.traffic.values()]
         return sum(t.calls for t in traffic), sum(t.bytes_sent + t.bytes_received for t in traffic)
 
 

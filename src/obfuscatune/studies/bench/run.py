@@ -20,6 +20,7 @@ import torch
 from obfuscatune.errors import UsageError
 from obfuscatune.profiles import PROFILES, SWITCHES, Profile, resolve
 from obfuscatune.studies.bench.contender import ContenderSpec
+from obfuscatune.studies.bench.link import LinkKind, split_link
 from obfuscatune.studies.bench.process import ContenderProcess, WaitPolicy
 from obfuscatune.studies.bench.shapes import is_shape, known_names, layers_of, shape_config
 from obfuscatune.studies.bench.synthetic import write_random_model
@@ -40,7 +41,8 @@ class BenchOptions:
 
     Attributes:
         sizes: names of shapes, or directories of models. workloads: names.
-        profiles: ``NAME`` or ``NAME+switch=value+...``, as reports write them.
+        profiles: ``NAME`` or ``NAME+switch=value+...``, as reports write them; ``...@tcp`` and ``...@tls`` for a worker
+            that listens on loopback instead of a spawned one.
         shape: of the workloads. repetitions: rounds that count. threads: of each process, torch's default otherwise.
         device: of plain and of the workers. dtype: of the weights.
     """
@@ -82,7 +84,7 @@ class BenchOptions:
         if faults:
             raise UsageError("options of the benchmark", got="; ".join(faults))
         for text in self.profiles:
-            parse_profile(text)
+            parse_profile(split_link(text)[0])
 
 
 def parse_profile(text: str) -> Profile:
@@ -218,17 +220,19 @@ def _start(
 ) -> tuple[list[ContenderProcess], list[ContenderProcess]]:
     threads = options.threads or torch.get_num_threads()
 
-    def start(profile: Profile | None, label: str, policy: WaitPolicy) -> ContenderProcess:
-        spec = ContenderSpec(size, options.shape, profile, threads, options.device, options.dtype, directory)
-        return stack.enter_context(ContenderProcess(spec, label=f"{size} {label}", wait_policy=policy))
+    def start(profile: Profile | None, policy: WaitPolicy, link: LinkKind = "spawn") -> ContenderProcess:
+        spec = ContenderSpec(size, options.shape, profile, threads, options.device, options.dtype, directory, link)
+        label = f"{size} {spec.name}" + (f" ({policy})" if profile is None else "")
+        return stack.enter_context(ContenderProcess(spec, label=label, wait_policy=policy))
 
     policies = PLAIN_POLICIES if _timed(options) else ()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # shown when the options were checked
-        profiles = [parse_profile(text) for text in options.profiles]
+        pairs = [split_link(text) for text in options.profiles]
+        profiles = [(parse_profile(text), link) for text, link in pairs]
     return (
-        [start(None, f"plain ({policy})", policy) for policy in policies],
-        [start(profile, profile.name, "passive") for profile in profiles],
+        [start(None, policy) for policy in policies],
+        [start(profile, "passive", link) for profile, link in profiles],
     )
 
 
@@ -260,7 +264,7 @@ def _measure_size(
                 result.measurements.append(
                     Measurement(
                         size=size,
-                        profile=_name(contender),
+                        profile=contender.spec.name,
                         workload=workload,
                         tokens=tokens,
                         plain_policy=reference.wait_policy,
@@ -275,7 +279,7 @@ def _measure_size(
         report = contender.ask("report")
         plain_peak = max(plain_peaks, default=None)
         result.footprints.append(
-            Footprint(size, _name(contender), obfuscation[contender], **report, plain_peak_bytes=plain_peak)
+            Footprint(size, contender.spec.name, obfuscation[contender], **report, plain_peak_bytes=plain_peak)
         )
 
 
@@ -300,7 +304,3 @@ def _alternate(
                 rounds[contender].seconds.append(reply["seconds"])
                 rounds[contender].calls, rounds[contender].bytes = reply["calls"], reply["bytes"]
     return rounds
-
-
-def _name(contender: ContenderProcess) -> str:
-    return contender.spec.profile.name if contender.spec.profile is not None else "plain"

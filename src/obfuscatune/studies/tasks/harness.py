@@ -37,8 +37,8 @@ class ProtectedLM(HFLM):  # type: ignore[misc]
     Args:
         pretrained: directory, or name on the hub; or a `Protected` that runs already, with its ``tokenizer``.
         peft: adapter. dtype: of the weights, the checkpoint's own by default, as in ``hf``.
-        profile, worker, threads, timeout: as in ``obfuscatune.protect``. device: of a spawned worker; ``cpu`` is its
-            default, and the model itself is on the CPU in any case.
+        profile, worker, threads, timeout, identity, insecure: as in ``obfuscatune.protect``. device: of a spawned
+            worker; ``cpu`` is its default, and the model itself is on the CPU in any case.
         options: switches of the profile, and arguments of ``hf`` that concern logits or texts only.
 
     Raises:
@@ -54,10 +54,12 @@ class ProtectedLM(HFLM):  # type: ignore[misc]
         peft: str | None = None,
         dtype: str = "auto",
         profile: str = "balanced",
-        worker: str = "spawn",
+        worker: str | Sequence[str] = "spawn",
         device: str | None = None,
         threads: int | None = None,
         timeout: float = 600.0,
+        identity: str | Path | None = None,
+        insecure: bool = False,
         batch_size: int | str = 1,
         **options: Any,
     ) -> None:
@@ -79,6 +81,8 @@ class ProtectedLM(HFLM):  # type: ignore[misc]
                 device=None if device == "cpu" else device,
                 threads=threads,
                 timeout=float(timeout),
+                identity=identity,
+                insecure=insecure,
                 progress=True,
                 **switches,
             )

@@ -1,0 +1,192 @@
+"""Two halves of a batch under way give the gradients of the whole batch, the same ones every time."""
+
+import contextlib
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
+
+from obfuscatune.enclave.protect import protect
+from obfuscatune.errors import UsageError, WorkerFault
+from obfuscatune.training.data import IGNORED_LABEL
+from obfuscatune.training.overlap import halves_of
+from obfuscatune.training.trainer import ProtectedTrainer
+
+TOLERANCE = 1e-12  # float64, relative to the largest gradient: the halves are summed in another order
+
+
+def new_model(dropout: float = 0.0, width: int = 16, layers: int = 2) -> Any:
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=50, n_embd=width, n_layer=layers, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=0,
+        attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=dropout,
+    )  # fmt: skip
+    adapter = LoraConfig(r=2, target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True, init_lora_weights=False)
+    return get_peft_model(GPT2LMHeadModel(config).double(), adapter)
+
+
+def batch(rows: int, length: int = 9) -> dict[str, torch.Tensor]:
+    ids = torch.randint(1, 50, (rows, length), generator=torch.Generator().manual_seed(rows))
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    labels = ids.masked_fill(mask == 0, IGNORED_LABEL)
+    labels[-1, : length // 2] = IGNORED_LABEL
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def trainer_of(protected: Any, directory: Path, **options: Any) -> ProtectedTrainer:
+    arguments = TrainingArguments(output_dir=str(directory), report_to="none", use_cpu=True)
+    return ProtectedTrainer(protected, kind="adamw", args=arguments, quiet=True, **options)
+
+
+def gradients(protected: Any, directory: Path, *, overlap: bool, batches: int = 2) -> dict[str, torch.Tensor]:
+    """Of several accumulated batches, with their losses."""
+    trainer = trainer_of(protected, directory, overlap=overlap)
+    protected.model.zero_grad()
+    losses = [
+        trainer.training_step(protected.model, dict(batch(rows)), torch.tensor(31)) for rows in (5, 2, 1)[:batches]
+    ]
+    found = {name: p.grad.clone() for name, p in protected.model.named_parameters() if p.grad is not None}
+    return {**found, "losses": torch.stack(losses).double()}
+
+
+@pytest.mark.parametrize("profile", ["balanced", "strict", "stream", "enclave"])
+def test_gradients_of_the_whole_batch(profile: str, tmp_path: Path) -> None:
+    with protect(new_model(), profile=profile, threads=None if profile == "enclave" else 1) as protected:
+        whole = gradients(protected, tmp_path, overlap=False, batches=3)
+        halves = gradients(protected, tmp_path, overlap=True, batches=3)
+        assert whole.keys() == halves.keys()
+        assert len(whole) > 16
+        for name, expected in whole.items():
+            bound = 1e-9 if profile == "strict" else TOLERANCE  # noise rows cost three digits, anew at each call
+            bound = 1e-6 if name == "losses" else bound  # transformers sums them in float32, whatever the model's dtype
+            assert (halves[name] - expected).abs().max() <= bound * expected.abs().max(), name
+        again = gradients(protected, tmp_path, overlap=True, batches=3)
+        if profile != "strict":
+            assert all(torch.equal(halves[name], again[name]) for name in halves), "not the same every time"
+
+
+def test_both_halves_are_under_way_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The control of what overlap is: a second request is sent before the first reply is read."""
+    from obfuscatune.enclave.session import Session
+
+    most = {False: 0, True: 0}
+    submit = Session.submit
+    for overlap in (False, True):
+
+        def counting(self: Session, *args: Any, overlap: bool = overlap, **options: Any) -> Any:
+            pending = submit(self, *args, **options)
+            most[overlap] = max(most[overlap], len(self._under_way))
+            return pending
+
+        monkeypatch.setattr(Session, "submit", counting)
+        with protect(new_model(), profile="balanced") as protected:
+            gradients(protected, tmp_path, overlap=overlap)
+    assert most == {False: 1, True: 2}
+
+
+def test_rows_are_split_and_nothing_else() -> None:
+    inputs = {**batch(5), "factor": torch.ones(2), "flag": True}
+    first, second = halves_of(inputs)
+    assert torch.equal(torch.cat([first["labels"], second["labels"]]), inputs["labels"])
+    assert (len(first["input_ids"]), len(second["input_ids"])) == (3, 2)
+    assert first["factor"] is second["factor"] is inputs["factor"]
+    assert first["flag"] is second["flag"] is True
+    assert halves_of({name: tensor[:1] for name, tensor in batch(5).items()})[0].keys() == batch(5).keys()
+
+
+def test_what_it_would_change_is_refused(tmp_path: Path) -> None:
+    with (
+        protect(new_model(dropout=0.1), profile="enclave") as protected,
+        pytest.raises(UsageError, match=r"overlap does not fit dropout: got 0\.1"),
+    ):
+        trainer_of(protected, tmp_path, overlap=True)
+    with (
+        protect(new_model(), profile="paper") as protected,
+        pytest.raises(UsageError, match="LoRA factors on the worker: got profile paper"),
+    ):
+        trainer_of(protected, tmp_path, overlap=True)
+
+
+def test_a_fault_in_one_half_is_the_steps_error(tmp_path: Path) -> None:
+    with protect(new_model(), profile="balanced") as protected:
+        trainer = trainer_of(protected, tmp_path, overlap=True)
+        protected.session.process.kill()
+        with pytest.raises((WorkerFault, UsageError), match=r"is gone|ended by an earlier fault"):
+            trainer.training_step(protected.model, dict(batch(4)), torch.tensor(31))
+
+
+# A slow link
+
+
+@contextmanager
+def slow_link(address: str, directory: Path, *, bytes_per_second: float) -> Iterator[str]:
+    """A relay to the address that passes so many bytes a second on, in each direction."""
+    path = str(directory / "relay")
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(path)
+    listener.listen()
+    ends: list[socket.socket] = []
+
+    def pump(source: socket.socket, target: socket.socket) -> None:
+        free = time.monotonic()  # when the last byte will be through
+        with contextlib.suppress(OSError):
+            while data := source.recv(32 * 1024):
+                free = max(free, time.monotonic()) + len(data) / bytes_per_second
+                time.sleep(max(0.0, free - time.monotonic()))
+                target.sendall(data)
+            target.shutdown(socket.SHUT_WR)
+
+    def serve() -> None:
+        near = listener.accept()[0]
+        far = socket.socket(socket.AF_UNIX)
+        far.connect(address.removeprefix("unix://"))
+        ends.extend((near, far))
+        for pair in ((near, far), (far, near)):
+            threading.Thread(target=pump, args=pair, daemon=True).start()
+
+    threading.Thread(target=serve, daemon=True).start()
+    try:
+        yield f"unix://{path}"
+    finally:
+        for end in (listener, *ends):
+            end.close()
+
+
+@pytest.mark.slow
+def test_a_slow_link_is_hidden_in_part(tmp_path: Path) -> None:
+    """One half's rows go out while the other's come back: the link is used in both directions at once.
+
+    The bound leaves most of the gain to a busy machine.
+    """
+    address, seconds = f"unix://{tmp_path}/worker", {}
+    command = [sys.executable, "-m", "obfuscatune.worker", "--listen", address, "--threads", "1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:  # noqa: S603
+        try:
+            assert "listening" in process.stdout.readline()  # type: ignore[union-attr]
+            with (
+                slow_link(address, tmp_path, bytes_per_second=20e6) as relay,
+                protect(new_model(width=64, layers=6), profile="balanced", worker=relay) as protected,
+            ):
+                for overlap in (False, True, False, True):
+                    trainer = trainer_of(protected, tmp_path, overlap=overlap)
+                    started = time.monotonic()
+                    for _ in range(3):
+                        trainer.training_step(protected.model, batch(8, length=60), torch.tensor(31))
+                    seconds[overlap] = min(seconds.get(overlap, 1e9), time.monotonic() - started)
+        finally:
+            process.terminate()
+    print(f"3 steps: {seconds[False]:.2f} s, with overlap {seconds[True]:.2f} s")
+    # 6 blocks, 2 calls each, forward and backward; 8 rows of 60 tokens of 64 numbers of 8 bytes, out and back.
+    assert seconds[False] >= 3 * 24 * 2 * 8 * 60 * 64 * 8 / 20e6
+    assert seconds[True] < 0.85 * seconds[False]
