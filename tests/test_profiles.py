@@ -12,7 +12,7 @@ from obfuscatune.profiles import PROFILES, SWITCHES, Profile, resolve
 
 
 def test_the_named_profiles() -> None:
-    assert list(PROFILES) == ["plain", "naive", "paper", "balanced", "strict", "stream", "enclave"]
+    assert list(PROFILES) == ["plain", "naive", "paper", "balanced", "strict", "stream", "shared", "enclave"]
     assert all(name == profile.name and profile.summary for name, profile in PROFILES.items())
     assert [name for name, profile in PROFILES.items() if not profile.remote] == ["enclave"]
 
@@ -117,15 +117,18 @@ CHANGES: dict[str, Any] = {
     "head_kappa": 1.0,
     "mix_tile": 128,
     "verify": True,
+    "primes": 5,
+    "threshold": 2,
+    "spares": 1,
 }
 
 
-IDLE_IN_BALANCED = {"inner_keys", "kappa", "mix_tile", "verify"}
+IDLE_IN_BALANCED = {"inner_keys", "kappa", "mix_tile", "verify", "primes", "threshold", "spares"}
 
 
 def test_every_switch_can_be_set_alone() -> None:
-    # These fit no profile but strict and stream.
-    assert {*CHANGES, "mix_rows", "rotate_stream"} == set(SWITCHES)
+    # These fit no profile but strict, stream and shared.
+    assert {*CHANGES, "mix_rows", "rotate_stream", "weights"} == set(SWITCHES)
     for switch, value in CHANGES.items():
         idle = switch in IDLE_IN_BALANCED
         with pytest.warns(UserWarning, match=f"{switch} has no effect") if idle else contextlib.nullcontext():
@@ -133,6 +136,27 @@ def test_every_switch_can_be_set_alone() -> None:
         assert getattr(resolved, switch) == value
         assert resolved.name == ("balanced" if idle else f"balanced+{switch}={value}")
         assert resolved == dataclasses.replace(PROFILES["balanced"], name=resolved.name, **{switch: value})
+
+
+def test_shares_need_all_but_the_products_inside_and_their_numbers_in_range() -> None:
+    for profile, switches, what in (
+        (
+            "balanced",
+            {"weights": "shared"},
+            "needs attention, mlp and lora_placement in the enclave.*needs identity keys",
+        ),
+        ("strict", {"weights": "open"}, "needs identity keys"),
+        ("shared", {"weights": "both"}, "not one of keyed, shared, open"),
+        ("shared", {"primes": 1}, "primes is 1, not 0, or 2 to 8"),
+        ("shared", {"primes": 9}, "primes is 9, not 0, or 2 to 8"),
+        ("shared", {"threshold": 3}, "threshold is 3, not 1 to 2"),
+        ("shared", {"threshold": 0}, "threshold is 0, not a whole number of at least 1"),
+        ("shared", {"spares": 9}, "spares is 9, not 0 to 8"),
+        ("shared", {"spares": True}, "spares is True"),
+    ):
+        with pytest.raises(UsageError, match=what):
+            resolve(profile, **switches)
+    assert resolve("shared", weights="open", primes=5, spares=1).name == "shared+weights=open+primes=5+spares=1"
 
 
 def test_names_tell_what_is_changed_and_nothing_else() -> None:
@@ -180,7 +204,7 @@ def test_no_warning_where_nothing_is_unfolded(name: str, switches: dict[str, Any
 
 
 def test_an_unknown_profile_names_the_known_ones() -> None:
-    with pytest.raises(UsageError, match=r"balancd.*plain, naive, paper, balanced, strict, stream, enclave"):
+    with pytest.raises(UsageError, match=r"balancd.*plain, naive, paper, balanced, strict, stream, shared, enclave"):
         resolve("balancd")
 
 

@@ -2,7 +2,7 @@
 
 A profile is data. Each field is a switch of its own; the named profiles are instances, and any switch can be changed
 alone (``resolve("balanced", mlp="enclave")``). What each profile leaks is stated in ``docs/design.md``; none of them
-is a cryptographic boundary.
+is a cryptographic boundary but `shared`, under the assumptions that ``docs/sharing.md`` names.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ from obfuscatune.errors import UsageError
 Side = Literal["enclave", "worker"]
 KeyFamily = Literal["identity", "haar", "monarch", "conditioned", "gaussian"]
 LoraPlacement = Literal["enclave", "split", "worker"]
+Weights = Literal["keyed", "shared", "open"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +47,12 @@ class Profile:
         mix_tile: the most columns that are mixed by one secret; as many noise rows go with them.
         verify: check every product of a linear layer against a secret vector, where all of its input and output is in
             the enclave.
+        weights: ``keyed``: on one worker, or block by block on several, under keys; ``shared``: as secret shares on
+            workers of different operators, as are the rows of every call, and everything but the linear layers in the
+            enclave; ``open``: in the clear on all of them, and only the rows are shared.
+        primes: how many primes shares are residues of: the precision. 0: 7 for a float32 model, 4 for a bfloat16 one.
+        threshold: how many workers together learn nothing of what is shared.
+        spares: how many workers may fail.
         rotate_stream: keep the residual stream on the worker too, under one secret rotation, so that all blocks are one
             call.
     """
@@ -69,6 +76,15 @@ class Profile:
     mix_tile: int = 512
     verify: bool = False
     rotate_stream: bool = False
+    weights: Weights = "keyed"
+    primes: int = 0
+    threshold: int = 1
+    spares: int = 0
+
+    @property
+    def shares(self) -> bool:
+        """Whether rows go to several workers as secret shares."""
+        return self.weights != "keyed"
 
     def switches(self) -> dict[str, str | int | float | bool]:
         """Return what the profile does, as plain values by name: equal exactly where two profiles do the same."""
@@ -128,6 +144,12 @@ PROFILES: dict[str, Profile] = {
             lora_placement="split",
             rotate_stream=True,
         ),
+        Profile(
+            name="shared",
+            summary="weights and rows as secret shares on three workers that must not collude: one alone sees noise",
+            verify=True,
+            weights="shared",
+        ),
         Profile(name="enclave", summary="everything stays in the enclave; no worker", remote=False),
     )
 }
@@ -135,12 +157,14 @@ PROFILES: dict[str, Profile] = {
 # float64 has 16 digits: beyond this a key's inverse is noise, and nothing computed under it means anything.
 MAX_KAPPA = 1e8
 SWITCHES = tuple(f.name for f in dataclasses.fields(Profile) if f.name not in ("name", "summary", "remote"))
+_LEAST = {"enclave_blocks": 0, "key_block": 2, "mix_tile": 64, "primes": 0, "threshold": 1, "spares": 0}
 _CHOICES = {
     "keys": get_args(KeyFamily),
     "inner_keys": get_args(KeyFamily),
     "attention": get_args(Side),
     "mlp": get_args(Side),
     "lora_placement": get_args(LoraPlacement),
+    "weights": get_args(Weights),
 }
 
 
@@ -197,6 +221,9 @@ def _without_effect(profile: Profile, changed: dict[str, Any]) -> dict[str, str]
         "head_kappa": (profile.attention == "worker" and profile.head_keys, "head_keys"),
         "permute_mlp": (profile.mlp == "worker", "mlp on the worker"),
         "mix_tile": (profile.mix_rows, "mix_rows"),
+        "primes": (profile.shares, "weights shared or open"),
+        "threshold": (profile.shares, "weights shared or open"),
+        "spares": (profile.shares, "weights shared or open"),
         "verify": (inside or not profile.verify, "attention or mlp in the enclave"),
     }
     if not profile.remote:
@@ -214,7 +241,7 @@ def _faults(profile: Profile) -> list[str]:
     for name in ("head_keys", "permute_mlp", "fold_norms", "mix_rows", "verify", "rotate_stream"):
         if not isinstance(getattr(profile, name), bool):
             faults.append(f"{name} is {getattr(profile, name)!r}, not true or false")
-    for name, least in (("enclave_blocks", 0), ("key_block", 2), ("mix_tile", 64)):
+    for name, least in _LEAST.items():
         value = getattr(profile, name)
         if type(value) is not int or value < least:
             faults.append(f"{name} is {value!r}, not a whole number of at least {least}")
@@ -227,8 +254,23 @@ def _faults(profile: Profile) -> list[str]:
         faults.append("mix_rows needs attention, mlp and lora_placement in the enclave")
     if profile.remote and profile.verify and profile.lora_placement != "enclave":
         faults.append("verify needs lora_placement=enclave: what the worker adds of an adapter is not verified")
+    if profile.remote and profile.shares:
+        faults += _faults_of_shares(profile)
     if profile.remote and profile.rotate_stream:
         faults += _faults_of_a_rotated_stream(profile)
+    return faults
+
+
+def _faults_of_shares(profile: Profile) -> list[str]:
+    what, faults = f"weights={profile.weights}", []
+    if (profile.attention, profile.mlp, profile.lora_placement) != ("enclave",) * 3:
+        faults.append(f"{what} needs attention, mlp and lora_placement in the enclave: workers multiply, no more")
+    if profile.mix_rows or profile.fold_norms or {profile.keys, profile.inner_keys} != {"identity"}:
+        faults.append(f"{what} needs identity keys, without mix_rows and fold_norms: shares hide all that these hide")
+    for name, most in (("primes", 8), ("threshold", 2), ("spares", 8)):
+        value = getattr(profile, name)
+        if type(value) is int and (value > most or (name, value) == ("primes", 1)):
+            faults.append(f"{name} is {value}, not {'0, or 2' if name == 'primes' else _LEAST[name]} to {most}")
     return faults
 
 

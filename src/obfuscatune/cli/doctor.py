@@ -55,6 +55,8 @@ def examine(root: Path = Path("/")) -> dict[str, Any]:
     """Return the findings as plain values. ``root``: where device files are looked for."""
     import torch
 
+    from obfuscatune.protocol.native import BUILD_HINT, kernel
+
     devices = {path: any(root.glob(path[1:])) for path in TEE_PATHS}
     inside = any(devices[path] for path in _INSIDE_A_TEE)
     core = resource.getrlimit(resource.RLIMIT_CORE)[0]
@@ -65,6 +67,7 @@ def examine(root: Path = Path("/")) -> dict[str, Any]:
         "cpu_cores": len(os.sched_getaffinity(0)),
         **{name: os.environ.get(name, "not set: enclave and worker spin for each other's cores") for name in WAITING},
         "cuda_devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "kernel_of_shares": "built" if kernel() is not None else f"not built; {BUILD_HINT}",
         "core_dumps": "off" if core == 0 else "on: a crash may write keys and prompts to the disk (ulimit -c 0)",
         "tee_devices": devices,
         "verdict": TEE if inside else NO_TEE,

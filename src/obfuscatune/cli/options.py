@@ -44,6 +44,10 @@ _SWITCH_HELP = {
     "mix_rows": "mix the rows of each call with noise rows",
     "mix_tile": "most columns that one secret mixes",
     "verify": "check each product by a secret vector",
+    "weights": "keyed, as secret shares on several workers, or open on them",
+    "primes": "of secret shares: more is more precise; 0 by the model's dtype",
+    "threshold": "how many workers with shares may collude",
+    "spares": "how many workers with shares may fail",
     "rotate_stream": "all blocks in one call, under one rotation of the residual stream",
 }
 

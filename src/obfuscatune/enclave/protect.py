@@ -1,5 +1,6 @@
 """``protect``, the door: keys a model's large layers onto a worker and gives the same model back."""
 
+import warnings
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from obfuscatune.enclave.links import Link, bytes_of, spread
 from obfuscatune.enclave.protected import Protected
 from obfuscatune.enclave.recipes.context import Keying
 from obfuscatune.enclave.recipes.linears import key_group
+from obfuscatune.enclave.recipes.shared import SharedRecipe
 from obfuscatune.enclave.recipes.stream import StreamRecipe
 from obfuscatune.enclave.recipes.whole import key_attention_part, key_mlp_part
 from obfuscatune.enclave.remote.body import RemoteBody
@@ -26,6 +28,8 @@ from obfuscatune.enclave.remote.held import HeldAdapter
 from obfuscatune.enclave.remote.linear import RemoteLinear
 from obfuscatune.enclave.remote.whole import RemotePart
 from obfuscatune.enclave.session import Session
+from obfuscatune.enclave.sharing.scheme import Scheme
+from obfuscatune.enclave.sharing.statement import describe
 from obfuscatune.enclave.spawn import open_session
 from obfuscatune.errors import KeyFaultError, UnsupportedModelError, UsageError
 from obfuscatune.profiles import Profile, resolve
@@ -62,7 +66,8 @@ def protect(
         profile: name of a profile, or a record; ``switches`` change single fields of it (``mlp="enclave"``).
         worker: ``"spawn"`` for a process on this machine, or the address of one that runs: ``unix://PATH``,
             ``tls://HOST:PORT#FINGERPRINT``, ``tcp://HOST:PORT``. Several of them share the blocks, each as many as it
-            can hold.
+            can hold. Profile ``shared`` needs three, of operators that do not collude, and more with ``spares``;
+            ``"spawn"`` starts all of them here, for tests and demonstrations, and protects nothing.
         device, threads: of a spawned worker; torch's default otherwise.
         timeout: seconds to wait for each reply of the worker.
         identity: this enclave's, or the path of its ``NAME.key``, for ``tls://``; the worker must allow it.
@@ -84,7 +89,7 @@ def protect(
     causal_lm = _causal_lm(model)
     _refuse_protected(causal_lm)
     _check_tensors(causal_lm)
-    workers = [worker] if isinstance(worker, str) else list(worker)
+    workers = _addresses(worker, resolved)
     keys = _master_secret(secret, insecure_test_seed, workers)
     total = _base_parameters(model)
     weights = lazy_weights(causal_lm)
@@ -96,6 +101,9 @@ def protect(
     decoder = read_decoder(causal_lm)
     resolved = fit(decoder, resolved, {name for name, value in switches.items() if value is not None})
     blocks = _leaving(decoder, resolved)
+    if resolved.shares and threads is None and set(workers) == {"spawn"}:
+        # Workers of our own that multiply at the same time share the cores: more threads would wait for each other.
+        threads = max(1, torch.get_num_threads() // len(workers))
     connect = partial(
         open_session, timeout=timeout, threads=threads, device=device, identity=identity, insecure=insecure
     )
@@ -104,20 +112,24 @@ def protect(
         for address in workers:
             sessions.append(connect(address))
         links = [Link.greet(session) for session in sessions]
-        placed = spread([bytes_of(block) for block in blocks], links)
+        placed = [0] * len(blocks) if resolved.shares else spread([bytes_of(block) for block in blocks], links)
         held = HeldAdapter()
         keying = Keying(links, resolved, causal_lm.config, keys, held, isinstance(model, PeftModel), weights)
         if weights is not None:
             weights.keep(layer.path for block in decoder.blocks[: resolved.enclave_blocks] for layer in block.layers)
-        recipes = [_recipe(keying, decoder) for _ in links]
+        sharing = SharedRecipe(keying) if resolved.shares else None
+        recipes = [_recipe(keying, decoder) for _ in links] if sharing is None else [sharing]
         with without_autocast():
             for block, number in zip(_with_bar(blocks, progress), placed, strict=True):
                 keying.link = links[number]
-                keying.link.blocks.append(block.path)
+                for link in links if resolved.shares else [keying.link]:
+                    link.blocks.append(block.path)
                 recipes[number].key_block(block)
                 keying.close()
-            for keying.link, recipe in zip(links, recipes, strict=True):
+            for keying.link, recipe in zip(links, recipes, strict=False):
                 recipe.finish()
+        if sharing is not None:
+            _warn_of_sharing(sharing, workers)
         keying.install()
     except BaseException:
         for session in sessions:
@@ -144,6 +156,7 @@ def protect(
         held,
         keys,
         total_parameters=total,
+        sharing=None if sharing is None else (sharing.workers, workers),
     )
 
 
@@ -177,6 +190,29 @@ class _ByPart:
 
     def finish(self) -> None:
         """Nothing is of more than one block."""
+
+
+def _addresses(worker: str | Sequence[str], profile: Profile) -> list[str]:
+    """The workers' addresses: where rows are shared, one for each point."""
+    given = [worker] if isinstance(worker, str) else list(worker)
+    if not profile.shares:
+        return given
+    count = Scheme.make(threshold=profile.threshold, weights=profile.weights, spares=profile.spares).points
+    if given == ["spawn"]:
+        return given * len(count)
+    if len(given) != len(count):
+        raise UsageError(
+            "number of workers", got=len(given), expected=f"{len(count)} for profile {profile.name}", hint="spares=1"
+        )
+    identities = [address.rpartition("#")[2] for address in given if address != "spawn"]
+    if len(set(identities)) != len(identities):
+        raise UsageError("one worker is given twice: with two shares it has what is shared", where=", ".join(given))
+    return given
+
+
+def _warn_of_sharing(recipe: SharedRecipe, addresses: Sequence[str]) -> None:
+    for text in describe(recipe.workers, addresses).warnings():
+        warnings.warn(text, stacklevel=3)
 
 
 def _recipe(keying: Keying, decoder: Decoder) -> _Recipe:

@@ -12,6 +12,7 @@ from obfuscatune.enclave.links import Link
 from obfuscatune.enclave.remote.held import OPTIMIZERS, HeldAdapter, RemoteOptimizer
 from obfuscatune.enclave.report import Report, make_report
 from obfuscatune.enclave.session import Session
+from obfuscatune.enclave.sharing.workers import Workers
 from obfuscatune.errors import UsageError, WorkerFault
 from obfuscatune.profiles import Profile
 
@@ -37,11 +38,12 @@ class Protected:
         secret: MasterSecret,
         *,
         total_parameters: int,
+        sharing: tuple[Workers, list[str]] | None = None,
     ) -> None:
         self.model, self.profile, self.secret = model, profile, secret
         self.links = links
         self._held = held
-        self._total_parameters = total_parameters
+        self._total_parameters, self._sharing = total_parameters, sharing
         self._final_report: Report | None = None
         for link in links:
             # The model's end, not this object's: `protect(model).model` alone keeps running.
@@ -87,7 +89,7 @@ class Protected:
         """Return what is where, what crossed the boundary, and what it cost."""
         if self._final_report is not None:
             return self._final_report
-        return make_report(self.profile, self.links, total=self._total_parameters)
+        return make_report(self.profile, self.links, total=self._total_parameters, sharing=self._sharing)
 
     def close(self) -> None:
         """End all sessions; the workers forget it all. The model cannot be run after that; may be called again.

@@ -7,6 +7,8 @@ from typing import Any
 
 from obfuscatune.enclave.links import Link
 from obfuscatune.enclave.session import Session, Traffic
+from obfuscatune.enclave.sharing.statement import Sharing, describe
+from obfuscatune.enclave.sharing.workers import Workers
 from obfuscatune.errors import UsageError, WorkerFault
 from obfuscatune.profiles import Profile
 from obfuscatune.protocol.memory import peak_memory_bytes
@@ -19,7 +21,7 @@ class WorkerPart:
     Attributes:
         name: its address, or its process. blocks, parameters: what it has of the model, keyed.
         traffic: by operation; the seconds are those that the enclave waited for this worker.
-        peak_bytes: of its memory, as it says; None where it says nothing.
+        peak_bytes, busy_seconds: of its memory, and with products of shares, as it says; None where it says nothing.
     """
 
     name: str
@@ -27,6 +29,7 @@ class WorkerPart:
     parameters: int
     traffic: dict[str, Traffic]
     peak_bytes: int | None
+    busy_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +41,7 @@ class Report:
     total_parameters: int
     workers: list[WorkerPart]
     enclave_peak_bytes: int
+    sharing: Sharing | None = None
 
     @property
     def worker(self) -> str:
@@ -46,8 +50,9 @@ class Report:
 
     @property
     def worker_parameters(self) -> int:
-        """Parameters on all workers."""
-        return sum(part.parameters for part in self.workers)
+        """Parameters on all workers; each has a share of every one, where they are shared."""
+        counts = [part.parameters for part in self.workers]
+        return max(counts, default=0) if self.sharing is not None else sum(counts)
 
     @property
     def worker_peak_bytes(self) -> int | None:
@@ -81,11 +86,16 @@ class Report:
 
     def __str__(self) -> str:
         share = f"{100 * self.enclave_share:.1f} % of {self.total_parameters:,}"
+        what = "as secret shares" if self.sharing is not None and not self.sharing.open_weights else "under its keys"
+        if self.sharing is not None and self.sharing.open_weights:
+            what = "in the clear"
         lines = [
             f"profile {self.profile.name}: {self.profile.summary}",
             f"parameters  {self.enclave_parameters:>14,} in the enclave in the clear ({share})",
-            f"            {self.worker_parameters:>14,} on the worker, under this profile's keys ({self.worker})",
+            f"            {self.worker_parameters:>14,} on the worker, {what} ({self.worker})",
         ]
+        if self.sharing is not None:
+            lines += self.sharing.lines()
         if len(self.workers) > 1:
             lines.append(f"{'worker':<40}{'blocks':>8}{'parameters':>14}{'MB':>10}{'s waiting':>12}")
             lines += [_line(part) for part in self.workers]
@@ -107,34 +117,47 @@ def _line(part: WorkerPart) -> str:
     return f"{part.name[:39]:<40}{part.blocks:>8,}{part.parameters:>14,}{moved:>10,.1f}{waited:>12.2f}"
 
 
-def make_report(profile: Profile, links: Sequence[Link], *, total: int) -> Report:
+def make_report(
+    profile: Profile, links: Sequence[Link], *, total: int, sharing: tuple[Workers, list[str]] | None = None
+) -> Report:
     """Collect the counts; asks each worker for its own memory, if it still answers.
 
     Args:
         total: parameters of the whole model. What did not leave is in the enclave: the model itself cannot be counted
-            now, as the biases of remote layers are its buffers.
+            now, as the biases of remote layers are its buffers. sharing: the workers that have shares, and their
+            addresses.
     """
+    told = [_told(link.session) for link in links]
+    gone = [link.parameters for link in links]
+    busy = [value for _, value in told if value is not None]
     return Report(
         profile=profile,
-        enclave_parameters=total - sum(link.parameters for link in links),
+        enclave_parameters=total - (sum(gone) if sharing is None else max(gone)),
         total_parameters=total,
         workers=[
             WorkerPart(
                 name=link.session.worker,
                 blocks=len(link.blocks),
                 parameters=link.parameters,
-                peak_bytes=_peak(link.session),
+                peak_bytes=peak,
+                busy_seconds=seconds,
                 traffic={op: dataclasses.replace(t) for op, t in link.session.traffic.items()},
             )
-            for link in links
+            for link, (peak, seconds) in zip(links, told, strict=True)
         ],
         enclave_peak_bytes=peak_memory_bytes(),
+        sharing=None if sharing is None else describe(*sharing, busy),
     )
 
 
-def _peak(session: Session) -> int | None:
+def _told(session: Session) -> tuple[int | None, float | None]:
+    """Peak memory and seconds of products, as a worker says."""
     try:
-        number = session.request("stats", "-", {}, {}, {})[0].get("peak_memory_bytes")
+        reply = session.request("stats", "-", {}, {}, {})[0]
     except (UsageError, WorkerFault):
-        return None
-    return number if isinstance(number, int) and number > 0 else None
+        return None, None
+    peak, busy = reply.get("peak_memory_bytes"), reply.get("busy_seconds")
+    return (
+        peak if isinstance(peak, int) and peak > 0 else None,
+        busy if isinstance(busy, float) and busy >= 0 else None,
+    )

@@ -4,6 +4,7 @@ A request is a header and tensors; its answer likewise. A request that is not a 
 with a message of names and shapes, which the server sends back; the session goes on.
 """
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +22,7 @@ from obfuscatune.worker.budget import Ledger, free_bytes
 from obfuscatune.worker.kv import Tokens
 from obfuscatune.worker.optimizer import HeldOptimizer
 from obfuscatune.worker.parallel import ALONE, Group, ends_the_group
+from obfuscatune.worker.residues import ResidueSegment
 from obfuscatune.worker.segments import Call, LinearSegment, MlpSegment, Segment
 
 Reply = tuple[dict[str, Any], dict[str, Tensor]]
@@ -30,6 +32,7 @@ SEGMENTS: dict[str, type[Segment]] = {
     "mlp": MlpSegment,
     "attention": AttentionSegment,
     "body": BodySegment,
+    "residues": ResidueSegment,
 }
 
 
@@ -52,6 +55,7 @@ class WorkerSession:
         self._caches: dict[int, dict[str, tuple[Tokens, ...]]] = {}
         self._shared: dict[int, tuple[Tensor, ...]] = {}
         self._optimizer = HeldOptimizer()
+        self._busy_seconds = 0.0
         self._operations = {
             "hello": self._hello,
             "define": self._define,
@@ -212,11 +216,20 @@ class WorkerSession:
         return {"gradient_norms": norms}, dict(zip(wants, found, strict=False))
 
     def _multiply(self, header: dict[str, Any], tensors: dict[str, Tensor]) -> Reply:
-        """Multiply tiles of rows by their parts of a linear segment's weight, or of its transpose; nothing is kept."""
+        """Multiply rows by a linear segment's weight, or its transpose; nothing is kept."""
         segment, transpose = self._segment(header), header.get("transpose")
-        if not isinstance(segment, LinearSegment) or set(tensors) != {"x"} or not isinstance(transpose, bool):
-            raise ProtocolError("product", got=sorted(tensors), expected="x, for a linear segment, and transpose")
-        return {}, {"y": segment.multiply(tensors["x"], transpose=transpose)}
+        if (
+            not isinstance(segment, LinearSegment | ResidueSegment)
+            or set(tensors) != {"x"}
+            or not isinstance(transpose, bool)
+        ):
+            raise ProtocolError(
+                "product", got=sorted(tensors), expected="x, for a linear segment or a share, and transpose"
+            )
+        started = time.perf_counter()
+        y = segment.multiply(tensors["x"], transpose=transpose)
+        self._busy_seconds += time.perf_counter() - started
+        return {}, {"y": y}
 
     def _optimize(self, header: dict[str, Any], tensors: dict[str, Tensor]) -> Reply:
         answer = self._optimizer.handle(header, tensors)
@@ -228,6 +241,7 @@ class WorkerSession:
             "peak_memory_bytes": peak_memory_bytes(),
             "kept_calls": len(self._calls),
             "caches": len(self._caches),
+            "busy_seconds": self._busy_seconds,
             "held_bytes": self.ledger.held,
         }
         return numbers, {}

@@ -39,6 +39,6 @@ def test_every_family_has_its_row() -> None:
 def test_a_row_is_what_the_code_does(model_type: str) -> None:
     plain, linear, balanced, stream = (text.strip() for text in ROWS[model_type].split("|"))
     assert cell(model_type, "plain") == plain
-    assert {cell(model_type, profile) for profile in ("paper", "naive", "strict")} == {linear}
+    assert {cell(model_type, profile) for profile in ("paper", "naive", "strict", "shared")} == {linear}
     assert cell(model_type, "balanced") == balanced
     assert cell(model_type, "stream") == stream.replace(" (1)", "")

@@ -4,6 +4,7 @@ import dataclasses
 import warnings
 from collections.abc import Collection
 
+import torch
 from torch import nn
 
 from obfuscatune.enclave.families.form import Decoder
@@ -25,6 +26,9 @@ def fit(decoder: Decoder, profile: Profile, chosen: Collection[str] = ()) -> Pro
         UnsupportedModelError: this profile cannot run this model exactly; why, and what can.
     """
     fitted = _adapted(decoder, profile, chosen)
+    if fitted.shares and not fitted.primes:
+        bfloat16 = next(decoder.model.parameters()).dtype == torch.bfloat16
+        fitted = dataclasses.replace(fitted, primes=4 if bfloat16 else 7)
     if fitted.remote:
         refuse_changed(decoder.blocks[fitted.enclave_blocks :], fitted)
     return fitted
@@ -60,7 +64,7 @@ def _refuse_unknown(decoder: Decoder, profile: Profile) -> None:
         raise UnsupportedModelError(
             "this profile needs a record of the model family, and there is none",
             got=f"profile {profile.name}, model_type {decoder.family!r}",
-            hint="profiles that send linear layers alone need none: paper, naive, strict",
+            hint="profiles that send linear layers alone need none: paper, naive, strict, shared",
         )
 
 

@@ -15,7 +15,10 @@ With ``mix_rows`` each linear layer sends tiles with their noise rows and gets a
 are depends on the tokens of a call; the table is for `ROWS` of them then. With ``rotate_stream`` all blocks together
 are one call, d numbers out and d back, and the biases that write the residual stream are on the worker too.
 
-A number is one element of the model's dtype. Framing adds up to about 200 bytes to a request and to a reply.
+Where rows are shared, each number is a byte for each prime, to and from each worker; the worker's parameters are those
+that each of them has a share of.
+
+Else a number is one element of the model's dtype. Framing adds up to about 200 bytes to a request and to a reply.
 """
 
 from dataclasses import asdict, dataclass
@@ -23,6 +26,8 @@ from typing import Any
 
 from obfuscatune.enclave.arithmetic import mixed_call, of_keys
 from obfuscatune.enclave.families import Attention, Block, Decoder, Group, Part
+from obfuscatune.enclave.recipes.shared import scheme_of
+from obfuscatune.enclave.sharing.check import COUNT
 from obfuscatune.profiles import Profile
 
 ROWS, LENGTH = 512, 128  # tokens of the call, and of one of its texts, that the estimate is for
@@ -70,6 +75,8 @@ def estimate(decoder: Decoder, profile: Profile, itemsize: int) -> Estimate:
         for group in inside:
             sums.add_group(group, profile)
     worker = sums.worker
+    if profile.shares:
+        itemsize = profile.primes * len(scheme_of(profile).points)
     return Estimate(
         profile=profile.name,
         enclave_parameters=total - worker,
@@ -123,7 +130,13 @@ class _Sums:
         family_out = profile.inner_keys if group.inner_out else profile.keys
         keys = of_keys(family_in, width, profile) + sum(of_keys(family_out, size, profile) for size in columns)
         self.inside += ROWS * keys
-        if profile.mix_rows:
+        if profile.shares:
+            scheme = scheme_of(profile)
+            workers, checks = len(scheme.points), COUNT if profile.verify else 0
+            self.sent, self.received = self.sent + width, self.received + out
+            self.inside += ROWS * len(scheme.primes) * (width * (workers + checks) + out * (scheme.needed + checks))
+            self.outside += ROWS * len(scheme.primes) * workers * width * out
+        elif profile.mix_rows:
             call = mixed_call(ROWS, width, out, profile.mix_tile)
             self.sent, self.received = self.sent + call.sent // ROWS, self.received + call.received // ROWS
             self.inside, self.outside = self.inside + call.enclave, self.outside + call.worker

@@ -26,9 +26,9 @@ from obfuscatune.training.loading import load_config, load_model, load_tokenizer
 Row = dict[str, Any]
 Factors = dict[str, Tensor]
 
-# All that have a worker, and placements of LoRA that no named profile has.
+# All that have one worker, and placements of LoRA that no named profile has. `shared` needs three, and is not float.
 CHECKED = (
-    *(name for name, profile in PROFILES.items() if profile.remote),
+    *(name for name, profile in PROFILES.items() if profile.remote and not profile.shares),
     *("balanced+lora_placement=split", "paper+lora_placement=enclave"),
 )
 TIMES_PLAIN = 4.0

@@ -1,0 +1,238 @@
+"""One model's workers as one multiplier: a product is sent to all as shares, and had from as many replies as it needs.
+
+A share of a call goes to one worker, once: nothing is ever sent again, to it or to another. Where a worker is lost,
+what the others return is enough if there is a spare; if not, all of it ends. A product that is wrong ends it too.
+"""
+
+import itertools
+import time
+import warnings
+import weakref
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from obfuscatune.enclave.keys.source import Secret
+from obfuscatune.enclave.replies import Pending
+from obfuscatune.enclave.session import Session
+from obfuscatune.enclave.sharing import coding
+from obfuscatune.enclave.sharing.check import COUNT, FieldCheck
+from obfuscatune.enclave.sharing.fixed import Side, fixed
+from obfuscatune.enclave.sharing.scheme import Scheme
+from obfuscatune.enclave.sharing.uniform import Uniform
+from obfuscatune.enclave.sharing.waiting import Answer, Box, Waiting
+from obfuscatune.enclave.sharing.weights import weight_shares
+from obfuscatune.errors import UsageError, WorkerFault
+
+TILE_ROWS = 256  # a call's rows go in parts, so that encoding, products and decoding overlap
+_AHEAD = 4  # parts under way
+
+
+@dataclass(frozen=True, slots=True, repr=False)  # a repr would show the check's vectors
+class SharedWeight:
+    """A weight on all workers: its name there, its path in the model, and what the enclave keeps of it."""
+
+    segment: str
+    path: str
+    forward: Side
+    backward: Side
+    check: FieldCheck
+
+
+@dataclass(slots=True)
+class Seconds:
+    """Of the enclave: CPU time for shares, and for results with their check; time of sending, and of waiting."""
+
+    encode: float = 0.0
+    send: float = 0.0
+    wait: float = 0.0
+    decode: float = 0.0
+
+
+@dataclass(slots=True, repr=False)
+class _Part:
+    """Some rows of a call, under way."""
+
+    rows: coding.Rows
+    count: int
+    pending: dict[int, Pending]
+    box: Box
+
+
+class Workers(Secret):
+    """The workers of one model, one for each point of the scheme.
+
+    Args:
+        sessions: with them. uniform: the masks, and the check's vectors. verify: check every product.
+    """
+
+    def __init__(self, sessions: Sequence[Session], scheme: Scheme, uniform: Uniform, *, verify: bool) -> None:
+        self.sessions, self.scheme = list(sessions), scheme
+        self.seconds = Seconds()
+        self.largest_error = 0.0
+        self._uniform, self._verify = uniform, verify
+        self._lost: set[int] = set()
+        self._waiting = Waiting(len(self.sessions)) if scheme.spares else None
+        if self._waiting is not None:
+            weakref.finalize(self, self._waiting.close)
+        self._number = uniform.number()
+        self._segments = 0
+
+    def define(self, path: str, weight: Tensor) -> SharedWeight:
+        """Share a weight ``[in, out]`` anew, and send each worker its share. Raises WorkerFault."""
+        integers = fixed(weight, self.scheme, path)
+        check = FieldCheck(integers.integers, self.scheme, self._uniform, COUNT if self._verify else 0)
+        segment = f"s{self._segments}"
+        self._segments += 1
+        shares = weight_shares(integers, self.scheme, self._uniform)
+        sent = []
+        for session, point, share in zip(self.sessions, self.scheme.points, shares, strict=True):
+            spec = {"primes": list(self.scheme.primes), "point": point, "sharing": self._number}
+            header = {"segment": segment, "kind": "residues", "spec": spec}
+            sent.append(session.submit("define", path, header, {"weight": share.contiguous()}, {}))
+        for pending in sent:
+            pending.result()
+        self.largest_error = max(self.largest_error, integers.forward.error)
+        return SharedWeight(segment, path, integers.forward, integers.backward, check)
+
+    def product(self, weight: SharedWeight, x: Tensor, *, transpose: bool) -> Tensor:
+        """Return ``x W`` float32 ``[n, out]``, or with the transpose, for x float32 ``[n, in]``.
+
+        A row that is not finite, as those of padding are in some models, gives NaN.
+
+        Raises:
+            WorkerFault: too few workers are left, or one of them is wrong; named, where a spare tells which.
+            UsageError: it has ended before.
+        """
+        side = weight.backward if transpose else weight.forward
+        out = torch.empty(len(x), len(side.after))
+        under_way: deque[tuple[int, _Part]] = deque()
+        for start in range(0, len(x), TILE_ROWS):
+            if len(under_way) == _AHEAD:
+                self._finish(weight, *under_way.popleft(), out, transpose=transpose)
+            under_way.append((start, self._send(weight, x[start : start + TILE_ROWS], transpose=transpose)))
+        while under_way:
+            self._finish(weight, *under_way.popleft(), out, transpose=transpose)
+        return out
+
+    def _send(self, weight: SharedWeight, x: Tensor, *, transpose: bool) -> _Part:
+        side, (images, _) = weight.backward if transpose else weight.forward, self._vectors(weight, transpose)
+        started = time.process_time()
+        drawn = torch.stack([self._uniform.draw(self.scheme, *x.shape) for _ in range(self.scheme.threshold)])
+        rows = coding.encode(self.scheme, x, side.before, drawn, most=side.most, vectors=images)
+        self.seconds.encode += time.process_time() - started
+        started = time.perf_counter()
+        header = {"segment": weight.segment, "transpose": transpose}
+        expected = {"y": ((len(self.scheme.primes), len(x), len(side.after)), torch.int8)}
+        part = _Part(rows, len(x), {}, Box())
+        for i, session in enumerate(self.sessions):
+            if i in self._lost or (self._waiting is not None and self._waiting.is_late(i)):
+                continue
+            try:
+                part.pending[i] = session.submit("multiply", weight.path, header, {"x": rows.shares[i]}, expected)
+            except WorkerFault as fault:
+                self._lose(i, fault)
+                continue
+            if self._waiting is not None:
+                self._waiting.ask(i, part.pending[i], part.box)
+        rows.shares.clear()  # sent; two of them together are the rows
+        self.seconds.send += time.perf_counter() - started
+        return part
+
+    def _finish(self, weight: SharedWeight, start: int, part: _Part, out: Tensor, *, transpose: bool) -> None:
+        side, (_, vectors) = weight.backward if transpose else weight.forward, self._vectors(weight, transpose)
+        started = time.perf_counter()
+        replies = self._replies(part)
+        self.seconds.wait += time.perf_counter() - started
+        started = time.process_time()
+        y = self._decode(replies, part, side, vectors)
+        self.seconds.decode += time.process_time() - started
+        if y is None:
+            raise self._wrong(weight, part, replies, side, vectors)
+        out[start : start + part.count] = y
+
+    def _decode(self, replies: Mapping[int, Tensor], part: _Part, side: Side, vectors: Tensor) -> Tensor | None:
+        used = sorted(replies)[: self.scheme.needed]
+        points = [self.scheme.points[i] for i in used]
+        shares = [replies[i] for i in used]
+        return coding.decode(self.scheme, points, shares, side.after, rows=part.rows, vectors=vectors)
+
+    def _replies(self, part: _Part) -> dict[int, Tensor]:
+        """As many replies as are needed, the first that come; all of them where there is no spare."""
+        if self._waiting is None:
+            try:
+                return {i: pending.result()[1]["y"] for i, pending in part.pending.items()}
+            except WorkerFault:
+                self.close()
+                raise
+        found: dict[int, Tensor] = {}
+        for _ in part.pending:
+            self._take(part.box.get(), found)
+            if len(found) == self.scheme.needed:
+                return found
+        self.close()
+        raise WorkerFault("too few replies", worker=self._names(part.pending), layer="-", call=0, got=len(found))
+
+    def _take(self, answer: tuple[int, Answer], found: dict[int, Tensor]) -> None:
+        i, reply = answer
+        if isinstance(reply, Tensor):
+            found[i] = reply
+        elif isinstance(reply, WorkerFault | UsageError):  # an ended session's error is the latter
+            self._lose(i, reply)
+        else:
+            raise reply
+
+    def _lose(self, i: int, fault: WorkerFault | UsageError) -> None:
+        """Go on without a worker, if there are enough others."""
+        first = i not in self._lost
+        self._lost.add(i)
+        self.sessions[i].close()
+        if len(self.sessions) - len(self._lost) < self.scheme.needed:
+            self.close()
+            raise fault
+        if first:
+            left = len(self.sessions) - len(self._lost) - self.scheme.needed
+            warnings.warn(
+                f"a worker is lost, and a spare stands in: {self.sessions[i].worker} ({fault.what}). "
+                f"{left} more may be lost.",
+                stacklevel=2,
+            )
+
+    def _wrong(
+        self, weight: SharedWeight, part: _Part, replies: dict[int, Tensor], side: Side, vectors: Tensor
+    ) -> WorkerFault:
+        """End it all, and return the error that names the liar, where more replies than are needed tell."""
+        if self._waiting is not None:
+            while len(replies) + len(self._lost & set(part.pending)) < len(part.pending):
+                self._take(part.box.get(), replies)
+        liars: list[int] = []
+        for used in itertools.combinations(sorted(replies), self.scheme.needed):
+            if self._decode({i: replies[i] for i in used}, part, side, vectors) is None:
+                continue
+            for i in set(replies) - set(used):
+                other = {j: replies[j] for j in (*used[1:], i)}
+                if self._decode(other, part, side, vectors) is None:
+                    liars.append(i)
+            break
+        weight.check.discard()
+        self.close()
+        hint = None if liars else "with a spare worker, spares=1, the one that is wrong is named"
+        names = self._names(liars or replies)
+        return WorkerFault("a product is wrong", worker=names, layer=weight.path, call=0, hint=hint)
+
+    def _vectors(self, weight: SharedWeight, transpose: bool) -> tuple[Tensor, Tensor]:
+        sides = weight.check.sides(transpose=transpose)
+        if sides is None:
+            raise UsageError("the sessions ended by a product that was wrong", where=weight.path)
+        return sides
+
+    def _names(self, numbers: Sequence[int] | Mapping[int, object]) -> str:
+        return " or ".join(self.sessions[i].worker for i in numbers)
+
+    def close(self) -> None:
+        """End all sessions."""
+        for session in self.sessions:
+            session.close()

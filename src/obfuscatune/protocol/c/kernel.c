@@ -1,0 +1,312 @@
+/* Arithmetic of shares over primes 64 < p < 128; what each function computes is written down, slowly, in
+ * enclave/sharing/reference.py and protocol/residues.py, and has the same bits here.
+ *
+ * Residues are centred: |r| <= (p - 1) / 2, one byte. Compiled without -ffast-math and without contraction, so that
+ * every float64 operation rounds as IEEE 754 says; sums are of integers, so that their order is nothing to the result.
+ * No function keeps anything, or branches on a residue but by what it is given openly: lengths, primes, counts.
+ */
+
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <math.h>
+
+#define TILE 4         /* rows that share one reading of the check's vectors */
+#define ROUND 6755399441055744.0 /* 1.5 2^52: adding it rounds to the nearest integer, ties to even, in the low bits */
+
+/* A function for each kind of CPU, chosen by what the CPU can; gcc's target_clones asks for its maker's name instead. */
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+#define WIDE __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")))
+#define MIDDLE __attribute__((target("avx2")))
+#define FOR_EACH_CPU(name, parameters, arguments)                                                          \
+    WIDE static int64_t name##_wide parameters { return name##_any arguments; }                            \
+    MIDDLE static int64_t name##_middle parameters { return name##_any arguments; }                        \
+    int64_t name parameters {                                                                              \
+        if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&                    \
+            __builtin_cpu_supports("avx512vl"))                                                            \
+            return name##_wide arguments;                                                                  \
+        return __builtin_cpu_supports("avx2") ? name##_middle arguments : name##_any arguments;            \
+    }
+#else
+#define FOR_EACH_CPU(name, parameters, arguments) \
+    int64_t name parameters { return name##_any arguments; }
+#endif
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE int32_t low_bits(double rounded) {
+    int64_t bits;
+    memcpy(&bits, &rounded, 8);
+    return (int32_t)bits;
+}
+
+/* The centred residue of v in 0..65535; m = floor(2^22 / p). The quotient is short by one at most, as v / 2^22 < 1. */
+INLINE int16_t centred(uint16_t v, uint16_t m, uint16_t p) {
+    uint16_t k = (uint16_t)(((uint32_t)v * m) >> 16) >> 6;
+    int16_t c = (int16_t)(v - k * p), half = (int16_t)(p / 2);
+    c = c > half ? c - (int16_t)p : c;
+    return c > half ? c - (int16_t)p : c;
+}
+
+/* The multiple of p at or above 24576, which makes sums of that size positive. */
+INLINE uint16_t lift(uint16_t p) { return (uint16_t)((24576 + p - 1) / p * p); }
+
+INLINE void dot_tile(const int16_t *rows, int64_t width, int64_t count, const int16_t *v, int32_t *sums) {
+    int32_t a = 0, b = 0, c = 0, d = 0;
+    if (count == TILE) {
+        for (int64_t j = 0; j < width; j++) {
+            a += (int32_t)rows[j] * v[j];
+            b += (int32_t)rows[width + j] * v[j];
+            c += (int32_t)rows[2 * width + j] * v[j];
+            d += (int32_t)rows[3 * width + j] * v[j];
+        }
+        sums[0] = a, sums[1] = b, sums[2] = c, sums[3] = d;
+        return;
+    }
+    for (int64_t i = 0; i < count; i++) {
+        a = 0;
+        for (int64_t j = 0; j < width; j++) a += (int32_t)rows[i * width + j] * v[j];
+        sums[i] = a;
+    }
+}
+
+/* rint(x column scale) of one row, and the scale that keeps its norm below `room` + `half`. A row that is not finite gives
+ * zeros, and the scale NaN, of which its result will be. */
+INLINE double quantize(const float *x, const double *column, int64_t width, double room, double half, double *t,
+                       int32_t *q) {
+    int64_t top = 0, squares = 0;
+    for (int64_t j = 0; j < width; j++) {
+        double value = (double)x[j] * column[j];
+        int64_t bits;
+        memcpy(&bits, &value, 8);
+        bits &= INT64_MAX; /* of positive numbers the order of the bits is the order of the values; NaN is above all */
+        top = bits > top ? bits : top;
+        t[j] = value;
+    }
+    int64_t exponent = top >> 52;
+    if (exponent == 2047) {
+        memset(q, 0, (size_t)width * sizeof *q);
+        return NAN;
+    }
+    if (room == 0) { /* integers already, within what their bound allows */
+        for (int64_t j = 0; j < width; j++) q[j] = low_bits(t[j] + ROUND);
+        return 1;
+    }
+    if (exponent < 18) { /* zeros, or so small that they are */
+        memset(q, 0, (size_t)width * sizeof *q);
+        return 1;
+    }
+    int64_t bits = (2064 - exponent) << 52; /* a power of two that brings the largest to 2^18..2^19 */
+    double coarse;
+    memcpy(&coarse, &bits, 8);
+    for (int64_t j = 0; j < width; j++) {
+        int64_t r = low_bits(t[j] * coarse + ROUND);
+        squares += r * r;
+    }
+    double scale = room * coarse / (sqrt((double)squares) + half);
+    for (int64_t j = 0; j < width; j++) q[j] = low_bits(t[j] * scale + ROUND);
+    return scale;
+}
+
+/* Shares of rows. With T numbers drawn, share t = c0 X + c1 U1 + .. + cT UT mod p, T at most 2. */
+struct encoding {
+    const float *x;         /* [n, width] */
+    const double *column;   /* [width] */
+    int64_t n, width;
+    double room, half;      /* room 0: x column is rounded as it is */
+    const int32_t *primes;  /* [L] */
+    int64_t L;
+    const int8_t *drawn;    /* [T, L, n, width], centred */
+    int64_t T;
+    const int16_t *weights; /* [L, made, 1 + T], centred */
+    int64_t made;
+    const int16_t *vectors; /* [L, checks, width], centred */
+    int64_t checks;
+    int8_t *shares;         /* [made, L, n, width] */
+    double *scales;         /* [n] */
+    int16_t *images;        /* [n, L, checks], 0 to p - 1 */
+};
+
+/* Rows begin to end - 1. Returns `end`; -1 without memory. */
+INLINE int64_t encode_any(const struct encoding *e, int64_t begin, int64_t end) {
+    const int64_t width = e->width, L = e->L, T = e->T, checks = e->checks, plane = e->n * width;
+    int64_t done = end;
+    double *t = malloc((size_t)width * sizeof *t);
+    int32_t *q = malloc((size_t)(TILE * width) * sizeof *q);
+    int16_t *r = malloc((size_t)(TILE * width) * sizeof *r);
+    if (!t || !q || !r) {
+        done = -1;
+        goto end;
+    }
+    for (int64_t first = begin; first < end; first += TILE) {
+        int64_t count = end - first < TILE ? end - first : TILE;
+        for (int64_t i = 0; i < count; i++)
+            e->scales[first + i] =
+                quantize(e->x + (first + i) * width, e->column, width, e->room, e->half, t, q + i * width);
+        for (int64_t l = 0; l < L; l++) {
+            const int32_t prime = e->primes[l];
+            const uint16_t p = (uint16_t)prime, m = (uint16_t)((1 << 22) / p), up = lift(p);
+            const float inverse = 1.0f / p;
+            for (int64_t i = 0; i < count; i++) {
+                const int32_t *qi = q + i * width;
+                int16_t *ri = r + i * width;
+                for (int64_t j = 0; j < width; j++) { /* |q| < 2^27: the quotient is off by less than 2 */
+                    int32_t k = (int32_t)((float)qi[j] * inverse);
+                    ri[j] = centred((uint16_t)(qi[j] - k * prime + 4 * prime), m, p);
+                }
+                const int64_t at = l * plane + (first + i) * width;
+                const int8_t *u1 = e->drawn + at, *u2 = T > 1 ? u1 + L * plane : u1;
+                for (int64_t s = 0; s < e->made; s++) { /* at most 3 * 63 * 64 + 24576 */
+                    const int16_t *w = e->weights + (l * e->made + s) * (1 + T);
+                    const int16_t w0 = w[0], w1 = w[1], w2 = T > 1 ? w[2] : 0;
+                    int8_t *out = e->shares + s * L * plane + at;
+                    if (w2 == 0)
+                        for (int64_t j = 0; j < width; j++)
+                            out[j] = (int8_t)centred((uint16_t)(w0 * ri[j] + w1 * u1[j] + up), m, p);
+                    else
+                        for (int64_t j = 0; j < width; j++)
+                            out[j] = (int8_t)centred((uint16_t)(w0 * ri[j] + w1 * u1[j] + w2 * u2[j] + up), m, p);
+                }
+            }
+            for (int64_t k = 0; k < checks; k++) {
+                int32_t sums[TILE];
+                dot_tile(r, width, count, e->vectors + (l * checks + k) * width, sums);
+                for (int64_t i = 0; i < count; i++) {
+                    int32_t residue = sums[i] % prime;
+                    e->images[((first + i) * L + l) * checks + k] = (int16_t)(residue < 0 ? residue + prime : residue);
+                }
+            }
+        }
+    }
+end:
+    free(t), free(q), free(r);
+    return done;
+}
+FOR_EACH_CPU(encode, (const struct encoding *e, int64_t begin, int64_t end), (e, begin, end))
+
+/* Rows of products: interpolated at 0, checked, lifted, scaled. */
+struct decoding {
+    const int8_t *const *replies; /* [needed] of [L, n, width], any bytes */
+    int64_t needed, n, width;
+    const int32_t *primes;        /* [L] */
+    int64_t L;
+    const int16_t *weights;       /* [L, needed], centred, times the inverse of M / p */
+    const int16_t *vectors;       /* [L, checks, width], centred, times M / p */
+    int64_t checks;
+    const int16_t *images;        /* [n, L, checks] */
+    const double *scales;         /* [n] */
+    const double *column;         /* [width] */
+    float *out;                   /* [n, width] */
+};
+
+/* Rows begin to end - 1. Returns a row at or before the first one that is wrong, or `end`; -1 without memory. */
+INLINE int64_t decode_any(const struct decoding *e, int64_t begin, int64_t end) {
+    const int64_t width = e->width, L = e->L, needed = e->needed, checks = e->checks, plane = e->n * width;
+    int64_t done = begin;
+    int16_t *r = malloc((size_t)(TILE * width) * sizeof *r);
+    int32_t *parts = malloc((size_t)(2 * TILE * width) * sizeof *parts); /* of the first four primes, of the others */
+    int32_t whole[2] = {1, 1};
+    if (!r || !parts) {
+        done = -1;
+        goto end;
+    }
+    for (int64_t l = 0; l < L; l++) whole[l / 4] *= e->primes[l];
+    const double inverse0 = 1.0 / whole[0], inverse1 = 1.0 / whole[1];
+    for (int64_t first = begin; first < end; first += TILE) {
+        const int64_t count = end - first < TILE ? end - first : TILE, span = count * width;
+        memset(parts, 0, (size_t)(2 * TILE * width) * sizeof *parts);
+        for (int64_t l = 0; l < L; l++) {
+            const int32_t prime = e->primes[l], rest = whole[l / 4] / prime;
+            const uint16_t p = (uint16_t)prime, m = (uint16_t)((1 << 22) / p), up = lift(p);
+            const int64_t at = l * plane + first * width;
+            int32_t *part = parts + (l / 4) * TILE * width;
+            for (int64_t s = 0; s < needed; s += 3) { /* three bytes that may be anything: 63 + 3 * 63 * 128 < 24576 */
+                const int16_t *w = e->weights + l * needed + s;
+                const int8_t *a = e->replies[s] + at, *b = s + 1 < needed ? e->replies[s + 1] + at : a,
+                             *c = s + 2 < needed ? e->replies[s + 2] + at : a;
+                const int16_t w0 = w[0], w1 = s + 1 < needed ? w[1] : 0, w2 = s + 2 < needed ? w[2] : 0;
+                if (s == 0)
+                    for (int64_t j = 0; j < span; j++)
+                        r[j] = centred((uint16_t)(w0 * a[j] + w1 * b[j] + w2 * c[j] + up), m, p);
+                else
+                    for (int64_t j = 0; j < span; j++)
+                        r[j] = centred((uint16_t)(r[j] + w0 * a[j] + w1 * b[j] + w2 * c[j] + up), m, p);
+            }
+            for (int64_t j = 0; j < span; j++) part[j] += r[j] * rest;
+            for (int64_t k = 0; k < checks; k++) {
+                int32_t sums[TILE];
+                dot_tile(r, width, count, e->vectors + (l * checks + k) * width, sums);
+                for (int64_t i = 0; i < count; i++) {
+                    int32_t residue = sums[i] % prime;
+                    if (e->images[((first + i) * L + l) * checks + k] != (residue < 0 ? residue + prime : residue))
+                        goto end;
+                }
+            }
+        }
+        for (int64_t i = 0; i < count; i++) {
+            const int32_t *g0 = parts + i * width, *g1 = parts + (TILE + i) * width;
+            const double unit = 1 / e->scales[first + i];
+            float *out = e->out + (first + i) * width;
+            for (int64_t j = 0; j < width; j++) { /* Y / M = g0 / P0 + g1 / P1 mod 1, centred; |k| <= 4 */
+                int32_t k = low_bits(g0[j] * inverse0 + g1[j] * inverse1 + ROUND);
+                int64_t y = (int64_t)(g0[j] - k * whole[0]) * whole[1] + (int64_t)g1[j] * whole[0];
+                out[j] = (float)((double)y * e->column[j] * unit);
+            }
+        }
+        done = first + count;
+    }
+end:
+    free(r), free(parts);
+    return done;
+}
+FOR_EACH_CPU(decode, (const struct decoding *e, int64_t begin, int64_t end), (e, begin, end))
+
+/* The centred residues of int32 numbers. */
+INLINE int64_t reduce_any(const int32_t *x, int64_t n, int32_t prime, int8_t *out) {
+    const uint16_t p = (uint16_t)prime, m = (uint16_t)((1 << 22) / p);
+    const float inverse = 1.0f / p;
+    for (int64_t j = 0; j < n; j++) { /* |x / p| < 2^25: the quotient is off by less than 6 */
+        int32_t k = (int32_t)((float)x[j] * inverse);
+        out[j] = (int8_t)centred((uint16_t)(x[j] - k * prime + 8 * prime), m, p);
+    }
+    return n;
+}
+FOR_EACH_CPU(reduce, (const int32_t *x, int64_t n, int32_t prime, int8_t *out), (x, n, prime, out))
+
+/* Keep of bytes, masked to seven bits, those below p, centred; at most `wanted`. Returns how many were kept. */
+INLINE int64_t keep_one_by_one(const uint8_t *bytes, int64_t n, int32_t prime, int8_t *out, int64_t wanted) {
+    int64_t kept = 0;
+    int32_t half = prime / 2;
+    for (int64_t j = 0; j < n && kept < wanted; j++) { /* without a branch on the byte */
+        int32_t b = bytes[j] & 127;
+        out[kept] = (int8_t)(b > half ? b - prime : b);
+        kept += b < prime;
+    }
+    return kept;
+}
+
+#if defined(__x86_64__) && defined(__GNUC__)
+__attribute__((target("avx512f,avx512bw,avx512vbmi2"))) static int64_t keep_by_64(const uint8_t *bytes, int64_t n,
+                                                                                   int32_t prime, int8_t *out,
+                                                                                   int64_t wanted) {
+    int64_t kept = 0, j = 0;
+    const __m512i p = _mm512_set1_epi8((char)prime), half = _mm512_set1_epi8((char)(prime / 2)),
+                  mask = _mm512_set1_epi8(127);
+    for (; j + 64 <= n && kept + 64 <= wanted; j += 64) {
+        __m512i b = _mm512_and_si512(_mm512_loadu_si512(bytes + j), mask);
+        __mmask64 good = _mm512_cmplt_epi8_mask(b, p);
+        b = _mm512_mask_sub_epi8(b, _mm512_cmpgt_epi8_mask(b, half), b, p);
+        _mm512_storeu_si512(out + kept, _mm512_maskz_compress_epi8(good, b));
+        kept += __builtin_popcountll(good);
+    }
+    return kept + keep_one_by_one(bytes + j, n - j, prime, out + kept, wanted - kept);
+}
+#endif
+
+int64_t keep_below(const uint8_t *bytes, int64_t n, int32_t prime, int8_t *out, int64_t wanted) {
+#if defined(__x86_64__) && defined(__GNUC__)
+    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vbmi2"))
+        return keep_by_64(bytes, n, prime, out, wanted);
+#endif
+    return keep_one_by_one(bytes, n, prime, out, wanted);
+}

@@ -1,0 +1,21 @@
+"""The C kernel of `c/kernel.c`, where it was built: the arithmetic of shares, on both sides. Its calls free the GIL."""
+
+import ctypes
+import functools
+from pathlib import Path
+
+BUILD_HINT = "a C compiler, then `pip install` or `make setup` again; the torch reference runs meanwhile, slowly"
+
+
+@functools.cache
+def kernel() -> ctypes.CDLL | None:
+    """Return the kernel; None where the package was built without a C compiler."""
+    for path in sorted((Path(__file__).parent / "c").glob("kernel*.so")):
+        try:
+            found = ctypes.CDLL(str(path))
+            for name in ("encode", "decode", "reduce", "keep_below"):
+                getattr(found, name).restype = ctypes.c_int64
+        except (OSError, AttributeError):  # of another machine, or of another version
+            continue
+        return found
+    return None

@@ -1,0 +1,31 @@
+"""Centred residues: integers modulo a prime p, as int8 from -(p - 1) / 2 to (p - 1) / 2.
+
+Shares are residues modulo several primes between 64 and 128, so that a residue is a byte, the int8 products of CPUs
+without VNNI do not saturate, and a float32 product of up to `EXACT_TERMS` terms is exact.
+"""
+
+import ctypes
+
+from torch import Tensor
+
+from obfuscatune.protocol.native import kernel
+
+PRIMES = (127, 113, 109, 107, 103, 101, 97, 89)
+LARGEST = 63
+EXACT_TERMS = 2**24 // LARGEST**2  # 4227: sums of so many products of residues are below 2^24
+MOST_TERMS = 2**31 // LARGEST**2  # and of so many, below 2^31
+
+
+def centred(x: Tensor, p: int) -> Tensor:
+    """Return the centred residues of integers of any integer dtype, in that dtype: the definition."""
+    return (x + p // 2).remainder(p) - p // 2
+
+
+def reduce(x: Tensor, p: int, out: Tensor) -> Tensor:
+    """Put the centred residues of int32 numbers into ``out``, int8 and contiguous; by the kernel if it is there."""
+    native = kernel()
+    if native is None or not x.is_cpu:
+        return out.copy_(centred(x.long(), p))
+    x = x.contiguous()
+    native.reduce(ctypes.c_void_p(x.data_ptr()), ctypes.c_int64(x.numel()), p, ctypes.c_void_p(out.data_ptr()))
+    return out

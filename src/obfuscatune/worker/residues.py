@@ -1,0 +1,150 @@
+"""Products of shares: int8 residues modulo small primes, exactly. What arrives is uniformly random, so is the reply.
+
+A weight is ``[L, in, out]``, one plane for each of L primes; ``y_l = x_l w_l mod p_l``. Nothing is kept of a call.
+"""
+
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from obfuscatune.errors import ProtocolError
+from obfuscatune.protocol.residues import EXACT_TERMS, LARGEST, MOST_TERMS, PRIMES, reduce
+from obfuscatune.worker.parallel import ALONE, Group
+from obfuscatune.worker.segments import Segment
+
+_MOST_SHARINGS = 65536
+_FEWEST_ROWS, _MULTIPLE = 17, 8  # what cuBLAS asks of an int8 product: more than 16 rows, widths in steps of 8
+
+
+class ResidueSegment(Segment):
+    """One weight's share.
+
+    Args:
+        spec: ``primes``; ``sharing``, the number of one sharing of a model, and the ``point`` at which it was taken.
+        tensors: ``weight``.
+    """
+
+    def __init__(
+        self,
+        spec: dict[str, Any],
+        tensors: dict[str, Tensor],
+        defined: Mapping[str, Segment],
+        group: Group = ALONE,
+    ) -> None:
+        if group.size > 1:
+            raise ProtocolError("shares on a worker of several processes", got=group.size, expected="one process")
+        self.group = group
+        primes, point = spec.get("primes"), spec.get("point")
+        if not isinstance(primes, list) or not 1 <= len(primes) <= len(PRIMES) or not set(primes) <= set(PRIMES):
+            raise ProtocolError("primes", got=ascii(primes)[:40], expected=f"some of {PRIMES}")
+        if type(point) is not int or not 0 < point < min(PRIMES):
+            raise ProtocolError("point of a share", got=ascii(point)[:20], expected=f"1 to {min(PRIMES) - 1}")
+        weight = tensors.get("weight")
+        if set(tensors) != {"weight"} or weight is None or weight.ndim != 3 or len(weight) != len(primes):
+            raise ProtocolError("weight of shares", got=sorted(tensors), expected="weight [primes, in, out]")
+        if weight.dtype != torch.int8 or min(weight.shape) < 1 or max(weight.shape) > MOST_TERMS:
+            raise ProtocolError("weight of shares", got=f"{list(weight.shape)} {weight.dtype}", expected="int8")
+        if int(weight.max()) > LARGEST or int(weight.min()) < -LARGEST:
+            raise ProtocolError("weight of shares", got="a number beyond a residue", expected=f"up to {LARGEST}")
+        refuse_second_point(spec.get("sharing"), point)
+        self.primes, self.weight, self.held = primes, {"weight": weight}, {}
+        # An accelerator's int8 product wants its right factor column by column, in both directions.
+        self._turned = weight.mT.contiguous() if not weight.is_cpu else weight.mT
+        self._exact = int8_products_are_exact(weight.device)
+
+    def multiply(self, x: Tensor, *, transpose: bool) -> Tensor:
+        """Return ``x W mod p`` int8 ``[L, rows, out]``, or with the transpose, for x int8 ``[L, rows, in]``."""
+        weight = self.weight["weight"]
+        inputs = weight.shape[2 if transpose else 1]
+        if x.dtype != torch.int8 or x.ndim != 3 or (x.shape[0], x.shape[2]) != (len(self.primes), inputs):
+            expected = f"int8 [{len(self.primes)}, rows, {inputs}]"
+            raise ProtocolError("rows of shares", got=f"{list(x.shape)} {x.dtype}", expected=expected)
+        columns = weight.mT if transpose else self._turned.mT
+        y = torch.empty(*x.shape[:2], columns.shape[2], dtype=torch.int8, device=x.device)
+        sums = torch.empty(y.shape[1:], dtype=torch.int32, device=x.device)  # one for all: new memory costs page faults
+        for i, p in enumerate(self.primes):
+            if not self._exact:
+                sums = float_product(x[i], columns[i])
+            elif x.is_cpu:
+                torch._int_mm(x[i], columns[i], out=sums)
+            else:
+                sums = int8_product(x[i], columns[i])
+            reduce(sums, p, out=y[i])
+        return y
+
+
+def refuse_second_point(sharing: Any, point: int) -> None:
+    """Refuse another point of a sharing that this process has, or had, a point of: any two of them are the secret.
+
+    The enclave sees to it that no operator gets two; this is the second line, for one who started one worker twice.
+    """
+    if not isinstance(sharing, str) or not 16 <= len(sharing) <= 64:
+        raise ProtocolError("number of a sharing", got=type(sharing).__name__, expected="16 to 64 characters")
+    with _POINTS_LOCK:
+        if _POINTS.setdefault(sharing, point) != point:
+            raise ProtocolError("a second point of one sharing", expected="each point at a worker of its own")
+        while len(_POINTS) > _MOST_SHARINGS:
+            del _POINTS[next(iter(_POINTS))]
+
+
+_POINTS: dict[str, int] = {}
+_POINTS_LOCK = threading.Lock()
+
+
+def int8_product(x: Tensor, w: Tensor) -> Tensor:
+    """Return ``x w`` int32 ``[n, m]`` of int8 ``[n, k]`` and ``[k, m]``, in one int8 product of the device."""
+    if x.is_cpu:
+        return torch._int_mm(x, w)
+    (n, k), m = x.shape, w.shape[1]
+    if k % _MULTIPLE or m % _MULTIPLE:
+        return float_product(x, w)
+    if n < _FEWEST_ROWS:
+        x = torch.cat([x, x.new_zeros(_FEWEST_ROWS - n, k)])
+    return torch._int_mm(x, w)[:n]
+
+
+def float_product(x: Tensor, w: Tensor) -> Tensor:
+    """Return the same by float32 products of at most `EXACT_TERMS` terms, each exact."""
+    y = torch.zeros(x.shape[0], w.shape[1], dtype=torch.int32, device=x.device)
+    for start in range(0, x.shape[1], EXACT_TERMS):
+        part = slice(start, start + EXACT_TERMS)
+        y += (x[:, part].float() @ w[part].float()).int()
+    return y
+
+
+def int8_products_are_exact(device: torch.device) -> bool:
+    """Say whether the device's int8 product is right on the extreme residues; some have none, some saturate in silence.
+
+    Source: oneDNN's notes on int8 for CPUs without VNNI; pytorch#136746, pytorch#187094.
+    """
+    if device not in _EXACT:
+        _EXACT[device] = _try_products(device)
+    return _EXACT[device]
+
+
+_EXACT: dict[torch.device, bool] = {}
+
+
+def _try_products(device: torch.device) -> bool:
+    signs = torch.tensor([1, -1], dtype=torch.int8)
+    for rows, terms, columns in ((1, 64, 64), (4, 768, 64), (32, 4096, 72)):
+        pattern = torch.arange(rows * terms).view(rows, terms)
+        # All sums as large as they get, and signs that change with rows and columns.
+        x = (LARGEST * signs[pattern // terms % 2]).to(device)
+        w = (LARGEST * signs[torch.arange(columns) % 2]).expand(terms, -1).contiguous().to(device)
+        # And numbers of all sizes.
+        ramp = (pattern * 37 % (2 * LARGEST + 1) - LARGEST).to(torch.int8).to(device)
+        slope = ((torch.arange(terms * columns) * 53 % (2 * LARGEST + 1)) - LARGEST).to(torch.int8)
+        slope = slope.view(terms, columns).to(device)
+        for left, right in ((x, w), (ramp, slope), (x, slope), (ramp, w)):
+            true = (left.double() @ right.double()).int()
+            for layout in (right, right.T.contiguous().T):
+                try:
+                    if not torch.equal(int8_product(left, layout), true):
+                        return False
+                except RuntimeError:
+                    return False
+    return True

@@ -1,0 +1,165 @@
+"""What one worker sees is uniform whatever the secret is; and each way to get that wrong is caught by the same test."""
+
+import os
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from obfuscatune.enclave.sharing import coding
+from obfuscatune.enclave.sharing.scheme import Scheme
+from obfuscatune.enclave.sharing.uniform import Uniform, keep_below
+
+from .shared_product import Product, test_uniform
+
+CALLS, ROWS, WIDTH = 10_000, 2, 8
+SIGMAS = 5.0
+
+
+def deviation(values: Tensor, cells: int) -> float:
+    """(chi-square - df) / sqrt(2 df) of integers 0 .. cells - 1 against the uniform law: standard normal, nearly."""
+    counts = torch.bincount(values.reshape(-1), minlength=cells).double()
+    expected = values.numel() / cells
+    assert expected >= 2 and len(counts) == cells
+    df = cells - 1
+    return (((counts - expected) ** 2 / expected).sum().item() - df) / (2 * df) ** 0.5
+
+
+def deviation_by_place(values: Tensor, cells: int) -> float:
+    """The same of ``[calls, ..]``, place by place: each has its own secret, over which a bias would average out."""
+    places = [deviation(column, cells) for column in values.flatten(1).T]
+    return sum(places) / len(places) ** 0.5
+
+
+def deviations(view: Tensor, primes: tuple[int, ...]) -> dict[str, float]:
+    """Of residues ``[calls, L, rows, width]``: each alone, and pairs of residues, of rows, and of calls."""
+    found = {}
+    up = [view[:, i].long() + p // 2 for i, p in enumerate(primes)]
+    for i, p in enumerate(primes):
+        q = primes[(i + 1) % len(primes)]
+        found[f"residue {p}"] = deviation_by_place(up[i], p)
+        found[f"residues {p}, {q}"] = deviation(up[i] * q + up[(i + 1) % len(primes)], p * q)
+        found[f"rows {p}"] = deviation(up[i][:, 0] * p + up[i][:, 1], p * p)
+        found[f"calls {p}"] = deviation(up[i][:-1] * p + up[i][1:], p * p)
+    return found
+
+
+def views(draw: Callable[[Scheme], Tensor], scheme: Scheme) -> list[Tensor]:
+    """What each worker sees of so many calls with the same rows."""
+    x = torch.linspace(-3, 5, ROWS * WIDTH).view(ROWS, WIDTH)
+    ones, none = torch.ones(WIDTH, dtype=torch.float64), torch.zeros(len(scheme.primes), 0, WIDTH, dtype=torch.int16)
+    calls = [coding.encode(scheme, x, ones, draw(scheme), most=1e6, vectors=none).shares for _ in range(CALLS)]
+    return [torch.stack(seen) for seen in zip(*calls, strict=True)]
+
+
+def drawn(uniform: Uniform) -> Callable[[Scheme], Tensor]:
+    return lambda scheme: torch.stack([uniform.draw(scheme, ROWS, WIDTH) for _ in range(scheme.threshold)])
+
+
+SCHEME = Scheme((127, 113, 97), (1, 2, 3))
+
+
+def test_each_view_is_uniform() -> None:
+    for number, view in enumerate(views(drawn(test_uniform()), SCHEME)):
+        for what, found in deviations(view, SCHEME.primes).items():
+            assert abs(found) < SIGMAS, f"worker {number}, {what}"
+
+
+def test_a_biased_draw_is_caught() -> None:
+    def biased(scheme: Scheme) -> Tensor:
+        planes = [
+            torch.frombuffer(bytearray(os.urandom(ROWS * WIDTH)), dtype=torch.uint8).long() % p - p // 2
+            for p in scheme.primes
+        ]
+        return torch.stack(planes).to(torch.int8).view(1, -1, ROWS, WIDTH)
+
+    for view in views(biased, SCHEME):
+        found = deviations(view, SCHEME.primes)
+        alone = {p: found[f"residue {p}"] for p in SCHEME.primes}
+        assert all(value > 1.5 * SIGMAS for value in alone.values()), alone
+
+
+def test_a_mask_that_is_used_again_is_caught() -> None:
+    uniform, kept = test_uniform(), []
+
+    def reused(scheme: Scheme) -> Tensor:
+        if len(kept) % 2 == 0:  # each mask for two calls
+            kept.append(drawn(uniform)(scheme))
+            return kept[-1]
+        kept.append(kept[-1])
+        return kept[-1]
+
+    for view in views(reused, SCHEME):
+        half = deviations(view[::2], SCHEME.primes)  # one call of each two shows nothing
+        assert all(abs(value) < SIGMAS for value in half.values())
+        found = deviations(view, SCHEME.primes)
+        assert all(found[f"calls {p}"] > 10 * SIGMAS for p in SCHEME.primes)
+
+
+def test_two_pooled_workers_are_caught() -> None:
+    first, second, _ = views(drawn(test_uniform()), SCHEME)
+    for i, p in enumerate(SCHEME.primes):
+        joint = (first[:, i].long() + p // 2) * p + second[:, i].long() + p // 2
+        assert deviation(joint, p * p) > 10 * SIGMAS
+
+
+def test_two_pooled_workers_have_rows_and_weights_and_one_has_not() -> None:
+    """The control that must fire: any two recover all of it. From one, the same arithmetic gives noise."""
+    scheme = Scheme.make()
+    product = Product.of(torch.randn(20, 12), scheme)
+    x = torch.randn(6, 20)
+    rows = product.rows(x)
+    truth = coding.encode(
+        scheme,
+        x,
+        product.integers.forward.before,
+        torch.zeros(1, 7, 6, 20, dtype=torch.int8),
+        most=product.integers.forward.most,
+        vectors=torch.zeros(7, 0, 20, dtype=torch.int16),
+        weights=(((1, 0),),) * 7,
+    ).shares[-1]
+    for i, p in enumerate(scheme.primes):
+        a, b, c = (share[i].long() for share in rows.shares)
+        for recovered in (2 * a - b, (3 * a - c) * pow(2, -1, p), 3 * b - 2 * c):
+            assert ((recovered - truth[i]) % p == 0).all()
+        assert ((a - truth[i]) % p == 0).double().mean() < 0.1
+        v, w, _ = (worker.weight["weight"][i].long() for worker in product.workers)
+        assert ((2 * v - w - product.integers.integers.long()) % p == 0).all()
+
+
+def test_masks_are_new_in_each_call_and_in_a_forked_process() -> None:
+    uniform = Uniform()
+    first, second = uniform.draw(SCHEME, 64), uniform.draw(SCHEME, 64)
+    assert not torch.equal(first, second)
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(writing, uniform.draw(SCHEME, 64).numpy().tobytes())
+        os._exit(0)
+    os.waitpid(child, 0)
+    theirs = os.read(reading, 3 * 64)
+    assert len(theirs) == 3 * 64 and theirs != uniform.draw(SCHEME, 64).numpy().tobytes()
+
+
+def test_a_key_is_used_for_so_many_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("obfuscatune.enclave.sharing.uniform._REKEY_BYTES", 1000)
+    uniform, keys = Uniform(), []
+    monkeypatch.setattr(uniform, "_keys", lambda n: keys.append(os.urandom(n)) or keys[-1])
+    uniform.draw(SCHEME, 400)
+    assert 2 <= len(keys) <= 4
+
+
+@pytest.mark.parametrize("p", [127, 97])
+def test_the_kernel_keeps_what_the_definition_keeps(p: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = bytearray(os.urandom(1000))
+    results = []
+    for native in (True, False):
+        if not native:
+            monkeypatch.setattr("obfuscatune.enclave.sharing.uniform.kernel", lambda: None)
+        for wanted in (1000, 300, 64, 1):
+            out = torch.zeros(wanted, dtype=torch.int8)
+            kept = keep_below(source, 1000, p, out)
+            results.append((kept, out[:kept].tolist()))
+    assert results[:4] == results[4:]
+    assert results[0][1] == [b - p if b > p // 2 else b for b in (byte & 127 for byte in source) if b < p]

@@ -1,0 +1,195 @@
+"""Workers that lie, die or stand still under `shared`: caught, named where a spare tells, and borne where it can be."""
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import obfuscatune
+from obfuscatune.errors import UsageError, WorkerFault
+from obfuscatune.protocol.connection import Connection
+
+from .workers import IDS, Answer, Fields, Tensors, honest, loss_of, new_model, worker_in_a_thread
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*protect nothing:UserWarning")
+
+
+@pytest.fixture(autouse=True)
+def workers_of_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let threads of this process each have a point, which a process refuses."""
+    monkeypatch.setattr("obfuscatune.worker.residues.refuse_second_point", lambda sharing, point: None)
+
+
+@contextlib.contextmanager
+def protected_by(directory: Path, answers: list[Answer], **switches: Any) -> Iterator[tuple[Any, list[str]]]:
+    """A model on workers that answer like this."""
+    with contextlib.ExitStack() as stack:
+        addresses = []
+        for i, answer in enumerate(answers):
+            (directory / str(i)).mkdir()
+            addresses.append(stack.enter_context(worker_in_a_thread(directory / str(i), answer)))
+        protected = obfuscatune.protect(new_model(), profile="shared", worker=addresses, timeout=20.0, **switches)
+        with protected:
+            yield protected, addresses
+
+
+def lying(transpose: bool, at: int = 0) -> Answer:
+    """Flips one bit of one residue, in forward or backward products."""
+
+    def answer(connection: Connection, request: Fields, reply: Fields, outputs: Tensors) -> None:
+        if request["op"] == "multiply" and request["transpose"] == transpose:
+            outputs["y"].view(-1)[at] ^= 1
+        connection.send(reply, outputs)
+
+    return answer
+
+
+def silent(released: threading.Event) -> Answer:
+    """Answers no product before it may."""
+
+    def answer(connection: Connection, request: Fields, reply: Fields, outputs: Tensors) -> None:
+        if request["op"] == "multiply":
+            released.wait(60)
+        connection.send(reply, outputs)
+
+    return answer
+
+
+def leaving(connection: Connection, request: Fields, reply: Fields, outputs: Tensors) -> None:
+    if request["op"] == "multiply":
+        connection.close()
+        return
+    connection.send(reply, outputs)
+
+
+def step(model: Any) -> None:
+    model.zero_grad()
+    loss_of(model).backward()
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("liar", [0, 2])
+def test_a_liar_is_caught(tmp_path: Path, transpose: bool, liar: int) -> None:
+    answers: list[Answer] = [honest] * 3
+    answers[liar] = lying(transpose)
+    with protected_by(tmp_path, answers) as (protected, addresses):
+        with pytest.raises(WorkerFault, match="a product is wrong") as caught:
+            step(protected.model)
+        assert all(address in str(caught.value) for address in addresses)  # without a spare it could be any of them
+        assert "spares=1" in str(caught.value)
+        with pytest.raises(UsageError):  # and it is over
+            step(protected.model)
+
+
+@pytest.mark.parametrize("liar", [0, 1, 2, 3])
+def test_a_spare_names_the_liar(tmp_path: Path, liar: int) -> None:
+    answers: list[Answer] = [honest] * 4
+    answers[liar] = lying(False)
+    with protected_by(tmp_path, answers, spares=1) as (protected, addresses):
+        # Where the liar was not among the first to answer, it did no harm in that call; in some call it is.
+        with pytest.raises(WorkerFault, match="a product is wrong") as caught:
+            for _ in range(200):
+                step(protected.model)
+        named = [address for address in addresses if address in str(caught.value)]
+        assert named == [addresses[liar]]
+
+
+def test_not_verified_a_lie_passes(tmp_path: Path) -> None:
+    """The control: it is the check that catches it."""
+    with protected_by(tmp_path, [honest, lying(False), honest], verify=False) as (protected, _):
+        step(protected.model)
+
+
+def test_a_dead_worker_ends_it_and_is_named(tmp_path: Path) -> None:
+    with protected_by(tmp_path, [honest, leaving, honest]) as (protected, addresses):
+        with pytest.raises(WorkerFault, match="the worker is gone") as caught:
+            step(protected.model)
+        assert addresses[1] in str(caught.value)
+
+
+def test_with_a_spare_a_dead_worker_costs_a_warning(tmp_path: Path) -> None:
+    expected = new_model()
+    step(expected)
+    with protected_by(tmp_path, [honest, leaving, honest, honest], spares=1) as (protected, addresses):
+        with pytest.warns(UserWarning, match="a worker is lost, and a spare stands in") as warned:
+            step(protected.model)
+        assert addresses[1] in str(warned[0].message) and "0 more may be lost" in str(warned[0].message)
+        with torch.no_grad():
+            assert torch.allclose(protected.model(IDS).logits, expected(IDS).logits, atol=1e-4)
+        found = dict(protected.model.named_parameters())
+        adapter = [(name, p) for name, p in expected.named_parameters() if "lora_" in name]
+        assert adapter and all(torch.allclose(found[name].grad, p.grad, atol=1e-4) for name, p in adapter)
+
+
+def test_with_a_spare_nobody_waits_for_a_worker_that_stands_still(tmp_path: Path) -> None:
+    released = threading.Event()
+    with protected_by(tmp_path, [honest, honest, silent(released), honest], spares=1) as (protected, _):
+        for _ in range(5):
+            step(protected.model)
+        released.set()
+
+
+def test_two_dead_workers_are_too_many_for_one_spare(tmp_path: Path) -> None:
+    answers: list[Answer] = [honest, leaving, honest, leaving]
+    with (
+        protected_by(tmp_path, answers, spares=1) as (protected, _),
+        pytest.warns(UserWarning, match="a worker is lost"),
+        pytest.raises(WorkerFault),
+    ):
+        step(protected.model)
+
+
+def test_one_share_of_a_call_goes_to_one_worker_once(tmp_path: Path) -> None:
+    """Through faults and spares: what is lost is never sent again, and no two workers' shares reach one of them."""
+    seen: list[list[tuple[int, bytes]]] = [[] for _ in range(4)]
+
+    def watching(number: int, then: Answer) -> Answer:
+        def answer(connection: Connection, request: Fields, reply: Fields, outputs: Tensors) -> None:
+            seen[number].append((request["id"], repr(sorted(request.items())).encode()))
+            then(connection, request, reply, outputs)
+
+        return answer
+
+    crossed: list[dict[bytes, int]] = []
+    send = Connection.send
+
+    def recorded(self: Connection, fields: Fields, tensors: Tensors = {}, **options: Any) -> Any:  # noqa: B006
+        if fields.get("op") in ("define", "multiply"):
+            crossed.append({tensor.numpy().tobytes(): id(self) for tensor in tensors.values()})
+        return send(self, fields, tensors, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Connection, "send", recorded)
+        answers = [watching(i, leaving if i == 1 else honest) for i in range(4)]
+        with protected_by(tmp_path, answers, spares=1) as (protected, _), pytest.warns(UserWarning, match="is lost"):
+            for _ in range(3):
+                step(protected.model)
+    sent = [item for call in crossed for item in call.items()]
+    assert len(sent) > 100
+    assert len({share for share, _ in sent}) == len(sent)  # no share was sent twice, to whomever
+    points = {(i, field) for i, calls in enumerate(seen) for _, text in calls for field in _points(text)}
+    assert points == {(i, i + 1) for i in range(4)}  # each worker has one point
+
+
+def _points(text: bytes) -> list[int]:
+    return [int(part.split(b",")[0].split(b"}")[0]) for part in text.split(b"'point': ")[1:]]
+
+
+def test_a_worker_that_was_killed(tmp_path: Path) -> None:
+    protected = obfuscatune.protect(new_model(), profile="shared", spares=1, threads=1, timeout=60.0)
+    with protected:
+        step(protected.model)
+        process = protected.links[0].session.process
+        assert process is not None
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait(timeout=10)
+        with pytest.warns(UserWarning, match="killed by signal 9|is lost"):
+            step(protected.model)
+        step(protected.model)
+        assert "sharing" in str(protected.report())

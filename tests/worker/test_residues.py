@@ -1,0 +1,108 @@
+"""The worker's products of shares: exact on every path, and what it refuses."""
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+
+from obfuscatune.errors import ProtocolError
+from obfuscatune.protocol.residues import EXACT_TERMS, PRIMES, reduce
+from obfuscatune.worker import residues
+from obfuscatune.worker.residues import ResidueSegment, float_product, int8_product, int8_products_are_exact
+
+_NUMBERS = itertools.count()
+
+
+def number() -> str:
+    return f"{next(_NUMBERS):032x}"
+
+
+def segment(weight: torch.Tensor, point: int = 1, sharing: str | None = None, **changed: Any) -> ResidueSegment:
+    spec = {"primes": list(PRIMES[: len(weight)]), "point": point, "sharing": sharing or number(), **changed}
+    return ResidueSegment(spec, {"weight": weight}, {})
+
+
+def centred_residues(*shape: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-44, 45, shape, generator=generator).to(torch.int8)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(1, 8, 16), (5, 33, 17), (40, 64, 24)])
+def test_products(rows: int, inputs: int, outputs: int, exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(residues, "int8_products_are_exact", lambda device: exact)
+    weight = centred_residues(3, inputs, outputs)
+    served = segment(weight)
+    for transpose in (False, True):
+        x = centred_residues(3, rows, outputs if transpose else inputs, seed=1)
+        y = served.multiply(x, transpose=transpose)
+        assert y.dtype == torch.int8
+        for i, p in enumerate(PRIMES[:3]):
+            w = weight[i].T if transpose else weight[i]
+            assert ((x[i].double() @ w.double() - y[i]) % p == 0).all() and int(y[i].abs().max()) <= p // 2
+
+
+def test_the_fallback_is_exact_beyond_what_one_float32_product_holds() -> None:
+    extreme = torch.full((2, 3 * EXACT_TERMS + 5), 63, dtype=torch.int8)
+    assert torch.equal(float_product(extreme, extreme.T.contiguous()), int8_product(extreme, extreme.T.contiguous()))
+    one = extreme.float() @ extreme.T.float()
+    assert not torch.equal(one.int(), int8_product(extreme, extreme.T.contiguous()))  # the control: all in one is not
+
+
+def test_the_self_test_passes_here_and_sees_a_product_that_saturates(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert int8_products_are_exact(torch.device("cpu"))
+    monkeypatch.setattr(residues, "_EXACT", {})
+    # Two neighbouring products added in 16 bits, as CPUs without VNNI do it.
+    monkeypatch.setattr(residues, "int8_product", lambda x, w: float_product(x, w).clamp(max=2**15 - 1))
+    assert not int8_products_are_exact(torch.device("cpu"))
+
+
+def test_a_reduction_is_exact_on_all_of_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    ends = torch.tensor([-(2**31), -(2**31) + 1, -1, 0, 1, 2**31 - 1], dtype=torch.int64)
+    x = torch.cat([ends, torch.randint(-(2**31), 2**31, (100_000,)), torch.arange(-70_000, 70_000)]).int()
+    fast = [reduce(x, p, torch.empty(x.shape, dtype=torch.int8)) for p in PRIMES]
+    monkeypatch.setattr("obfuscatune.protocol.residues.kernel", lambda: None)
+    for p, found in zip(PRIMES, fast, strict=True):
+        assert torch.equal(found, reduce(x, p, torch.empty_like(found)))
+        assert ((x.long() - found) % p == 0).all() and int(found.abs().max()) == p // 2
+
+
+def test_a_second_point_of_one_sharing_is_refused_in_the_whole_process() -> None:
+    sharing, weight = number(), centred_residues(2, 8, 8)
+    segment(weight, 2, sharing)
+    segment(weight, 2, sharing)  # the next layer
+    with pytest.raises(ProtocolError, match="second point"):
+        segment(weight, 3, sharing)
+    segment(weight, 3)  # of another sharing
+
+
+@pytest.mark.parametrize(
+    ("weight", "spec"),
+    [
+        (centred_residues(2, 8, 8), {"primes": [127]}),
+        (centred_residues(2, 8, 8), {"primes": [127, 125]}),
+        (centred_residues(2, 8, 8), {"primes": []}),
+        (centred_residues(2, 8, 8), {"primes": None}),
+        (centred_residues(2, 8, 8), {"point": 0}),
+        (centred_residues(2, 8, 8), {"point": True}),
+        (centred_residues(2, 8, 8), {"sharing": 7}),
+        (centred_residues(2, 8, 8), {"sharing": "short"}),
+        (centred_residues(2, 8, 0), {}),
+        (centred_residues(2, 64), {}),
+        (centred_residues(2, 8, 8).float(), {}),
+        (torch.full((2, 8, 8), 64, dtype=torch.int8), {}),
+    ],
+)
+def test_weights_that_are_refused(weight: torch.Tensor, spec: dict[str, Any]) -> None:
+    with pytest.raises(ProtocolError):
+        segment(weight, **spec)
+
+
+@pytest.mark.parametrize("x", [torch.zeros(2, 3, 9), torch.zeros(1, 3, 8), torch.zeros(3, 8), torch.zeros(2, 3, 7)])
+def test_rows_that_are_refused(x: torch.Tensor) -> None:
+    served = segment(centred_residues(2, 8, 9))
+    with pytest.raises(ProtocolError):
+        served.multiply(x.to(torch.int8), transpose=False)
+    with pytest.raises(ProtocolError):
+        served.multiply(torch.zeros(2, 3, 8), transpose=False)
