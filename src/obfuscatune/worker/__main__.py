@@ -12,7 +12,7 @@ from typing import get_args
 
 import torch
 
-from obfuscatune.errors import ObfuscatuneError, UsageError
+from obfuscatune.errors import ObfuscatuneError, ProtocolError, UsageError
 from obfuscatune.protocol.address import address_of
 from obfuscatune.protocol.connection import Connection
 from obfuscatune.protocol.tls import Credentials, worker_context
@@ -20,7 +20,9 @@ from obfuscatune.worker import outside, sandbox
 from obfuscatune.worker.acceptor import Acceptor, Bounds, die_with_parent
 from obfuscatune.worker.budget import budget_of_each, free_bytes
 from obfuscatune.worker.child import Service
+from obfuscatune.worker.parallel import Group, follow
 from obfuscatune.worker.server import serve_connection
+from obfuscatune.worker.session import WorkerSession
 
 
 def _serve(options: argparse.Namespace) -> None:
@@ -31,7 +33,7 @@ def _serve(options: argparse.Namespace) -> None:
     free = _free(options.device)
     each = int(options.memory_gb * 1e9) if options.memory_gb else budget_of_each(free, options.max_sessions)
     context = None if credentials is None else worker_context(credentials)
-    service = Service(torch.device(options.device), options.threads, each, context)
+    service = Service(_own(options.device), options.threads, each, context)
     listener = socket.socket(fileno=options.listener)
     acceptor = Acceptor(listener, service, Bounds(max_sessions=options.max_sessions))
     shown = _shown(listener, credentials)
@@ -55,6 +57,29 @@ def _serve_enclave(fd: int, device: str, threads: int | None) -> None:
     # The terminal's Ctrl-C goes to the whole process group. The enclave decides; the worker leaves when it closes.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     serve_connection(Connection(socket.socket(fileno=fd), peer="enclave"), torch.device(device))
+
+
+def _follow(options: argparse.Namespace) -> None:
+    """Be a process beside the one that listens, under torchrun."""
+    device = _own(options.device)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 decides, and torchrun ends the others
+    budget = int(options.memory_gb * 1e9) if options.memory_gb else None
+
+    def serve(group: Group) -> None:
+        session = WorkerSession(device, budget, group)
+        while (request := group.take()) is not None:
+            with contextlib.suppress(ProtocolError):  # rank 0 answers with the same
+                session.handle(*request)
+
+    follow(device, serve)
+
+
+def _own(name: str) -> torch.device:
+    """The device of this process: under torchrun ``cuda`` is one for each."""
+    local = os.environ.get("LOCAL_RANK")
+    return torch.device(f"cuda:{local}" if name == "cuda" and local is not None else name)
 
 
 def _free(name: str) -> int:
@@ -88,6 +113,7 @@ def main() -> int:
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--listen", metavar="ADDRESS", help="unix://PATH or tcp://HOST:PORT")
     where.add_argument("--fd", type=int, help="an inherited, connected socket; no sandbox is made around it")
+    where.add_argument("--follow", action="store_true", help="what torchrun's other processes do")
     where.add_argument("--listener", type=int, metavar="FD", help="an inherited, listening socket; no sandbox either")
     parser.add_argument("--credentials", type=int, metavar="FD", help="an inherited pipe: makes --listener's link TLS")
     parser.add_argument("--device", default="cpu", help="for instance cpu, cuda, cuda:1")
@@ -101,6 +127,8 @@ def main() -> int:
     try:
         if options.fd is not None:
             _serve_enclave(options.fd, options.device, options.threads)
+        elif options.follow:
+            _follow(options)
         elif options.listener is not None:
             _serve(options)
         else:

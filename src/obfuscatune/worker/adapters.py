@@ -15,11 +15,26 @@ A and B of its own     ``y += (x A) B * scale``                     the worker, 
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from obfuscatune.worker.parallel import ALONE, Group
+
 LAST = "out"
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """Which of a layer's columns are in this process: ``index``, int64; None for all ``count`` of them."""
+
+    count: int
+    index: Tensor | None = None
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Return the columns of ``[..., all]`` that are here."""
+        return tensor if self.index is None else tensor.index_select(-1, self.index)
 
 
 def first_slots(count: int) -> tuple[str, ...]:
@@ -34,50 +49,70 @@ class SlotInputs:
         tensors: leaves of this call by wire name: ``u.<slot>``, ``B.<slot>``, ``A.<slot>``, ``c.<slot>``.
         held: the segment's own factors that this call uses, by slot.
         part: what stands before the names of the slots: ``3.`` for the fourth part of a body.
+        group: of the processes that share the weights; each has whole factors and uses its columns or rows of them.
     """
 
-    def __init__(self, tensors: dict[str, Tensor], held: "Mapping[str, HeldFactors]", part: str = "") -> None:
-        self._tensors, self._held, self._part = tensors, held, part
+    def __init__(
+        self, tensors: dict[str, Tensor], held: "Mapping[str, HeldFactors]", part: str = "", group: Group = ALONE
+    ) -> None:
+        self._tensors, self._held, self._part, self._group = tensors, held, part, group
         self.outputs: dict[str, Tensor] = {}
 
     def of_part(self, index: int) -> "SlotInputs":
         """Return the slots of one part of a body; what must go back is collected with that of the others."""
-        inner = SlotInputs(self._tensors, self._held, f"{index}.")
+        inner = SlotInputs(self._tensors, self._held, f"{index}.", self._group)
         inner.outputs = self.outputs
         return inner
 
-    def add_first(self, widths: Sequence[int], x: Tensor, y: Tensor) -> Tensor:
-        """Return ``y`` plus the low-rank products of ``x`` of layers side by side, ``widths`` columns each."""
-        if len(widths) == 1:
-            return self.add("in0", x, y)
+    def of_group(self, group: Group) -> "SlotInputs":
+        """Return the same slots for a part that a group shares; what must go back is collected with the rest."""
+        inner = SlotInputs(self._tensors, self._held, self._part, group)
+        inner.outputs = self.outputs
+        return inner
+
+    def add_first(self, columns: Sequence[Columns], x: Tensor, y: Tensor) -> Tensor:
+        """Return ``y`` plus the low-rank products of ``x`` of layers side by side, of each its columns here."""
+        names = first_slots(len(columns))
         low_ranks, factors = [], []
-        for slot, width in zip(first_slots(len(widths)), widths, strict=True):
-            found = self._pair(slot, x)
+        for slot, here in zip(names, columns, strict=True):
+            found = self._low_rank(slot, x)
             low_ranks += [] if found is None else [found[0]]
-            factors.append(x.new_zeros(0, width) if found is None else found[1])
-        if low_ranks:
+            factors.append(x.new_zeros(0, here.count) if found is None else here.of(found[1]))
+        if len(low_ranks) == len(names) == 1:
+            y = y + low_ranks[0] @ factors[0]
+        elif low_ranks:
             y = y + torch.cat(low_ranks, dim=-1) @ torch.block_diag(*factors)  # type: ignore[no-untyped-call]
-        held = [self._held.get(self._part + slot) for slot in first_slots(len(widths))]
+        held = [self._held.get(self._part + slot) for slot in names]
         if any(held):
-            parts = torch.split(y, list(widths), dim=-1)
-            added = [p if h is None else p + h.product(x) for p, h in zip(parts, held, strict=True)]
-            y = torch.cat(added, dim=-1)
+            parts = torch.split(y, [here.count for here in columns], dim=-1)
+            added = [
+                p if h is None else p + h.product(x, self._group, columns=here)
+                for p, h, here in zip(parts, held, columns, strict=True)
+            ]
+            y = added[0] if len(added) == 1 else torch.cat(added, dim=-1)
         return y
 
-    def add(self, slot: str, x: Tensor, y: Tensor) -> Tensor:
-        """Return ``y`` plus the slot's low-rank product of ``x``; a ``v`` that must go back is kept in ``outputs``."""
-        if (pair := self._pair(slot, x)) is not None:
-            return y + pair[0] @ pair[1]
-        slot = self._part + slot
-        if (a := self._tensors.get(f"A.{slot}")) is not None:
-            self.outputs[f"v.{slot}"] = x @ a
+    def add_last(self, rows: Columns, hidden: Tensor, y: Tensor) -> Tensor:
+        """Return ``y`` plus the low-rank product of the rows that are here, a term of the sum over the group.
+
+        A ``v`` that must go back is kept in ``outputs``, summed.
+        """
+        slot, group = self._part + LAST, self._group
+        u, a, b, c = self._entered(LAST)
+        if b is not None and u is not None:
+            return y + group.once(u) @ b
+        if a is not None:
+            v = hidden @ rows.of(a.T).T
+            if b is not None:
+                return y + (v if c is None else v + group.once(c)) @ b
+            self.outputs[f"v.{slot}"] = group.leave(v)
         elif slot in self._held:
-            return y + self._held[slot].product(x)
+            return y + self._held[slot].product(hidden, group, rows=rows)
         return y
 
-    def _pair(self, slot: str, x: Tensor) -> tuple[Tensor, Tensor] | None:
+    def _low_rank(self, slot: str, x: Tensor) -> tuple[Tensor, Tensor] | None:
         """The low-rank numbers of ``x`` and B, where the slot adds their product here."""
-        u, a, b, c = (self._tensors.get(f"{kind}.{self._part}{slot}") for kind in "uABc")
+        u, a, b, c = self._entered(slot)
         if b is None:
             return None
         if u is not None:
@@ -86,6 +121,10 @@ class SlotInputs:
             return None
         return (x @ a if c is None else x @ a + c), b
 
+    def _entered(self, slot: str) -> tuple[Tensor | None, ...]:
+        found = (self._tensors.get(f"{kind}.{self._part}{slot}") for kind in "uABc")
+        return tuple(None if tensor is None else self._group.enter(tensor) for tensor in found)
+
 
 class HeldFactors:
     """A keyed LoRA pair that the worker holds: ``x A B scale``."""
@@ -93,9 +132,14 @@ class HeldFactors:
     def __init__(self, a: Tensor, b: Tensor, scale: float) -> None:
         self.a, self.b, self.scale = nn.Parameter(a), nn.Parameter(b), scale
 
-    def product(self, x: Tensor) -> Tensor:
-        """Return the low-rank product, of the shape of the layer's own output."""
-        product = ((x.to(self.a.dtype) @ self.a) @ self.b) * self.scale  # PEFT's factors may be wider than the weights
+    def product(
+        self, x: Tensor, group: Group, *, columns: "Columns | None" = None, rows: "Columns | None" = None
+    ) -> Tensor:
+        """Return the low-rank product, of the shape of the layer's own output here."""
+        a, b = group.enter(self.a), group.enter(self.b)
+        a = a if rows is None else rows.of(a.T).T
+        b = b if columns is None else columns.of(b)
+        product = ((x.to(a.dtype) @ a) @ b) * self.scale  # PEFT's factors may be wider than the weights
         return product.to(x.dtype)
 
     def parameters(self) -> dict[str, nn.Parameter]:

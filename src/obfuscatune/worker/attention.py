@@ -1,7 +1,6 @@
 """Attention on the worker: ``y = softmax(q k^T scale) v Wo`` with ``[q|k|v] = x W + b``, grouped and rotated or not."""
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,14 +9,15 @@ from torch import Tensor
 
 from obfuscatune.errors import ProtocolError
 from obfuscatune.worker.kv import Tokens
-from obfuscatune.worker.segments import Call, PartSegment, Segment
+from obfuscatune.worker.parallel import Split
+from obfuscatune.worker.segments import Call, PartSegment
 
 
 class AttentionSegment(PartSegment):
     """Attention with H query heads and G heads of k and v; query head j attends with kv head ``j // (H / G)``."""
 
-    def __init__(self, spec: dict[str, Any], tensors: dict[str, Tensor], defined: Mapping[str, Segment]) -> None:
-        super().__init__(spec, tensors, defined)
+    def prepare(self, spec: dict[str, Any]) -> None:
+        """Read the counts of heads, and what is done with them."""
         self.heads, self.kv_heads = _count(spec, "heads"), _count(spec, "kv_heads")
         width, out = self.weight["first"].shape[0], self.weight["last"].shape[1]
         all_heads = self.heads + 2 * self.kv_heads
@@ -30,6 +30,18 @@ class AttentionSegment(PartSegment):
             raise ProtocolError("scale or rotary part of an attention segment", got=f"{self.scale}, {self.rotary}")
         if self.softcap is not None and not (isinstance(self.softcap, float) and 0 < self.softcap < math.inf):
             raise ProtocolError("soft cap of an attention segment", expected="a positive float or nil")
+
+    def parts(self) -> tuple[list[Split] | None, Split | None]:
+        """This process's heads of k and v, and the query heads that attend with them."""
+        if self.group.size == 1 or self.kv_heads < self.group.size:
+            return None, None
+        share, size, kv = self.heads // self.kv_heads, self.head_dim, self.group.share(self.kv_heads)
+        queries = Split(kv.start * share * size, kv.stop * share * size)
+        k, v = ((self.heads + self.kv_heads * i) * size for i in range(2))
+        columns = [queries, *(Split(s + kv.start * size, s + kv.stop * size) for s in (k, v))]
+        self.kv_heads = kv.stop - kv.start
+        self.heads = share * self.kv_heads
+        return columns, queries
 
     def heads_of(self, first: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
         """Q ``[B, H, T, n]``, k and v ``[B, G, T, n]`` of the first product ``[B, T, ...]``, rotated by position."""

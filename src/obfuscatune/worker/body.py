@@ -13,6 +13,7 @@ from obfuscatune.protocol.norms import rms_rows
 from obfuscatune.worker.adapters import SlotInputs
 from obfuscatune.worker.attention import AttentionSegment
 from obfuscatune.worker.kv import Tokens
+from obfuscatune.worker.parallel import ALONE, Group
 from obfuscatune.worker.segments import Call, PartSegment, Segment
 
 
@@ -25,8 +26,14 @@ class BodySegment(Segment):
 
     weights = ("bias",)
 
-    def __init__(self, spec: dict[str, Any], tensors: dict[str, Tensor], defined: Mapping[str, Segment]) -> None:
-        super().__init__(spec, tensors, defined)
+    def __init__(
+        self,
+        spec: dict[str, Any],
+        tensors: dict[str, Tensor],
+        defined: Mapping[str, Segment],
+        group: Group = ALONE,
+    ) -> None:
+        super().__init__(spec, tensors, defined, group)
         names, eps, self.bias = spec.get("parts"), spec.get("eps"), tensors["bias"]
         known = {name: segment for name, segment in defined.items() if isinstance(segment, PartSegment)}
         if not isinstance(names, list) or not names or not all(isinstance(n, str) and n in known for n in names):

@@ -7,6 +7,7 @@ import socket
 import ssl
 import struct
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from obfuscatune.protocol.connection import Connection
 from obfuscatune.protocol.limits import Limits
 from obfuscatune.protocol.tls import accept_tls, reason
 from obfuscatune.worker.budget import limit_process
+from obfuscatune.worker.parallel import Group
 from obfuscatune.worker.server import error_reply, serve_connection
 
 logger = logging.getLogger(__name__)
@@ -64,7 +66,8 @@ def serve_child(sock: socket.socket, control: socket.socket, service: Service, n
         _prepare(service)
         return True
 
-    serve_connection(connection, service.device, budget=service.budget, admit=admit)
+    join = partial(Group.join, service.device) if Group.of_environment()[1] > 1 else None
+    serve_connection(connection, service.device, budget=service.budget, admit=admit, join=join)
 
 
 def _wait(connection: Connection, sock: socket.socket, control: socket.socket, call: Any) -> bool:

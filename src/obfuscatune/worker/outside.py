@@ -19,6 +19,7 @@ from obfuscatune.protocol.address import Address, close_listener, listen
 from obfuscatune.protocol.tls import MAX_CREDENTIALS_BYTES, Credentials
 from obfuscatune.protocol.waiting import WAITING
 from obfuscatune.worker import sandbox
+from obfuscatune.worker.parallel import Group
 
 _ENDING_SECONDS = 10.0
 # numpy's BLAS, which is never used here, would start threads; the worker forks, and must have one alone.
@@ -42,11 +43,19 @@ def run(
         credentials: what it shows, and whom it lets in; for ``tls://`` and nothing else.
         insecure: whether ``tcp://`` may be other than loopback.
 
+    Under torchrun the process of rank 0 listens, and the others follow it.
+
     Raises:
         UsageError: bad address, port taken, or no sandbox to be had.
     """
     address = Address.parse(listen_on)
     _check(address, credentials, insecure)
+    rank, size = Group.of_environment()
+    if size > 1:
+        mode = _without_sandbox(mode, arguments)
+        if rank:  # torchrun goes on watching this process
+            command = [sys.executable, "-P", "-m", "obfuscatune.worker", "--follow", "--device", device, *arguments]
+            os.execve(sys.executable, command, {**os.environ, **WAITING})  # noqa: S606 - our own interpreter and module
     # A stopped service leaves as after Ctrl-C: its socket file would otherwise stay behind.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     listener = listen(address)
@@ -56,6 +65,15 @@ def run(
     finally:
         close_listener(listener, address)
     return 0
+
+
+def _without_sandbox(mode: sandbox.Mode, arguments: Sequence[str]) -> sandbox.Mode:
+    """Refuse what a group of processes cannot have: they meet over the network, and serve one session."""
+    if mode == "bubblewrap":
+        raise UsageError("a worker of several processes has no sandbox: they meet over the network", got=mode)
+    if "--max_sessions" in arguments and arguments[list(arguments).index("--max_sessions") + 1] != "1":
+        raise UsageError("a worker of several processes serves one session", where="--max_sessions")
+    return "none"
 
 
 def arguments_of(threads: int | None, max_sessions: int, memory_gb: float | None) -> list[str]:

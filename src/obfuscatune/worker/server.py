@@ -14,6 +14,7 @@ import torch
 from obfuscatune.errors import ConnectionClosedError, ProtocolError, UsageError
 from obfuscatune.protocol.connection import Connection
 from obfuscatune.worker.budget import is_out_of_memory
+from obfuscatune.worker.parallel import ALONE, Group, GroupError
 from obfuscatune.worker.session import WorkerSession
 
 logger = logging.getLogger(__name__)
@@ -29,6 +30,7 @@ def serve_connection(
     *,
     budget: int | None = None,
     admit: Callable[[Any], bool] | None = None,
+    join: Callable[[], Group] | None = None,
 ) -> None:
     """Serve one enclave until it closes the connection or breaks the protocol.
 
@@ -37,24 +39,27 @@ def serve_connection(
     Args:
         budget: bytes that the session may hold; see `WorkerSession`.
         admit: called once, with the id of the first request before that is answered; False ends the session.
+        join: called once after that; returns the group that the session runs in.
     """
-    session = WorkerSession(device, budget)
-    last, greeted = 0, False
-    with contextlib.closing(connection):
+    session: WorkerSession | None = None
+    last = 0
+    with contextlib.closing(connection), contextlib.ExitStack() as ending:
         while True:
             try:
-                header, tensors = connection.receive(max_payload=None if greeted else 0)
+                header, tensors = connection.receive(max_payload=0 if session is None else None)
             except ConnectionClosedError:
                 return
             except (ProtocolError, TimeoutError) as error:
                 logger.warning("connection ended: %s", error)
                 return
             number = header.get("id")
-            if not greeted:
-                greeted = True
+            if session is None:
                 if admit is not None and not admit(number):
                     return
                 connection.settimeout(None)
+                group = ALONE if join is None else join()
+                ending.callback(group.leave_session)
+                session = WorkerSession(device, budget, group)
             outputs: dict[str, torch.Tensor] = {}
             if type(number) is int and number > last:
                 last = number
@@ -65,6 +70,8 @@ def serve_connection(
             try:
                 _reply(connection, reply, outputs)
             except ConnectionClosedError:
+                return
+            if reply.get("error") == "lost":
                 return
 
 
@@ -82,6 +89,8 @@ def _answer(
         reply, outputs = session.handle(header, tensors)
     except ProtocolError as error:
         return error_reply(call, "refused", str(error)), {}
+    except GroupError as error:  # the others are in the middle of something
+        return error_reply(call, "lost", str(error)), {}
     except Exception as error:  # the boundary of the server: whatever one request provokes, the next one is served
         if is_out_of_memory(error):
             return error_reply(call, "failed", _out_of_memory(session)), {}

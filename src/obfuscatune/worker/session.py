@@ -20,6 +20,7 @@ from obfuscatune.worker.body import BodySegment
 from obfuscatune.worker.budget import Ledger, free_bytes
 from obfuscatune.worker.kv import Tokens
 from obfuscatune.worker.optimizer import HeldOptimizer
+from obfuscatune.worker.parallel import ALONE, Group, ends_the_group
 from obfuscatune.worker.segments import Call, LinearSegment, MlpSegment, Segment
 
 Reply = tuple[dict[str, Any], dict[str, Tensor]]
@@ -38,12 +39,13 @@ class WorkerSession:
     Args:
         device: where weights live and products are computed.
         budget: bytes that the session may hold there; None: it may take what there is.
+        group: of the processes that share the weights. Rank 0 hands every request on to the others.
 
     Attribute ``ledger``: what it holds, counted.
     """
 
-    def __init__(self, device: torch.device, budget: int | None = None) -> None:
-        self.device, self.ledger = device, Ledger(budget)
+    def __init__(self, device: torch.device, budget: int | None = None, group: Group = ALONE) -> None:
+        self.device, self.ledger, self.group = device, Ledger(budget), group
         self._segments: dict[str, Segment] = {}
         self._pushed: dict[str, dict[str, Tensor]] = {}
         self._calls: dict[int, tuple[Segment, dict[str, Tensor], dict[str, Tensor]]] = {}
@@ -62,7 +64,21 @@ class WorkerSession:
         }
 
     def handle(self, header: dict[str, Any], tensors: dict[str, Tensor]) -> Reply:
-        """Answer one request. Raises ProtocolError where it is not a valid one."""
+        """Answer one request.
+
+        Raises:
+            ProtocolError: it is not a valid one.
+            GroupError: another process of the group is gone, or this one has failed where the others may have not.
+        """
+        self.group.hand_on(header, tensors)
+        try:
+            return self._handle(header, tensors)
+        except Exception as error:
+            if self.group.size > 1 and (lost := ends_the_group(error)) is not None:
+                raise lost from error
+            raise
+
+    def _handle(self, header: dict[str, Any], tensors: dict[str, Tensor]) -> Reply:
         operation = self._operations.get(header.get("op", ""))
         if operation is None:
             raise ProtocolError("operation", got=repr(header.get("op"))[:40], expected=", ".join(self._operations))
@@ -83,6 +99,7 @@ class WorkerSession:
     def _hello(self, header: dict[str, Any], tensors: dict[str, Tensor]) -> Reply:
         threads = torch.get_num_threads()
         memory = free_bytes(self.device) if self.ledger.budget is None else self.ledger.budget
+        memory *= self.group.size  # each process has its part of the weights
         told = {"version": PROTOCOL_VERSION, "device": str(self.device), "threads": threads, "memory_bytes": memory}
         return told, {}
 
@@ -92,7 +109,7 @@ class WorkerSession:
             raise ProtocolError("segment name", got=repr(name)[:40], expected="a new one")
         if kind not in SEGMENTS or not isinstance(spec, dict):
             raise ProtocolError("kind of segment", got=repr(kind)[:40], expected=", ".join(SEGMENTS))
-        segment = SEGMENTS[kind](spec, tensors, self._segments)
+        segment = SEGMENTS[kind](spec, tensors, self._segments, self.group)
         self.ledger.hold(("segment", name), segment.weight.values())
         self._segments[name] = segment
         self._pushed[name] = {}
