@@ -70,7 +70,8 @@ def control_profile(inputs: dict[str, Any], places: dict[str, Any]) -> dict[str,
     for name in inputs["attacks"]:
         attack = all_attacks()[name]
         tokens = budgets_of(attack, inputs["budgets"], fixtures.settings.width)[-1]
-        positive.append(try_attack(attack, recorded, fixtures.base, corpus, tokens, right, inputs))
+        base, cache = (fixtures.private, dict[str, Any]()) if attack.exact else (fixtures.base, right)
+        positive.append(try_attack(attack, recorded, base, corpus, tokens, cache, inputs))
         if attack.sham is not None:
             sham = replace(attack, run=attack.sham)
             negative.append(try_attack(sham, recorded, fixtures.base, corpus, tokens, right, inputs))
