@@ -22,7 +22,7 @@ CORPUS_ROWS = 64  # of public text that attackers run a base on
 # Fresh sessions of each model where a claim was found broken. Over five seeds, three standard errors are exceeded by
 # chance in one cell of fifty, and some forty are claimed: noise fades in twenty sessions, what was none stays.
 REPETITIONS = 3
-_APART = 1_000  # between the texts of two sessions of one model
+APART = 1_000  # between the texts of two sessions of one model
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +143,7 @@ def repeated_cells(plan: Plan, like: Sequence[Cell], broken: Sequence[tuple[str,
 def attack_profile(inputs: dict[str, Any], places: dict[str, Any]) -> dict[str, Any]:
     """Record one private model under one profile, and run all attacks on it: ``{"outcomes": [...]}``."""
     fixtures = fixtures_of(inputs, places)
-    seed = inputs["seed"] + _APART * inputs.get("session", 0)
+    seed = inputs["seed"] + APART * inputs.get("session", 0)
     recorded = record(fixtures, inputs["profile"], seed, inputs["budgets"])
     attacks = all_attacks()
     shared: dict[str, Any] = {}
