@@ -48,6 +48,13 @@ def test_only_what_was_broken_is_run_again() -> None:
     assert repeated_cells(plan, like, []) == []
 
 
+@pytest.mark.parametrize("seeds", [1, 2, 3, 5])
+def test_no_two_seeds_are_scored_against_each_other(seeds: int) -> None:
+    plan = make_plan(**{**GOOD, "seeds": seeds})  # type: ignore[arg-type]
+    others = {seed: plan.other(seed) for seed in plan.seeds}
+    assert all(other != seed and others.get(other) != seed for seed, other in others.items())
+
+
 def test_only_negative_controls_that_failed_are_run_again() -> None:
     inputs = {"profile": "balanced", "seed": 0, "other": 1, "attacks": ["A11", "A24"]}
     like = [Cell(label="", compute=control_profile, inputs=inputs), Cell(label="", compute=canaries, inputs=inputs)]

@@ -134,12 +134,12 @@ def build(settings: FixtureSettings, seed: int, cache: Path, text: str) -> Fixtu
         100 + seed,
     )
     if settings.distance is not None:
-        _bring_near(private, base, settings.distance)
+        bring_near(private, base, settings.distance)
     return Fixtures(settings, base, private, unrelated, parts)
 
 
 @torch.no_grad()
-def _bring_near(model: Any, base: Any, distance: float) -> None:
+def bring_near(model: Any, base: Any, distance: float) -> None:
     """Scale what training has changed, so that the blocks' weights are at that relative distance from the base's."""
     pairs = {name: (tensor, base.get_parameter(name)) for name, tensor in model.named_parameters()}
     blocks = [pair for name, pair in pairs.items() if pair[0].ndim == 2 and any(p.isdecimal() for p in name.split("."))]

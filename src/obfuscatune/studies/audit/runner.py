@@ -57,8 +57,14 @@ class Plan:
         return settings_of(self.model, self.architecture)
 
     def other(self, seed: int) -> int:
-        """Another seed, whose session negative controls score against."""
-        return self.seeds[(self.seeds.index(seed) + 1) % len(self.seeds)] if len(self.seeds) > 1 else seed + 1
+        """Another seed, whose session negative controls score against.
+
+        Of two seeds the second gets a third: two that are scored against each other give one figure twice, whose
+        standard error is 0 and no limit.
+        """
+        following = self.seeds.index(seed) + 1
+        last = following == len(self.seeds)
+        return seed + 1 if last and len(self.seeds) < 3 else self.seeds[following % len(self.seeds)]
 
 
 def parse_budgets(text: str, width: int) -> tuple[int, ...]:

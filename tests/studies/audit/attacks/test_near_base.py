@@ -1,6 +1,8 @@
 """A27 at the deployed ratio: blocks of 32 at d = 256, where d / b^2 is .25 (GPT-2 small with blocks of 64: .19)."""
 
+import copy
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,12 +10,16 @@ from torch import Tensor
 
 from obfuscatune.enclave.keys import MasterSecret
 from obfuscatune.enclave.keys.monarch import monarch
+from obfuscatune.profiles import resolve
 from obfuscatune.studies.audit.algebra import key_success
 from obfuscatune.studies.audit.attacks.near_base import find_keys, share_recovered
 from obfuscatune.studies.audit.blocks import Structure
+from obfuscatune.studies.audit.fixtures import Fixtures, bring_near
+from obfuscatune.studies.audit.reference import Reference
 from obfuscatune.studies.audit.signs import find_signs
 from obfuscatune.studies.audit.study import failed_claims, make_plan, run
 from obfuscatune.studies.audit.verdict import LEAK
+from obfuscatune.studies.audit.view import ROLES
 
 D, BLOCK = 256, 32
 
@@ -58,6 +64,24 @@ def test_an_unrelated_base_gives_nothing() -> None:
     assert share < 0.1
 
 
+def test_a_private_model_is_brought_to_a_distance(fixtures: Fixtures) -> None:
+    model = copy.deepcopy(fixtures.private)
+    bring_near(model, fixtures.base, 0.02)
+    profile = resolve("strict")
+    private, trained, base = (Reference(m, profile) for m in (model, fixtures.private, fixtures.base))
+    moved = size = 0.0
+    for block in range(base.blocks):
+        for role in ROLES:
+            ours, theirs, all_the_way = (m.weight(block, role) for m in (private, base, trained))
+            moved += (ours - theirs).square().sum().item()
+            size += theirs.square().sum().item()
+            between = ((ours - theirs) * (all_the_way - theirs)).sum() / (
+                (ours - theirs).norm() * (all_the_way - theirs).norm()
+            )
+            assert between > 0.999
+    assert moved / size == pytest.approx(0.02**2, rel=0.01)
+
+
 def test_signs_of_an_exact_base() -> None:
     left, _, right = torch.linalg.svd(draw(1))
     signs = torch.where(torch.rand(D, generator=torch.Generator().manual_seed(3)) < 0.5, -1.0, 1.0).double()
@@ -81,7 +105,7 @@ def test_how_near_a_base_must_be(distance: float, broken: bool) -> None:
 
 
 @pytest.mark.slow
-def test_an_audit_at_the_deployed_ratio(tmp_path: pytest.TempPathFactory) -> None:
+def test_an_audit_at_the_deployed_ratio(tmp_path: Path) -> None:
     """Ten minutes, most of them training: what A1 and A3 leave, A27 takes, from keys recorded through the product."""
     plan = make_plan(
         model="near-1.5",
@@ -91,7 +115,7 @@ def test_an_audit_at_the_deployed_ratio(tmp_path: pytest.TempPathFactory) -> Non
         tokens="d",
         seeds=1,
     )
-    _, findings = run(plan, tmp_path, command=["audit"])  # type: ignore[arg-type]
+    _, findings = run(plan, tmp_path, command=["audit"])
     assert findings.conclusive
     assert failed_claims(findings) == []
     found = next(v for v in findings.verdicts if v.attack == "A27")
