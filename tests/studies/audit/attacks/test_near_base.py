@@ -105,19 +105,18 @@ def test_how_near_a_base_must_be(distance: float, broken: bool) -> None:
 
 
 @pytest.mark.slow
-def test_an_audit_at_the_deployed_ratio(tmp_path: Path) -> None:
-    """Ten minutes, most of them training: what A1 and A3 leave, A27 takes, from keys recorded through the product."""
+def test_an_audit_at_the_deployed_width(tmp_path: Path) -> None:
+    """Minutes, most of them training: keys of small blocks, recorded through the product, and the controls."""
     plan = make_plan(
-        model="near-1.5",
-        profiles=["strict+key_block=32"],
+        model="near-0.5",
+        profiles=["strict+key_block=16"],
         knowledge=["N", "B"],
-        attacks=["A3", "A27"],
+        attacks=["A27"],
         tokens="d",
         seeds=1,
     )
     _, findings = run(plan, tmp_path, command=["audit"])
     assert findings.conclusive
     assert failed_claims(findings) == []
-    found = next(v for v in findings.verdicts if v.attack == "A27")
+    (found,) = findings.verdicts
     assert found.word == LEAK
-    assert found.points[0].success > 0.9
