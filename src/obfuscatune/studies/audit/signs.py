@@ -14,6 +14,7 @@ from torch import Tensor
 
 Pair = tuple[Tensor, Tensor]  # (u, v), each [d, d]: the key is u D v^T
 
+_LONE = 0.2  # energy of one entry of a row from which the start leaves the row out
 _STEPS = 60  # of the soft ascent; it settles in some ten
 _STEEP = 1.5  # of the tanh that makes soft signs
 
@@ -49,6 +50,8 @@ def _start(pairs: list[Pair]) -> Tensor:
     d = pairs[0][0].shape[1]
     total = pairs[0][0].new_zeros(d, d)
     for u, v in pairs:
+        # A row that is nearly one singular vector (an outlier's) would drown all others.
+        u, v = (side * (side.square().amax(dim=1, keepdim=True) < _LONE) for side in (u, v))
         here, there = u.square() - 1 / d, v.square() - 1 / d
         for i in range(d):  # row by row: all at once are d^3 numbers
             total[i] += (((u[:, i, None] * u).mT @ here) * ((v[:, i, None] * v).mT @ there)).sum(dim=1)
