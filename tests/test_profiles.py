@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,12 +14,19 @@ from obfuscatune.profiles import PROFILES, SWITCHES, Profile, resolve
 
 def test_the_named_profiles() -> None:
     assert list(PROFILES) == ["plain", "naive", "paper", "balanced", "strict", "stream", "shared", "enclave"]
-    assert all(name == profile.name and profile.summary for name, profile in PROFILES.items())
+    assert all(name == profile.name and profile.summary and profile.audience for name, profile in PROFILES.items())
     assert [name for name, profile in PROFILES.items() if not profile.remote] == ["enclave"]
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/security.md"])
+def test_pages_say_for_whom_each_profile_is_in_its_own_words(page: str) -> None:
+    text = (Path(__file__).parents[1] / page).read_text(encoding="utf-8")
+    for profile in PROFILES.values():
+        assert f"| `{profile.name}` | {profile.audience} |" in text
+
+
 def test_naive_is_paper_under_other_keys() -> None:
-    names = {f.name for f in dataclasses.fields(Profile)} - {"name", "summary"}
+    names = {f.name for f in dataclasses.fields(Profile)} - {"name", "summary", "audience"}
     different = {name for name in names if getattr(PROFILES["naive"], name) != getattr(PROFILES["paper"], name)}
     assert different == {"keys"}
     assert (PROFILES["naive"].keys, PROFILES["paper"].keys) == ("gaussian", "haar")

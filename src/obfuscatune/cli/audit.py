@@ -28,8 +28,10 @@ class AuditOptions:
         "what the attacker has: N nothing, B public base, P known text, E embeddings, Q own queries", "N,B,P,E,Q"
     )
     tokens: str = option("budgets of text that the worker has seen; d is the model's width", "d/4,d,4d,100d")
-    model: Literal["tiny", "small", "large"] = option(
-        "the fixtures' size, trained in minutes; half an hour, and 16 GiB to attack 100d tokens, for large", "small"
+    model: Literal["tiny", "small", "large", "near-0.5", "near-1.5", "near-3.5", "near-10"] = option(
+        "the fixtures' size, trained in minutes; half an hour, and 16 GiB to attack 100d tokens, for large; near-N: "
+        "wide models whose private one is at N % of the base, for A27",
+        "small",
     )
     architecture: Literal["gpt2", "llama"] = option(
         "of the fixtures; llama: rotary positions, grouped kv heads, gated MLP", "gpt2"

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from obfuscatune.errors import UsageError
+from obfuscatune.studies.audit.controls import canaries, control_profile, repeated_controls
 from obfuscatune.studies.audit.fixtures import SETTINGS
 from obfuscatune.studies.audit.runner import REPETITIONS, attack_profile, memory_gb, repeated_cells
 from obfuscatune.studies.audit.study import failed_claims, make_plan, run
@@ -45,6 +46,22 @@ def test_only_what_was_broken_is_run_again() -> None:
     assert {(cell.inputs["profile"], *cell.inputs["attacks"]) for cell in again} == {("strict", "A24")}
     assert len({(cell.inputs["seed"], cell.inputs["session"]) for cell in again}) == len(again)
     assert repeated_cells(plan, like, []) == []
+
+
+@pytest.mark.parametrize("seeds", [1, 2, 3, 5])
+def test_no_two_seeds_are_scored_against_each_other(seeds: int) -> None:
+    plan = make_plan(**{**GOOD, "seeds": seeds})  # type: ignore[arg-type]
+    others = {seed: plan.other(seed) for seed in plan.seeds}
+    assert all(other != seed and others.get(other) != seed for seed, other in others.items())
+
+
+def test_only_negative_controls_that_failed_are_run_again() -> None:
+    inputs = {"profile": "balanced", "seed": 0, "other": 1, "attacks": ["A11", "A24"]}
+    like = [Cell(label="", compute=control_profile, inputs=inputs), Cell(label="", compute=canaries, inputs=inputs)]
+    again = repeated_controls(like, ["A11"])
+    assert [cell.inputs["session"] for cell in again] == list(range(1, 1 + REPETITIONS))
+    assert all(cell.inputs["attacks"] == ["A11"] for cell in again)
+    assert repeated_controls(like, []) == []
 
 
 def test_cells_of_the_large_model_do_not_share_a_small_machine() -> None:

@@ -153,6 +153,8 @@ class Attack:
         largest: the most tokens per width that it is run with (cost); None for all budgets.
         sham: run instead as the negative control, without what the attack lives on, where another model's session
             would be no control.
+        exact: whether its positive control has the private model itself as the base: how near a base must be is what
+            the attack is to show.
     """
 
     id: str
@@ -168,6 +170,7 @@ class Attack:
     by_tokens: bool = True
     largest: int | None = None
     sham: Callable[[Sample, Knowledge], Any] | None = None
+    exact: bool = False
 
 
 def top1(guess: Tensor, truth: Tensor) -> Score:

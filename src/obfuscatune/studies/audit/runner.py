@@ -22,7 +22,7 @@ CORPUS_ROWS = 64  # of public text that attackers run a base on
 # Fresh sessions of each model where a claim was found broken. Over five seeds, three standard errors are exceeded by
 # chance in one cell of fifty, and some forty are claimed: noise fades in twenty sessions, what was none stays.
 REPETITIONS = 3
-_APART = 1_000  # between the texts of two sessions of one model
+APART = 1_000  # between the texts of two sessions of one model
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +57,14 @@ class Plan:
         return settings_of(self.model, self.architecture)
 
     def other(self, seed: int) -> int:
-        """Another seed, whose session negative controls score against."""
-        return self.seeds[(self.seeds.index(seed) + 1) % len(self.seeds)] if len(self.seeds) > 1 else seed + 1
+        """Another seed, whose session negative controls score against.
+
+        Of two seeds the second gets a third: two that are scored against each other give one figure twice, whose
+        standard error is 0 and no limit.
+        """
+        following = self.seeds.index(seed) + 1
+        last = following == len(self.seeds)
+        return seed + 1 if last and len(self.seeds) < 3 else self.seeds[following % len(self.seeds)]
 
 
 def parse_budgets(text: str, width: int) -> tuple[int, ...]:
@@ -143,7 +149,7 @@ def repeated_cells(plan: Plan, like: Sequence[Cell], broken: Sequence[tuple[str,
 def attack_profile(inputs: dict[str, Any], places: dict[str, Any]) -> dict[str, Any]:
     """Record one private model under one profile, and run all attacks on it: ``{"outcomes": [...]}``."""
     fixtures = fixtures_of(inputs, places)
-    seed = inputs["seed"] + _APART * inputs.get("session", 0)
+    seed = inputs["seed"] + APART * inputs.get("session", 0)
     recorded = record(fixtures, inputs["profile"], seed, inputs["budgets"])
     attacks = all_attacks()
     shared: dict[str, Any] = {}

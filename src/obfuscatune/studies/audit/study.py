@@ -7,7 +7,7 @@ from typing import Any
 from obfuscatune.errors import UsageError
 from obfuscatune.studies.audit.attack import NEEDS
 from obfuscatune.studies.audit.attacks import all_attacks
-from obfuscatune.studies.audit.controls import LEAST_WITH_KEY, control_cells
+from obfuscatune.studies.audit.controls import LEAST_WITH_KEY, control_cells, repeated_controls
 from obfuscatune.studies.audit.fixtures import ARCHITECTURES, SETTINGS
 from obfuscatune.studies.audit.report import Findings, write_findings
 from obfuscatune.studies.audit.runner import Outcome, Plan, cells, parse_budgets, repeated_cells
@@ -87,7 +87,12 @@ def run(
     controlled = control_cells(plan, attacked[0])
     values = run_cells([*attacked, *controlled], cache, workers=workers)
     outcomes = _outcomes(values[: len(attacked)])
-    controls = _controls(plan, controlled, values[len(attacked) :])
+    answers = values[len(attacked) :]
+    controls = _controls(plan, controlled, answers)
+    failed = [control.name for control in controls if control.kind == "negative" and not control.passed]
+    if more := repeated_controls(controlled, failed):
+        controlled, answers = [*controlled, *more], [*answers, *run_cells(more, cache, workers=workers)]
+        controls = _controls(plan, controlled, answers)
     verdicts = _judge(plan, outcomes, controls)
     broken = [(verdict.profile, verdict.attack) for verdict in verdicts if verdict.word == BROKEN]
     again = repeated_cells(plan, attacked, broken)

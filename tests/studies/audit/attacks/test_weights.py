@@ -105,7 +105,10 @@ def test_an_unrelated_base_helps_nothing(attack: str, recorded: Callable[[str], 
     assert score.success < score.chance + 0.05
 
 
-@pytest.mark.parametrize(("attack", "profile"), [("A4", "balanced"), ("A16", "paper"), ("A16", "strict")])
+@pytest.mark.parametrize(
+    ("attack", "profile"),
+    [("A4", "balanced"), ("A16", "paper"), ("A16", "strict"), ("A27", "balanced"), ("A27", "strict")],
+)
 def test_it_says_where_there_is_nothing(attack: str, profile: str, attacked: Attacked) -> None:
     with pytest.raises(NotApplicableError):
         attacked(all_attacks()[attack], profile)

@@ -10,7 +10,7 @@ _MODULES = (
     *("pseudo_inverse", "norms", "gram", "sequential", "known_text", "customer", "alignment"),
     *("separation", "outliers", "multiset", "fingerprint"),
     *("labels", "span", "adapter", "frequency", "shape"),
-    *("linking", "theft", "covariance"),
+    *("linking", "theft", "covariance", "near_base"),
 )
 
 

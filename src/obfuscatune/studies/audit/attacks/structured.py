@@ -2,8 +2,9 @@ r"""A4, the structure of Monarch keys: what it adds to a key that Procrustes fou
 
 R = P0 B1 P1 B2 P2 with blocks of size b. Rows of R that share a block of B1 have their zeros at the same places, and
 columns that share one of B2 too; so where there are zeros, groups of rows and of columns are found in an estimate.
-Between two groups R has the rank with which the blocks are linked, about b^2 / d: all else there is noise. Without
-zeros (b^2 well above d) there are no groups to be found.
+Between two groups R has the rank with which the blocks are linked, about b^2 / d: all else there is noise. This attack
+finds groups by their zeros. There need be none: A27 finds them by where the energy is, in an estimate that is mostly
+noise.
 
 Source: arXiv 2204.00595, whose projection on Monarch matrices this is, for unknown permutations.
 """
