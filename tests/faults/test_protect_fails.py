@@ -106,7 +106,7 @@ def test_a_test_seed_is_refused_over_tcp_before_anything_is_sent() -> None:
     before = state_of(model)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.setblocking(False)
-        with pytest.raises(KeyFaultError, match="a test seed is refused with a TCP worker"):
+        with pytest.raises(KeyFaultError, match="a test seed is refused with a worker over a network"):
             obfuscatune.protect(
                 model, worker=f"tcp://127.0.0.1:{listener.getsockname()[1]}", insecure_test_seed=1, timeout=30
             )

@@ -1,6 +1,7 @@
 """docs/three-parties.md, run as it stands: the whole job works, and the operator never holds a plain byte of it."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -10,7 +11,7 @@ import safetensors.torch
 
 from obfuscatune.parties.sealed.header import read_header
 
-from .walkthrough import Machines, commands
+from .walkthrough import Machines, _family, commands
 
 pytestmark = pytest.mark.slow
 
@@ -131,7 +132,7 @@ def test_no_file_of_the_operator_holds_a_plain_byte(walked):
     machines, _ = walked
     canaries = _canaries(machines)
     files = [path for path in (machines.root / "operator").rglob("*") if path.is_file()]
-    assert {"state.sealed", "log.jsonl"} <= {path.name for path in files}
+    assert {"state.sealed", "log.jsonl", "enclave.pub"} <= {path.name for path in files}
     assert sum(path.suffix == ".sealed" for path in files) >= 6  # state, model, data, prompts, adapter, output
     for path in files:
         assert not _found(canaries, path.read_bytes()), path
@@ -155,6 +156,8 @@ def test_no_traffic_between_enclave_and_worker_holds_a_plain_byte(walked):
 def test_the_workers_memory_holds_no_plain_byte(walked):
     machines, _ = walked
     canaries = _canaries(machines)
+    pythons = [pid for pid in _family(machines.processes["worker"].pid) if "python" in os.readlink(f"/proc/{pid}/exe")]
+    assert len(pythons) >= 3, "the process outside, the one that accepts, and the session's, which has the weights"
     memory = b"".join(machines.memory_of("worker"))
     assert len(memory) > 50_000_000  # torch alone is more: it was read
     assert not _found(canaries, memory)

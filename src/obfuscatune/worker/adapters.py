@@ -71,7 +71,10 @@ class SlotInputs:
         return inner
 
     def add_first(self, columns: Sequence[Columns], x: Tensor, y: Tensor) -> Tensor:
-        """Return ``y`` plus the low-rank products of ``x`` of layers side by side, of each its columns here."""
+        """Return ``y`` plus the low-rank products of ``x`` of layers side by side, of each its columns here.
+
+        A ``v`` that must go back is kept in ``outputs``.
+        """
         names = first_slots(len(columns))
         low_ranks, factors = [], []
         for slot, here in zip(names, columns, strict=True):
@@ -114,6 +117,8 @@ class SlotInputs:
         """The low-rank numbers of ``x`` and B, where the slot adds their product here."""
         u, a, b, c = self._entered(slot)
         if b is None:
+            if a is not None:
+                self.outputs[f"v.{self._part}{slot}"] = self._group.leave(self._group.once(x @ a))
             return None
         if u is not None:
             return u, b

@@ -6,6 +6,7 @@ import select
 import socket
 import ssl
 import struct
+import time
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 FULL = 2**32 - 1
 AHEAD = struct.Struct("<I")
 _SIGN_OF_LIFE_SECONDS = 10.0
+_LEAVING_SECONDS = 0.5  # an enclave that closed and connects again may arrive before its old session is gone
 _WARM = 512  # rows of a product that all threads take part in
 
 
@@ -76,8 +78,10 @@ def _wait(connection: Connection, sock: socket.socket, control: socket.socket, c
     for each in (sock, control):
         poll.register(each, select.POLLIN)
     ahead: int | None = None
+    quiet_until = time.monotonic() + _LEAVING_SECONDS
     while True:
-        ready = dict(poll.poll(_SIGN_OF_LIFE_SECONDS * 1000))
+        quiet = quiet_until - time.monotonic()
+        ready = dict(poll.poll(1000 * (quiet if quiet > 0 else _SIGN_OF_LIFE_SECONDS)))
         if control.fileno() in ready:
             said = control.recv(1024)
             if len(said) < AHEAD.size:
@@ -87,6 +91,8 @@ def _wait(connection: Connection, sock: socket.socket, control: socket.socket, c
                 return True
         elif sock.fileno() in ready:
             return False  # it has left; or it says more before it was answered
+        if ahead != FULL and time.monotonic() < quiet_until:
+            continue
         try:
             if ahead == FULL:
                 connection.send(error_reply(None, "busy", "the worker's queue is full; try again later"))
