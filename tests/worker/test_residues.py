@@ -1,6 +1,7 @@
 """The worker's products of shares: exact on every path, and what it refuses."""
 
 import itertools
+import os
 from typing import Any
 
 import pytest
@@ -75,6 +76,14 @@ def test_a_second_point_of_one_sharing_is_refused_in_the_whole_process() -> None
     with pytest.raises(ProtocolError, match="second point"):
         segment(weight, 3, sharing)
     segment(weight, 3)  # of another sharing
+    child = os.fork()  # as a worker that listens does for each session
+    if child == 0:
+        try:
+            segment(weight, 1, sharing)
+        except ProtocolError:
+            os._exit(7)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,8 @@
 A weight is ``[L, in, out]``, one plane for each of L primes; ``y_l = x_l w_l mod p_l``. Nothing is kept of a call.
 """
 
-import threading
+import hashlib
+import mmap
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +16,6 @@ from obfuscatune.protocol.residues import EXACT_TERMS, LARGEST, MOST_TERMS, PRIM
 from obfuscatune.worker.parallel import ALONE, Group
 from obfuscatune.worker.segments import Segment
 
-_MOST_SHARINGS = 65536
 _FEWEST_ROWS, _MULTIPLE = 17, 8  # what cuBLAS asks of an int8 product: more than 16 rows, widths in steps of 8
 
 
@@ -77,21 +77,24 @@ class ResidueSegment(Segment):
 
 
 def refuse_second_point(sharing: Any, point: int) -> None:
-    """Refuse another point of a sharing that this process has, or had, a point of: any two of them are the secret.
+    """Refuse another point of a sharing that a session of this worker has, or had, a point of: two are the secret.
 
-    The enclave sees to it that no operator gets two; this is the second line, for one who started one worker twice.
+    The enclave sees to it that no operator gets two; this is the second line, for one who started one worker twice. The
+    table is shared by all processes that the worker forks, and forgets after some thousands of sharings.
     """
     if not isinstance(sharing, str) or not 16 <= len(sharing) <= 64:
         raise ProtocolError("number of a sharing", got=type(sharing).__name__, expected="16 to 64 characters")
-    with _POINTS_LOCK:
-        if _POINTS.setdefault(sharing, point) != point:
+    digest = hashlib.sha256(sharing.encode()).digest()[:_ENTRY]
+    first = int.from_bytes(digest, "big")
+    places = [(first + t) % _ENTRIES * _ENTRY for t in range(min(PRIMES))]  # one for each point
+    for _ in range(2):  # looked at again after it is there, because another process may do the same
+        if any(_POINTS[at : at + _ENTRY] == digest for t, at in enumerate(places) if t != point):
             raise ProtocolError("a second point of one sharing", expected="each point at a worker of its own")
-        while len(_POINTS) > _MOST_SHARINGS:
-            del _POINTS[next(iter(_POINTS))]
+        _POINTS[places[point] : places[point] + _ENTRY] = digest
 
 
-_POINTS: dict[str, int] = {}
-_POINTS_LOCK = threading.Lock()
+_ENTRY, _ENTRIES = 8, 1 << 16
+_POINTS = mmap.mmap(-1, _ENTRY * _ENTRIES)  # MAP_SHARED
 
 
 def int8_product(x: Tensor, w: Tensor) -> Tensor:

@@ -180,6 +180,17 @@ def test_all_sums_of_16_bits_are_reduced_exactly() -> None:
         assert y[0, j].item() == torch.tensor(float(true), dtype=torch.float64).float().item()
 
 
+@pytest.mark.parametrize("p", PRIMES)
+def test_the_quotients_of_16_bits(p: int) -> None:
+    """The two divisions of the kernel, for every number that they may get."""
+    v = torch.arange(2**16)
+    up, down = (2**22 + p - 1) // p, 2**22 // p
+    assert up < 2**16
+    assert torch.equal(v[:33289] * up >> 16 >> 6, v[:33289] // p)
+    short = v // p - (v * down >> 16 >> 6)
+    assert short.min() >= 0 and short.max() <= 1
+
+
 def test_what_is_refused() -> None:
     for bad in (
         lambda: Scheme.make(primes=1),

@@ -121,7 +121,8 @@ class Workers(Secret):
     def _send(self, weight: SharedWeight, x: Tensor, *, transpose: bool) -> _Part:
         side, (images, _) = weight.backward if transpose else weight.forward, self._vectors(weight, transpose)
         started = time.process_time()
-        drawn = torch.stack([self._uniform.draw(self.scheme, *x.shape) for _ in range(self.scheme.threshold)])
+        planes = [self._uniform.draw(self.scheme, *x.shape) for _ in range(self.scheme.threshold)]
+        drawn = planes[0][None] if len(planes) == 1 else torch.stack(planes)
         rows = coding.encode(self.scheme, x, side.before, drawn, most=side.most, vectors=images)
         self.seconds.encode += time.process_time() - started
         started = time.perf_counter()

@@ -40,16 +40,25 @@ INLINE int32_t low_bits(double rounded) {
     return (int32_t)bits;
 }
 
-/* The centred residue of v in 0..65535; m = floor(2^22 / p). The quotient is short by one at most, as v / 2^22 < 1. */
+/* The centred residue of v - p / 2: floor(v / p) is v m / 2^22 with m = 2^22 / p rounded up, as long as v (p - 1) < 2^22;
+ * so v is 33288 at most. Without a comparison, as p / 2 is added first and taken off at last. */
 INLINE int16_t centred(uint16_t v, uint16_t m, uint16_t p) {
     uint16_t k = (uint16_t)(((uint32_t)v * m) >> 16) >> 6;
-    int16_t c = (int16_t)(v - k * p), half = (int16_t)(p / 2);
-    c = c > half ? c - (int16_t)p : c;
-    return c > half ? c - (int16_t)p : c;
+    return (int16_t)(v - k * p - p / 2);
 }
 
-/* The multiple of p at or above 24576, which makes sums of that size positive. */
-INLINE uint16_t lift(uint16_t p) { return (uint16_t)((24576 + p - 1) / p * p); }
+/* The same for all v below 2^16, with m rounded down: then the quotient is short by one at most. */
+INLINE int16_t centred_wide(uint16_t v, uint16_t m, uint16_t p) {
+    uint16_t k = (uint16_t)(((uint32_t)v * m) >> 16) >> 6;
+    int16_t c = (int16_t)(v - k * p - p / 2);
+    return c > p / 2 ? c - (int16_t)p : c;
+}
+
+INLINE uint16_t rounded_up(uint16_t p) { return (uint16_t)(((1 << 22) + p - 1) / p); }
+INLINE uint16_t rounded_down(uint16_t p) { return (uint16_t)((1 << 22) / p); }
+
+/* What makes sums of at least -least positive: a multiple of p, and the half that `centred` takes off. */
+INLINE uint16_t lift(int32_t least, uint16_t p) { return (uint16_t)((least + p - 1) / p * p + p / 2); }
 
 INLINE void dot_tile(const int16_t *rows, int64_t width, int64_t count, const int16_t *v, int32_t *sums) {
     int32_t a = 0, b = 0, c = 0, d = 0;
@@ -145,18 +154,18 @@ INLINE int64_t encode_any(const struct encoding *e, int64_t begin, int64_t end) 
                 quantize(e->x + (first + i) * width, e->column, width, e->room, e->half, t, q + i * width);
         for (int64_t l = 0; l < L; l++) {
             const int32_t prime = e->primes[l];
-            const uint16_t p = (uint16_t)prime, m = (uint16_t)((1 << 22) / p), up = lift(p);
+            const uint16_t p = (uint16_t)prime, m = rounded_up(p), up = lift(3 * 63 * 63, p), four = 4 * p + p / 2;
             const float inverse = 1.0f / p;
             for (int64_t i = 0; i < count; i++) {
                 const int32_t *qi = q + i * width;
                 int16_t *ri = r + i * width;
                 for (int64_t j = 0; j < width; j++) { /* |q| < 2^27: the quotient is off by less than 2 */
                     int32_t k = (int32_t)((float)qi[j] * inverse);
-                    ri[j] = centred((uint16_t)(qi[j] - k * prime + 4 * prime), m, p);
+                    ri[j] = centred((uint16_t)(qi[j] - k * prime + four), m, p);
                 }
                 const int64_t at = l * plane + (first + i) * width;
                 const int8_t *u1 = e->drawn + at, *u2 = T > 1 ? u1 + L * plane : u1;
-                for (int64_t s = 0; s < e->made; s++) { /* at most 3 * 63 * 64 + 24576 */
+                for (int64_t s = 0; s < e->made; s++) { /* within 3 * 63 * 63 of `up`: below 33288 */
                     const int16_t *w = e->weights + (l * e->made + s) * (1 + T);
                     const int16_t w0 = w[0], w1 = w[1], w2 = T > 1 ? w[2] : 0;
                     int8_t *out = e->shares + s * L * plane + at;
@@ -217,20 +226,20 @@ INLINE int64_t decode_any(const struct decoding *e, int64_t begin, int64_t end) 
         memset(parts, 0, (size_t)(2 * TILE * width) * sizeof *parts);
         for (int64_t l = 0; l < L; l++) {
             const int32_t prime = e->primes[l], rest = whole[l / 4] / prime;
-            const uint16_t p = (uint16_t)prime, m = (uint16_t)((1 << 22) / p), up = lift(p);
+            const uint16_t p = (uint16_t)prime, m = rounded_down(p), up = lift(63 + 3 * 63 * 128, p);
             const int64_t at = l * plane + first * width;
             int32_t *part = parts + (l / 4) * TILE * width;
-            for (int64_t s = 0; s < needed; s += 3) { /* three bytes that may be anything: 63 + 3 * 63 * 128 < 24576 */
+            for (int64_t s = 0; s < needed; s += 3) { /* three bytes that may be anything, and what is there: below 2^16 */
                 const int16_t *w = e->weights + l * needed + s;
                 const int8_t *a = e->replies[s] + at, *b = s + 1 < needed ? e->replies[s + 1] + at : a,
                              *c = s + 2 < needed ? e->replies[s + 2] + at : a;
                 const int16_t w0 = w[0], w1 = s + 1 < needed ? w[1] : 0, w2 = s + 2 < needed ? w[2] : 0;
                 if (s == 0)
                     for (int64_t j = 0; j < span; j++)
-                        r[j] = centred((uint16_t)(w0 * a[j] + w1 * b[j] + w2 * c[j] + up), m, p);
+                        r[j] = centred_wide((uint16_t)(w0 * a[j] + w1 * b[j] + w2 * c[j] + up), m, p);
                 else
                     for (int64_t j = 0; j < span; j++)
-                        r[j] = centred((uint16_t)(r[j] + w0 * a[j] + w1 * b[j] + w2 * c[j] + up), m, p);
+                        r[j] = centred_wide((uint16_t)(r[j] + w0 * a[j] + w1 * b[j] + w2 * c[j] + up), m, p);
             }
             for (int64_t j = 0; j < span; j++) part[j] += r[j] * rest;
             for (int64_t k = 0; k < checks; k++) {
@@ -263,11 +272,11 @@ FOR_EACH_CPU(decode, (const struct decoding *e, int64_t begin, int64_t end), (e,
 
 /* The centred residues of int32 numbers. */
 INLINE int64_t reduce_any(const int32_t *x, int64_t n, int32_t prime, int8_t *out) {
-    const uint16_t p = (uint16_t)prime, m = (uint16_t)((1 << 22) / p);
+    const uint16_t p = (uint16_t)prime, m = rounded_up(p), eight = 8 * p + p / 2;
     const float inverse = 1.0f / p;
     for (int64_t j = 0; j < n; j++) { /* |x / p| < 2^25: the quotient is off by less than 6 */
         int32_t k = (int32_t)((float)x[j] * inverse);
-        out[j] = (int8_t)centred((uint16_t)(x[j] - k * prime + 8 * prime), m, p);
+        out[j] = (int8_t)centred((uint16_t)(x[j] - k * prime + eight), m, p);
     }
     return n;
 }
