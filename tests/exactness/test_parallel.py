@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,21 @@ def test_grouped_heads_gates_and_fused_layers(
                 assert worst({n: found[n] for n in wanted}, wanted) < BOUND
             options = {"max_new_tokens": 4, "do_sample": False}
             assert torch.equal(protected.model.generate(ids, **options), reference.generate(ids, **options))
+
+
+def test_shares_on_a_group(group: tuple[int, str], protect: Callable[..., Any], tmp_path: Path) -> None:
+    """Each process of the first worker computes for some of the primes: bit for bit what one process gives."""
+    _, one = twins(n_layer=2, dtype=torch.float32)
+    _, many = twins(n_layer=2, dtype=torch.float32)
+    ids, logits = tokens(2, 7), {}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*one machine.*")
+        for model, first in ((one, "spawn"), (many, group[1])):
+            with protect(model, profile="shared", worker=[first, "spawn", "spawn"]) as protected:
+                result = protected.model(ids).logits
+                scalar(result).backward()
+                logits[first] = {"logits": result.detach(), **gradients(protected.model)}
+    assert all(torch.equal(logits["spawn"][name], logits[group[1]][name]) for name in logits["spawn"])
 
 
 def test_factors_that_the_group_trains(group: tuple[int, str], protect: Callable[..., Any]) -> None:

@@ -25,7 +25,7 @@ from obfuscatune.worker.parallel import ALONE, Group
 LAST = "out"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Columns:
     """Which of a layer's columns are in this process: ``index``, int64; None for all ``count`` of them."""
 

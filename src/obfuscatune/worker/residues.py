@@ -34,8 +34,6 @@ class ResidueSegment(Segment):
         defined: Mapping[str, Segment],
         group: Group = ALONE,
     ) -> None:
-        if group.size > 1:
-            raise ProtocolError("shares on a worker of several processes", got=group.size, expected="one process")
         self.group = group
         primes, point = spec.get("primes"), spec.get("point")
         if not isinstance(primes, list) or not 1 <= len(primes) <= len(PRIMES) or not set(primes) <= set(PRIMES):
@@ -49,8 +47,12 @@ class ResidueSegment(Segment):
             raise ProtocolError("weight of shares", got=f"{list(weight.shape)} {weight.dtype}", expected="int8")
         if int(weight.max()) > LARGEST or int(weight.min()) < -LARGEST:
             raise ProtocolError("weight of shares", got="a number beyond a residue", expected=f"up to {LARGEST}")
-        refuse_second_point(spec.get("sharing"), point)
-        self.primes, self.weight, self.held = primes, {"weight": weight}, {}
+        if group.rank == 0:  # whose process all sessions are forked from
+            refuse_second_point(spec.get("sharing"), point)
+        mine = group.share(len(primes))  # each process of a group computes for some of the primes
+        self.primes, self.mine = primes, mine
+        weight = weight if group.size == 1 else weight[mine.start : mine.stop].clone()
+        self.weight, self.held = {"weight": weight}, {}
         # An accelerator's int8 product wants its right factor column by column, in both directions.
         self._turned = weight.mT.contiguous() if not weight.is_cpu else weight.mT
         self._exact = int8_products_are_exact(weight.device)
@@ -63,17 +65,20 @@ class ResidueSegment(Segment):
             expected = f"int8 [{len(self.primes)}, rows, {inputs}]"
             raise ProtocolError("rows of shares", got=f"{list(x.shape)} {x.dtype}", expected=expected)
         columns = weight.mT if transpose else self._turned.mT
-        y = torch.empty(*x.shape[:2], columns.shape[2], dtype=torch.int8, device=x.device)
+        y = (torch.empty if self.group.size == 1 else torch.zeros)(
+            *x.shape[:2], columns.shape[2], dtype=torch.int8, device=x.device
+        )
         sums = torch.empty(y.shape[1:], dtype=torch.int32, device=x.device)  # one for all: new memory costs page faults
-        for i, p in enumerate(self.primes):
+        for i in range(self.mine.start, self.mine.stop):
+            plane = columns[i - self.mine.start]
             if not self._exact:
-                sums = float_product(x[i], columns[i])
+                sums = float_product(x[i], plane)
             elif x.is_cpu:
-                torch._int_mm(x[i], columns[i], out=sums)
+                torch._int_mm(x[i], plane, out=sums)
             else:
-                sums = int8_product(x[i], columns[i])
-            reduce(sums, p, out=y[i])
-        return y
+                sums = int8_product(x[i], plane)
+            reduce(sums, self.primes[i], out=y[i])
+        return y if self.group.size == 1 else self.group.sum_(y)  # the planes of the others are zeros here
 
 
 def refuse_second_point(sharing: Any, point: int) -> None:
