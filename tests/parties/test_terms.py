@@ -92,7 +92,7 @@ def test_defaults_show_nothing_in_plain_coordinates() -> None:
 
 
 @pytest.mark.parametrize("role", ROLES)
-@pytest.mark.parametrize("profile", sorted(PROFILES))
+@pytest.mark.parametrize("profile", sorted(set(PROFILES) - {"shared"}))
 def test_each_profile_by_its_name(profile: str, role: Role) -> None:
     asked = job(profile=profile)
     assert Terms(profiles=(profile,)).faults(asked, role, NOW) == []
@@ -100,7 +100,16 @@ def test_each_profile_by_its_name(profile: str, role: Role) -> None:
     assert [fault.split()[:2] for fault in others.faults(asked, role, NOW)] == [["profile", profile]]
 
 
-@pytest.mark.parametrize("switch", SWITCHES)
+@pytest.mark.parametrize("switches", [{}, {"spares": 1}, {"weights": "open"}])
+def test_shares_are_not_for_jobs(switches: dict[str, Any]) -> None:
+    """The operator would name the workers, all three of them his own."""
+    with pytest.raises(FormatError, match="secret shares, whose workers' operators no terms can name yet"):
+        job(profile="shared", switches=switches)
+    with pytest.raises(FormatError):
+        Terms.from_dict({"profiles": ["shared"]})
+
+
+@pytest.mark.parametrize("switch", sorted(set(SWITCHES) - {"weights", "primes", "threshold", "spares"}))
 def test_each_switch_is_another_profile(switch: str) -> None:
     base = NEEDS.get(switch, {})
     without, with_it = job(switches=base), job(switches={**base, switch: CHANGED[switch]})

@@ -24,6 +24,11 @@ def profile_name(profile: Any, switches: Any) -> str:
     if not set(switches) <= set(SWITCHES):
         raise FormatError("unknown switch of a profile", expected=f"some of {', '.join(SWITCHES)}")
     try:
-        return resolve(profile, **switches).name
+        resolved = resolve(profile, **switches)
     except UsageError as error:
         raise FormatError(f"profile of the job: {error.what}", got=error.got, expected=error.expected) from None
+    if resolved.shares:
+        # Its claim rests on who runs the workers. The operator names them, and the owners could not object.
+        what = "profile of the job: secret shares, whose workers' operators no terms can name yet"
+        raise FormatError(what, got=resolved.name)
+    return resolved.name
