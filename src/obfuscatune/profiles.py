@@ -90,7 +90,8 @@ class Profile:
 
     def switches(self) -> dict[str, str | int | float | bool]:
         """Return what the profile does, as plain values by name: equal exactly where two profiles do the same."""
-        return {name: getattr(self, name) for name in ("remote", *SWITCHES)}
+        names = SWITCHES if self.shares else [name for name in SWITCHES if name not in OF_SHARES]
+        return {name: getattr(self, name) for name in ("remote", *names)}
 
 
 PROFILES: dict[str, Profile] = {
@@ -171,6 +172,8 @@ PROFILES: dict[str, Profile] = {
 # float64 has 16 digits: beyond this a key's inverse is noise, and nothing computed under it means anything.
 MAX_KAPPA = 1e8
 SWITCHES = tuple(f.name for f in dataclasses.fields(Profile) if f.name not in ("name", "summary", "audience", "remote"))
+# What is said of shares alone: not part of the keys and the checkpoints of profiles that have none.
+OF_SHARES = ("weights", "primes", "threshold", "spares")
 _LEAST = {"enclave_blocks": 0, "key_block": 2, "mix_tile": 64, "primes": 0, "threshold": 1, "spares": 0}
 _CHOICES = {
     "keys": get_args(KeyFamily),

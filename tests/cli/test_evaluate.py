@@ -78,6 +78,7 @@ def test_a_task_is_learnt_and_evaluated_without_a_script(
     assert all(item.keys() == names and len(item["likelihoods"]) == 2 for item in predictions)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quiet")
 def test_the_harness_own_command_line_gives_what_hf_gives(
     run: Run, model_dir: Path, worker: str, data_dir: Path, tmp_path: Path

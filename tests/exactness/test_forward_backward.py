@@ -100,7 +100,7 @@ def test_float32_logits_and_greedy_tokens(
 
 
 @given(config=configurations(), batch=st.integers(1, 3), length=st.integers(1, 6))
-@settings(max_examples=15)
+@settings(max_examples=6)
 def test_naive_is_within_its_condition_number_times_rounding(
     protect: Any, config: dict[str, Any], batch: int, length: int
 ) -> None:

@@ -129,7 +129,13 @@ CASES: dict[str, tuple[str, dict[str, Any], str, Table]] = {
 }
 
 
-@pytest.fixture(scope="module", params=CASES)
+# Where only linear layers leave, families differ in names alone: one in every run, the others in the slow tier.
+_ALIKE = {f"{family}, {profile}" for family in OTHERS if family != "llama" for profile in ("paper", "strict")}
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=pytest.mark.slow) if name in _ALIKE else name for name in CASES]
+)
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Recording]]:
     profile, switches, family, _ = CASES[request.param]
     said = "norms are not folded" if "lora_placement" in switches else None

@@ -27,6 +27,7 @@ print(mapped, private_memory() - before)
 """
 
 
+@pytest.mark.slow
 def test_loading_copies_no_weight(tmp_path: Path) -> None:
     config = GPT2Config(vocab_size=64, n_embd=512, n_layer=5, n_head=4, n_positions=32, bos_token_id=0, eos_token_id=0)
     model = GPT2LMHeadModel(config)

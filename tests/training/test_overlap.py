@@ -76,6 +76,7 @@ def test_gradients_of_the_whole_batch(profile: str, tmp_path: Path) -> None:
             assert all(torch.equal(halves[name], again[name]) for name in halves), "not the same every time"
 
 
+@pytest.mark.slow
 def test_both_halves_are_under_way_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The control of what overlap is: a second request is sent before the first reply is read."""
     from obfuscatune.enclave.session import Session

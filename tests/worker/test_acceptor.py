@@ -120,6 +120,7 @@ def test_several_sessions_at_once_have_nothing_in_common() -> None:
             end.close()
 
 
+@pytest.mark.slow
 def test_strangers_hold_nothing() -> None:
     with bounded(greeting_seconds=1.0, max_greeting=3) as (pid, address):
         silent, trickling, third = (connect(address, PATIENCE) for _ in range(3))
@@ -153,6 +154,7 @@ def test_sessions_end_with_the_worker(stop: signal.Signals) -> None:
         assert process.wait(PATIENCE) == (-signal.SIGKILL if stop == signal.SIGKILL else 0)
 
 
+@pytest.mark.slow
 def test_a_budget_bounds_what_autograd_saves() -> None:
     """A kept MLP saves more than its inputs and outputs: the system's limit says so, and the session goes on."""
     with worker("--memory_gb", "0.05") as (_, address), closing(opened(address)) as end:

@@ -19,6 +19,8 @@ from obfuscatune.studies.audit.study import failed_claims, make_plan, run
 from obfuscatune.studies.audit.verdict import LEAK
 from obfuscatune.studies.audit.view import ROLES
 
+pytestmark = pytest.mark.slow
+
 STATIC = ["paper", "balanced", "balanced+attention=enclave+mlp=enclave", "stream"]
 Recorder = Callable[[str], Recorded]
 

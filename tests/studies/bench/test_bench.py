@@ -26,6 +26,7 @@ def _spec(profile: str | None) -> ContenderSpec:
     return ContenderSpec("tiny", SHAPE, None if profile is None else parse_profile(profile), 1, "cpu")
 
 
+@pytest.mark.slow
 def test_the_command_measures_every_workload_and_profile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -141,6 +142,7 @@ def test_the_ratio_is_the_median_of_paired_ratios() -> None:
     assert measured.bytes_per_token_layer == 200.0
 
 
+@pytest.mark.slow
 def test_key_only_protects() -> None:
     options = BenchOptions(sizes=("tiny",), profiles=("balanced",), workloads=("key",), shape=SHAPE, threads=1)
     steps: list[str] = []

@@ -89,6 +89,7 @@ def test_sizes_are_names_or_directories(tmp_path: Path) -> None:
         shape_config("llama-9b")
 
 
+@pytest.mark.slow
 def test_a_directory_is_measured(tmp_path: Path) -> None:
     directory = str(tiny(tmp_path / "given"))
     options = BenchOptions(

@@ -18,6 +18,8 @@ from obfuscatune.studies.reproduce.fidelity import compare, read_text, text_wind
 from obfuscatune.studies.reproduce.lesson import Lesson
 from obfuscatune.training.loading import load_config, load_model, load_tokenizer
 
+pytestmark = pytest.mark.slow
+
 NAME = str(model_directory())
 LEAST = Preset(
     keys=("none", "gaussian"),

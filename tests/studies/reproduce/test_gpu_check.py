@@ -11,6 +11,8 @@ from obfuscatune.studies.reproduce import equality, gpu_check
 from obfuscatune.studies.reproduce.equality import FAILED, GRADIENTS, LOGITS, LOSSES, OK, TOKENS, check, worst
 from obfuscatune.studies.reproduce.gpu_check import main, run
 
+pytestmark = pytest.mark.slow
+
 
 def test_without_a_gpu_it_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

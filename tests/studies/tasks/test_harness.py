@@ -157,6 +157,7 @@ def test_parity_with_hf_under_an_adapter(profile: str, model_dir: Path, adapter:
     assert (plain - adapted).abs().max() > 1000 * LIKELIHOOD_TOLERANCE, "the adapter does nothing"
 
 
+@pytest.mark.slow
 def test_parity_with_hf_on_real_rows(shared: Path, tmp_path: Path) -> None:
     model, data = shared / "models" / "mini", shared / "data"
     for path in (model, data):

@@ -18,6 +18,8 @@ from obfuscatune.errors import KeyFaultError, UsageError
 
 INVERSE_TOLERANCE = 1e-9  # max |B B^-1 - I| in float64; measured 1.3e-15 at head_dim 64 and 128, kappa 4
 
+LEAST_ANGLE = 0.05  # radians between a plane's turn and a multiple of a quarter turn
+
 
 class PerHeadKey(Key):
     """R = diag(B_0 .. B_{h-1}) P: output head j is input head order[j] times B_order[j].
@@ -107,7 +109,9 @@ def _commuting(stream: Stream, count: int, size: int, rotary: int, kappa: float)
     if not rotary:
         return conditioned_blocks(stream, count, size, kappa)
     half = rotary // 2
-    angle = 2 * math.pi * stream.uniform(count, half)
+    # Near a multiple of a quarter turn the plane's columns would be plain ones, up to scale and order.
+    quarters = 4 * stream.uniform(count, half)
+    angle = quarters.floor() * math.pi / 2 + LEAST_ANGLE + quarters.frac() * (math.pi / 2 - 2 * LEAST_ANGLE)
     length = (math.log(kappa) * (stream.uniform(count, half) - 0.5)).exp()  # within sqrt(kappa) and its inverse
     blocks = torch.zeros(2, count, size, size, dtype=torch.float64)
     i = torch.arange(half)

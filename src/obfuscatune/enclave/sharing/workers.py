@@ -134,8 +134,10 @@ class Workers(Secret):
                 continue
             try:
                 part.pending[i] = session.submit("multiply", weight.path, header, {"x": rows.shares[i]}, expected)
-            except WorkerFault as fault:
-                self._lose(i, fault)
+            except (WorkerFault, UsageError) as fault:
+                if not session.has_ended:  # a request that cannot be sent to anybody
+                    raise
+                self._lose(i, fault)  # where its thread has met the fault first, the error tells of the session's end
                 continue
             if self._waiting is not None:
                 self._waiting.ask(i, part.pending[i], part.box)

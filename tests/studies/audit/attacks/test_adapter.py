@@ -8,6 +8,8 @@ from obfuscatune.studies.audit.attack import Score
 from obfuscatune.studies.audit.attacks.adapter import ATTACK, adapter_rank
 from obfuscatune.studies.audit.lab import RANK, Recorded
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("profile", ["paper", "naive", "balanced", "balanced+attention=enclave+mlp=enclave", "stream"])
 def test_texts_are_recognized_across_sessions(profile: str, attacked: Callable[..., Score]) -> None:

@@ -10,6 +10,8 @@ from obfuscatune.studies.audit.attacks.linking import ATTACK, junctions, link, r
 from obfuscatune.studies.audit.fixtures import Fixtures
 from obfuscatune.studies.audit.lab import Recorded, knowledge, record
 
+pytestmark = pytest.mark.slow
+
 PLACES = ((0, "attention in"), (0, "attention out"), (0, "mlp in"))
 
 

@@ -58,6 +58,7 @@ def test_a_near_base_gives_both_keys_and_most_of_the_difference() -> None:
     assert share > 0.5
 
 
+@pytest.mark.slow
 def test_an_unrelated_base_gives_nothing() -> None:
     one, two, share = found_keys(draw(9), draw(1))
     assert max(one, two) < 0.1
