@@ -82,7 +82,11 @@ def test_an_input_of_another_kind_or_digest(tmp_path: Path, kind: str) -> None:
         ({"max_queries": 9}, {"max_queries": 10}, "10 queries"),
         ({"partners": ["00" * 32]}, {}, "the partner"),
         ({"expires": int(NOW) - 1}, {}, "the date"),
-        *[(None, {"profile": name}, f"profile {name}") for name in PROFILES if name not in DEFAULT_PROFILES],
+        *[
+            (None, {"profile": name}, f"profile {name}")
+            for name in PROFILES
+            if name not in (*DEFAULT_PROFILES, "shared")
+        ],
         (None, {"switches": {"permute_mlp": False}}, "permute_mlp=False"),
     ],
 )
