@@ -89,7 +89,7 @@ def test_counts_are_those_of_the_connection(profile: str, workload: str) -> None
         contender.close()
 
 
-@pytest.mark.parametrize("link", ["tcp", "tls"])
+@pytest.mark.parametrize("link", [pytest.param("tcp", marks=pytest.mark.slow), "tls"])
 def test_a_listening_worker_is_measured_too(link: LinkKind) -> None:
     contender = Contender(dataclasses.replace(_spec("balanced"), link=link))
     try:

@@ -16,6 +16,8 @@ from obfuscatune.studies.reproduce.accuracy_rows import cell_row, score
 from obfuscatune.studies.reproduce.presets import PRESETS, RECORDS, UNPROTECTED, choose
 from obfuscatune.studies.reproduce.trial import Trial, run_trial
 
+pytestmark = pytest.mark.slow
+
 # Of a log-likelihood after a few steps, in nats: 5e-6 measured between unprotected and balanced, 7 under naive.
 LIKELIHOOD_TOLERANCE = 1e-3
 
@@ -40,7 +42,6 @@ def results(presets: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.mark.slow
 def test_balanced_predicts_what_local_training_predicts(results: Path) -> None:
     cells = {row["method"]: row for row in read_csv(results / "accuracy.csv")}
     for name in ("choices", "choices_norm", "right", "value"):
@@ -77,7 +78,6 @@ def test_nothing_is_computed_twice(results: Path, presets: None, monkeypatch: py
     assert (results / "accuracy.csv").read_bytes() == before
 
 
-@pytest.mark.slow
 def test_a_row_of_the_table_re_derives_its_cell(results: Path, tmp_path: Path) -> None:
     row = read_csv(results / "accuracy.csv")[0]
     trial = Trial.from_dict(json.loads(row["trial"]))
@@ -108,7 +108,6 @@ def test_a_cell_is_of_its_data_its_model_and_its_profile(presets: None, tmp_path
         accuracy.digest_data("piqa", rows.parent, {})
 
 
-@pytest.mark.slow
 def test_dropout_that_keyed_values_cannot_have_is_named(tmp_path: Path) -> None:
     preset = PRESETS["tiny"]
     training = dataclasses.replace(preset.training_of(RECORDS, 0), lora_dropout=0.05, max_steps=1)

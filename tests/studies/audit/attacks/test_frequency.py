@@ -9,6 +9,8 @@ from obfuscatune.studies.audit.attack import Score
 from obfuscatune.studies.audit.attacks.frequency import ATTACK, cluster, without_position
 from obfuscatune.studies.audit.lab import Recorded
 
+pytestmark = pytest.mark.slow
+
 
 def test_tokens_are_alike_once_the_position_is_taken_off() -> None:
     generator = torch.Generator().manual_seed(0)

@@ -9,6 +9,8 @@ from obfuscatune.studies.audit.attack import NotApplicableError, Score, Training
 from obfuscatune.studies.audit.attacks.labels import ATTACK, mask_score, pair_score
 from obfuscatune.studies.audit.lab import Recorded
 
+pytestmark = pytest.mark.slow
+
 
 def truth(scored: torch.Tensor) -> TrainingTruth:
     tokens = torch.arange(scored.numel()).view(scored.shape) % 3

@@ -11,6 +11,8 @@ from obfuscatune.studies.audit.attack import Score
 from obfuscatune.studies.audit.attacks.separation import ATTACK, correlations, drawn_turn, separate, whiten
 from obfuscatune.studies.audit.lab import Recorded
 
+pytestmark = pytest.mark.slow
+
 
 def neurons(bias: float, rows: int = 2000, width: int = 24) -> Tensor:
     generator = torch.Generator().manual_seed(0)

@@ -8,6 +8,8 @@ from obfuscatune.studies.audit.attack import Score
 from obfuscatune.studies.audit.attacks.shape import ATTACK, tokens_of
 from obfuscatune.studies.audit.lab import Recorded
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("profile", ["paper", "balanced", "stream"])
 def test_lengths_are_read_from_masks_or_gradients(profile: str, attacked: Callable[..., Score]) -> None:

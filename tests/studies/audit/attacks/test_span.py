@@ -9,6 +9,8 @@ from obfuscatune.studies.audit.attack import Score, area_under_curve
 from obfuscatune.studies.audit.attacks.span import ATTACKS, Check
 from obfuscatune.studies.audit.lab import Recorded
 
+pytestmark = pytest.mark.slow
+
 GRADIENT, ROWS = ATTACKS
 PROFILES = ["paper", "balanced", "balanced+attention=enclave+mlp=enclave", "stream"]
 
