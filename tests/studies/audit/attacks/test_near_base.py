@@ -1,6 +1,7 @@
 """A27 at the deployed ratio: blocks of 32 at d = 256, where d / b^2 is .25 (GPT-2 small with blocks of 64: .19)."""
 
 import copy
+import os
 from functools import cache
 from pathlib import Path
 
@@ -106,6 +107,8 @@ def test_how_near_a_base_must_be(distance: float, broken: bool) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.skipif("OBFUSCATUNE_LONG" not in os.environ, reason="a whole audit with its training: OBFUSCATUNE_LONG=1")
 def test_an_audit_at_the_deployed_width(tmp_path: Path) -> None:
     """Minutes, most of them training: keys of small blocks, recorded through the product, and the controls."""
     plan = make_plan(
