@@ -100,7 +100,7 @@ def test_blocks_and_orders_of_a_noisy_key() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("distance", "broken"), [(0.0, True), (0.035, True), (0.3, False)])
+@pytest.mark.parametrize(("distance", "broken"), [(0.0, True), (0.02, True), (0.3, False)])
 def test_how_near_a_base_must_be(distance: float, broken: bool) -> None:
     one, two, _ = found_keys(*near(distance))
     assert min(one, two) > 0.9 if broken else max(one, two) < 0.1
