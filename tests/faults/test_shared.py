@@ -101,9 +101,11 @@ def test_a_spare_names_the_liar(tmp_path: Path, liar: int) -> None:
 
 
 def test_not_verified_a_lie_passes(tmp_path: Path) -> None:
-    """The control: it is the check that catches it."""
-    with protected_by(tmp_path, [honest, lying(False), honest], verify=False) as (protected, _):
-        step(protected.model)
+    """The control: it is the check that catches it. Without it the logits are others, and nobody is told."""
+    with torch.no_grad():
+        expected = new_model()(IDS).logits
+        with protected_by(tmp_path, [honest, lying(False, at=-1), honest], verify=False) as (protected, _):
+            assert not torch.allclose(protected.model(IDS).logits, expected, atol=1e-4)
 
 
 def test_a_dead_worker_ends_it_and_is_named(tmp_path: Path) -> None:
@@ -128,11 +130,15 @@ def test_with_a_spare_a_dead_worker_costs_a_warning(tmp_path: Path) -> None:
 
 
 def test_with_a_spare_nobody_waits_for_a_worker_that_stands_still(tmp_path: Path) -> None:
-    released = threading.Event()
+    released, expected = threading.Event(), loss_of(new_model()).item()
     with protected_by(tmp_path, [honest, honest, silent(released), honest], spares=1) as (protected, _):
-        for _ in range(5):
-            step(protected.model)
-        released.set()
+        try:
+            for _ in range(5):
+                step(protected.model)
+                assert abs(loss_of(protected.model).item() - expected) < 1e-5
+            assert not released.is_set()
+        finally:
+            released.set()
 
 
 def test_two_dead_workers_are_too_many_for_one_spare(tmp_path: Path) -> None:

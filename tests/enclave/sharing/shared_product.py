@@ -15,11 +15,8 @@ from obfuscatune.enclave.sharing.weights import weight_shares
 from obfuscatune.worker.residues import ResidueSegment
 
 
-def test_uniform(seed: int = 0) -> Uniform:
+def seeded_uniform(seed: int = 0) -> Uniform:
     return Uniform(MasterSecret.from_insecure_test_seed(seed).stream("masks"))
-
-
-test_uniform.__test__ = False  # type: ignore[attr-defined]
 
 
 @dataclass
@@ -34,7 +31,7 @@ class Product:
 
     @classmethod
     def of(cls, weight: Tensor, scheme: Scheme, *, checks: int = COUNT, seed: int = 0) -> "Product":
-        uniform = test_uniform(seed)
+        uniform = seeded_uniform(seed)
         integers = fixed(weight, scheme, "w")
         shares = weight_shares(integers, scheme, uniform)
         workers = []

@@ -8,7 +8,7 @@ from obfuscatune.enclave.sharing.check import COUNT
 from obfuscatune.enclave.sharing.scheme import Scheme
 from obfuscatune.protocol.residues import PRIMES, centred
 
-from .shared_product import Product, test_uniform
+from .shared_product import Product, seeded_uniform
 
 
 def flips(n: int, p: int, seed: int) -> torch.Tensor:
@@ -23,7 +23,7 @@ def flips(n: int, p: int, seed: int) -> torch.Tensor:
 
 def missed(count: int, trials: int, *, width: int = 64, each: int = 10_000) -> int:
     """How many single flipped bits, each in a row of its own, pass so many vectors for each prime."""
-    scheme, uniform, found = Scheme.make(primes=8), test_uniform(), 0
+    scheme, uniform, found = Scheme.make(primes=8), seeded_uniform(), 0
     generator = torch.Generator().manual_seed(5)
     for batch in range(trials // each):
         l = batch % len(scheme.primes)  # noqa: E741

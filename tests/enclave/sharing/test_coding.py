@@ -15,7 +15,7 @@ from obfuscatune.errors import UnsupportedModelError, UsageError
 from obfuscatune.protocol.native import kernel
 from obfuscatune.protocol.residues import PRIMES, centred
 
-from .shared_product import Product, test_uniform
+from .shared_product import Product, seeded_uniform
 
 SCHEMES = [
     Scheme.make(primes=primes, threshold=threshold, weights=weights, spares=spares)
@@ -226,7 +226,7 @@ def test_rows_that_are_not_finite_give_nan_and_shares_of_zeros(monkeypatch: pyte
 
 def test_the_first_shares_are_what_was_drawn() -> None:
     scheme = Scheme.make(threshold=2)
-    drawn = torch.stack([test_uniform().draw(scheme, 3, 8) for _ in range(2)])
+    drawn = torch.stack([seeded_uniform().draw(scheme, 3, 8) for _ in range(2)])
     none = torch.zeros(7, 0, 8, dtype=torch.int16)
     rows = coding.encode(scheme, gaussian(3, 8), torch.ones(8).double(), drawn, most=1e6, vectors=none)
     assert torch.equal(rows.shares[0], drawn[0]) and torch.equal(rows.shares[1], drawn[1])

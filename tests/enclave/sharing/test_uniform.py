@@ -11,7 +11,7 @@ from obfuscatune.enclave.sharing import coding
 from obfuscatune.enclave.sharing.scheme import Scheme
 from obfuscatune.enclave.sharing.uniform import Uniform, keep_below
 
-from .shared_product import Product, test_uniform
+from .shared_product import Product, seeded_uniform
 
 CALLS, ROWS, WIDTH = 10_000, 2, 8
 SIGMAS = 5.0
@@ -61,7 +61,7 @@ SCHEME = Scheme((127, 113, 97), (1, 2, 3))
 
 
 def test_each_view_is_uniform() -> None:
-    for number, view in enumerate(views(drawn(test_uniform()), SCHEME)):
+    for number, view in enumerate(views(drawn(seeded_uniform()), SCHEME)):
         for what, found in deviations(view, SCHEME.primes).items():
             assert abs(found) < SIGMAS, f"worker {number}, {what}"
 
@@ -81,7 +81,7 @@ def test_a_biased_draw_is_caught() -> None:
 
 
 def test_a_mask_that_is_used_again_is_caught() -> None:
-    uniform, kept = test_uniform(), []
+    uniform, kept = seeded_uniform(), []
 
     def reused(scheme: Scheme) -> Tensor:
         if len(kept) % 2 == 0:  # each mask for two calls
@@ -98,7 +98,7 @@ def test_a_mask_that_is_used_again_is_caught() -> None:
 
 
 def test_two_pooled_workers_are_caught() -> None:
-    first, second, _ = views(drawn(test_uniform()), SCHEME)
+    first, second, _ = views(drawn(seeded_uniform()), SCHEME)
     for i, p in enumerate(SCHEME.primes):
         joint = (first[:, i].long() + p // 2) * p + second[:, i].long() + p // 2
         assert deviation(joint, p * p) > 10 * SIGMAS
