@@ -1,6 +1,8 @@
 """What must be found, and what must not, before anything is concluded.
 
 - *known key*: with the true keys, recorded rows and weights give the private model's; else the truth is misplaced.
+- *coalition*: where a profile shares, one worker more than may collude has the private model's rows and weights; else
+  being at chance may be the reader's fault.
 - *positive*: each attack succeeds on the profile that it says it breaks; else being at chance elsewhere says nothing.
 - *negative*: there, with an unrelated model as the base, or scored against another model's session, it is at chance;
   else its score finds success in anything.
@@ -28,9 +30,11 @@ from obfuscatune.studies.audit.runner import (
     try_attack,
 )
 from obfuscatune.studies.audit.view import ROLES, STREAMS_OF
+from obfuscatune.studies.bench.run import parse_profile
 from obfuscatune.studies.reproduce.cells import Cell
 
 LEAST_WITH_KEY = 0.99
+LEAST_TOGETHER = 0.99
 _LARGEST = 4  # tokens per width of a control; more makes no attack weaker
 
 
@@ -54,6 +58,13 @@ def control_cells(plan: Plan, like: Cell) -> list[Cell]:
             memory = 2 * memory_gb(plan.settings, budgets)  # two sessions
             found.append(
                 Cell(label=label, compute=control_profile, inputs=inputs, places=like.places, memory_gb=memory)
+            )
+    inputs = {**like.inputs, "seed": plan.seeds[0], "budgets": budgets[:1]}
+    for profile in plan.profiles:
+        if parse_profile(profile).shares:
+            shared = {**inputs, "profile": profile}
+            found.append(
+                Cell(label=f"{profile}, pooled", compute=coalition, inputs=shared, places=like.places, memory_gb=4.0)
             )
     inputs = {**like.inputs, "seed": plan.seeds[0]}
     found.append(Cell(label="canaries", compute=canaries, inputs=inputs, places=like.places, memory_gb=2.0))
@@ -109,6 +120,40 @@ def control_profile(inputs: dict[str, Any], places: dict[str, Any]) -> dict[str,
 def canaries(inputs: dict[str, Any], places: dict[str, Any]) -> dict[str, Any]:
     """Return ``{"canaries": [{name, caught, detail}]}``."""
     return {"canaries": [asdict(canary) for canary in check_canaries(fixtures_of(inputs, places), inputs["seed"])]}
+
+
+def coalition(inputs: dict[str, Any], places: dict[str, Any]) -> dict[str, Any]:
+    """Return ``{"coalition": least share}``, see `share_together`."""
+    recorded = record(fixtures_of(inputs, places), inputs["profile"], inputs["seed"], inputs["budgets"])
+    return {"coalition": share_together(recorded)}
+
+
+def share_together(recorded: Recorded) -> float:
+    """Share of the private model's numbers that a coalition has, least over blocks, streams and weights.
+
+    Up to one factor for each row and each column, which are the enclave's scales.
+    """
+    view, truth = recorded.pooled, recorded.truth
+    if view is None:
+        raise ValueError("a profile without shares")
+    found = []
+    for block in range(view.blocks):
+        for role in ROLES:
+            found.append(_same_up_to_scales(view.weight(block, role), truth.private.weight(block, role)))
+            stream = STREAMS_OF[role][0]
+            found.append(_same_up_to_scales(view.rows(block, stream), truth.streams[block, stream]))
+    return min(found)
+
+
+def _same_up_to_scales(found: Tensor, truth: Tensor) -> float:
+    """Share of entries that agree to 5 %, of those that are not small, up to a factor for each row and column."""
+    length = min(len(found), len(truth))
+    found, truth = found[:length], truth[:length]
+    large = truth.abs() > 0.1 * truth.square().mean().sqrt()
+    ratio = torch.where(large, found / truth, torch.nan)
+    for dim in (1, 0):
+        ratio = ratio / ratio.nanmedian(dim=dim, keepdim=True).values
+    return ((ratio - 1).abs()[large] < 0.05).double().mean().item()
 
 
 def known_key(recorded: Recorded) -> float:

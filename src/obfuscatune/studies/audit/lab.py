@@ -2,7 +2,8 @@
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,15 +16,18 @@ from transformers.pytorch_utils import Conv1D
 
 from obfuscatune.enclave.families import read_decoder
 from obfuscatune.enclave.protect import protect
+from obfuscatune.enclave.protected import Protected
 from obfuscatune.enclave.remote.body import PassedBlock, RemoteBody
 from obfuscatune.enclave.remote.linear import Placed, RemoteLinear
 from obfuscatune.enclave.remote.whole import RemoteAttention, RemotePart
+from obfuscatune.enclave.sharing.scheme import Scheme
 from obfuscatune.profiles import Profile
 from obfuscatune.studies.audit.attack import Customer, Embeddings, Knowledge, Sample, TrainingTruth, Truth
 from obfuscatune.studies.audit.fixtures import Fixtures
 from obfuscatune.studies.audit.reader import read_view
 from obfuscatune.studies.audit.recorder import recording_worker
 from obfuscatune.studies.audit.reference import Reference
+from obfuscatune.studies.audit.shares import read_shares
 from obfuscatune.studies.audit.view import ROLES, STREAMS_OF, WorkerView
 from obfuscatune.studies.bench.run import parse_profile
 
@@ -35,9 +39,15 @@ _IGNORED = -100  # labels that transformers' loss leaves out
 
 @dataclass(frozen=True, repr=False)
 class Recorded:
-    """A sample with everything that it is judged by."""
+    """A sample with everything that it is judged by.
+
+    Attributes:
+        sample: what one worker recorded. pooled: the view that one worker more than may collude have of the same passes
+            together, where rows go to several as shares.
+    """
 
     sample: Sample
+    pooled: WorkerView | None
     truth: Truth
     customer: Customer
     profile: Profile
@@ -68,10 +78,12 @@ def record(fixtures: Fixtures, profile: str, seed: int, budgets: Sequence[int]) 
         batches, passes = _schedule(rest, budgets, fixtures.settings.positions // 2)
         with TemporaryDirectory(prefix="obfuscatune-audit-") as name:
             directory = Path(name)
-            view, keys = _inference(fixtures.private, profile, [target, *batches], directory)
+            recording = Recording(resolved, directory, operator=seed)
+            view, keys = _inference(fixtures.private, recording, [target, *batches])
+            pooled = recording.pooled
             chosen = fixtures.text["corpus"][: TARGET_ROWS * 8].split(TARGET_ROWS)  # type: ignore[no-untyped-call]
-            customer = Customer(_inference(fixtures.private, profile, chosen, directory)[0], chosen)
-            training, trained = _training(fixtures.private, profile, rest, seed, directory)
+            customer = Customer(_inference(fixtures.private, recording, chosen)[0], chosen)
+            training, trained = _training(fixtures.private, recording, rest, seed)
     private = Reference(fixtures.private, resolved)
     truth = Truth(
         private=private,
@@ -85,7 +97,7 @@ def record(fixtures: Fixtures, profile: str, seed: int, budgets: Sequence[int]) 
         training=trained,
     )
     sample = Sample(view.only(slice(1, None)), view.only(slice(0, 1)), training)
-    return Recorded(sample, truth, customer, resolved, passes, fixtures.text["public"])
+    return Recorded(sample, pooled, truth, customer, resolved, passes, fixtures.text["public"])
 
 
 def knowledge(
@@ -109,6 +121,44 @@ def knowledge(
     )
 
 
+class Recording:
+    """Sessions of a profile, one after the other, each with as many recording workers as it needs.
+
+    Args:
+        directory: for the recordings, of which one session's are there at a time. operator: a number that tells which
+            of several workers is the curious one.
+    """
+
+    def __init__(self, profile: Profile, directory: Path, operator: int) -> None:
+        self._profile, self._operator = profile, operator
+        self._scheme: Scheme | None = None
+        if profile.shares:
+            self._scheme = Scheme.make(threshold=profile.threshold, weights=profile.weights, spares=profile.spares)
+        count = 1 if self._scheme is None else len(self._scheme.points)
+        self._paths = [directory / f"recording{i}" for i in range(count)]
+
+    @contextmanager
+    def protect(self, model: Any) -> Iterator[Protected]:
+        """A session of a model, recorded to its end."""
+        with ExitStack() as stack:
+            addresses = [stack.enter_context(recording_worker(path)) for path in self._paths]
+            worker = addresses if len(addresses) > 1 else addresses[0]
+            yield stack.enter_context(protect(model, profile=self._profile, worker=worker))
+
+    def view(self) -> WorkerView:
+        """What the curious worker has of the session that ended last."""
+        path = self._paths[self._operator % len(self._paths)]
+        return read_view(path) if self._scheme is None else read_shares([path])
+
+    @property
+    def pooled(self) -> WorkerView | None:
+        """What one more workers than may collude have together: passes of all texts but the target's."""
+        if self._scheme is None:
+            return None
+        first = self._operator % len(self._paths)
+        return read_shares([*self._paths[first:], *self._paths][: self._scheme.threshold + 1]).only(slice(1, None))
+
+
 def _schedule(texts: Tensor, budgets: Sequence[int], length: int) -> tuple[list[Tensor], dict[int, int]]:
     """Batches of texts of so many tokens each, such that every budget is a whole number of them."""
     rows = texts.reshape(-1, length)
@@ -123,35 +173,23 @@ def _schedule(texts: Tensor, budgets: Sequence[int], length: int) -> tuple[list[
 
 
 def _inference(
-    model: Any, profile: str, batches: Sequence[Tensor], directory: Path
+    model: Any, recording: Recording, batches: Sequence[Tensor]
 ) -> tuple[WorkerView, dict[tuple[int, str], Tensor]]:
-    path = directory / "recording"
-    copied = copy.deepcopy(model)
-    with (
-        recording_worker(path) as address,
-        protect(copied, profile=parse_profile(profile), worker=address) as protected,
-        torch.no_grad(),
-    ):
+    with recording.protect(copy.deepcopy(model)) as protected, torch.no_grad():
         for batch in batches:
             protected.model(input_ids=batch, use_cache=False)
         keys = _keys(protected.model)
-    view = read_view(path)
-    path.unlink()
-    return view, keys
+    return recording.view(), keys
 
 
-def _training(model: Any, profile: str, texts: Tensor, seed: int, directory: Path) -> tuple[WorkerView, TrainingTruth]:
+def _training(model: Any, recording: Recording, texts: Tensor, seed: int) -> tuple[WorkerView, TrainingTruth]:
     """Fine-tune LoRA on texts of different lengths, prompts left out of the loss; the last step is seen in full."""
     generator = torch.Generator().manual_seed(seed)
-    path = directory / "recording"
     batches, scored = [], []
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # of the adapter's start
         adapted = get_peft_model(copy.deepcopy(model), _lora(model))
-    with (
-        recording_worker(path) as address,
-        protect(adapted, profile=parse_profile(profile), worker=address) as protected,
-    ):
+    with recording.protect(adapted) as protected:
         optimizer = protected.create_optimizer("adamw", lr=3e-3)
         for step in range(TRAINING_STEPS):
             ids = texts[step * TARGET_ROWS : (step + 1) * TARGET_ROWS]
@@ -167,9 +205,7 @@ def _training(model: Any, profile: str, texts: Tensor, seed: int, directory: Pat
             shifted = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], _IGNORED)], dim=1)
             scored.append(shifted != _IGNORED)
         keys = _keys(protected.model)
-    view = read_view(path)
-    path.unlink()
-    return view, TrainingTruth(batches, scored, RANK, keys)
+    return recording.view(), TrainingTruth(batches, scored, RANK, keys)
 
 
 def _lora(model: Any) -> LoraConfig:

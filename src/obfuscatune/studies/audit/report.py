@@ -16,6 +16,7 @@ from obfuscatune.studies.reports.tables import write_csv
 
 Row = dict[str, Any]
 
+ESSENTIAL = ("known key", "coalition", "canary")  # controls without which nothing is concluded
 TITLE = "What the worker learns: attacks on what it is handed"
 _COLOURS = {
     AS_CLAIMED: "#009E73",
@@ -54,8 +55,8 @@ class Findings:
 
     @property
     def conclusive(self) -> bool:
-        """Whether known keys and canaries were found: without them nothing is concluded of anything."""
-        return all(control.passed for control in self.controls if control.kind in ("known key", "canary"))
+        """Whether what must be found was: without that nothing is concluded of anything."""
+        return all(control.passed for control in self.controls if control.kind in ESSENTIAL)
 
 
 def write_findings(directory: Path, findings: Findings, provenance: Row) -> Path:
@@ -86,7 +87,7 @@ def conclusions(findings: Findings) -> list[str]:
     """What the audit says, first of all whether it says anything."""
     lost = [control for control in findings.controls if not control.passed]
     if not findings.conclusive:
-        names = ", ".join(f"{c.kind} {c.name}" for c in lost if c.kind in ("known key", "canary"))
+        names = ", ".join(f"{c.kind} {c.name}" for c in lost if c.kind in ESSENTIAL)
         return [f"**No conclusion.** Controls without which nothing is concluded failed: {names}."]
     notes = []
     for profile in findings.profiles:

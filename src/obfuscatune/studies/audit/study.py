@@ -7,7 +7,7 @@ from typing import Any
 from obfuscatune.errors import UsageError
 from obfuscatune.studies.audit.attack import NEEDS
 from obfuscatune.studies.audit.attacks import all_attacks
-from obfuscatune.studies.audit.controls import LEAST_WITH_KEY, control_cells, repeated_controls
+from obfuscatune.studies.audit.controls import LEAST_TOGETHER, LEAST_WITH_KEY, control_cells, repeated_controls
 from obfuscatune.studies.audit.fixtures import ARCHITECTURES, SETTINGS
 from obfuscatune.studies.audit.report import Findings, write_findings
 from obfuscatune.studies.audit.runner import Outcome, Plan, cells, parse_budgets, repeated_cells
@@ -153,6 +153,10 @@ def _controls(
         for canary in value.get("canaries", ()):
             detail = str(canary["detail"])
             found.append(Control(str(canary["name"]), "canary", bool(canary["caught"]), detail, "caught"))
+        if "coalition" in value:
+            share: float = value["coalition"]  # type: ignore[assignment]
+            passed, got = share >= LEAST_TOGETHER, f"{share:.4f}"
+            found.append(Control(cell.inputs["profile"], "coalition", passed, got, f"at least {LEAST_TOGETHER}"))
         if "known key" in value:
             known.setdefault(cell.inputs["profile"], []).append(value["known key"])  # type: ignore[arg-type]
         for kind, outcomes in by_kind.items():

@@ -14,8 +14,10 @@ STANDARD_ERRORS = 3.0
 # What a profile claims, by attack: at chance at every token budget. What is not here is claimed of no profile, whatever
 # the figures are. `enclave` hands nothing over, and is not attacked. `strict` claims nothing against a near base: A1
 # and A3 are at chance there, and A27 takes the weights all the same.
+# One worker of `shared` sees uniformly random numbers, so everything is claimed but A22: shapes and times.
 CLAIMS: dict[str, tuple[str, ...]] = {
     "strict": ("A7", "A11", "A12", "A14", "A17", "A21", "A23", "A24", "A26"),
+    "shared": tuple(f"A{number}" for number in range(1, 28) if number != 22),
 }
 
 AS_CLAIMED = "at chance, as claimed"
