@@ -15,6 +15,7 @@ import typer
 
 from obfuscatune import __version__
 from obfuscatune.errors import ObfuscatuneError, UsageError
+from obfuscatune.protocol.memory import keep_freed_memory
 from obfuscatune.protocol.waiting import WAITING
 
 VERBS = ("demo", "finetune", "generate", "worker", "inspect", "doctor", "bench", "evaluate", "lm-eval", "audit")
@@ -63,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; the console script's entry."""
     for name, value in WAITING.items():  # before torch is imported
         os.environ.setdefault(name, value)
+    keep_freed_memory()
     # A core dump would write keys and data to the disk, or hand them to the machine's crash reporter.
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:

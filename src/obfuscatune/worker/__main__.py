@@ -15,6 +15,7 @@ import torch
 from obfuscatune.errors import ObfuscatuneError, ProtocolError, UsageError
 from obfuscatune.protocol.address import address_of
 from obfuscatune.protocol.connection import Connection
+from obfuscatune.protocol.memory import keep_freed_memory
 from obfuscatune.protocol.tls import Credentials, worker_context
 from obfuscatune.worker import outside, sandbox
 from obfuscatune.worker.acceptor import Acceptor, Bounds, die_with_parent
@@ -123,6 +124,7 @@ def main() -> int:
     parser.add_argument("--sandbox", choices=get_args(sandbox.Mode), default="auto", help="around the worker")
     parser.add_argument("--insecure", action="store_true", help="tcp:// beyond this machine")
     options = parser.parse_args()
+    keep_freed_memory()
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     try:
         if options.fd is not None:

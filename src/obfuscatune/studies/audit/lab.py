@@ -80,7 +80,7 @@ def record(fixtures: Fixtures, profile: str, seed: int, budgets: Sequence[int]) 
             directory = Path(name)
             recording = Recording(resolved, directory, operator=seed)
             view, keys = _inference(fixtures.private, recording, [target, *batches])
-            pooled = recording.pooled
+            pooled = recording.pooled([batch.shape[1] for batch in (target, *batches)])
             chosen = fixtures.text["corpus"][: TARGET_ROWS * 8].split(TARGET_ROWS)  # type: ignore[no-untyped-call]
             customer = Customer(_inference(fixtures.private, recording, chosen)[0], chosen)
             training, trained = _training(fixtures.private, recording, rest, seed)
@@ -145,18 +145,18 @@ class Recording:
             worker = addresses if len(addresses) > 1 else addresses[0]
             yield stack.enter_context(protect(model, profile=self._profile, worker=worker))
 
-    def view(self) -> WorkerView:
-        """What the curious worker has of the session that ended last."""
+    def view(self, lengths: Sequence[int]) -> WorkerView:
+        """What the curious worker has of the session that ended last. lengths: of the texts of each pass."""
         path = self._paths[self._operator % len(self._paths)]
-        return read_view(path) if self._scheme is None else read_shares([path])
+        return read_view(path) if self._scheme is None else read_shares([path], lengths)
 
-    @property
-    def pooled(self) -> WorkerView | None:
+    def pooled(self, lengths: Sequence[int]) -> WorkerView | None:
         """What one more workers than may collude have together: passes of all texts but the target's."""
         if self._scheme is None:
             return None
         first = self._operator % len(self._paths)
-        return read_shares([*self._paths[first:], *self._paths][: self._scheme.threshold + 1]).only(slice(1, None))
+        together = [*self._paths[first:], *self._paths][: self._scheme.threshold + 1]
+        return read_shares(together, lengths).only(slice(1, None))
 
 
 def _schedule(texts: Tensor, budgets: Sequence[int], length: int) -> tuple[list[Tensor], dict[int, int]]:
@@ -179,7 +179,7 @@ def _inference(
         for batch in batches:
             protected.model(input_ids=batch, use_cache=False)
         keys = _keys(protected.model)
-    return recording.view(), keys
+    return recording.view([batch.shape[1] for batch in batches]), keys
 
 
 def _training(model: Any, recording: Recording, texts: Tensor, seed: int) -> tuple[WorkerView, TrainingTruth]:
@@ -205,7 +205,9 @@ def _training(model: Any, recording: Recording, texts: Tensor, seed: int) -> tup
             shifted = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], _IGNORED)], dim=1)
             scored.append(shifted != _IGNORED)
         keys = _keys(protected.model)
-    return recording.view(), TrainingTruth(batches, scored, RANK, keys)
+    return recording.view([ids.shape[1] for ids in batches for _ in range(2)]), TrainingTruth(
+        batches, scored, RANK, keys
+    )
 
 
 def _lora(model: Any) -> LoraConfig:

@@ -8,7 +8,7 @@ rows cross in parts, which are put together here. The enclave's scales cross now
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -59,8 +59,12 @@ def lift(planes: Sequence[Tensor], primes: Sequence[int]) -> Tensor:
     return torch.where(total > modulus // 2, total - modulus, total).double() / modulus
 
 
-def read_shares(paths: Sequence[Path]) -> WorkerView:
-    """Decode the recordings of one worker, or of a coalition that has all of them."""
+def read_shares(paths: Sequence[Path], lengths: Sequence[int]) -> WorkerView:
+    """Decode the recordings of one worker, or of a coalition that has all of them.
+
+    Args:
+        lengths: tokens of a text, for each pass. Rows cross without the texts' bounds; an attacker is told them.
+    """
     coalition = _Coalition()
     calls: list[Call] = []
     for found in zip(*(_pairs(path) for path in paths), strict=True):
@@ -76,7 +80,8 @@ def read_shares(paths: Sequence[Path]) -> WorkerView:
         if before is None or before.backward != call.backward or _goes_back(before, call):
             passes.append([])
         passes[-1].append(call)
-    return WorkerView(coalition.segments, tuple(map(tuple, passes)))
+    texts = zip(passes, lengths, strict=True)
+    return WorkerView(coalition.segments, tuple(tuple(_by_text(c, length) for c in calls) for calls, length in texts))
 
 
 def _pairs(path: Path) -> Iterator[tuple[Frame, Frame]]:
@@ -134,6 +139,15 @@ def _joined(parts: Sequence[Call]) -> Call:
         sent=sum(part.sent for part in parts),
         received=sum(part.received for part in parts),
     )
+
+
+def _by_text(call: Call, length: int) -> Call:
+    """The same with rows ``[texts, length, width]``."""
+    inputs, outputs = (
+        {name: rows.unflatten(0, (-1, length)) for name, rows in tensors.items()}
+        for tensors in (call.inputs, call.outputs)
+    )
+    return replace(call, inputs=inputs, outputs=outputs)
 
 
 def _goes_back(before: Call, call: Call) -> bool:

@@ -25,7 +25,7 @@ from obfuscatune.enclave.protect import protect
 from obfuscatune.enclave.protected import Protected
 from obfuscatune.errors import ObfuscatuneError
 from obfuscatune.profiles import Profile
-from obfuscatune.protocol.memory import peak_memory_bytes
+from obfuscatune.protocol.memory import keep_freed_memory, peak_memory_bytes
 from obfuscatune.studies.bench.link import LinkKind, worker_at
 from obfuscatune.studies.bench.workloads import SIZES, WORKLOADS, Repetition, Shape, Subject, build_model, with_adapter
 from obfuscatune.training.loading import load, load_model
@@ -183,6 +183,7 @@ def main() -> None:
     transformers.logging.set_verbosity(logging.ERROR)
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints must not end up among the replies
+    keep_freed_memory()  # plain ones too
     spec = read_spec(sys.argv[1])
     torch.set_num_threads(spec.threads)
     contender = Contender(spec)

@@ -1,7 +1,8 @@
 r"""A15, outliers: features much larger than the others are principal directions, and these show rows of the key.
 
 Where one feature has most of the energy, the first principal direction of X R is the row of R of that feature. Tried on
-every stream that has a key of its own; the first few directions of each are the guess.
+every stream that has a key of its own; the first few directions of each are the guess. Where none has, as in `shared`,
+the features themselves are what is looked for.
 
 Source: A15 in docs/security.md; outlier features: Dettmers et al., arXiv 2208.07339.
 """
@@ -36,9 +37,10 @@ def _score(guess: Guess, truth: Truth) -> Score:
     """
     found: dict[str, list[Tensor]] = {}
     generator = torch.Generator().manual_seed(0)
+    keyed = {place for place, key in truth.keys.items() if not torch.equal(key, torch.eye(len(key), dtype=key.dtype))}
     for place, directions in guess.items():
         key = truth.keys.get(place)
-        if key is None or torch.equal(key, torch.eye(len(key), dtype=key.dtype)):
+        if key is None or (keyed and place not in keyed):
             continue
         drawn = torch.randn(_DRAWS, len(key), _DIRECTIONS, generator=generator, dtype=key.dtype)
         found.setdefault(place[1], []).append(_most(key, torch.cat([directions[None], torch.linalg.qr(drawn).Q.mT])))
