@@ -144,7 +144,7 @@ def _joined(parts: Sequence[Call]) -> Call:
 def _by_text(call: Call, length: int) -> Call:
     """The same with rows ``[texts, length, width]``."""
     inputs, outputs = (
-        {name: rows.unflatten(0, (-1, length)) for name, rows in tensors.items()}
+        {name: torch.unflatten(rows, 0, (-1, length)) for name, rows in tensors.items()}
         for tensors in (call.inputs, call.outputs)
     )
     return replace(call, inputs=inputs, outputs=outputs)
