@@ -20,7 +20,9 @@ import obfuscatune
 from obfuscatune.enclave.keys import Key
 from obfuscatune.protocol.address import Address, listen
 from obfuscatune.protocol.connection import Connection
+from obfuscatune.protocol.expand import tensors_drawn
 from obfuscatune.protocol.frames import PREFIX, decode_frame, decode_prefix
+from obfuscatune.protocol.limits import Limits
 from obfuscatune.worker.server import serve_connection
 from obfuscatune.worker.session import WorkerSession
 
@@ -49,7 +51,8 @@ class Recording:
         while raw:
             end = PREFIX.size + sum(decode_prefix(bytes(raw[: PREFIX.size])))
             fields, tensors = decode_frame(raw[:end])
-            yield fields, {name: _tensor(*entry) for name, entry in tensors.items()}
+            made = tensors_drawn(fields["drawn"], Limits().max_payload_bytes) if "drawn" in fields else {}
+            yield fields, {**{name: _tensor(*entry) for name, entry in tensors.items()}, **made}
             raw = raw[end:]
 
     def seen(self) -> list[Tensor]:

@@ -131,7 +131,13 @@ def test_headers_tell_the_form_and_nothing_else(recorded: list[Recording]) -> No
     }
     for recording in recorded:
         for fields, _ in recording.frames("to worker"):
-            assert set(fields) - {"id", "op"} == allowed[fields["op"]]
+            seeded = {"drawn"} if recording is recorded[0] and allowed[fields["op"]] else set()
+            assert set(fields) - {"id", "op"} == allowed[fields["op"]] | seeded
             if fields["op"] == "define":
                 assert set(fields["spec"]) == {"primes", "point", "sharing"}
         assert b"private" not in recording.raw["to worker"]
+
+
+def test_of_the_first_share_seeds_cross_alone(recorded: list[Recording]) -> None:
+    first, second, third = (len(recording.raw["to worker"]) for recording in recorded)
+    assert second == third and first < 0.1 * second

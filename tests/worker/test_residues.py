@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from obfuscatune.errors import ProtocolError
+from obfuscatune.protocol.expand import drawn, expand
 from obfuscatune.protocol.residues import EXACT_TERMS, PRIMES, reduce
 from obfuscatune.worker import residues
 from obfuscatune.worker.residues import ResidueSegment, float_product, int8_product, int8_products_are_exact
+from obfuscatune.worker.session import WorkerSession
 
 _NUMBERS = itertools.count()
 
@@ -115,3 +117,29 @@ def test_rows_that_are_refused(x: torch.Tensor) -> None:
         served.multiply(x.to(torch.int8), transpose=False)
     with pytest.raises(ProtocolError):
         served.multiply(torch.zeros(2, 3, 8), transpose=False)
+
+
+def test_weights_and_rows_may_come_as_seeds() -> None:
+    session, primes = WorkerSession(torch.device("cpu")), PRIMES[:3]
+    spec = {"primes": list(primes), "point": 1, "sharing": number()}
+    made = {"weight": drawn(b"w" * 32, primes, (8, 16))}
+    session.handle({"op": "define", "segment": "s", "kind": "residues", "spec": spec, "drawn": made}, {})
+    request = {"op": "multiply", "segment": "s", "transpose": False}
+    _, reply = session.handle({**request, "drawn": {"x": drawn(b"x" * 32, primes, (5, 8))}}, {})
+    x, weight = expand(b"x" * 32, primes, (5, 8)), expand(b"w" * 32, primes, (8, 16))
+    assert torch.equal(reply["y"], segment(weight).multiply(x, transpose=False))
+    assert torch.equal(reply["y"], session.handle(request, {"x": x})[1]["y"])
+    with pytest.raises(ProtocolError, match="others than those that are sent"):
+        session.handle({**request, "drawn": {"x": drawn(b"x" * 32, primes, (5, 8))}}, {"x": x})
+
+
+def test_what_is_drawn_stays_within_the_budget() -> None:
+    session, primes = WorkerSession(torch.device("cpu"), budget=20_000), PRIMES[:3]
+    spec = {"primes": list(primes), "point": 1, "sharing": number()}
+    define = {"op": "define", "segment": "s", "kind": "residues", "spec": spec}
+    with pytest.raises(ProtocolError, match="24000 bytes"):
+        session.handle({**define, "drawn": {"weight": drawn(bytes(32), primes, (80, 100))}}, {})
+    session.handle({**define, "drawn": {"weight": drawn(bytes(32), primes, (50, 60))}}, {})
+    with pytest.raises(ProtocolError, match="tensors to draw"):  # beside what it holds
+        rows = {"x": drawn(bytes(32), primes, (60, 60))}
+        session.handle({"op": "multiply", "segment": "s", "transpose": False, "drawn": rows}, {})

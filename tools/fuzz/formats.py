@@ -180,6 +180,21 @@ def protocol_frame(scratch: Path) -> Target:
     return Target(decode_frame, seeds)
 
 
+def drawn_tensors(scratch: Path) -> Target:
+    """A frame whose tensors the worker makes of seeds."""
+    from obfuscatune.protocol.expand import drawn, tensors_drawn
+    from obfuscatune.protocol.frames import decode_frame, encode_head
+
+    field = {"x": drawn(bytes(range(32)), (127, 89), (3, 4)), "weight": drawn(bytes(32), (101,), (1, 1))}
+    head, _ = encode_head({"op": "multiply", "id": 7, "drawn": field}, [])
+
+    def parse(data: bytes) -> None:
+        fields, _ = decode_frame(data)
+        tensors_drawn(fields.get("drawn"), 1 << 16)
+
+    return Target(parse, (head,))
+
+
 def state(scratch: Path) -> Target:
     """The enclave's state on the operator's disk."""
     from types import SimpleNamespace

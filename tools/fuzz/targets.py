@@ -24,6 +24,7 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
         formats.terms,
         formats.channel_frame,
         formats.protocol_frame,
+        formats.drawn_tensors,
         formats.state,
         formats.log_copy,
         formats.log_entry,

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from obfuscatune.errors import ProtocolError
 from obfuscatune.protocol.bits import unpack_mask
+from obfuscatune.protocol.expand import tensors_drawn
 from obfuscatune.protocol.frames import PROTOCOL_VERSION
+from obfuscatune.protocol.limits import Limits
 from obfuscatune.protocol.memory import peak_memory_bytes
 from obfuscatune.worker.adapters import HeldFactors, SlotInputs
 from obfuscatune.worker.attention import AttentionSegment
@@ -98,6 +100,13 @@ class WorkerSession:
         for number in drop.get("shared", ()):
             self._shared.pop(number, None)
             self.ledger.drop(("shared", number))
+        if "drawn" in header:
+            most = Limits().max_payload_bytes
+            most = most if self.ledger.budget is None else min(most, max(0, self.ledger.budget - self.ledger.held))
+            made = tensors_drawn(header["drawn"], most)
+            if not made.keys().isdisjoint(tensors):
+                raise ProtocolError("tensors to draw", got=sorted(made), expected="others than those that are sent")
+            tensors = {**tensors, **made}
         return operation(header, {name: tensor.to(self.device) for name, tensor in tensors.items()})
 
     def _hello(self, header: dict[str, Any], tensors: dict[str, Tensor]) -> Reply:

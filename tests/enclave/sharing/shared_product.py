@@ -33,7 +33,7 @@ class Product:
     def of(cls, weight: Tensor, scheme: Scheme, *, checks: int = COUNT, seed: int = 0) -> "Product":
         uniform = seeded_uniform(seed)
         integers = fixed(weight, scheme, "w")
-        shares = weight_shares(integers, scheme, uniform)
+        _, shares = weight_shares(integers, scheme, uniform)
         workers = []
         for i, share in enumerate(shares):
             number = f"{torch.randint(2**62, ()).item():032x}"
@@ -45,7 +45,7 @@ class Product:
         side = self.integers.backward if transpose else self.integers.forward
         sides = self.check.sides(transpose=transpose)
         assert sides is not None
-        drawn = torch.stack([self.uniform.draw(self.scheme, *x.shape) for _ in range(self.scheme.threshold)])
+        _, drawn = self.uniform.drawn(self.scheme, x.shape)
         return coding.encode(self.scheme, x, side.before, drawn, most=side.most, vectors=sides[0])
 
     def replies(self, rows: coding.Rows, *, transpose: bool = False) -> list[Tensor]:

@@ -33,7 +33,7 @@ SCHEMES = [
 @pytest.fixture
 def without_kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(coding, "_kernel_or_warning", lambda: None)
-    monkeypatch.setattr("obfuscatune.enclave.sharing.uniform.kernel", lambda: None)
+    monkeypatch.setattr("obfuscatune.protocol.expand.kernel", lambda: None)
     monkeypatch.setattr("obfuscatune.protocol.residues.kernel", lambda: None)
     yield
 

@@ -3,13 +3,12 @@
 import os
 from collections.abc import Callable
 
-import pytest
 import torch
 from torch import Tensor
 
 from obfuscatune.enclave.sharing import coding
 from obfuscatune.enclave.sharing.scheme import Scheme
-from obfuscatune.enclave.sharing.uniform import Uniform, keep_below
+from obfuscatune.enclave.sharing.uniform import Uniform
 
 from .shared_product import Product, seeded_uniform
 
@@ -54,7 +53,7 @@ def views(draw: Callable[[Scheme], Tensor], scheme: Scheme) -> list[Tensor]:
 
 
 def drawn(uniform: Uniform) -> Callable[[Scheme], Tensor]:
-    return lambda scheme: torch.stack([uniform.draw(scheme, ROWS, WIDTH) for _ in range(scheme.threshold)])
+    return lambda scheme: uniform.drawn(scheme, (ROWS, WIDTH))[1]
 
 
 SCHEME = Scheme((127, 113, 97), (1, 2, 3))
@@ -140,26 +139,3 @@ def test_masks_are_new_in_each_call_and_in_a_forked_process() -> None:
     os.waitpid(child, 0)
     theirs = os.read(reading, 3 * 64)
     assert len(theirs) == 3 * 64 and theirs != uniform.draw(SCHEME, 64).numpy().tobytes()
-
-
-def test_a_key_is_used_for_so_many_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("obfuscatune.enclave.sharing.uniform._REKEY_BYTES", 1000)
-    uniform, keys = Uniform(), []
-    monkeypatch.setattr(uniform, "_keys", lambda n: keys.append(os.urandom(n)) or keys[-1])
-    uniform.draw(SCHEME, 400)
-    assert 2 <= len(keys) <= 4
-
-
-@pytest.mark.parametrize("p", [127, 97])
-def test_the_kernel_keeps_what_the_definition_keeps(p: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = bytearray(os.urandom(1000))
-    results = []
-    for native in (True, False):
-        if not native:
-            monkeypatch.setattr("obfuscatune.enclave.sharing.uniform.kernel", lambda: None)
-        for wanted in (1000, 300, 64, 1):
-            out = torch.zeros(wanted, dtype=torch.int8)
-            kept = keep_below(source, 1000, p, out)
-            results.append((kept, out[:kept].tolist()))
-    assert results[:4] == results[4:]
-    assert results[0][1] == [b - p if b > p // 2 else b for b in (byte & 127 for byte in source) if b < p]

@@ -9,15 +9,18 @@ from obfuscatune.enclave.sharing.scheme import Scheme
 from obfuscatune.enclave.sharing.uniform import Uniform
 
 
-def weight_shares(fixed: Fixed, scheme: Scheme, uniform: Uniform) -> list[Tensor]:
-    """Return each worker's int8 ``[L, in, out]``: its share, or with open weights the residues themselves."""
+def weight_shares(fixed: Fixed, scheme: Scheme, uniform: Uniform) -> tuple[list[bytes], list[Tensor]]:
+    """Return the seeds of the first shares, and each worker's int8 ``[L, in, out]``: its share.
+
+    With open weights there are no seeds, and the residues themselves are what each worker gets.
+    """
     rows, columns = fixed.rows, fixed.columns
-    rules = None
+    rules, seeds = None, list[bytes]()
     if scheme.shares_weights:
-        drawn = torch.stack([uniform.draw(scheme, *rows.shape) for _ in range(scheme.threshold)])
+        seeds, drawn = uniform.drawn(scheme, rows.shape)
     else:
         drawn = torch.zeros(scheme.threshold, len(scheme.primes), *rows.shape, dtype=torch.int8)
         rules = (((1, *[0] * scheme.threshold),),) * len(scheme.primes)
     none = torch.zeros(len(scheme.primes), 0, rows.shape[1], dtype=torch.int16)
     shares = coding.encode(scheme, rows, columns, drawn, most=None, vectors=none, weights=rules).shares
-    return shares if scheme.shares_weights else [shares[-1]] * len(scheme.points)
+    return seeds, shares if scheme.shares_weights else [shares[-1]] * len(scheme.points)

@@ -11,6 +11,7 @@ import weakref
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from obfuscatune.enclave.sharing.uniform import Uniform
 from obfuscatune.enclave.sharing.waiting import Answer, Box, Waiting
 from obfuscatune.enclave.sharing.weights import weight_shares
 from obfuscatune.errors import UsageError, WorkerFault
+from obfuscatune.protocol.expand import drawn
 
 TILE_ROWS = 256  # a call's rows go in parts, so that encoding, products and decoding overlap
 _AHEAD = 4  # parts under way
@@ -87,12 +89,12 @@ class Workers(Secret):
         check = FieldCheck(integers.integers, self.scheme, self._uniform, COUNT if self._verify else 0)
         segment = f"s{self._segments}"
         self._segments += 1
-        shares = weight_shares(integers, self.scheme, self._uniform)
+        seeds, shares = weight_shares(integers, self.scheme, self._uniform)
         sent = []
-        for session, point, share in zip(self.sessions, self.scheme.points, shares, strict=True):
+        for i, (session, point) in enumerate(zip(self.sessions, self.scheme.points, strict=True)):
             spec = {"primes": list(self.scheme.primes), "point": point, "sharing": self._number}
             header = {"segment": segment, "kind": "residues", "spec": spec}
-            sent.append(session.submit("define", path, header, {"weight": share.contiguous()}, {}))
+            sent.append(session.submit("define", path, *self._share("weight", header, seeds, shares, i), {}))
         for pending in sent:
             pending.result()
         self.largest_error = max(self.largest_error, integers.forward.error)
@@ -121,9 +123,8 @@ class Workers(Secret):
     def _send(self, weight: SharedWeight, x: Tensor, *, transpose: bool) -> _Part:
         side, (images, _) = weight.backward if transpose else weight.forward, self._vectors(weight, transpose)
         started = time.process_time()
-        planes = [self._uniform.draw(self.scheme, *x.shape) for _ in range(self.scheme.threshold)]
-        drawn = planes[0][None] if len(planes) == 1 else torch.stack(planes)
-        rows = coding.encode(self.scheme, x, side.before, drawn, most=side.most, vectors=images)
+        seeds, planes = self._uniform.drawn(self.scheme, x.shape)
+        rows = coding.encode(self.scheme, x, side.before, planes, most=side.most, vectors=images)
         self.seconds.encode += time.process_time() - started
         started = time.perf_counter()
         header = {"segment": weight.segment, "transpose": transpose}
@@ -133,7 +134,8 @@ class Workers(Secret):
             if i in self._lost or (self._waiting is not None and self._waiting.is_late(i)):
                 continue
             try:
-                part.pending[i] = session.submit("multiply", weight.path, header, {"x": rows.shares[i]}, expected)
+                message = self._share("x", header, seeds, rows.shares, i)
+                part.pending[i] = session.submit("multiply", weight.path, *message, expected)
             except (WorkerFault, UsageError) as fault:
                 if not session.has_ended:  # a request that cannot be sent to anybody
                     raise
@@ -144,6 +146,14 @@ class Workers(Secret):
         rows.shares.clear()  # sent; two of them together are the rows
         self.seconds.send += time.perf_counter() - started
         return part
+
+    def _share(
+        self, name: str, header: dict[str, Any], seeds: Sequence[bytes], shares: Sequence[Tensor], i: int
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Header and tensors of a message with worker i's share: the tensor, or the seed that it is made of."""
+        if i >= len(seeds):
+            return header, {name: shares[i].contiguous()}
+        return {**header, "drawn": {name: drawn(seeds[i], self.scheme.primes, shares[i].shape[1:])}}, {}
 
     def _finish(self, weight: SharedWeight, start: int, part: _Part, out: Tensor, *, transpose: bool) -> None:
         side, (_, vectors) = weight.backward if transpose else weight.forward, self._vectors(weight, transpose)

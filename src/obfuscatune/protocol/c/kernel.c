@@ -1,5 +1,5 @@
 /* Arithmetic of shares over primes 64 < p < 128; what each function computes is written down, slowly, in
- * enclave/sharing/reference.py and protocol/residues.py, and has the same bits here.
+ * enclave/sharing/reference.py, protocol/residues.py and protocol/expand.py, and has the same bits here.
  *
  * Residues are centred: |r| <= (p - 1) / 2, one byte. Compiled without -ffast-math and without contraction, so that
  * every float64 operation rounds as IEEE 754 says; sums are of integers, so that their order is nothing to the result.
@@ -312,10 +312,50 @@ __attribute__((target("avx512f,avx512bw,avx512vbmi2"))) static int64_t keep_by_6
 }
 #endif
 
-int64_t keep_below(const uint8_t *bytes, int64_t n, int32_t prime, int8_t *out, int64_t wanted) {
+static int64_t keep_below(const uint8_t *bytes, int64_t n, int32_t prime, int8_t *out, int64_t wanted) {
 #if defined(__x86_64__) && defined(__GNUC__)
     if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vbmi2"))
         return keep_by_64(bytes, n, prime, out, wanted);
 #endif
     return keep_one_by_one(bytes, n, prime, out, wanted);
 }
+
+/* ChaCha20 (RFC 8439), sixteen blocks at a time: one vector holds a word of each. */
+#define LANES 16
+typedef uint32_t lanes __attribute__((vector_size(4 * LANES)));
+#define TURN(v, bits) ((v) << (bits) | (v) >> (32 - (bits)))
+#define QUARTER(a, b, c, d)                   \
+    a += b, d ^= a, d = TURN(d, 16), c += d, b ^= c, b = TURN(b, 12), a += b, d ^= a, d = TURN(d, 8), \
+    c += d, b ^= c, b = TURN(b, 7)
+
+/* The centred residues of plane `nonce` of a seed of 32 bytes: see protocol/expand.py. Returns `wanted`. */
+INLINE int64_t expand_any(const uint8_t *seed, uint32_t nonce, int32_t prime, int8_t *out, int64_t wanted) {
+    static const uint8_t constants[16] = {'e', 'x', 'p', 'a', 'n', 'd', ' ', '3', '2', '-', 'b', 'y', 't', 'e', ' ', 'k'};
+    uint32_t start[16] = {0};
+    lanes x[16], y[16], counters = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    for (int i = 0; i < 12; i++) { /* little-endian, whatever this machine is */
+        const uint8_t *b = i < 4 ? constants + 4 * i : seed + 4 * (i - 4);
+        start[i] = (uint32_t)b[0] | (uint32_t)b[1] << 8 | (uint32_t)b[2] << 16 | (uint32_t)b[3] << 24;
+    }
+    start[13] = nonce;
+    for (int i = 0; i < 16; i++) x[i] = start[i] + (lanes){0};
+    x[12] = counters;
+    for (int64_t kept = 0; kept < wanted; x[12] += LANES) {
+        for (int i = 0; i < 16; i++) y[i] = x[i];
+        for (int round = 0; round < 10; round++) {
+            QUARTER(y[0], y[4], y[8], y[12]), QUARTER(y[1], y[5], y[9], y[13]);
+            QUARTER(y[2], y[6], y[10], y[14]), QUARTER(y[3], y[7], y[11], y[15]);
+            QUARTER(y[0], y[5], y[10], y[15]), QUARTER(y[1], y[6], y[11], y[12]);
+            QUARTER(y[2], y[7], y[8], y[13]), QUARTER(y[3], y[4], y[9], y[14]);
+        }
+        for (int i = 0; i < 16; i++) y[i] += x[i];
+#if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+        for (int i = 0; i < 16; i++)
+            for (int j = 0; j < LANES; j++) y[i][j] = __builtin_bswap32(y[i][j]);
+#endif
+        kept += keep_below((const uint8_t *)y, sizeof y, prime, out + kept, wanted - kept);
+    }
+    return wanted;
+}
+FOR_EACH_CPU(expand, (const uint8_t *seed, uint32_t nonce, int32_t prime, int8_t *out, int64_t wanted),
+             (seed, nonce, prime, out, wanted))

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from obfuscatune.protocol.expand import tensors_drawn
 from obfuscatune.protocol.frames import PREFIX, decode_frame, decode_prefix
+from obfuscatune.protocol.limits import Limits
 from obfuscatune.studies.audit.recorder import TO_WORKER, read_records
 
 
@@ -41,6 +43,8 @@ def read_frames(path: Path) -> Iterator[Frame]:
             if len(buffer) >= end:
                 header, tensors = decode_frame(memoryview(bytes(buffer[:end])))
                 decoded = {name: _tensor(*entry) for name, entry in tensors.items()}
+                if "drawn" in header:  # what the worker makes of a seed, it has
+                    decoded |= tensors_drawn(header["drawn"], Limits().max_payload_bytes)
                 yield Frame(direction == TO_WORKER, begun[direction], end, header, decoded)
                 del buffer[:end]
 

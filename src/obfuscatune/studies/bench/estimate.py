@@ -74,9 +74,11 @@ def estimate(decoder: Decoder, profile: Profile, itemsize: int) -> Estimate:
         inside = [group for group in block.groups if not _is_whole(block, group, whole)]
         for group in inside:
             sums.add_group(group, profile)
-    worker = sums.worker
+    worker, sent, received = sums.worker, itemsize, itemsize
     if profile.shares:
-        itemsize = profile.primes * len(scheme_of(profile).points)
+        scheme = scheme_of(profile)  # of the first T shares only seeds are sent
+        sent = profile.primes * (len(scheme.points) - scheme.threshold)
+        received = profile.primes * len(scheme.points)
     return Estimate(
         profile=profile.name,
         enclave_parameters=total - worker,
@@ -84,8 +86,8 @@ def estimate(decoder: Decoder, profile: Profile, itemsize: int) -> Estimate:
         enclave_share=(total - worker) / total,
         keyed_blocks=len(blocks),
         calls=sums.calls,
-        bytes_sent_per_token=sums.sent * itemsize,
-        bytes_received_per_token=sums.received * itemsize,
+        bytes_sent_per_token=sums.sent * sent,
+        bytes_received_per_token=sums.received * received,
         enclave_arithmetic=sums.inside / (sums.inside + sums.outside) if blocks else 1.0,
     )
 
