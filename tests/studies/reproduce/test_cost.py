@@ -13,6 +13,7 @@ from obfuscatune.studies.reports.tables import read_csv
 from obfuscatune.studies.reproduce import cost, cost_cells
 from obfuscatune.studies.reproduce.cost import PRESETS, TRUE_SIZES, Part, Preset, expected, run
 from obfuscatune.studies.reproduce.cost_report import PAPER_SHARES
+from obfuscatune.studies.reproduce.layer import fhe_version, layer_seconds
 
 GIB = 2**30
 
@@ -30,6 +31,24 @@ def test_shares_are_those_of_the_paper(size: str) -> None:
 def test_bytes_follow_the_dtype() -> None:
     wide, narrow = (expected("small", "balanced", dtype) for dtype in ("float32", "bfloat16"))
     assert wide.bytes_sent_per_token == 2 * narrow.bytes_sent_per_token
+
+
+def test_shares_of_rows_are_bytes_of_each_prime_but_the_first_is_a_seed() -> None:
+    plain, shared = (expected("small", profile, "float32") for profile in ("strict+mix_rows=false", "shared"))
+    assert shared.bytes_sent_per_token == plain.bytes_sent_per_token // 4 * 7 * 2
+    assert shared.bytes_received_per_token == plain.bytes_received_per_token // 4 * 7 * 3
+    narrow = expected("small", "shared", "bfloat16")  # four primes
+    assert narrow.bytes_sent_per_token * 7 == shared.bytes_sent_per_token * 4
+
+
+@pytest.mark.slow
+def test_one_layer_three_ways() -> None:
+    rows = {row["how"]: row for row in layer_seconds(4, 96, fhe=fhe_version() is not None)}
+    assert rows["float32 in the clear"]["error"] < 1e-6 and rows["shared, 7 primes"]["error"] < 1e-6
+    assert all(row["seconds"] > 0 for row in rows.values())
+    if "FHE, 7 bits" not in rows:
+        pytest.skip("FHE is not measured: concrete-ml-extensions, the extra fhe, is not installed")
+    assert rows["FHE, 7 bits"]["error"] < 0.05
 
 
 def test_the_small_preset_names_all_sizes_and_keys_of_each() -> None:

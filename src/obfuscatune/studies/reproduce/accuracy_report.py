@@ -1,5 +1,6 @@
 """What `accuracy` found, as tables, a figure and a page, with the sentences that the numbers themselves support."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,10 @@ CLAIM = (
 )
 
 
+# Methods that keep the optimizer in plain coordinates: the same predictions, item by item.
+EXACT = ("balanced", "shared")
+
+
 def write_study(directory: Path, results: Sequence[Row], provenance: Mapping[str, Any]) -> Path:
     """Write ``accuracy*.csv``, ``accuracy.md``, the figure and ``accuracy.html``; return the Markdown."""
     summary, paired, flips = summary_rows(results), paired_rows(results), flip_rows(results)
@@ -36,8 +41,8 @@ def write_study(directory: Path, results: Sequence[Row], provenance: Mapping[str
         "Accuracy, in percent": table_rows(summary),
         "Mean and spread over seeds": summary,
         "Item by item against unprotected, same seed": paired,
-        "Items that balanced predicts differently in float32": [
-            row for row in flips if row["method"] == "balanced" and row["dtype"] == "float32"
+        f"Items that {' or '.join(EXACT)} predicts differently in float32": [
+            row for row in flips if row["method"] in EXACT and row["dtype"] == "float32"
         ],
     }
     return write_report(directory / "accuracy", TITLE, notes, tables, {"": plot}, provenance)
@@ -46,12 +51,12 @@ def write_study(directory: Path, results: Sequence[Row], provenance: Mapping[str
 def findings(results: Sequence[Row], summary: Sequence[Row], paired: Sequence[Row]) -> list[str]:
     """Say what the numbers say: parity first, then each method's distance from unprotected."""
     notes = []
-    for dtype in dict.fromkeys(row["dtype"] for row in paired):
-        rows = [row for row in paired if row["method"] == "balanced" and row["dtype"] == dtype]
+    for dtype, method in itertools.product(dict.fromkeys(row["dtype"] for row in paired), EXACT):
+        rows = [row for row in paired if row["method"] == method and row["dtype"] == dtype]
         if rows:
             differ, items = sum(row["differ"] for row in rows), sum(row["items"] for row in rows)
             notes.append(
-                f"Parity, {dtype}: under balanced {differ} of {items:,} predictions differ from local PEFT training "
+                f"Parity, {dtype}: under {method} {differ} of {items:,} predictions differ from local PEFT training "
                 f"from the same seed, over {len(rows)} runs; the largest change of a log-likelihood is "
                 f"{max(row['likelihood'] for row in rows):.2g} nats, of a step's loss "
                 f"{max(row['loss'] for row in rows):.2g}."

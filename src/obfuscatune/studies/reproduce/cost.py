@@ -16,6 +16,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from obfuscatune.enclave.families import read_decoder
+from obfuscatune.enclave.families.fit import fit
 from obfuscatune.errors import UsageError
 from obfuscatune.studies.bench.estimate import Estimate, estimate
 from obfuscatune.studies.bench.run import parse_profile
@@ -24,10 +25,11 @@ from obfuscatune.studies.reports.provenance import describe
 from obfuscatune.studies.reproduce import cost_cells as compute
 from obfuscatune.studies.reproduce.cells import Cell, CellCache, Value, run_cells
 from obfuscatune.studies.reproduce.cost_report import Measured, write_study
+from obfuscatune.studies.reproduce.layer import fhe_version
 
 TRUE_SIZES = ("small", "medium", "large", "xl")
-PROFILES = ("balanced", "paper", "naive", "strict", "stream")
-_WITHOUT_NAIVE = ("balanced", "paper", "strict", "stream")
+PROFILES = ("balanced", "paper", "naive", "strict", "stream", "shared")
+_WITHOUT_NAIVE = ("balanced", "paper", "strict", "stream", "shared")
 # On a CPU the weights of plain, enclave and worker are all in its memory: from this size on one at a time, so that
 # GPT2-XL stays within 20 GiB.
 _APART_ON_CPU = ("medium", "large", "xl")
@@ -45,15 +47,18 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """Parts in the order in which they are measured, and the shape of the workloads."""
+    """Parts in the order in which they are measured, the shape of the workloads, and rows and width of one layer."""
 
     parts: tuple[Part, ...]
+    layer: tuple[int, int] | None = None
     shape: Shape = dataclasses.field(default_factory=Shape)
 
 
 PRESETS = {
     "tiny": Preset(
-        parts=(Part(size="tiny", profiles=("balanced",), workloads=("lora_step",), rounds=1),), shape=Shape(2, 8, 3)
+        parts=(Part(size="tiny", profiles=("balanced",), workloads=("lora_step",), rounds=1),),
+        shape=Shape(2, 8, 3),
+        layer=(2, 64),
     ),
     "small": Preset(
         parts=(
@@ -61,9 +66,10 @@ PRESETS = {
             Part(size="medium", profiles=_WITHOUT_NAIVE, workloads=("prefill", "lora_step"), rounds=2),
             Part(size="large", profiles=_WITHOUT_NAIVE, workloads=("prefill",), rounds=2),
             Part(size="xl", profiles=("balanced", "paper", "stream"), workloads=()),
-        )
+        ),
+        layer=(16, 768),
     ),
-    "paper": Preset(parts=tuple(Part(size=size, rounds=5) for size in TRUE_SIZES)),
+    "paper": Preset(parts=tuple(Part(size=size, rounds=5) for size in TRUE_SIZES), layer=(16, 768)),
     # Of `gpu_check`, which has minutes.
     "gpu-check": Preset(
         parts=(
@@ -113,11 +119,16 @@ def run(
     origin = describe(command, device=device)
     common["machine"] = {name: origin[name] for name in ("cpu", "cores", "accelerator")}
     cells = [cell for part in chosen.parts if not sizes or part.size in sizes for cell in _cells(part, common, device)]
+    if chosen.layer is not None and not sizes and device == "cpu":
+        rows, width = chosen.layer
+        inputs = {"rows": rows, "width": width, "fhe": fhe_version(), "machine": common["machine"]}
+        cells.append(Cell(label=f"one layer, {rows} x {width} x {width}", compute=compute.layer, inputs=inputs))
     cache = CellCache(output_dir / "cells")
     values = _until(cells, cache, seconds)
     measured = Measured(
         keys=[value for cell, value in values if cell.compute is compute.key],
         timed=[each for cell, value in values if cell.compute is compute.timed for each in value["measurements"]],
+        layer=[each for cell, value in values if cell.compute is compute.layer for each in value["layer"]],
     )
     shown = [size for size in known if size not in TRUE_SIZES] + list(TRUE_SIZES)
     estimates = {(size, name): expected(size, name, dtype) for size in shown for name in PROFILES}
@@ -151,7 +162,8 @@ def expected(size: str, profile: str, dtype: str) -> Estimate:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         resolved = parse_profile(profile)
-    return estimate(read_decoder(model), resolved, getattr(torch, dtype).itemsize)
+        decoder = read_decoder(model.to(getattr(torch, dtype)))
+        return estimate(decoder, fit(decoder, resolved, set()), getattr(torch, dtype).itemsize)
 
 
 def _cells(part: Part, common: Value, device: str) -> list[Cell]:

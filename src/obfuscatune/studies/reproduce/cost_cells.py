@@ -11,6 +11,7 @@ from obfuscatune.studies.bench.contender import ContenderSpec
 from obfuscatune.studies.bench.process import ContenderProcess, WaitPolicy
 from obfuscatune.studies.bench.run import KEY, WARM_UPS, BenchOptions, Measurement, parse_profile, run_bench
 from obfuscatune.studies.bench.workloads import WORKLOADS, Shape
+from obfuscatune.studies.reproduce.layer import layer_seconds
 
 Plain = dict[str, Any]
 
@@ -19,6 +20,11 @@ def key(inputs: Plain, places: Plain) -> Plain:
     """Protect one size under one profile: seconds, share of the parameters inside, peak memory of both processes."""
     result = run_bench(_options(inputs, (KEY,)))
     return dataclasses.asdict(result.footprints[0])
+
+
+def layer(inputs: Plain, places: Plain) -> Plain:
+    """Time one linear layer in the clear, as shares, and under FHE where that is installed; ``{"layer": [...]}``."""
+    return {"layer": layer_seconds(inputs["rows"], inputs["width"], fhe=inputs["fhe"] is not None)}
 
 
 def timed(inputs: Plain, places: Plain) -> Plain:

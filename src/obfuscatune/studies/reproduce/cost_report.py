@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,11 @@ _SAME_ACCOUNTING = "paper"
 
 @dataclass(frozen=True)
 class Measured:
-    """Footprints, and measurements with their ratio, of the benchmark, as plain values."""
+    """Footprints, and measurements with their ratio, of the benchmark, and of one layer, as plain values."""
 
     keys: list[Row]
     timed: list[Row]
+    layer: list[Row] = field(default_factory=list)
 
 
 def write_study(
@@ -50,8 +51,11 @@ def write_study(
     write_csv(directory / "cost-traffic.csv", traffic)
     shown = [{name: NOT_MEASURED if value is None else value for name, value in row.items()} for row in summary]
     crossing = [{name: NOT_MEASURED if value is None else value for name, value in row.items()} for row in traffic]
-    notes = [*_ABOUT, *findings(summary)]
+    notes = [*_ABOUT, *findings(summary), *layer_notes(measured.layer)]
     tables = {"Summary": shown, "Calls and bytes across the boundary": crossing}
+    if measured.layer:
+        write_csv(directory / "cost-layer.csv", measured.layer)
+        tables["One linear layer, beside fully homomorphic encryption"] = measured.layer
     return write_report(directory / "cost", TITLE, notes, tables, {"": plot}, provenance)
 
 
@@ -122,6 +126,20 @@ def findings(summary: Sequence[Row]) -> list[str]:
     if "xl" in ours:
         notes.append(f"In the paper's accounting {ours['xl']:.2f} % of GPT2-XL are in the enclave; it says about 5 %.")
     return notes
+
+
+def layer_notes(rows: Sequence[Row]) -> list[str]:
+    """Say what one layer cost under FHE, or that it was not measured."""
+    seconds = {row["how"].split(",")[0]: row["seconds"] for row in rows}
+    if not seconds:
+        return []
+    if "FHE" not in seconds:
+        return ["FHE was not measured: it needs `pip install 'obfuscatune[fhe]'`."]
+    clear, shared, fhe = (seconds[how] for how in ("float32 in the clear", "shared", "FHE"))
+    return [
+        f"One layer took {clear:.2g} s in the clear, {shared:.2g} s as shares on three processes here and {fhe:.2g} s "
+        "under FHE. They assume different things: shares that workers do not collude, FHE nobody's honesty."
+    ]
 
 
 _ABOUT = (

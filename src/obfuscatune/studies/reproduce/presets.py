@@ -16,6 +16,7 @@ BUNDLED = "bundled"
 # The ablation with its optimizer in plain coordinates: what is left is what the precision costs.
 NAIVE_INSIDE = "naive+lora_placement=enclave"
 METHODS = (UNPROTECTED, "naive", "paper", "balanced")
+_WITH_SHARED = (*METHODS, "shared")
 DTYPES = ("float32", "bfloat16")
 
 
@@ -65,7 +66,7 @@ _SMALL = TrainingSettings(
 PRESETS: Mapping[str, Preset] = {
     "paper": Preset(
         models={"small": "gpt2", "medium": "gpt2-medium", "large": "gpt2-large", "xl": "gpt2-xl"},
-        grids=(Grid(tasks=tuple(TASKS)),),
+        grids=(Grid(tasks=tuple(TASKS), methods=_WITH_SHARED),),
         seeds=(0, 1, 2),
         # Appendix A of the paper; what it does not name is the Trainer's default.
         training=TrainingSettings(
@@ -84,7 +85,7 @@ PRESETS: Mapping[str, Preset] = {
     "small": Preset(
         models={BUNDLED: BUNDLED},
         grids=(
-            Grid(tasks=(*TASKS, RECORDS)),
+            Grid(tasks=(*TASKS, RECORDS), methods=_WITH_SHARED),
             Grid(tasks=("openbookqa", RECORDS), dtypes=("bfloat16",)),
             Grid(tasks=(RECORDS,), methods=(NAIVE_INSIDE,), dtypes=DTYPES),
         ),
