@@ -66,7 +66,7 @@ _SMALL = TrainingSettings(
 PRESETS: Mapping[str, Preset] = {
     "paper": Preset(
         models={"small": "gpt2", "medium": "gpt2-medium", "large": "gpt2-large", "xl": "gpt2-xl"},
-        grids=(Grid(tasks=tuple(TASKS), methods=_WITH_SHARED),),
+        grids=(Grid(tasks=tuple(TASKS)),),
         seeds=(0, 1, 2),
         # Appendix A of the paper; what it does not name is the Trainer's default.
         training=TrainingSettings(
