@@ -1,20 +1,18 @@
 """Remote linear layers of `strict`: each call's keyed rows are mixed with noise rows by a secret that is used once."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from obfuscatune.enclave.freivalds import Check
 from obfuscatune.enclave.keys.rows import RowMixer
 from obfuscatune.enclave.mixing import mix, tile_starts
-from obfuscatune.enclave.remote.calls import without_autocast
-from obfuscatune.enclave.remote.linear import LinearGroup, Placed
+from obfuscatune.enclave.remote.linear import Placed
+from obfuscatune.enclave.remote.product import ProductGroup
 
 
-class MixedGroup(LinearGroup):
+class MixedGroup(ProductGroup):
     """Layers that share one input, mixed.
 
     Forward and backward are two products, with W* and with its transpose, mixed independently; the worker keeps nothing
@@ -37,11 +35,6 @@ class MixedGroup(LinearGroup):
     ) -> None:
         super().__init__(placed, widths)
         self._dtype, self._mixer, self._tile, self._check = wire_dtype, mixer, tile, check
-
-    def outputs(self, x: Tensor) -> Sequence[Tensor]:
-        """Make the call for x ``[..., in]``."""
-        y: Tensor = _Product.apply(self.placed.rows(x), self)  # type: ignore[no-untyped-call]
-        return torch.split(y, self.widths, dim=-1) if len(self.widths) > 1 else (y,)
 
     def product(self, x: Tensor, *, transpose: bool) -> Tensor:
         """Return ``x W`` ``[..., out]``, or ``x W^T`` ``[..., in]``, from one call."""
@@ -66,16 +59,3 @@ class MixedGroup(LinearGroup):
         y = mixed.restore(outputs["y"])
         y = into.apply_transpose(y) if transpose else out.apply_inverse(y)
         return y.view(*x.shape[:-1], width).to(x.dtype)
-
-
-class _Product(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: MixedGroup) -> Tensor:
-        ctx.group = group
-        return group.product(x, transpose=False)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        with without_autocast():
-            return ctx.group.product(grad, transpose=True), None
