@@ -53,7 +53,7 @@ def protect(
     progress: bool = False,
     **switches: Any,
 ) -> Protected:
-    """Run ``model`` between this process, the enclave, and a worker that sees only keyed weights and activations.
+    """Run ``model`` between this process, the enclave, and a worker that gets what the profile hands over, keyed.
 
     The model is changed in place: its large linear layers leave for the worker, keyed, and are gone from this process.
     Only what stays can be trained: LoRA (PEFT), and embeddings, final norm and head where they require gradients. On
@@ -63,7 +63,8 @@ def protect(
     Args:
         model: a causal language model of ``transformers``, or a PEFT model with plain LoRA around one; on the CPU, one
             float dtype. Which profiles run which families is a table in docs/models.md.
-        profile: name of a profile, or a record; ``switches`` change single fields of it (``mlp="enclave"``).
+        profile: name of a profile, or a record, which says what it claims; ``switches`` change single fields of it
+            (``mlp="enclave"``).
         worker: ``"spawn"`` for a process on this machine, or the address of one that runs: ``unix://PATH``,
             ``tls://HOST:PORT#FINGERPRINT``, ``tcp://HOST:PORT``. Several of them share the blocks, each as many as it
             can hold. Profile ``shared`` needs three, of operators that do not collude, and more with ``spares``;
