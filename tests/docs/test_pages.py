@@ -70,3 +70,19 @@ def test_every_file_names_the_same_version() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert project["version"] == obfuscatune.__version__ == citation["version"]
     assert f" {project['version']}\n" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_files_that_the_pages_name_are_there() -> None:
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *(ROOT / "docs").rglob("*.md")]
+    roots = (ROOT, ROOT / "src" / "obfuscatune")
+    folders = "|".join(re.escape(path.name) for root in roots for path in sorted(root.iterdir()) if path.is_dir())
+    named = re.compile(rf"`((?:{folders})/[\w./-]*\w/?)(?:::\w+)?`")
+    found = {(page, name) for page in pages for name in named.findall(page.read_text(encoding="utf-8"))}
+    assert len(found) > 60
+    made = {"results", "build", "dist"}  # by commands
+    missing = [
+        f"{page.relative_to(ROOT)}: {name}"
+        for page, name in sorted(found)
+        if not any((root / name).exists() for root in roots) and name.split("/")[0] not in made and "NAME" not in name
+    ]
+    assert missing == []
