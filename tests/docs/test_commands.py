@@ -25,7 +25,7 @@ def command_lines(text: str) -> list[list[str]]:
     )
     found = []
     for line in lines:
-        for part in re.split(r" && obfuscatune | \| | 2>", f"{line} "):
+        for part in re.split(r" && obfuscatune | \| | 2>", f"{line} ".split(" #")[0]):
             words = shlex.split(part.replace("'", " ").replace('"', " "), comments=False)
             found.append([word.strip(",;:.)`") for word in words if word != "&"])
     return [words for words in found if words]
