@@ -4,7 +4,6 @@ TRL's names: ``assistant_only_loss`` for messages, ``completion_only_loss`` for 
 on purpose, a test says how: docs/data.md has the reasons.
 """
 
-import dataclasses
 import json
 import re
 from collections.abc import Callable
@@ -87,15 +86,14 @@ def theirs(
     rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, path: Path, model: Any, **options: Any
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Ids and labels of the batch that TRL's trainer would train on."""
-    named = {field.name for field in dataclasses.fields(SFTConfig)}  # transformers 5.23 has renamed it
-    checkpointing = "activation_checkpointing" if "activation_checkpointing" in named else "gradient_checkpointing"
     arguments = SFTConfig(
         output_dir=str(path / "trl"),
         report_to="none",
         use_cpu=True,
         bf16=False,
+        activation_checkpointing=False,
         disable_tqdm=True,
-        **{"max_length": 512, checkpointing: False, **options},
+        **{"max_length": 512, **options},
     )
     trainer = SFTTrainer(model=model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(len(trainer.train_dataset))])
