@@ -6,13 +6,15 @@ STAMP := .venv/.made
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # Enclave and worker share the cores. With OpenMP's default policy the idle process spins on the cores that the other one needs.
-test test-slow demo bench audit gpu-check: export OMP_WAIT_POLICY := passive
-test test-slow demo bench audit gpu-check: export GOMP_SPINCOUNT := 1000
+TESTS := test test-slow test-lowest test-newest test-wheel
+$(TESTS) demo bench audit gpu-check: export OMP_WAIT_POLICY := passive
+$(TESTS) demo bench audit gpu-check: export GOMP_SPINCOUNT := 1000
 # No test may depend on what a model hub serves today.
-test test-slow: export HF_HUB_OFFLINE := 1
+$(TESTS): export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint check-deploy format bench audit gpu-check fuzz clean
+.PHONY: help setup demo test test-slow test-lowest test-newest test-wheel lint check-deploy docs dist format bench audit \
+	gpu-check fuzz clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 20
@@ -33,6 +35,17 @@ test: setup  ## run the fast tests
 test-slow: setup  ## run the slow tests
 	$(BIN)/python -m pytest -m slow
 
+test-lowest:  ## run the fast tests with the lowest versions that pyproject.toml allows, in build/lowest
+	$(PYTHON) -m venv --clear build/lowest
+	$(PYTHON) tools/lowest.py > build/lowest/constraints.txt
+	build/lowest/bin/python -m pip install --quiet --editable '.[dev]' --constraint build/lowest/constraints.txt
+	build/lowest/bin/python -m pytest -m "not slow"
+
+test-newest:  ## run the fast tests with the newest versions that pyproject.toml allows, in build/newest
+	$(PYTHON) -m venv --clear build/newest
+	build/newest/bin/python -m pip install --quiet --editable '.[dev]'
+	build/newest/bin/python -m pytest -m "not slow"
+
 lint: setup  ## check style, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -40,6 +53,17 @@ lint: setup  ## check style, formatting and types
 
 check-deploy: setup  ## check what is in deploy/, as far as a machine without a TEE can
 	$(BIN)/python -B deploy/check.py
+
+docs: setup  ## build the site of docs/ into site/, and check its links; nothing in it is fetched from elsewhere
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	$(BIN)/python tools/check_site.py site
+
+dist: setup  ## build sdist and wheel into dist/
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+
+test-wheel: dist  ## install the wheel alone into a fresh environment, and run the demo and the compiled part from it
+	$(BIN)/python tools/check_wheel.py dist
 
 format: setup  ## format and repair what can be repaired
 	$(BIN)/ruff format .
@@ -59,5 +83,5 @@ fuzz: setup  ## fuzz every parser with atheris, FUZZ_SECONDS (60) each
 	$(BIN)/python tools/fuzz --seconds $(or $(FUZZ_SECONDS),60)
 
 clean:  ## remove .venv and all caches
-	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist
+	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist site
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

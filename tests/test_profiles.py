@@ -19,14 +19,14 @@ def test_the_named_profiles() -> None:
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/security.md"])
-def test_pages_say_for_whom_each_profile_is_in_its_own_words(page: str) -> None:
+def test_pages_say_for_whom_each_profile_is_and_what_it_claims_in_its_own_words(page: str) -> None:
     text = (Path(__file__).parents[1] / page).read_text(encoding="utf-8")
     for profile in PROFILES.values():
-        assert f"| `{profile.name}` | {profile.audience} |" in text
+        assert f"| `{profile.name}` | {profile.audience} | {profile.claim} |" in text
 
 
 def test_naive_is_paper_under_other_keys() -> None:
-    names = {f.name for f in dataclasses.fields(Profile)} - {"name", "summary", "audience"}
+    names = {f.name for f in dataclasses.fields(Profile)} - {"name", "summary", "audience", "claim"}
     different = {name for name in names if getattr(PROFILES["naive"], name) != getattr(PROFILES["paper"], name)}
     assert different == {"keys"}
     assert (PROFILES["naive"].keys, PROFILES["paper"].keys) == ("gaussian", "haar")

@@ -19,6 +19,8 @@ def test_inspect_prints_a_table_and_json(model_dir: Path, run) -> None:
     assert [row["profile"] for row in found["profiles"]] == list(obfuscatune.PROFILES)
     table = run("inspect", "--model_name_or_path", model_dir).out
     assert "balanced" in table and "parameters        22,224" in table
+    for profile in obfuscatune.PROFILES.values():
+        assert f"  {profile.name}: {profile.audience}\n    claim: {profile.claim}\n" in table
 
 
 @pytest.mark.filterwarnings("ignore:attn.resid_dropout")

@@ -60,7 +60,8 @@ def examine(config: Any, dtype: str) -> dict[str, Any]:
         except UnsupportedModelError as error:
             profiles.append({"profile": profile.name, "refused": str(error)})
             continue
-        profiles.append({**estimate(decoder, fitted, itemsize).to_dict(), "audience": profile.audience})
+        said = {"audience": profile.audience, "claim": profile.claim}
+        profiles.append({**estimate(decoder, fitted, itemsize).to_dict(), **said})
     return {
         "family": decoder.family,
         "record": decoder.known,
@@ -116,9 +117,9 @@ def _show(found: dict[str, Any]) -> None:
             f"{100 * row['enclave_arithmetic']:.1f} %",
         )
     Console().print(table)
-    print("for whom:")
+    print("for whom, and what is claimed against whoever operates the worker:")
     for row in found["profiles"]:
         if row not in refused:
-            print(f"  {row['profile']}: {row['audience']}")
+            print(f"  {row['profile']}: {row['audience']}\n    claim: {row['claim']}")
     for row in refused:
         print(f"{row['profile']} cannot run this model: {row['refused']}")

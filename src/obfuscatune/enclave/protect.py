@@ -53,22 +53,24 @@ def protect(
     progress: bool = False,
     **switches: Any,
 ) -> Protected:
-    """Run ``model`` between this process, the enclave, and a worker that sees only keyed weights and activations.
+    """Run ``model`` between this process, the enclave, and a worker that gets what the profile hands over, keyed.
 
     The model is changed in place: its large linear layers leave for the worker, keyed, and are gone from this process.
     Only what stays can be trained: LoRA (PEFT), and embeddings, final norm and head where they require gradients. On
-    failure the model is as it was. The large weights of a model from :func:`obfuscatune.load` are read, keyed and
+    failure the model is as it was. The large weights of a model from `obfuscatune.load` are read, keyed and
     dropped layer by layer.
 
     Args:
         model: a causal language model of ``transformers``, or a PEFT model with plain LoRA around one; on the CPU, one
-            float dtype. Which profiles run which families is a table in docs/design.md.
-        profile: name of a profile, or a record; ``switches`` change single fields of it (``mlp="enclave"``).
+            float dtype. Which profiles run which families is a table in docs/models.md.
+        profile: name of a profile, or a record, which says what it claims; ``switches`` change single fields of it
+            (``mlp="enclave"``).
         worker: ``"spawn"`` for a process on this machine, or the address of one that runs: ``unix://PATH``,
             ``tls://HOST:PORT#FINGERPRINT``, ``tcp://HOST:PORT``. Several of them share the blocks, each as many as it
             can hold. Profile ``shared`` needs three, of operators that do not collude, and more with ``spares``;
             ``"spawn"`` starts all of them here, for tests and demonstrations, and protects nothing.
-        device, threads: of a spawned worker; torch's default otherwise.
+        device: of a spawned worker; torch's default otherwise.
+        threads: of a spawned worker; torch's default otherwise.
         timeout: seconds to wait for each reply of the worker.
         identity: this enclave's, or the path of its ``NAME.key``, for ``tls://``; the worker must allow it.
         insecure: whether ``tcp://`` may leave this machine: neither encrypted nor authenticated.

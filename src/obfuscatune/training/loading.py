@@ -37,7 +37,7 @@ def load_config(name: str) -> Any:
 def load(name: str | Path, dtype: str = "float32") -> Any:
     """Return a causal language model to be protected, from a directory or the hub, on the CPU in evaluation mode.
 
-    The weights of its blocks' linear layers are not in it yet: :func:`obfuscatune.protect` reads, keys and drops them
+    The weights of its blocks' linear layers are not in it yet: `obfuscatune.protect` reads, keys and drops them
     layer by layer, so that the enclave never holds the whole model. Until then the model has all shapes, an adapter can
     be put around it, and a forward is refused. To compute with a model in the clear load it with ``transformers``.
 
@@ -95,7 +95,7 @@ def _load_generation_config(model: Any, directory: Path) -> None:
 
 
 def load_model(name: str, dtype: str) -> Any:
-    """Return the causal language model, its weights mapped from the file; as :func:`load` otherwise.
+    """Return the causal language model, its weights mapped from the file; as `load` otherwise.
 
     For a model that computes in the clear.
     """

@@ -1,6 +1,7 @@
 """The demo as a user runs it: a process of its own, the real worker, a few steps."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,19 @@ def test_what_is_shown(outcome, tmp_path: Path) -> None:
         assert part in text
     shown = html_page(outcome)
     assert shown.count("<svg") == 2 and "What this does not show" in shown
+
+
+@pytest.mark.parametrize("outcome", ["gpt2"], indirect=True)
+def test_the_readme_shows_lines_that_the_demo_prints(outcome) -> None:
+    readme = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
+    shown = readme.split("## What the demo prints")[1].split("```")[1].strip().splitlines()
+
+    def form(line: str) -> str:
+        return re.sub(r"[\d.,]+(e-\d+)?", "#", " ".join(line.split()))
+
+    printed = {form(line) for line in summary(outcome).splitlines()}
+    assert len(shown) > 8
+    assert [line for line in shown if form(line) not in printed] == []
 
 
 def test_the_command_takes_the_family(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

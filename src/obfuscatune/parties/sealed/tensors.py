@@ -45,7 +45,7 @@ class SealedTensors:
         return self._place(name).shape
 
     def dtype(self, name: str) -> torch.dtype:
-        """Return a tensor's dtype; raises as :meth:`shape`."""
+        """Return a tensor's dtype; raises as `shape`."""
         return DTYPES[self._place(name).dtype]
 
     def get(self, name: str) -> torch.Tensor:
