@@ -260,6 +260,9 @@ def _steal(view: WorkerView, links: list[Link] | None, knowledge: Knowledge) -> 
     return Stolen(stolen, knowledge.cache["from nothing"])
 
 
+_MOST_NATS = 100.0  # a body of noise can be surer of a wrong token than a float64 holds
+
+
 @torch.no_grad()
 def _score(guess: Stolen, truth: Truth) -> Score:
     ids = truth.target_tokens.view(truth.target_shape)
@@ -267,7 +270,8 @@ def _score(guess: Stolen, truth: Truth) -> Score:
     private = loss(truth.private.logits(ids), ids).item()
     if scratch <= private:
         raise NotApplicableError("the private model is no better than one trained from nothing on the public text")
-    return Score(min(1.0, max(0.0, (scratch - stolen) / (scratch - private))), 0.0, math.exp(stolen))
+    perplexity = math.exp(min(stolen, _MOST_NATS))
+    return Score(min(1.0, max(0.0, (scratch - stolen) / (scratch - private))), 0.0, perplexity)
 
 
 ATTACK = Attack(
