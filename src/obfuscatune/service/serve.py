@@ -130,6 +130,7 @@ def open_service(
     timeout: float = 600.0,
     worker_identity: Identity | None = None,
     insecure: bool = False,
+    max_connections: int = 512,
     max_store_bytes: int = 1 << 40,
 ) -> Iterator[Service]:
     """Yield a service on the state of ``directory``, not working yet.
@@ -139,7 +140,7 @@ def open_service(
         parties: directory of the ``.pub`` files of who may connect; read anew for each connection.
         worker, timeout, insecure: as of `protect`. worker_identity: what the worker knows the enclave by; default: the
             enclave's own, whose public half is written to ``directory/enclave.pub`` for it.
-        max_store_bytes: that uploads may take.
+        max_connections: as of `AttestedServer`. max_store_bytes: that uploads may take.
 
     Raises:
         RollbackError, SealError: a state that is not the last one, or not of this code on this platform.
@@ -169,6 +170,7 @@ def open_service(
                 allow=lambda client: client in load_parties(parties),
                 handle=requests.handle,
                 idle_timeout=QUERY_SECONDS,
+                max_connections=max_connections,
             )
 
         service = Service(book, runner, server_of, max_file_bytes=max_store_bytes)

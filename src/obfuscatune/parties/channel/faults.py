@@ -7,6 +7,7 @@ from typing import Any
 
 from obfuscatune.errors import (
     AttestationError,
+    BusyError,
     ConsentError,
     FormatError,
     ObfuscatuneError,
@@ -19,6 +20,7 @@ from obfuscatune.errors import (
 
 _CLASSES: dict[str, type[ObfuscatuneError]] = {
     "attestation": AttestationError,
+    "busy": BusyError,
     "consent": ConsentError,
     "failed": ObfuscatuneError,
     "format": FormatError,
