@@ -10,7 +10,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from obfuscatune.errors import ConsentError, FormatError, ObfuscatuneError, ProtocolError, SealError, UsageError
+from obfuscatune.errors import (
+    BusyError,
+    ConsentError,
+    FormatError,
+    ObfuscatuneError,
+    ProtocolError,
+    SealError,
+    UsageError,
+)
 from obfuscatune.parties.job import Job
 from obfuscatune.service.requests import MAX_PROMPT_BYTES, MAX_WAITING, Query
 
@@ -290,7 +298,7 @@ def test_a_party_has_few_queries_at_a_time(tmp_path: Path) -> None:
             return thread
 
         threads = [one(CLINIC) for _ in range(MAX_WAITING)]
-        with pytest.raises(UsageError, match="too many queries"):
+        with pytest.raises(BusyError, match="too many queries"):
             ask(enclave, CLINIC, "generate", PROMPTS, job=job, max_new_tokens=1)
         threads.append(one(LAB))  # the other party has places of its own
         for query in enclave.queries:

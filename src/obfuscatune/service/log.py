@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from obfuscatune.durable import private, sync, write_all
-from obfuscatune.errors import FormatError, ObfuscatuneError, RollbackError, SealError, UsageError
+from obfuscatune.errors import FormatError, RollbackError, SealError, StorageError, UsageError
 from obfuscatune.parties.canonical import decode, encode
 from obfuscatune.parties.identity import Identity, PublicIdentity
 from obfuscatune.service.entries import DIGEST, END_OF_TIME, MAX_LINE_BYTES, Chain, Entry, matches, split_lines
@@ -107,7 +107,7 @@ class AuditLog:
                 write_all(self._handle, line)
                 os.fsync(self._handle)
             except OSError as error:
-                fault = ObfuscatuneError("cannot write the audit log", got=error.strerror, where=str(self._path))
+                fault = StorageError("cannot write the audit log", got=error.strerror, where=str(self._path))
                 raise fault from None
             chain.take(line)
             self._ends.append(self._ends[-1] + len(line))

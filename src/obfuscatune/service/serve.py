@@ -6,6 +6,7 @@ directory/store/          inputs, checkpoints, results                 sealed to
 """
 
 import collections
+import functools
 import logging
 import threading
 from collections.abc import Callable, Iterator
@@ -151,7 +152,8 @@ def open_service(
         pass  # removes what an enclave that was killed has left in memory
     with State.open(directory, platform) as state:
         log = AuditLog.open(directory / "log.jsonl", state.log_head, state.log_length)
-        book = Book(state, log, Store(directory / "store", max_store_bytes))
+        known = functools.partial(fingerprints, parties)
+        book = Book(state, log, Store(directory / "store", max_store_bytes, known), known)
         runner = Runner(
             state.identity,
             book.store,
@@ -189,6 +191,11 @@ def _publish(identity: PublicIdentity, path: Path) -> None:
         write_new(path, encode(identity.to_dict()) + b"\n", mode=0o644)
     except OSError as error:
         raise UsageError("cannot write the enclave's identity", got=error.strerror, where=str(path)) from None
+
+
+def fingerprints(directory: Path) -> list[str]:
+    """Return the fingerprints of all who may connect: who shares the room."""
+    return [party.fingerprint for party in load_parties(directory)]
 
 
 def load_parties(directory: Path) -> list[PublicIdentity]:

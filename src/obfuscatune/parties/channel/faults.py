@@ -14,6 +14,7 @@ from obfuscatune.errors import (
     ProtocolError,
     RollbackError,
     SealError,
+    StorageError,
     UsageError,
     printable,
 )
@@ -27,6 +28,7 @@ _CLASSES: dict[str, type[ObfuscatuneError]] = {
     "protocol": ProtocolError,
     "rollback": RollbackError,
     "seal": SealError,
+    "storage": StorageError,
     "usage": UsageError,
 }
 _CODES = {kind: code for code, kind in _CLASSES.items()}
