@@ -9,7 +9,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from obfuscatune.errors import BusyError, ConsentError, FormatError, ObfuscatuneError, ProtocolError, UsageError
+from obfuscatune.errors import (
+    BusyError,
+    ConsentError,
+    FormatError,
+    ObfuscatuneError,
+    ProtocolError,
+    StorageError,
+    UsageError,
+)
 from obfuscatune.parties.channel.transfer import Piece, serve_piece
 from obfuscatune.parties.identity import PublicIdentity
 from obfuscatune.parties.job import SignedJob
@@ -221,6 +229,8 @@ def _told(error: BaseException) -> ObfuscatuneError:
 
     What is said of a prompt, by its number, and of consent is this party's own business.
     """
+    if isinstance(error, StorageError):
+        return BusyError("the enclave's disk is full", hint="ask again when its operator has made room")
     of_prompt = isinstance(error, UsageError) and (error.where or "").startswith("prompt ")
     if isinstance(error, ObfuscatuneError) and (of_prompt or isinstance(error, ConsentError)):
         return error

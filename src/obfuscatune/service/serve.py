@@ -21,6 +21,7 @@ from obfuscatune.parties.channel.server import AttestedServer
 from obfuscatune.parties.identity import Identity, PublicIdentity
 from obfuscatune.service.book import Book
 from obfuscatune.service.log import AuditLog
+from obfuscatune.service.patience import Patience, Stopped
 from obfuscatune.service.requests import Query, Requests
 from obfuscatune.service.runner import RAM_PREFIX, Hooks, Runner
 from obfuscatune.service.scratch import ram_directory
@@ -46,6 +47,7 @@ class Service:
         self._book, self._runner = book, runner
         self._queries: collections.deque[Query] = collections.deque()
         self._stopped = False
+        self._patiently = Patience(book, lambda: self._stopped)
         requests = Requests(book, self._ask, wait=QUERY_SECONDS, max_file_bytes=max_file_bytes)
         self._server = server_of(requests)
         self.address, self.identity = self._server.address, book.state.identity.public
@@ -54,18 +56,19 @@ class Service:
     def work(self) -> None:
         """Serve, and run what is queued, one after the other; queries go before jobs."""
         self._thread.start()
-        while True:
-            with self._book.changed:
-                while not (self._stopped or self._queries or self._book.has_queued()):
-                    self._book.changed.wait()
-                if self._stopped:
-                    return
-                query = self._queries.popleft() if self._queries else None
-                digest = self._book.next() if query is None else None
-            if query is not None:
-                self._answer(query)
-            elif digest is not None:
-                self._run(digest)
+        try:
+            while True:
+                with self._book.changed:
+                    self._book.changed.wait_for(lambda: self._stopped or self._queries or self._book.has_queued())
+                    if self._stopped:
+                        return
+                    query = self._queries.popleft() if self._queries else None
+                if query is not None:
+                    self._answer(query)
+                elif (digest := self._patiently(self._book.next)) is not None:
+                    self._run(digest)
+        except Stopped:
+            return
 
     def stop(self) -> None:
         """Let :meth:`work` return when what it does is done."""
@@ -84,27 +87,31 @@ class Service:
             self._book.changed.notify_all()
 
     def _answer(self, query: Query) -> None:
+        book, counted = self._book, False
         try:
             if not query.take():
                 return
-            self._book.count_query(query.job, query.party, len(query.prompts), query.max_new_tokens)
-            adapter = self._book.record(query.job).results["adapter"]
+            book.count_query(query.job, query.party, len(query.prompts), query.max_new_tokens)
+            counted = True
+            adapter = book.record(query.job).results["adapter"]
             query.completions = self._runner.answer(
-                self._book.signed(query.job), adapter, query.prompts, query.max_new_tokens
+                book.signed(query.job), adapter, query.prompts, query.max_new_tokens
             )
         except _STOPS:
             raise
-        except BaseException as error:  # goes to the party that asked; the service goes on
+        except BaseException as error:  # goes to the party that asked; the service goes on, and so does the model
             query.error = error
-            self._runner.close()
+            if counted:
+                self._patiently(lambda: book.query_failed(query.job, query.party, len(query.prompts)))
         finally:
             query.done.set()
 
     def _run(self, digest: str) -> None:
-        book = self._book
+        book, patiently = self._book, self._patiently
         hooks = Hooks(
             progress=lambda step, steps: book.progress(digest, step, steps),
-            checkpoint=lambda step, checkpoint: book.checkpointed(digest, step, checkpoint),
+            checkpoint=lambda step, file: patiently(lambda: book.checkpointed(digest, step, file), digest),
+            store=lambda act: patiently(act, digest),
         )
         logger.info("job %s starts", digest[:16])
         try:
@@ -113,10 +120,11 @@ class Service:
             raise
         except BaseException as error:  # the job has failed, not the service
             logger.warning("job %s failed: %s", digest[:16], type(error).__name__)
-            book.failed(digest, error)
+            failure = error
+            patiently(lambda: book.failed(digest, failure))
             self._runner.close()
         else:
-            book.finished(digest, results)
+            patiently(lambda: book.finished(digest, results), digest)
             logger.info("job %s is done", digest[:16])
 
 

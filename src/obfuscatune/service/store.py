@@ -270,7 +270,7 @@ class Store:
             if signed.header.kind != kind:
                 raise SealError("sealed file of another kind", got=signed.header.kind, expected=kind)
             try:
-                self._require_disk(0)  # what is written is no less room than what is left for the state and the log
+                self.require_disk(0)  # what is written is no less room than what is left for the state and the log
                 sync(path)
                 size = path.stat().st_size
                 rename(path, self._name(signed.digest))
@@ -316,9 +316,10 @@ class Store:
                 "fetch the results of earlier jobs: what was fetched makes room; or wait until others' jobs have ended"
             )
             raise UsageError("no room in the store", got=f"{size} bytes", expected=f"at most {room}", hint=hint)
-        self._require_disk(size)
+        self.require_disk(size)
 
-    def _require_disk(self, size: int) -> None:
+    def require_disk(self, size: int) -> None:
+        """Raise StorageError unless the disk has room for ``size`` bytes, and beside them for state and log."""
         if shutil.disk_usage(self.directory).free < size + _KEPT_FREE:
             raise StorageError("no room on the disk of the store", got=f"{size} bytes", hint=_LATER)
 
