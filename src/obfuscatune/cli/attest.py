@@ -4,7 +4,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -37,10 +37,8 @@ class VerifyOptions:
     time: int | None = option("judge at this Unix second instead of now", None, min=0)
     quote: Path | None = option("file of the raw quote or report", None, rich_help_panel=QUOTE_PANEL)
     kind: Kind | None = option("its kind", None, rich_help_panel=QUOTE_PANEL)
-    collateral: Path | None = option("collateral of dcap-qvl, for sgx and tdx", None, rich_help_panel=QUOTE_PANEL)
-    certificates: list[Path] | None = option(
-        "VCEK, ASK, ARK for snp; PEM or DER, may be given several times", None, rich_help_panel=QUOTE_PANEL
-    )
+    collateral: Path | None = option("collateral of dcap-qvl, for sgx and tdx; in place of the policy's", None)
+    certificates: list[Path] | None = option("VCEK, ASK, ARK for snp that comes without; PEM or DER, repeatable", None)
 
 
 @takes(VerifyOptions)
@@ -57,15 +55,19 @@ def _judge_evidence(path: Path, options: VerifyOptions) -> "Verdict":
 
     if options.policy is None:
         raise UsageError("no policy", expected="--policy FILE", hint="docs/attestation.md has one to start from")
-    if any((options.quote, options.kind, options.collateral, options.certificates)):
-        raise UsageError("EVIDENCE together with options of a bare quote", hint="evidence holds all of these")
+    if any((options.quote, options.kind)):
+        raise UsageError("EVIDENCE together with options of a bare quote", hint="evidence holds its quote")
     policy = load_policy(options.policy, options.allow_simulation)
+    if options.collateral is not None:
+        policy = replace(policy, collateral=_read_collateral(options.collateral).decode("utf-8", "replace"))
+    if options.certificates:
+        policy = replace(policy, certificates=b"".join(_pem(path) for path in options.certificates))
     return judge(load_evidence(path), policy, nonce=options.nonce, now=options.time)
 
 
 def _judge_quote(options: VerifyOptions) -> "Verdict":
     from obfuscatune.parties.attestation.evidence import MAX_QUOTE_BYTES, Quote
-    from obfuscatune.parties.attestation.policy import MAX_COLLATERAL_BYTES, Policy
+    from obfuscatune.parties.attestation.policy import Policy
     from obfuscatune.parties.attestation.verify import judge_quote
     from obfuscatune.parties.identity import read_small
 
@@ -76,11 +78,18 @@ def _judge_quote(options: VerifyOptions) -> "Verdict":
         policy = load_policy(options.policy, options.allow_simulation)
     extras = {}
     if options.collateral is not None:
-        extras["collateral"] = read_small(options.collateral, MAX_COLLATERAL_BYTES, "collateral")
+        extras["collateral"] = _read_collateral(options.collateral)
     if options.certificates:
         extras["certificates"] = b"".join(_pem(path) for path in options.certificates)
     quote = Quote(options.kind, read_small(options.quote, MAX_QUOTE_BYTES, "quote"), extras)
     return judge_quote(quote, policy, now=options.time)
+
+
+def _read_collateral(path: Path) -> bytes:
+    from obfuscatune.parties.attestation.policy import MAX_COLLATERAL_BYTES
+    from obfuscatune.parties.identity import read_small
+
+    return read_small(path, MAX_COLLATERAL_BYTES, "collateral")
 
 
 def _pem(path: Path) -> bytes:
