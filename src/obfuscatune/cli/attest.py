@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 HELP = "Judge evidence of an enclave, show what it says, compute measurements to allow."
 QUOTE_PANEL = "A bare quote instead of EVIDENCE: judged, never accepted"
 
-Kind = Literal["sgx", "tdx", "snp"]
+Kind = Literal["sgx", "tdx", "snp", "nitro", "azure"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,11 +156,14 @@ def show(options: ShowOptions) -> None:
 
 def _peek(quote: "Quote") -> dict[str, str]:
     """Return what a quote says, not verified; of a TPM the key, as a policy names it."""
-    from obfuscatune.parties.attestation import dcap, snp
+    from obfuscatune.parties.attestation import azure, dcap, nitro, snp
+    from obfuscatune.parties.attestation.fields import parsing
 
     if quote.kind == "tpm":
         return {"key": key} if (key := _key_hash(quote.extras.get("key", b""))) else {}
-    return snp.peek(quote.quote) if quote.kind == "snp" else dcap.peek(quote.quote)
+    peek = {"snp": snp.peek, "nitro": nitro.peek, "azure": azure.peek}.get(quote.kind, dcap.peek)
+    with parsing("quote"):
+        return peek(quote.quote)
 
 
 def _key_hash(pem: bytes) -> str:

@@ -15,7 +15,7 @@ from types import FrameType
 from obfuscatune.cli.options import INSECURE_HELP, WORKER_FORMS, ConfigOptions, option, takes
 
 HELP = "Run an enclave that serves jobs of a model provider and a data owner."
-_PLATFORM = "configfs (TDX, SEV-SNP), gramine (SGX), tpm, or simulation:DIR, which protects nothing"
+_PLATFORM = "configfs (TDX, SEV-SNP), gramine (SGX), azure, tpm, or simulation:DIR, which protects nothing"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -58,7 +58,7 @@ class Certificate:
 
 
 def read_chain(pem: bytes, what: str) -> list[Certificate]:
-    """Return the certificates of a PEM text in their order; CRLF line ends and trailing white space are let pass.
+    """Return the certificates of a PEM text in their order; CRLF line ends and an empty line between are let pass.
 
     Raises:
         FormatError: too long, too many, none, anything between or around the certificates, or one that cannot be read.
@@ -67,7 +67,8 @@ def read_chain(pem: bytes, what: str) -> list[Certificate]:
     blocks = text.split(_END)
     if len(pem) > MAX_CHAIN_BYTES or not 2 <= len(blocks) <= MAX_CERTIFICATES + 1 or blocks.pop():
         raise FormatError(f"{what} are no chain of at most {MAX_CERTIFICATES} PEM certificates")
-    return [_read_block(block, what) for block in blocks]
+    # Azure's service leaves a line empty between them.
+    return [_read_block(block.removeprefix(b"\n") if number else block, what) for number, block in enumerate(blocks)]
 
 
 def to_pem(der: bytes) -> bytes:

@@ -18,17 +18,21 @@ from obfuscatune.parties.attestation.tables import Table
 from obfuscatune.parties.identity import read_small
 
 # Names of measurements and their lengths in bytes. isv_prod_id and isv_svn are numbers.
+_SNP = {
+    **{"measurement": 48, "host_data": 32, "id_key_digest": 48, "author_key_digest": 48},
+    **{"family_id": 16, "image_id": 16},
+}
+_PCRS = {f"pcr{number}": 32 for number in range(24)}
 MEASUREMENTS: Mapping[Kind, Mapping[str, int]] = {
     "sgx": {"mrenclave": 32, "mrsigner": 32},
     "tdx": {
         **{"mrtd": 48, "rtmr0": 48, "rtmr1": 48, "rtmr2": 48, "rtmr3": 48},
         **{"mrseam": 48, "mrconfigid": 48, "mrowner": 48, "mrownerconfig": 48, "mrservicetd": 48},
     },
-    "snp": {
-        **{"measurement": 48, "host_data": 32, "id_key_digest": 48, "author_key_digest": 48},
-        **{"family_id": 16, "image_id": 16},
-    },
-    "tpm": {f"pcr{number}": 32 for number in range(24)},
+    "snp": _SNP,
+    "tpm": _PCRS,
+    "nitro": {f"nitro_pcr{number}": 48 for number in range(32)},
+    "azure": {**_SNP, **_PCRS},
 }
 # Of each kind one of these sets must be named: what pins the code. A signer alone would accept all that it ever signed.
 PINS: Mapping[Kind, tuple[frozenset[str], ...]] = {
@@ -37,6 +41,11 @@ PINS: Mapping[Kind, tuple[frozenset[str], ...]] = {
     "snp": (frozenset({"measurement"}),),
     # Not those from 16 on, which software may reset.
     "tpm": tuple(frozenset({f"pcr{number}"}) for number in range(16)),
+    "nitro": (frozenset({"nitro_pcr0"}),),  # the whole image
+    # The paravisor, or who signed it, and what the guest has booted.
+    "azure": tuple(
+        frozenset({f"pcr{number}", name}) for number in range(16) for name in ("measurement", "id_key_digest")
+    ),
 }
 # Intel's, without Revoked, which nobody can allow.
 TCB_STATUSES = (
@@ -191,7 +200,7 @@ def _wanting(policy: Policy) -> list[str]:
         if not policy.pins(kind) and not policy.any_measurement:
             pins = " or ".join(" with ".join(sorted(pin)) for pin in PINS[kind][:2])
             faults.append(f"no measurement pins the code of {kind}: expected measurements.{pins}")
-    if "snp" in policy.kinds and policy.min_tcb is None:
+    if {"snp", "azure"} & set(policy.kinds) and policy.min_tcb is None:
         faults.append("platform.min_tcb is missing: nothing else says which snp platforms are outdated")
     if "tpm" in policy.kinds and not policy.tpm_keys and not policy.simulation_tpm_keys:
         faults.append("tpm.keys is missing: no root says which TPMs are genuine")

@@ -18,7 +18,14 @@ from obfuscatune.parties.attestation.verdict import Checked, Rule, Verdict
 
 # The enclave's clock may be ahead of the verifier's by this much, in seconds.
 CLOCK_SKEW_SECONDS = 60
-_MODULES: dict[Kind, str] = {"sgx": "dcap", "tdx": "dcap", "snp": "snp", "tpm": "tpm"}
+_MODULES: dict[Kind, str] = {
+    "sgx": "dcap",
+    "tdx": "dcap",
+    "snp": "snp",
+    "tpm": "tpm",
+    "nitro": "nitro",
+    "azure": "azure",
+}
 
 
 def judge(
@@ -126,7 +133,7 @@ def _binds(evidence: Evidence, checked: Checked) -> bool:
     if checked.report_data is None:
         return False
     expected = report_data(evidence.claims)
-    if evidence.quote.kind == "tpm":
+    if evidence.quote.kind in ("tpm", "azure"):
         from obfuscatune.parties.attestation import tpm
 
         expected = tpm.binds(expected)
