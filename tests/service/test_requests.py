@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from obfuscatune.cli.job import _line
 from obfuscatune.errors import (
     BusyError,
     ConsentError,
@@ -18,6 +19,7 @@ from obfuscatune.errors import (
     ProtocolError,
     SealError,
     UsageError,
+    WorkerFault,
 )
 from obfuscatune.parties.job import Job
 from obfuscatune.service.requests import MAX_PROMPT_BYTES, MAX_WAITING, Query
@@ -352,3 +354,21 @@ def test_arbitrary_requests(
     except ObfuscatuneError:
         return
     assert isinstance(reply, dict)
+
+
+def test_a_job_whose_worker_crashed_goes_on_when_it_is_submitted_again(enclave: Enclave) -> None:
+    """One command, and what it says: `obfuscatune job submit`."""
+    signed = enclave.signed_job()
+    job = enclave.submit(signed)
+    enclave.book.next()
+    enclave.book.checkpointed(job, 7, enclave.result("checkpoint"))
+    enclave.book.progress(job, 9, 20)
+    enclave.book.failed(job, WorkerFault("the worker is gone", worker="spawn", layer="h.0", call=3))
+    told = ask(enclave, CLINIC, "status", job=job)[0]
+    assert (told["status"], told["reason"], told["resumes_from"]) == ("failed", "WorkerFault", 7)
+    assert _line(told).endswith("hint: obfuscatune job submit, once more, goes on from step 7")
+    told = ask(enclave, CLINIC, "submit", signed.to_bytes())[0]
+    assert _line(told).endswith("queued  step 9 of 20  goes on from step 7")
+    assert enclave.events()[-2].details == {"step": 7}
+    enclave.book.next()
+    assert ask(enclave, CLINIC, "status", job=job)[0]["resumes_from"] == 0

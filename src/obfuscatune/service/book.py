@@ -104,7 +104,7 @@ class Book:
                 self._files.write(signed)
                 self._signed[digest] = signed
                 again = replace(record, status="waiting", reason="", order=last, starts=0, retired=False)
-                self._enter(digest, again, "submitted-again", party=party, step=record.step)
+                self._enter(digest, again, "submitted-again", party=party, step=record.checkpoint_step)
             self.review()
         return digest
 
@@ -158,7 +158,9 @@ class Book:
         files = {*record.results.values()} | ({record.checkpoint} if record.checkpoint else set())
         if digest in self._signed:
             files |= set(self._signed[digest].job.inputs.values())
-        left = replace(record, retired=True, results={}, checkpoint=None, fetched=(), steps=0, step=0)
+        left = replace(
+            record, retired=True, results={}, checkpoint=None, checkpoint_step=0, fetched=(), steps=0, step=0
+        )
         self._enter(digest, left, "retired")
         self._signed.pop(digest, None)
         try:
@@ -266,7 +268,7 @@ class Book:
         """Make a checkpoint the one to resume from, and drop the one before."""
         with self.state.lock:
             before = self._records[digest]
-            now = replace(before, checkpoint=checkpoint, step=step, starts=0)
+            now = replace(before, checkpoint=checkpoint, checkpoint_step=step, step=step, starts=0)
             self._enter(digest, now, "checkpoint", step=step, file=checkpoint)
             self._charge(digest)
             if before.checkpoint != checkpoint:
@@ -391,7 +393,12 @@ class Book:
 
     def _end(self, digest: str, record: Record, **details: str) -> None:
         """Enter the end of a job, by its status; nothing resumes it, so the checkpoint goes."""
-        self._enter(digest, replace(record, checkpoint=None, ended=int(time.time())), record.status, **details)
+        self._enter(
+            digest,
+            replace(record, checkpoint=None, checkpoint_step=0, ended=int(time.time())),
+            record.status,
+            **details,
+        )
         self._drop(record.checkpoint)
 
     def _enter(

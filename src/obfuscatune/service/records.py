@@ -25,7 +25,8 @@ class Record:
     Attributes:
         order: its place in the queue. provider, owner: fingerprints. expires: Unix seconds.
         status: as in the drawing at the head of `book`. reason: why it was refused or failed: an error's class.
-        step, steps: how far the training is, and where it ends. checkpoint: digest of the last one.
+        step, steps: how far the training is, and where it ends. checkpoint, checkpoint_step: digest and
+            step of the last one.
         results: digests of sealed results, by kind. queries: prompts answered so far. starts: since the last
             checkpoint.
         ended: Unix second. fetched: "role kind" of results that were fetched whole.
@@ -41,6 +42,7 @@ class Record:
     step: int = 0
     steps: int = 0
     checkpoint: str | None = None
+    checkpoint_step: int = 0
     results: dict[str, str] = field(default_factory=dict)
     queries: int = 0
     starts: int = 0

@@ -156,6 +156,7 @@ class Requests:
             "reason": record.reason,
             "step": record.step,
             "steps": record.steps,
+            "resumes_from": record.checkpoint_step if record.status in ("failed", "waiting", "queued") else 0,
             "missing": self._book.missing(digest) if record.status == "waiting" else {},
             "results": self._book.results_for(digest, party.fingerprint),
             "queries": record.queries,
