@@ -16,6 +16,8 @@ from obfuscatune.durable import write_new
 from obfuscatune.errors import FormatError, UsageError
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     from obfuscatune.parties.attestation.evidence import Quote
     from obfuscatune.parties.attestation.verdict import Verdict
 
@@ -232,6 +234,54 @@ def _replay(path: Path) -> dict[str, str]:
     return eventlog.replay(eventlog.read(read_small(path, eventlog.MAX_LOG_BYTES, "event log")))
 
 
+@dataclass(frozen=True, kw_only=True)
+class CollateralOptions:
+    """Options of ``obfuscatune attest collateral``."""
+
+    action: Literal["fetch", "show"] = argument("fetch: from a service; show: until when a file is good")
+    source: str = argument("fetch: URL of Intel's PCS or of a PCCS; show: the file", metavar="URL|FILE")
+    quote: Path | None = option("fetch: a quote of the platform, or evidence with one", None)
+    output: Path | None = option("fetch: file for the collateral; must not exist", None)
+    timeout: float = option("seconds", 30.0)
+
+
+@takes(CollateralOptions)
+def collateral(options: CollateralOptions) -> None:
+    """Fetch Intel's collateral, which says which platforms are good, or show until when it is good itself.
+
+    Nothing else here ever asks for it: do it on a machine that may, and give the file to the policy.
+    """
+    from obfuscatune.parties.attestation import collateral as module
+    from obfuscatune.parties.attestation.evidence import MAX_EVIDENCE_BYTES
+    from obfuscatune.parties.identity import read_small
+
+    if options.action == "show":
+        _show_expiry(module.expiry(_read_collateral(Path(options.source))))
+        return
+    if options.quote is None or options.output is None:
+        raise UsageError("what to fetch collateral for", expected="--quote FILE and --output FILE")
+    raw = read_small(options.quote, MAX_EVIDENCE_BYTES, "quote or evidence")
+    if raw.startswith(b"{"):
+        raw = load_evidence(options.quote).quote.quote
+    text = module.fetch(options.source, raw, options.timeout)
+    try:
+        write_new(options.output, text, mode=0o644)
+    except OSError as error:
+        raise UsageError("cannot write the collateral", got=error.strerror, where=str(options.output)) from None
+    _show_expiry(module.expiry(text))
+
+
+def _show_expiry(ends: "Mapping[str, datetime]") -> None:
+    from datetime import UTC, datetime
+
+    earliest = min(ends.values())
+    _table({name: f"good until {end:%Y-%m-%d %H:%M}" for name, end in ends.items()})
+    print(f"all of it is good until {earliest:%Y-%m-%d %H:%M} UTC")
+    if earliest <= datetime.now(UTC):
+        print("EXPIRED: fetch it again")
+        raise typer.Exit(1)
+
+
 def _table(lines: Mapping[str, Any]) -> None:
     width = max(map(len, lines))
     for name, value in lines.items():
@@ -242,6 +292,11 @@ COMMANDS = {
     "fetch": (
         fetch,
         "Examples:\n\nobfuscatune attest fetch --enclave tls://cloud.example:7443 --output enclave.evidence",
+    ),
+    "collateral": (
+        collateral,
+        "Examples:\n\nobfuscatune attest collateral fetch https://api.trustedservices.intel.com "
+        "--quote enclave.evidence --output collateral.json\n\nobfuscatune attest collateral show collateral.json",
     ),
     "verify": (
         verify,

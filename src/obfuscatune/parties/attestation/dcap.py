@@ -27,7 +27,7 @@ _PCK_CHAIN, _QE_CERTIFICATION = 5, 6
 # Of the body: SGX's attributes, bit 1; the TD's attributes, byte 0.
 _DEBUG = {"sgx": (48, 0x02), "tdx": (120, 0xFF)}
 _CHAINS = ("pck_crl_issuer_chain", "tcb_info_issuer_chain", "qe_identity_issuer_chain")
-_COLLATERAL = {*_CHAINS, "root_ca_crl", "pck_crl", "tcb_info", "qe_identity"} | {
+COLLATERAL = {*_CHAINS, "root_ca_crl", "pck_crl", "tcb_info", "qe_identity"} | {
     "tcb_info_signature",
     "qe_identity_signature",
 }
@@ -36,7 +36,7 @@ _OPTIONS = {
     "cached_keys": "allow_cached_keys",
     "smt_enabled": "allow_smt",
 }
-FETCH_AGAIN = "fetch it again (obfuscatune attest collateral)"
+FETCH_AGAIN = "fetch it again: obfuscatune attest collateral fetch"
 _LAST_SECOND = 1 << 40
 _MAX_MESSAGE = 200
 
@@ -128,10 +128,10 @@ def _collateral(text: str, root: bytes) -> dict[str, str]:
         fields = json.loads(text) if len(text) <= MAX_COLLATERAL_BYTES else None
     except (ValueError, RecursionError):
         fields = None
-    if not isinstance(fields, dict) or not set(fields) >= _COLLATERAL:
+    if not isinstance(fields, dict) or not set(fields) >= COLLATERAL:
         raise FormatError("collateral is not JSON of dcap-qvl", expected="its nine fields")
     # A PCK certificate that comes with it is left out: the quote has its own.
-    fields = {name: fields[name] for name in sorted(_COLLATERAL)}
+    fields = {name: fields[name] for name in sorted(COLLATERAL)}
     if not all(isinstance(value, str) for value in fields.values()):
         raise FormatError("collateral has a field that is no text")
     for name in _CHAINS:
