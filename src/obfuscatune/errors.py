@@ -65,6 +65,14 @@ class KeyFaultError(ObfuscatuneError):
     """A key failed its own check (orthogonality, condition number) or a secret was used in a forbidden way."""
 
 
+class BusyError(ObfuscatuneError):
+    """The other side has no room or no time for this now; nothing was done, and it can be tried again."""
+
+
+class StorageError(ObfuscatuneError):
+    """A disk takes or gives nothing: full, over a quota, broken. What was asked for can be tried again."""
+
+
 class ProtocolError(ObfuscatuneError):
     """The peer sent bytes that break the protocol; the connection is closed and nothing of it is used."""
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from obfuscatune.parties.attestation.claims import EnclaveClaims
-from obfuscatune.parties.attestation.evidence import Evidence, attest
+from obfuscatune.parties.attestation.evidence import Evidence, Quote, attest
 from obfuscatune.parties.attestation.simulator import SimulatedPlatform
 from obfuscatune.parties.identity import Identity
 
@@ -151,3 +151,52 @@ def test_an_event_log_of_another_boot_is_refused(run) -> None:
     )
     assert (outcome.code, outcome.out) == (2, "")
     assert "does not give the quote's registers" in outcome.err
+
+
+def sampled(kind: str, quote: bytes, path: Path) -> Path:
+    """An evidence file around a real quote, whose claims it does not bind."""
+    claims = EnclaveClaims(ENCLAVE.public, TLS_KEY, NONCE, int(time.time()), "0.1.0")
+    path.write_bytes(Evidence(Quote(kind, quote), claims.to_dict()).to_bytes())  # type: ignore[arg-type]
+    return path
+
+
+@needs_samples
+@pytest.mark.parametrize(
+    ("kind", "sample", "told"),
+    [
+        ("tdx", "tdx/quote_v5_sample.dat", "mrservicetd"),
+        ("tdx", "dcap/tdx_quote", "mrtd"),
+        ("sgx", "dcap/sgx_quote", "mrenclave"),
+        ("snp", "snp/goog_attestation.bin", "measurement"),
+        ("azure", "azure/hcl-report.bin", "runtime data"),
+    ],
+)
+def test_quotes_of_every_kind_are_shown_and_measured(kind: str, sample: str, told: str, run, tmp_path: Path) -> None:
+    quote = FOLDER / sample
+    shown = run("attest", "show", sampled(kind, quote.read_bytes(), tmp_path / "evidence"))
+    assert (shown.code, shown.err) == (0, "") and told in shown.out
+    measured = run("attest", "measure", "--quote", quote, "--kind", kind)
+    assert (measured.code, measured.err) == (0, "") and "[measurements]" in measured.out
+    cut = tmp_path / "cut"
+    cut.write_bytes(quote.read_bytes()[:700])
+    assert run("attest", "measure", "--quote", cut, "--kind", kind).code == 2
+    assert run("attest", "show", sampled(kind, cut.read_bytes(), tmp_path / "evidence")).code == 2
+
+
+@needs_samples
+def test_certificates_beside_evidence_that_comes_without(run, tmp_path: Path) -> None:
+    """Own hardware, whose host hands out none."""
+    report = bytes.fromhex((FOLDER / "snp/virtee_report_milan.hex").read_text().strip())
+    evidence, policy = sampled("snp", report, tmp_path / "evidence"), tmp_path / "policy.toml"
+    policy.write_text(
+        '[platform]\nkinds = ["snp"]\nallow_smt = true\n'
+        "min_tcb = { bootloader = 0, tee = 0, snp = 0, microcode = 0 }\n"
+        f'[measurements]\nmeasurement = ["{report[0x90:0xC0].hex()}"]\n'
+    )
+    command = ("attest", "verify", evidence, "--policy", policy, "--time", 1_750_000_000)
+    bare = run(*command)
+    assert bare.code == 1 and "FAILED      format" in bare.out and "platform.certificates" in bare.out
+    leaf, chain = FOLDER / "snp/virtee_vcek_milan.der", FOLDER / "snp/virtee_cert_chain_milan"
+    given = run(*command, "--certificates", leaf, "--certificates", chain)
+    assert "ok          certificates    under AMD's root" in given.out and "ok          measurement" in given.out
+    assert given.code == 1 and "refused: claims" in given.out  # the sample is no enclave of ours

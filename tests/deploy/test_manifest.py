@@ -35,6 +35,7 @@ def test_the_command_is_fixed_and_asks_for_the_gramine_platform(manifest: Module
     assert argv[argv.index("enclave") :] == [
         *("enclave", "serve", "--listen", "tls://0.0.0.0:7443", "--state", "/state"),
         *("--worker", "tcp://127.0.0.1:7000", "--platform", "gramine", "--parties", "/etc/obfuscatune/parties"),
+        *("--max_connections", "16"),  # each may cost a thread, of which the enclave has 64
     ]
 
 

@@ -65,7 +65,7 @@ class Enclave:
 
     def store(self, digest: str, path: Path) -> None:
         """Put a sealed file into the store, as an upload does."""
-        part = self.book.store.begin(digest, path.stat().st_size)
+        part = self.book.store.begin(digest, path.stat().st_size, LAB.public.fingerprint)
         part.write(0, path.read_bytes())
         part.finish()
 

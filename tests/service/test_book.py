@@ -1,5 +1,6 @@
 """The book: a job's life, what is logged of it and when, and that it lives once."""
 
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -13,8 +14,9 @@ from obfuscatune.parties.sealed.header import read_header
 from obfuscatune.service import book as book_module
 from obfuscatune.service.book import MAX_STARTS, Book
 from obfuscatune.service.log import check
+from obfuscatune.service.records import RECORD_BYTES
 
-from .jobs import CANARY, CLINIC, LAB, Enclave, open_enclave, sign
+from .jobs import CANARY, CLINIC, LAB, STRANGER, Enclave, open_enclave, sign
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 OWNER = CLINIC.public.fingerprint
@@ -308,16 +310,98 @@ def test_a_number_that_the_state_cannot_hold(enclave: Enclave) -> None:
 
 
 def test_one_party_cannot_fill_the_book(enclave: Enclave, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(book_module, "MAX_PARTY_BYTES", 20_000)
-    for _ in range(20):
-        try:
-            enclave.submit(enclave.signed_job(stored=False))
-        except UsageError as error:
-            assert "no room" in str(error)
-            break
-    else:
-        raise AssertionError("as many as it liked")
-    assert enclave.told().count("submitted") == len(enclave.book._records) >= 1
+    """With nothing that has ended: the other two parties' shares are kept, whatever it submits."""
+    monkeypatch.setattr(book_module, "MAX_BYTES", 12 * RECORD_BYTES)
+    other = STRANGER.public.fingerprint
+    enclave.book._parties = lambda: [LAB.public.fingerprint, OWNER, other]
+    for _ in range(10):
+        enclave.submit(enclave.signed_job(stored=False))
+    with pytest.raises(UsageError, match="no room for another job of this party"):
+        enclave.submit(enclave.signed_job(stored=False))
+    assert enclave.told().count("submitted") == len(enclave.book._records) == 10
+    assert enclave.book._room(other) == 2 * RECORD_BYTES
+
+
+def test_jobs_that_have_ended_make_room(enclave: Enclave, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(book_module, "MAX_BYTES", 4 * RECORD_BYTES)
+    fetched, kept = enclave.done_job(adapter_to=("owner",), queries_by=()), enclave.done_job(adapter_to=("owner",))
+    files = [*enclave.book.signed(fetched).job.inputs.values(), *enclave.book.record(fetched).results.values()]
+    for kind in "adapter", "output":
+        enclave.book.fetched(fetched, OWNER, kind)
+        enclave.book.fetched(fetched, OWNER, kind)
+    signed = [enclave.signed_job(queries_by=()) for _ in range(4)]
+    first, refused = enclave.submit(signed[0]), enclave.submit(enclave.signed_job({"data": {"profiles": ["enclave"]}}))
+    assert enclave.told().count("retired") == 0 and all(map(enclave.book.store.has, files))
+    enclave.submit(signed[1])  # takes the place of both of those that nobody wants any more: one is not enough
+    assert [enclave.book.record(d).retired for d in (fetched, kept, first, refused)] == [True, False, False, True]
+    assert not any(map(enclave.book.store.has, files))
+    assert enclave.book.record(fetched).status == "done" and enclave.book.results_for(fetched, OWNER) == {}
+    with pytest.raises(UsageError, match="no room"):  # results that nobody has fetched are kept for a week
+        enclave.submit(signed[2])
+    assert enclave.book.results_for(kept, OWNER)
+
+
+def retire(enclave: Enclave, digest: str) -> None:
+    with enclave.state.lock:
+        enclave.book._retire(digest)
+
+
+def test_a_retired_job_stays_used_up_and_is_forgotten_when_it_has_expired(tmp_path: Path, later: Any) -> None:
+    with open_enclave(tmp_path) as enclave:
+        signed = enclave.signed_job()
+        digest = enclave.submit(signed)
+        enclave.book.next()
+        enclave.book.finished(digest, {})
+        retire(enclave, digest)
+        platform = enclave.platform
+    with open_enclave(tmp_path, platform) as enclave:
+        with pytest.raises(ConsentError, match="used up"):
+            enclave.submit(signed)
+        assert enclave.book.job_of(digest, OWNER)[1].retired
+        later(signed.job.expires)
+        enclave.book._forget_expired()
+        with pytest.raises(ConsentError, match="expired"):
+            enclave.submit(signed)
+        with pytest.raises(UsageError, match="no such job"):
+            enclave.book.record(digest)
+
+
+def test_a_file_that_another_job_needs_stays(enclave: Enclave) -> None:
+    model = enclave.seal("model")
+    enclave.store(*model)
+    first, second = (enclave.done_job(model=model[0]) for _ in range(2))
+    retire(enclave, first)
+    assert enclave.book.store.has(model[0])
+    retire(enclave, second)
+    assert not enclave.book.store.has(model[0])
+
+
+def test_a_job_whose_file_the_disk_lost(tmp_path: Path) -> None:
+    with open_enclave(tmp_path) as enclave:
+        signed = enclave.signed_job()
+        done, digest = enclave.done_job(), enclave.submit(signed)
+        platform = enclave.platform
+    for path in (tmp_path / "store" / "jobs").iterdir():
+        path.unlink() if path.stem == digest else path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with open_enclave(tmp_path, platform) as enclave:
+        assert enclave.book.record(digest).reason == "JobFileLost" and enclave.book.next() is None
+        assert enclave.book.record(done).status == "done" and enclave.book.results_for(done, OWNER) == {}
+        enclave.submit(signed)
+        assert enclave.told()[-1] == "submitted-again" and enclave.book.missing(digest)
+
+
+@pytest.mark.slow
+def test_1000_jobs_in_a_row_by_one_party(enclave: Enclave, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody fetches a thing; the last one is taken in as the first, and all are there after a restart."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)  # nine tenths of the time, and nothing that it is about
+    enclave.book._parties = lambda: [LAB.public.fingerprint, OWNER]
+    model, data, prompts = (enclave.seal(kind) for kind in ("model", "data", "prompts"))
+    for file in (model, data, prompts):
+        enclave.store(*file)
+    inputs = {"model": model[0], "data": data[0], "prompts": prompts[0]}
+    digests = [enclave.done_job(**inputs) for _ in range(1000)]
+    book = Book(enclave.state, enclave.log, enclave.book.store)
+    assert all(len(book.results_for(digest, OWNER)) >= 1 for digest in digests)
 
 
 def test_submissions_from_many_threads(enclave: Enclave) -> None:

@@ -3,6 +3,7 @@
 import base64
 import random
 import threading
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ from hypothesis import strategies as st
 
 from obfuscatune import durable
 from obfuscatune.errors import FormatError, ObfuscatuneError, RollbackError, SealError, UsageError
+from obfuscatune.parties.canonical import encode
 from obfuscatune.parties.identity import Identity
-from obfuscatune.service.entries import NO_ENTRIES, Entry
-from obfuscatune.service.log import AuditLog, check, join_copy, split_copy
+from obfuscatune.service.entries import NO_ENTRIES, Chain, Entry
+from obfuscatune.service.log import FORMAT, AuditLog, check, check_lines, join_copy, open_copy, split_copy
 
 JOB, PARTY = "ab" * 32, "cd" * 32
 ENCLAVE = Identity.generate("enclave")
@@ -312,3 +314,28 @@ def test_a_copy_reads_back(path: Path) -> None:
 def test_any_copy_is_refused_as_a_format(data: bytes) -> None:
     with pytest.raises((FormatError, RollbackError)):
         check(*split_copy(data), ENCLAVE.public)
+
+
+def test_a_log_longer_than_memory_is_checked_line_by_line(tmp_path: Path) -> None:
+    """Some MB of it in less than one: there is no length at which a party's check stops."""
+    enclave = Identity.generate("enclave")
+    path, chain = tmp_path / "copy", Chain()
+    body = tmp_path / "body"
+    with body.open("wb") as file:
+        for number in range(8000):
+            entry = Entry(number, 1, "step", "ab" * 32, "cd" * 32, {"step": number}, chain.head)
+            line = entry.to_bytes() + b"\n"
+            chain.take(line)
+            file.write(line)
+    fields = {"format": FORMAT, "head": chain.head, "length": chain.length, "time": 1}
+    signature = base64.b64encode(enclave.sign("log head", encode(fields))).decode()
+    path.write_bytes(join_copy(b"", {**fields, "signature": signature}) + body.read_bytes())
+    tracemalloc.start()
+    try:
+        with open_copy(path) as (head, lines), open_copy(path) as (_, earlier):
+            checked = check_lines(lines, head, enclave.public, earlier)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert (checked.length, checked.new_entries, checked.entries) == (8000, 0, ())
+    assert path.stat().st_size > 2_000_000 and peak < 500_000

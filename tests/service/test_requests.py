@@ -10,7 +10,17 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from obfuscatune.errors import ConsentError, FormatError, ObfuscatuneError, ProtocolError, SealError, UsageError
+from obfuscatune.cli.job import _line
+from obfuscatune.errors import (
+    BusyError,
+    ConsentError,
+    FormatError,
+    ObfuscatuneError,
+    ProtocolError,
+    SealError,
+    UsageError,
+    WorkerFault,
+)
 from obfuscatune.parties.job import Job
 from obfuscatune.service.requests import MAX_PROMPT_BYTES, MAX_WAITING, Query
 
@@ -290,7 +300,7 @@ def test_a_party_has_few_queries_at_a_time(tmp_path: Path) -> None:
             return thread
 
         threads = [one(CLINIC) for _ in range(MAX_WAITING)]
-        with pytest.raises(UsageError, match="too many queries"):
+        with pytest.raises(BusyError, match="too many queries"):
             ask(enclave, CLINIC, "generate", PROMPTS, job=job, max_new_tokens=1)
         threads.append(one(LAB))  # the other party has places of its own
         for query in enclave.queries:
@@ -344,3 +354,21 @@ def test_arbitrary_requests(
     except ObfuscatuneError:
         return
     assert isinstance(reply, dict)
+
+
+def test_a_job_whose_worker_crashed_goes_on_when_it_is_submitted_again(enclave: Enclave) -> None:
+    """One command, and what it says: `obfuscatune job submit`."""
+    signed = enclave.signed_job()
+    job = enclave.submit(signed)
+    enclave.book.next()
+    enclave.book.checkpointed(job, 7, enclave.result("checkpoint"))
+    enclave.book.progress(job, 9, 20)
+    enclave.book.failed(job, WorkerFault("the worker is gone", worker="spawn", layer="h.0", call=3))
+    told = ask(enclave, CLINIC, "status", job=job)[0]
+    assert (told["status"], told["reason"], told["resumes_from"]) == ("failed", "WorkerFault", 7)
+    assert _line(told).endswith("hint: obfuscatune job submit, once more, goes on from step 7")
+    told = ask(enclave, CLINIC, "submit", signed.to_bytes())[0]
+    assert _line(told).endswith("queued  step 9 of 20  goes on from step 7")
+    assert enclave.events()[-2].details == {"step": 7}
+    enclave.book.next()
+    assert ask(enclave, CLINIC, "status", job=job)[0]["resumes_from"] == 0

@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -130,17 +132,36 @@ def child(end: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # noqa: S603
 
 
-def test_what_a_killed_process_left_goes_at_the_next_start_and_a_living_one_keeps_its_own() -> None:
+def test_what_a_killed_process_left_goes_at_the_kill_and_a_living_one_keeps_its_own() -> None:
     with child("die") as dead, child("wait") as living:
         assert dead.stdout is not None and living.stdout is not None and living.stdin is not None
         theirs = Path(living.stdout.readline().strip())
         leftover = Path(dead.stdout.readline().strip())
         dead.wait()
-        with ram_directory(PREFIX) as path:
-            assert not leftover.exists()
-            assert set(left()) == {theirs, path} and (theirs / "plain").exists()
+        deadline = time.monotonic() + 20
+        while leftover.exists():
+            assert time.monotonic() < deadline
+            threading.Event().wait(0.01)
+        assert left() == [theirs] and (theirs / "plain").exists()
         living.stdin.close()
     assert living.returncode == 0 and left() == []
+
+
+def test_what_is_left_without_a_guard_goes_at_the_next_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    with child("wait") as living:
+        assert living.stdout is not None and living.stdin is not None
+        theirs = Path(living.stdout.readline().strip())
+        killed = theirs.with_name(f"{PREFIX}.{os.getpid()}.1.leftover")
+        (killed / "deep").mkdir(parents=True)
+        monkeypatch.setattr(scratch.subprocess, "Popen", no_shell)
+        with ram_directory(PREFIX) as path:
+            assert set(left()) == {theirs, path}
+        living.stdin.close()
+    assert left() == []
+
+
+def no_shell(*_: object, **__: object) -> None:
+    raise FileNotFoundError
 
 
 def test_a_process_of_the_same_number_that_started_later_is_another_one() -> None:

@@ -40,8 +40,10 @@ class FakeRunner:
         self.act()
         return ["red"]
 
+    closed = False
+
     def close(self) -> None:
-        return
+        self.closed = True
 
 
 @pytest.fixture
@@ -87,17 +89,24 @@ def test_a_job_that_fails_in_any_way_does_not_end_the_service(enclave: Enclave, 
 
 
 @pytest.mark.parametrize("act", [panic, fail])
-def test_a_query_that_fails_in_any_way_is_answered(enclave: Enclave, act: Callable[[], None]) -> None:
+def test_a_query_that_fails_in_any_way_costs_nothing(enclave: Enclave, act: Callable[[], None]) -> None:
+    """It is answered, its prompts are given back, and the model stays for the next one."""
     job = enclave.done_job()
-    query = Query(job, CLINIC.public.fingerprint, ["the colour is"], 1)
-    serving = service(enclave, act)
+    party, acts = CLINIC.public.fingerprint, [lambda: None, act]
+    failing, good = (Query(job, party, ["the colour is", "and"], 1) for _ in range(2))
+    serving = service(enclave, lambda: acts.pop()())
     thread = threading.Thread(target=serving.work)
     thread.start()
-    serving._ask(query)
-    assert query.done.wait(30)
+    for query in (failing, good):
+        serving._ask(query)
+        assert query.done.wait(30)
+    assert failing.error is not None and not failing.completions
+    assert good.error is None and good.completions == ["red"]
+    assert enclave.book.record(job).queries == 2 and not serving._runner.closed  # type: ignore[attr-defined]
+    assert enclave.told()[-3:] == ["query", "query-failed", "query"]
     serving.stop()
     thread.join(30)
-    assert not thread.is_alive() and query.error is not None and not query.completions
+    assert not thread.is_alive()
 
 
 def test_the_operators_stop_ends_the_service_and_the_job_goes_on_later(enclave: Enclave) -> None:

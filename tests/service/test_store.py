@@ -1,5 +1,6 @@
 """The store: uploads in parts, with limits before the first byte and a check of all of it at the end."""
 
+import contextlib
 import os
 import random
 import tempfile
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from obfuscatune.errors import FormatError, ObfuscatuneError, ProtocolError, SealError, UsageError
+from obfuscatune.errors import FormatError, ObfuscatuneError, ProtocolError, SealError, StorageError, UsageError
 from obfuscatune.parties.identity import Identity
 from obfuscatune.parties.sealed.header import read_header
 from obfuscatune.parties.sealed.writer import SealedWriter
@@ -20,6 +21,7 @@ from obfuscatune.service.store import Store
 
 SENDER = Identity.generate("clinic", "x25519")
 PAYLOAD = b"a plain byte " * 1000
+PARTY, SECOND = SENDER.public.fingerprint, "2" * 64
 BAD_DIGESTS = [
     "",
     "../" * 21 + "a",
@@ -73,7 +75,7 @@ def names(store: Store) -> list[str]:
 
 def upload(store: Store, file: Sealed, data: bytes | None = None) -> Path:
     data = file.data if data is None else data
-    part = store.begin(file.digest, len(data))
+    part = store.begin(file.digest, len(data), PARTY)
     part.write(part.offset, data[part.offset :])
     return part.finish()
 
@@ -84,7 +86,7 @@ def test_a_file_comes_in_and_goes(store: Store) -> None:
     assert path == store.path(FILE.digest) and path.read_bytes() == FILE.data and store.has(FILE.digest)
     assert path.stat().st_mode & 0o777 == 0o600 and store.directory.stat().st_mode & 0o777 == 0o700
     with pytest.raises(UsageError, match="already"):
-        store.begin(FILE.digest, len(FILE.data))
+        store.begin(FILE.digest, len(FILE.data), PARTY)
     store.remove(FILE.digest)
     store.remove(FILE.digest)
     assert names(store) == []
@@ -93,17 +95,17 @@ def test_a_file_comes_in_and_goes(store: Store) -> None:
 
 
 def test_an_upload_goes_on_where_it_was(store: Store) -> None:
-    part = store.begin(FILE.digest, len(FILE.data))
+    part = store.begin(FILE.digest, len(FILE.data), PARTY)
     part.write(0, FILE.data[:5000])
-    again = store.begin(FILE.digest, len(FILE.data))
+    again = store.begin(FILE.digest, len(FILE.data), PARTY)
     assert again is part and again.offset == 5000
     store = Store(store.directory, store.max_bytes)  # after a restart too
-    assert store.begin(FILE.digest, len(FILE.data)).offset == 5000
+    assert store.begin(FILE.digest, len(FILE.data), PARTY).offset == 5000
     assert upload(store, FILE).read_bytes() == FILE.data
 
 
 def test_parts_in_a_wrong_place_are_refused(store: Store) -> None:
-    part = store.begin(FILE.digest, len(FILE.data))
+    part = store.begin(FILE.digest, len(FILE.data), PARTY)
     part.write(0, FILE.data[:100])
     for offset in (0, 99, 101, -1):
         with pytest.raises(ProtocolError, match="offset"):
@@ -142,18 +144,74 @@ def test_corruptions_anywhere_are_refused(store: Store) -> None:
         assert names(store) == []
 
 
-def test_the_limit_counts_what_was_only_announced(tmp_path: Path) -> None:
+def test_only_what_has_come_takes_room(tmp_path: Path) -> None:
     store = Store(tmp_path, 2 * len(FILE.data))
     upload(store, FILE)
-    store.begin("1" * 64, len(FILE.data) - 10)
-    with pytest.raises(UsageError, match=r"no room in the store: got 11 bytes, expected at most 10"):
-        store.begin("2" * 64, 11)
-    store.begin("2" * 64, 10)
-    assert len(names(store)) == 3
-    store.begin("1" * 64, 1)  # announced anew: the old one gives its room back
-    store.begin("3" * 64, len(FILE.data) - 11)
+    for digest in "1", "2", "3":  # announced: nothing is taken
+        store.begin(digest * 64, len(FILE.data), PARTY)
+    first, second = (store.begin(digest * 64, len(FILE.data), PARTY) for digest in "12")
+    first.write(0, bytes(len(FILE.data) - 10))
+    second.write(0, bytes(10))
+    with pytest.raises(UsageError, match="no room in the store: got 1 bytes, expected at most 0"):
+        second.write(10, bytes(1))
     with pytest.raises(UsageError, match="no room"):
-        store.begin("4" * 64, 1)
+        store.begin("4" * 64, 1, PARTY)
+    first.abort()
+    second.write(10, bytes(1))
+    store = Store(tmp_path, 2 * len(FILE.data))  # a restart counts the same
+    assert store.room(PARTY) == len(FILE.data) - 11
+
+
+def test_each_party_has_a_share_that_the_others_cannot_take(tmp_path: Path) -> None:
+    size = len(FILE.data)
+    third = "3" * 64
+    store = Store(tmp_path, 6 * size, lambda: [PARTY, SECOND, third])  # a sixth is kept for each
+    greedy = [store.begin(f"{n}" * 64, size, PARTY) for n in range(5)]
+    for part in greedy[:4]:
+        part.write(0, bytes(size))
+    with pytest.raises(UsageError, match="no room in the store"):
+        greedy[4].write(0, bytes(1))
+    assert (store.room(PARTY), store.room(SECOND), store.room(third), store.room("4" * 64)) == (0, size, size, 0)
+    for party in SECOND, third:
+        part = store.begin(FILE.digest if party == third else OTHER.digest, 100, party)
+        part.write(0, bytes(100))
+    assert store.room(SECOND) == size - 100
+
+
+def test_nobody_spoils_or_ends_anothers_upload(store: Store) -> None:
+    store.begin(FILE.digest, 10, SECOND).write(0, b"0123456789")
+    mine = store.begin(FILE.digest, len(FILE.data), PARTY)
+    assert mine.offset == 0
+    mine.write(0, FILE.data)
+    with pytest.raises(FormatError):
+        store.begin(FILE.digest, 10, SECOND).finish()
+    assert mine.finish().read_bytes() == FILE.data
+    assert names(store) == [f"{FILE.digest}.sealed"]
+
+
+def test_an_upload_that_is_being_verified_keeps_no_other_waiting(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Verifying takes minutes for a large file: the party's own announcement of another size waits, nobody else's."""
+    inside, release = threading.Event(), threading.Event()
+    real = store_module.read_header
+
+    def slow(path: Path) -> object:
+        inside.set()
+        assert release.wait(20)
+        return real(path)
+
+    part = store.begin(FILE.digest, len(FILE.data), PARTY)
+    part.write(0, FILE.data)
+    monkeypatch.setattr(store_module, "read_header", slow)
+    threads = [threading.Thread(target=part.finish)]
+    threads[0].start()
+    assert inside.wait(20)
+    threads.append(threading.Thread(target=lambda: contextlib.suppress(UsageError) and part.abort()))
+    threads[1].start()
+    store.begin(OTHER.digest, len(OTHER.data), SECOND).write(0, OTHER.data)
+    release.set()
+    for thread in threads:
+        thread.join(20)
+    assert store.has(FILE.digest)
 
 
 def test_a_disk_that_is_too_small_refuses_before_the_first_byte(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,50 +219,57 @@ def test_a_disk_that_is_too_small_refuses_before_the_first_byte(store: Store, mo
         monkeypatch.setattr(store_module.shutil, "disk_usage", lambda path: type("Usage", (), {"free": free}))
 
     disk((64 << 20) + 1000)
-    store.begin("1" * 64, 600).write(0, b"x" * 500)
-    disk((64 << 20) + 500)
-    store.begin("2" * 64, 400)
-    with pytest.raises(UsageError, match="no room on the disk"):
-        store.begin("3" * 64, 1)
+    part = store.begin("1" * 64, 1000, PARTY)
+    part.write(0, b"x" * 500)
+    disk((64 << 20) + 499)
+    for full in (lambda: part.write(500, b"x" * 500), lambda: store.begin("2" * 64, 500, PARTY)):
+        with pytest.raises(StorageError, match="no room on the disk"):
+            full()
+    disk((64 << 20) - 1)
+    with pytest.raises(StorageError, match="no room on the disk"):
+        store.put("output", lambda path: seal(path, kind="output"))
+    assert names(store) == [f"{'1' * 64}.1000.{PARTY}.part"]
+    disk(1 << 30)
+    part.write(500, b"x" * 500)
 
 
 @pytest.mark.parametrize("size", [0, -1, 1 << 70, True, 1.0, "5", None])
 def test_a_size_is_a_number_of_bytes(store: Store, size: object) -> None:
     with pytest.raises(UsageError):
-        store.begin(FILE.digest, size)  # type: ignore[arg-type]
+        store.begin(FILE.digest, size, PARTY)  # type: ignore[arg-type]
     assert names(store) == []
 
 
 @pytest.mark.parametrize("digest", BAD_DIGESTS)
 def test_a_digest_is_no_path(store: Store, digest: object) -> None:
-    for use in (store.has, store.path, store.remove, lambda digest: store.begin(digest, 1)):
+    for use in (store.has, store.path, store.remove, lambda digest: store.begin(digest, 1, PARTY)):
         with pytest.raises(FormatError, match="digest"):
             use(digest)  # type: ignore[arg-type]
     assert names(store) == []
 
 
 def test_a_start_removes_what_was_abandoned_and_what_the_enclave_had_not_finished(store: Store) -> None:
-    store.begin(FILE.digest, 10).write(0, b"x")
-    old = store.begin(OTHER.digest, 20)
+    store.begin(FILE.digest, 10, PARTY).write(0, b"x")
+    old = store.begin(OTHER.digest, 20, PARTY)
     (store.directory / "own" / "half").write_bytes(b"x")
     (store.directory / "somebody's file").write_bytes(b"x")
-    path = store.directory / f"{OTHER.digest}.20.part"
+    path = store.directory / f"{OTHER.digest}.20.{PARTY}.part"
     os.utime(path, (1, 1))
-    store.begin("1" * 64, 1)
+    store.begin("1" * 64, 1, PARTY)
     assert not path.exists() and old.ended  # an upload that nobody goes on with gives its room back, too
-    os.utime(store.directory / f"{FILE.digest}.10.part", (1, 1))
+    os.utime(store.directory / f"{FILE.digest}.10.{PARTY}.part", (1, 1))
     store = Store(store.directory, store.max_bytes)
-    assert names(store) == [f"{'1' * 64}.1.part", "somebody's file"]
+    assert names(store) == [f"{'1' * 64}.1.{PARTY}.part", "somebody's file"]
     assert list((store.directory / "own").iterdir()) == []
 
 
 def test_a_part_that_grew_on_the_disk_begins_anew(store: Store) -> None:
-    (store.directory / f"{FILE.digest}.{len(FILE.data)}.part").write_bytes(bytes(len(FILE.data) + 1))
+    (store.directory / f"{FILE.digest}.{len(FILE.data)}.{PARTY}.part").write_bytes(bytes(len(FILE.data) + 1))
     assert upload(store, FILE).read_bytes() == FILE.data
 
 
 def test_a_write_that_failed_can_be_made_again(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    part = store.begin(FILE.digest, len(FILE.data))
+    part = store.begin(FILE.digest, len(FILE.data), PARTY)
     with monkeypatch.context() as patch:
         patch.setattr("builtins.open", _half_full)
         with pytest.raises(ObfuscatuneError, match="cannot store a part"):
@@ -255,7 +320,7 @@ def test_a_file_exchanged_on_the_disk_while_it_is_taken_in_is_refused(store: Sto
 def test_an_upload_follows_no_link(store: Store, tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     elsewhere.write_bytes(b"before")
-    (store.directory / f"{FILE.digest}.{len(FILE.data)}.part").symlink_to(elsewhere)
+    (store.directory / f"{FILE.digest}.{len(FILE.data)}.{PARTY}.part").symlink_to(elsewhere)
     with pytest.raises(ObfuscatuneError, match="upload"):
         upload(store, FILE)
     assert elsewhere.read_bytes() == b"before"
@@ -266,7 +331,7 @@ def test_a_full_store_takes_the_enclaves_own_files(tmp_path: Path) -> None:
     upload(store, FILE)
     assert store.has(store.put("checkpoint", lambda path: seal(path, kind="checkpoint")))
     with pytest.raises(UsageError, match="no room"):
-        store.begin("1" * 64, 1)
+        store.begin("1" * 64, 1, PARTY)
 
 
 def test_many_upload_at_once(store: Store) -> None:
@@ -274,7 +339,7 @@ def test_many_upload_at_once(store: Store) -> None:
 
     def work(file: Sealed) -> None:
         try:
-            part = store.begin(file.digest, len(file.data))
+            part = store.begin(file.digest, len(file.data), PARTY)
             while part.offset < part.size:
                 part.write(part.offset, file.data[part.offset : part.offset + 999])
             part.finish()
@@ -308,7 +373,7 @@ def test_whatever_the_order_only_whole_files_are_in_the_store(
             part = parts.get(file.digest)
             try:
                 if what == "begin":
-                    parts[file.digest] = store.begin(file.digest, len(file.data) + min(shift, 0))
+                    parts[file.digest] = store.begin(file.digest, len(file.data) + min(shift, 0), PARTY)
                 elif what == "restart":
                     store, parts = Store(Path(name), 60_000), {}
                 elif what == "remove":

@@ -4,7 +4,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,13 +16,15 @@ from obfuscatune.durable import write_new
 from obfuscatune.errors import FormatError, UsageError
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     from obfuscatune.parties.attestation.evidence import Quote
     from obfuscatune.parties.attestation.verdict import Verdict
 
 HELP = "Judge evidence of an enclave, show what it says, compute measurements to allow."
 QUOTE_PANEL = "A bare quote instead of EVIDENCE: judged, never accepted"
 
-Kind = Literal["sgx", "tdx", "snp"]
+Kind = Literal["sgx", "tdx", "snp", "nitro", "azure"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,10 +39,8 @@ class VerifyOptions:
     time: int | None = option("judge at this Unix second instead of now", None, min=0)
     quote: Path | None = option("file of the raw quote or report", None, rich_help_panel=QUOTE_PANEL)
     kind: Kind | None = option("its kind", None, rich_help_panel=QUOTE_PANEL)
-    collateral: Path | None = option("collateral of dcap-qvl, for sgx and tdx", None, rich_help_panel=QUOTE_PANEL)
-    certificates: list[Path] | None = option(
-        "VCEK, ASK, ARK for snp; PEM or DER, may be given several times", None, rich_help_panel=QUOTE_PANEL
-    )
+    collateral: Path | None = option("collateral of dcap-qvl, for sgx and tdx; in place of the policy's", None)
+    certificates: list[Path] | None = option("VCEK, ASK, ARK for snp that comes without; PEM or DER, repeatable", None)
 
 
 @takes(VerifyOptions)
@@ -57,15 +57,19 @@ def _judge_evidence(path: Path, options: VerifyOptions) -> "Verdict":
 
     if options.policy is None:
         raise UsageError("no policy", expected="--policy FILE", hint="docs/attestation.md has one to start from")
-    if any((options.quote, options.kind, options.collateral, options.certificates)):
-        raise UsageError("EVIDENCE together with options of a bare quote", hint="evidence holds all of these")
+    if any((options.quote, options.kind)):
+        raise UsageError("EVIDENCE together with options of a bare quote", hint="evidence holds its quote")
     policy = load_policy(options.policy, options.allow_simulation)
+    if options.collateral is not None:
+        policy = replace(policy, collateral=_read_collateral(options.collateral).decode("utf-8", "replace"))
+    if options.certificates:
+        policy = replace(policy, certificates=b"".join(_pem(path) for path in options.certificates))
     return judge(load_evidence(path), policy, nonce=options.nonce, now=options.time)
 
 
 def _judge_quote(options: VerifyOptions) -> "Verdict":
     from obfuscatune.parties.attestation.evidence import MAX_QUOTE_BYTES, Quote
-    from obfuscatune.parties.attestation.policy import MAX_COLLATERAL_BYTES, Policy
+    from obfuscatune.parties.attestation.policy import Policy
     from obfuscatune.parties.attestation.verify import judge_quote
     from obfuscatune.parties.identity import read_small
 
@@ -76,11 +80,18 @@ def _judge_quote(options: VerifyOptions) -> "Verdict":
         policy = load_policy(options.policy, options.allow_simulation)
     extras = {}
     if options.collateral is not None:
-        extras["collateral"] = read_small(options.collateral, MAX_COLLATERAL_BYTES, "collateral")
+        extras["collateral"] = _read_collateral(options.collateral)
     if options.certificates:
         extras["certificates"] = b"".join(_pem(path) for path in options.certificates)
     quote = Quote(options.kind, read_small(options.quote, MAX_QUOTE_BYTES, "quote"), extras)
     return judge_quote(quote, policy, now=options.time)
+
+
+def _read_collateral(path: Path) -> bytes:
+    from obfuscatune.parties.attestation.policy import MAX_COLLATERAL_BYTES
+    from obfuscatune.parties.identity import read_small
+
+    return read_small(path, MAX_COLLATERAL_BYTES, "collateral")
 
 
 def _pem(path: Path) -> bytes:
@@ -147,11 +158,14 @@ def show(options: ShowOptions) -> None:
 
 def _peek(quote: "Quote") -> dict[str, str]:
     """Return what a quote says, not verified; of a TPM the key, as a policy names it."""
-    from obfuscatune.parties.attestation import dcap, snp
+    from obfuscatune.parties.attestation import azure, dcap, nitro, snp
+    from obfuscatune.parties.attestation.fields import parsing
 
     if quote.kind == "tpm":
         return {"key": key} if (key := _key_hash(quote.extras.get("key", b""))) else {}
-    return snp.peek(quote.quote) if quote.kind == "snp" else dcap.peek(quote.quote)
+    peek = {"snp": snp.peek, "nitro": nitro.peek, "azure": azure.peek}.get(quote.kind, dcap.peek)
+    with parsing("quote"):
+        return peek(quote.quote)
 
 
 def _key_hash(pem: bytes) -> str:
@@ -220,6 +234,54 @@ def _replay(path: Path) -> dict[str, str]:
     return eventlog.replay(eventlog.read(read_small(path, eventlog.MAX_LOG_BYTES, "event log")))
 
 
+@dataclass(frozen=True, kw_only=True)
+class CollateralOptions:
+    """Options of ``obfuscatune attest collateral``."""
+
+    action: Literal["fetch", "show"] = argument("fetch: from a service; show: until when a file is good")
+    source: str = argument("fetch: URL of Intel's PCS or of a PCCS; show: the file", metavar="URL|FILE")
+    quote: Path | None = option("fetch: a quote of the platform, or evidence with one", None)
+    output: Path | None = option("fetch: file for the collateral; must not exist", None)
+    timeout: float = option("seconds", 30.0)
+
+
+@takes(CollateralOptions)
+def collateral(options: CollateralOptions) -> None:
+    """Fetch Intel's collateral, which says which platforms are good, or show until when it is good itself.
+
+    Nothing else here ever asks for it: do it on a machine that may, and give the file to the policy.
+    """
+    from obfuscatune.parties.attestation import collateral as module
+    from obfuscatune.parties.attestation.evidence import MAX_EVIDENCE_BYTES
+    from obfuscatune.parties.identity import read_small
+
+    if options.action == "show":
+        _show_expiry(module.expiry(_read_collateral(Path(options.source))))
+        return
+    if options.quote is None or options.output is None:
+        raise UsageError("what to fetch collateral for", expected="--quote FILE and --output FILE")
+    raw = read_small(options.quote, MAX_EVIDENCE_BYTES, "quote or evidence")
+    if raw.startswith(b"{"):
+        raw = load_evidence(options.quote).quote.quote
+    text = module.fetch(options.source, raw, options.timeout)
+    try:
+        write_new(options.output, text, mode=0o644)
+    except OSError as error:
+        raise UsageError("cannot write the collateral", got=error.strerror, where=str(options.output)) from None
+    _show_expiry(module.expiry(text))
+
+
+def _show_expiry(ends: "Mapping[str, datetime]") -> None:
+    from datetime import UTC, datetime
+
+    earliest = min(ends.values())
+    _table({name: f"good until {end:%Y-%m-%d %H:%M}" for name, end in ends.items()})
+    print(f"all of it is good until {earliest:%Y-%m-%d %H:%M} UTC")
+    if earliest <= datetime.now(UTC):
+        print("EXPIRED: fetch it again")
+        raise typer.Exit(1)
+
+
 def _table(lines: Mapping[str, Any]) -> None:
     width = max(map(len, lines))
     for name, value in lines.items():
@@ -230,6 +292,11 @@ COMMANDS = {
     "fetch": (
         fetch,
         "Examples:\n\nobfuscatune attest fetch --enclave tls://cloud.example:7443 --output enclave.evidence",
+    ),
+    "collateral": (
+        collateral,
+        "Examples:\n\nobfuscatune attest collateral fetch https://api.trustedservices.intel.com "
+        "--quote enclave.evidence --output collateral.json\n\nobfuscatune attest collateral show collateral.json",
     ),
     "verify": (
         verify,

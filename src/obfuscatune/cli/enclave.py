@@ -2,8 +2,10 @@
 
 # ruff: noqa: RUF009 - option() makes a field, which is what the rule wants there
 
+import contextlib
 import logging
 import os
+import resource
 import signal
 import sys
 from dataclasses import dataclass
@@ -13,7 +15,7 @@ from types import FrameType
 from obfuscatune.cli.options import INSECURE_HELP, WORKER_FORMS, ConfigOptions, option, takes
 
 HELP = "Run an enclave that serves jobs of a model provider and a data owner."
-_PLATFORM = "configfs (TDX, SEV-SNP), gramine (SGX), tpm, or simulation:DIR, which protects nothing"
+_PLATFORM = "configfs (TDX, SEV-SNP), gramine (SGX), azure, tpm, or simulation:DIR, which protects nothing"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +30,7 @@ class ServeOptions(ConfigOptions):
     worker_identity: Path | None = option("NAME.key that a tls:// worker knows; default: the enclave's own", None)
     insecure: bool = option(INSECURE_HELP, False, flag="--insecure")
     timeout: float = option("seconds to wait for each reply of the worker", 600.0)
+    max_connections: int = option("of strangers at once, and of parties; each costs a thread", 512, min=2)
     max_store_gb: float = option("GB that uploads may take on the disk", 100.0, min=0.001)
 
 
@@ -39,6 +42,7 @@ def serve(options: ServeOptions) -> None:
 
     if options.platform != "gramine":  # it has no prctl; the host cannot read or trace an SGX enclave
         harden()
+    _allow_descriptors()
     _take_stderr()
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s")
     for noisy in ("transformers", "accelerate", "torch"):
@@ -61,6 +65,7 @@ def serve(options: ServeOptions) -> None:
         timeout=options.timeout,
         worker_identity=None if options.worker_identity is None else Identity.load(options.worker_identity),
         insecure=options.insecure,
+        max_connections=options.max_connections,
         max_store_bytes=int(options.max_store_gb * 1e9),
     ) as service:
         if platform.simulated:
@@ -68,6 +73,13 @@ def serve(options: ServeOptions) -> None:
         # One line on stdout once it listens: whoever starts it waits for that.
         print(f"enclave {service.identity.fingerprint} listens at {service.address}", flush=True)
         service.work()
+
+
+def _allow_descriptors() -> None:
+    """Take as many descriptors as the system allows: connections cost up to three, and 1,024 are the usual limit."""
+    with contextlib.suppress(OSError, ValueError):
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _take_stderr() -> None:

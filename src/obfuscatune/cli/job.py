@@ -141,7 +141,10 @@ class SubmitOptions(EnclaveOptions):
 
 @takes(SubmitOptions)
 def submit(options: SubmitOptions) -> None:
-    """Give a job to the enclave, with your sealed inputs; it starts once both owners' inputs are there."""
+    """Give a job to the enclave, with your sealed inputs; it starts once both owners' inputs are there.
+
+    A job that has failed goes on from its last checkpoint: after a worker's crash, submit it again.
+    """
     from obfuscatune.parties.job import SignedJob
     from obfuscatune.parties.sealed.header import read_header
 
@@ -311,6 +314,12 @@ def _line(status: dict[str, Any]) -> str:
     parts += [f"step {status['step']} of {status['steps']}"] if status["steps"] else []
     parts += [f"waits for: {', '.join(map(printable, status['missing']))}"] if status["missing"] else []
     parts += [printable(status["reason"])] if status["reason"] else []
+    step = status.get("resumes_from", 0)
+    if type(step) is int and status["status"] in ("waiting", "queued") and step:
+        parts.append(f"goes on from step {step}")
+    if status["status"] == "failed":
+        start = f"from step {step}" if step else "from its beginning"
+        parts.append(f"\nhint: obfuscatune job submit, once more, goes on {start}")
     return "  ".join(parts)
 
 

@@ -2,13 +2,14 @@
 
 # ruff: noqa: RUF009 - option() makes a field, which is what the rule wants there
 
+import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from obfuscatune.cli.connecting import EnclaveOptions
 from obfuscatune.cli.options import argument, option, takes
-from obfuscatune.durable import write_new
 from obfuscatune.errors import FormatError, ProtocolError, RollbackError, UsageError
 
 if TYPE_CHECKING:
@@ -30,27 +31,28 @@ class CheckOptions:
 @takes(CheckOptions)
 def check(options: CheckOptions) -> None:
     """Check a copy of the log and print it; exits with 1 where it is broken, cut, forked or not the enclave's."""
+    import contextlib
     import sys
 
     import typer
 
-    from obfuscatune.parties.identity import read_small
     from obfuscatune.service import log
 
     enclave = None if options.enclave is None else _load_enclave(options.enclave)
-    data = read_small(options.file, log.MAX_COPY_BYTES, "copy of the log")
-    before = None if options.earlier is None else read_small(options.earlier, log.MAX_COPY_BYTES, "earlier copy")
-    subject, earlier = options.earlier, None
+    subject = options.earlier or options.file
     try:
-        if before is not None:
-            earlier, head = log.split_copy(before)
-            log.check(earlier, head, enclave)
+        if options.earlier is not None:
+            with log.open_copy(options.earlier) as (head, lines):
+                log.check_lines(lines, head, enclave)
         subject = options.file
-        checked = log.check(*log.split_copy(data), enclave, earlier)
+        with contextlib.ExitStack() as stack:
+            head, lines = stack.enter_context(log.open_copy(options.file))
+            earlier = None if options.earlier is None else stack.enter_context(log.open_copy(options.earlier))[1]
+            checked = log.check_lines(lines, head, enclave, earlier)
     except (FormatError, RollbackError) as error:
         print(f"BROKEN: {subject}\n{error}", file=sys.stderr)
         raise typer.Exit(1) from None
-    _show(checked, options.earlier)
+    _show(options.file, checked, options.earlier)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,22 +66,38 @@ class FetchOptions(EnclaveOptions):
 def fetch(options: FetchOptions) -> None:
     """Fetch the whole log from an enclave, check it, and keep it; compare it later with `log check --earlier`."""
     from obfuscatune.service import log
+    from obfuscatune.service.entries import MAX_LINE_BYTES
 
-    with options.connect() as channel:
-        reply, page = channel.request({"op": "log", "start": 0})
-        lines = page
-        while page and len(lines) <= log.MAX_COPY_BYTES:
-            reply, page = channel.request({"op": "log", "start": lines.count(b"\n")})
-            lines += page
-        head = reply.get("head")
-        if not isinstance(head, dict):
-            raise ProtocolError("enclave's log without a head")
-        checked = log.check(lines, head, channel.enclave)
+    # Page by page to the disk, checked line by line: the log may be longer than this machine's memory.
+    pages_path, copy_path = (options.file.with_name(f".{options.file.name}.{end}") for end in ("pages", "new"))
     try:
-        write_new(options.file, log.join_copy(lines, head))
+        with options.connect() as channel, pages_path.open("w+b") as pages:
+            reply, page = channel.request({"op": "log", "start": 0})
+            start = 0
+            while page:
+                if not page.endswith(b"\n"):
+                    raise ProtocolError("enclave's log with half an entry")
+                pages.write(page)
+                start += page.count(b"\n")
+                reply, page = channel.request({"op": "log", "start": start})
+            head = reply.get("head")
+            if not isinstance(head, dict):
+                raise ProtocolError("enclave's log without a head")
+            pages.seek(0)
+            checked = log.check_lines(iter(lambda: pages.readline(MAX_LINE_BYTES + 1), b""), head, channel.enclave)
+            pages.seek(0)
+            with copy_path.open("wb") as copy:
+                copy.write(log.join_copy(b"", head))
+                shutil.copyfileobj(pages, copy)
+                copy.flush()
+                os.fsync(copy.fileno())
+        os.link(copy_path, options.file)  # never over what is there
     except OSError as error:
         raise UsageError("cannot write the copy", got=error.strerror, where=str(options.file)) from None
-    print(f"{options.file}  {len(checked.entries)} entries, signed by {channel.enclave.fingerprint}")
+    finally:
+        pages_path.unlink(missing_ok=True)
+        copy_path.unlink(missing_ok=True)
+    print(f"{options.file}  {checked.length} entries, signed by {channel.enclave.fingerprint}")
 
 
 def _load_enclave(path: Path) -> "PublicIdentity":
@@ -95,17 +113,22 @@ def _load_enclave(path: Path) -> "PublicIdentity":
     return PublicIdentity.from_dict(fields, f"identity file {path}")
 
 
-def _show(checked: "CheckedLog", earlier: Path | None) -> None:
+def _show(path: Path, checked: "CheckedLog", earlier: Path | None) -> None:
     from datetime import UTC, datetime
+
+    from obfuscatune.service import log
+    from obfuscatune.service.entries import Chain
 
     # Plain columns, so that a line stays a line in a narrow terminal and for grep.
     print(f"{'entry':>6}  {'time (UTC)':<19}  {'job':<12}  {'party':<12}  event and details")
-    for entry in checked.entries:
-        when = datetime.fromtimestamp(entry.time, UTC).strftime("%Y-%m-%d %H:%M:%S")
-        details = "".join(f" {name}={value}" for name, value in sorted(entry.details.items()))
-        job, party = (entry.job or "-")[:12], (entry.party or "-")[:12]
-        print(f"{entry.seq:>6}  {when}  {job:<12}  {party:<12}  {entry.event}{details}")
-    print(f"{len(checked.entries)} entries, the chain is whole")
+    chain = Chain()
+    with log.open_copy(path) as (_, lines):
+        for entry in map(chain.take, lines):
+            when = datetime.fromtimestamp(entry.time, UTC).strftime("%Y-%m-%d %H:%M:%S")
+            details = "".join(f" {name}={value}" for name, value in sorted(entry.details.items()))
+            job, party = (entry.job or "-")[:12], (entry.party or "-")[:12]
+            print(f"{entry.seq:>6}  {when}  {job:<12}  {party:<12}  {entry.event}{details}")
+    print(f"{checked.length} entries, the chain is whole")
     if checked.signer is None:
         print("whose log it is was not checked: give --enclave")
     else:

@@ -30,10 +30,10 @@ def format_host_port(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def listen_tcp(host: str, port: int) -> socket.socket:
+def listen_tcp(host: str, port: int, backlog: int = BACKLOG) -> socket.socket:
     """Listen at the first address of ``host``; raises OSError, which `listen_fault` tells in words."""
     family, _, _, _, name = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    return socket.create_server(name[:2], family=family, backlog=BACKLOG)
+    return socket.create_server(name[:2], family=family, backlog=backlog)
 
 
 def listen_fault(error: OSError, where: str) -> UsageError:

@@ -6,54 +6,39 @@
                       |
                    refused
 
-A job runs once: whoever submits it again after that is refused, as its digest stays in the book. What is entered here
-is in the audit log too, the entry first, and both are committed before anything is done about it. Where the disk
-refuses either, the book stays as it was.
+A job runs once: whoever submits it again after that is refused, as its digest stays in the book until it has expired.
+What is entered here is in the audit log too, the entry first, and both are committed before anything is done about it.
+Where the disk refuses either, the book stays as it was.
+
+Parties share the book and the store (`shares`). Where a party needs room, its oldest jobs that have ended are retired:
+files and results go, a line stays. First those whose results were all fetched, then those that ended a week ago.
 """
 
-import base64
+import logging
 import threading
 import time
-from dataclasses import asdict, dataclass, field, replace
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
 
-from obfuscatune.errors import ConsentError, ObfuscatuneError, UsageError
-from obfuscatune.parties.job import Job, SignedJob
+from obfuscatune.errors import ConsentError, ObfuscatuneError, StorageError, UsageError
+from obfuscatune.parties.job import SignedJob
 from obfuscatune.parties.sealed.header import read_header
-from obfuscatune.service.consent import check_input, check_job, check_query
+from obfuscatune.service.consent import OWNERS, check_input, check_job, check_query
 from obfuscatune.service.log import AuditLog
+from obfuscatune.service.records import ENDED, RECORD_BYTES, JobFiles, Record, recipients, unfetched
+from obfuscatune.service.shares import Parties, room_for
 from obfuscatune.service.state import State
 from obfuscatune.service.store import Store
 
+logger = logging.getLogger(__name__)
 MAX_STARTS = 5  # without a checkpoint in between: a job that brings the enclave down must not do so for ever
-# Both halves of a job's parties may be one party's invention, so one may not fill the state, which ends everything.
-MAX_BYTES, MAX_PARTY_BYTES = 8 << 20, 2 << 20
-_RECORD_BYTES = 4096  # of a record, beside its job
-_MAX_NOTED = 10_000  # refusals that the log tells of, in one life of the enclave: it must not be flooded
+MAX_BYTES = 8 << 20  # of all records, by `Record.bytes`: the state's limits are above
+KEPT_SECONDS = 7 * 86_400  # for which results that nobody has fetched make no room
+_MAX_NOTED = 1000  # refusals of one party that the log tells of, in one life of the enclave: it must not be flooded
 _MAX_STEPS = 1 << 53
 _MAX_WORD = 80  # of the log
-
-
-@dataclass(frozen=True)
-class Record:
-    """One job in the book. ``signed`` is its file in base64; ``order`` its place in the queue.
-
-    Attributes:
-        status: as in the drawing above. reason: why it was refused or failed: the class of the error, no message.
-        step, steps: how far the training is, and where it ends. checkpoint: digest of the last one.
-        results: digests of sealed results, by kind. queries: prompts answered so far. starts: since the last
-            checkpoint.
-    """
-
-    signed: str
-    order: int
-    status: str = "waiting"
-    reason: str = ""
-    step: int = 0
-    steps: int = 0
-    checkpoint: str | None = None
-    results: dict[str, str] = field(default_factory=dict)
-    queries: int = 0
-    starts: int = 0
+PAUSED = "paused until the disk has room"
 
 
 class Book:
@@ -61,21 +46,31 @@ class Book:
 
     Args:
         state: where it is kept, under its lock. log: of all that happens. store: of the inputs and results.
+        parties: who shares it.
     """
 
-    def __init__(self, state: State, log: AuditLog, store: Store) -> None:
-        self.state, self.log, self.store = state, log, store
+    def __init__(self, state: State, log: AuditLog, store: Store, parties: Parties = tuple) -> None:
+        self.state, self.log, self.store, self._parties = state, log, store, parties
         self.changed = threading.Condition(state.lock)
-        self._records = {digest: Record(**fields) for digest, fields in state.jobs.items()}
-        self._signed = {d: SignedJob.from_bytes(base64.b64decode(r.signed)) for d, r in self._records.items()}
+        self._files = JobFiles(store.directory / "jobs")
+        self._records = {digest: Record.from_fields(fields) for digest, fields in state.jobs.items()}
+        kept = {digest for digest, record in self._records.items() if not record.retired}
+        self._signed = {digest: signed for digest in kept if (signed := self._files.read(digest)) is not None}
         self._noted: set[tuple[str, str]] = set()
+        self._noted_of: Counter[str] = Counter()
         self._committed = log.length
         with state.lock:
-            for digest, record in self._records.items():
+            self._files.remove_all_but(kept)
+            store.remove_unnamed(self._named())
+            for digest in self._signed:
+                self._charge(digest)
+            for digest in kept - set(self._signed):
+                self._lost(digest)
+            for digest, record in list(self._records.items()):
                 if record.status == "running" and record.starts < MAX_STARTS:  # killed: from the last checkpoint on
-                    self._enter(digest, replace(record, status="queued"), "resumed")
+                    self._enter(digest, replace(record, status="queued", reason=""), "resumed")
                 elif record.status == "running":
-                    stopped = replace(record, status="failed", reason="Interrupted")
+                    stopped = replace(record, status="failed", reason="Interrupted", ended=int(time.time()))
                     self._enter(digest, stopped, "failed", cause=stopped.reason)
             self.review()  # the crash may have come between an upload and its entry
 
@@ -93,33 +88,123 @@ class Book:
                 if record is not None and record.status in ("done", "refused"):
                     raise ConsentError("job is used up", got=record.status, hint="make a new one, and let both sign it")
             except ConsentError as error:
-                if (digest, party) not in self._noted and len(self._noted) < _MAX_NOTED:
+                if (digest, party) not in self._noted and self._noted_of[party] < _MAX_NOTED:
                     self._noted.add((digest, party))
+                    self._noted_of[party] += 1
                     self.note("refused", digest, party, reason=_reason(error))
                 raise
             last = 1 + max((r.order for r in self._records.values()), default=0)
             if record is None:
-                record = Record(base64.b64encode(signed.to_bytes()).decode(), last)
-                self._require_room(record, party)
+                self._require_room(party)
+                self._files.write(signed)
                 self._signed[digest] = signed
-                self._enter(digest, record, "submitted", party=party)
+                new = Record(last, signed.job.provider, signed.job.owner, signed.job.expires)
+                self._enter(digest, new, "submitted", party=party)
             elif record.status == "failed":  # to the end of the queue: one that always fails must not hold up others
-                again = replace(record, status="waiting", reason="", order=last, starts=0)
-                self._enter(digest, again, "submitted-again", party=party)
+                self._files.write(signed)
+                self._signed[digest] = signed
+                again = replace(record, status="waiting", reason="", order=last, starts=0, retired=False)
+                self._enter(digest, again, "submitted-again", party=party, step=record.checkpoint_step)
             self.review()
         return digest
 
-    def _require_room(self, new: Record, party: str) -> None:
-        sizes = {digest: len(r.signed) + _RECORD_BYTES for digest, r in self._records.items()}
-        mine = sum(size for digest, size in sizes.items() if self._signed[digest].job.role_of(party) is not None)
-        size = len(new.signed) + _RECORD_BYTES
-        if mine + size > MAX_PARTY_BYTES or sum(sizes.values()) + size > MAX_BYTES:
-            raise UsageError("no room for another job", hint="the operator starts an enclave on a new directory")
+    def _require_room(self, party: str) -> None:
+        self._forget_expired()
+        if self._room(party) < RECORD_BYTES or self.store.room(party) == 0:
+            self.make_room(party, lambda: self._room(party) >= RECORD_BYTES and self.store.room(party) > 0)
+        if self._room(party) < RECORD_BYTES or self.store.room(party) == 0:
+            hint = "fetch the results of earlier jobs: what was fetched makes room; unfetched ones do after a week"
+            raise UsageError("no room for another job of this party", hint=hint)
+
+    def _room(self, party: str) -> int:
+        used: Counter[str] = Counter()
+        for record in self._records.values():
+            for name in record.parties:
+                used[name] += record.bytes
+        taken = sum(record.bytes for record in self._records.values())
+        return room_for(party, total=MAX_BYTES, taken=taken, used=used, parties=self._parties())
+
+    def make_room(self, party: str, enough: Callable[[], bool]) -> None:
+        """Retire jobs of a party that have ended, the oldest first, until there is enough room or none is left.
+
+        Raises:
+            StorageError: the disk refuses; nothing is lost.
+        """
+        with self.state.lock:
+            now = time.time()
+            ended = [
+                (self._may_be_wanted(digest), record.order, digest)
+                for digest, record in self._records.items()
+                if party in record.parties and record.status in ENDED and not record.retired
+            ]
+            for wanted, _, digest in sorted(ended):
+                if enough():
+                    return
+                if not wanted or self._records[digest].ended <= now - KEPT_SECONDS:
+                    self._retire(digest)
+
+    def _may_be_wanted(self, digest: str) -> bool:
+        """Whether somebody may still want something of a job that has ended: results, queries, another start."""
+        record, signed = self._records[digest], self._signed.get(digest)
+        if signed is None or record.status == "refused":
+            return False
+        alive = time.time() < record.expires
+        asks = bool(signed.job.queries_by) and record.queries < signed.job.max_queries
+        return bool(unfetched(record, signed)) or (alive and (record.status == "failed" or asks))
+
+    def _retire(self, digest: str) -> None:
+        """Let a job's files go, but those that another job needs; the entry first. Under the lock."""
+        record = self._records[digest]
+        files = {*record.results.values()} | ({record.checkpoint} if record.checkpoint else set())
+        if digest in self._signed:
+            files |= set(self._signed[digest].job.inputs.values())
+        left = replace(
+            record, retired=True, results={}, checkpoint=None, checkpoint_step=0, fetched=(), steps=0, step=0
+        )
+        self._enter(digest, left, "retired")
+        self._signed.pop(digest, None)
+        try:
+            self._files.remove(digest)
+        except StorageError as error:
+            logger.warning("%s", error)
+        for file in files - self._named():
+            self._drop(file)
+
+    def _forget_expired(self) -> None:
+        """Drop the lines of retired jobs that could not be submitted any more; refuse what has waited too long."""
+        now = time.time()
+        for digest, record in list(self._records.items()):
+            if record.expires <= now and record.retired:
+                self._set(digest, None)
+            elif record.expires <= now and record.status == "waiting":
+                self._refuse(digest, ConsentError("job has expired while it waited for its inputs"))
+
+    def _named(self) -> set[str]:
+        """Return the digests of all files that some job needs."""
+        named = {file for record in self._records.values() for file in (*record.results.values(), record.checkpoint)}
+        named |= {file for signed in self._signed.values() for file in signed.job.inputs.values()}
+        return {file for file in named if file is not None}
+
+    def _charge(self, digest: str) -> None:
+        """Let the files of a job count for the parties that they belong to."""
+        record, job = self._records[digest], self._signed[digest].job
+        for kind, source in job.inputs.items():
+            self.store.charge(source, getattr(job, OWNERS[kind]))
+        for file in (*record.results.values(), record.checkpoint):
+            if file is not None:
+                self.store.charge(file, *record.parties)
+
+    def _lost(self, digest: str) -> None:
+        """The disk has lost the job's file; what was queued or running can be submitted again."""
+        record = self._records[digest]
+        if record.status not in ENDED:
+            lost = replace(record, status="failed", reason="JobFileLost", ended=int(time.time()))
+            self._enter(digest, lost, "failed", cause=lost.reason)
 
     def review(self) -> None:
         """Queue the waiting jobs whose inputs are all there, or refuse them by their owners' terms."""
         with self.state.lock:
-            for digest, record in self._records.items():
+            for digest, record in list(self._records.items()):
                 if record.status != "waiting" or self.missing(digest):
                     continue
                 try:
@@ -127,6 +212,7 @@ class Book:
                 except ObfuscatuneError as error:
                     self._refuse(digest, error)
                 else:
+                    self._charge(digest)
                     profile = _word(self._signed[digest].job.profile_name)
                     self._enter(digest, replace(record, status="queued"), "queued", profile=profile)
             self.changed.notify_all()
@@ -176,22 +262,30 @@ class Book:
         """Note how far a running job is; kept in memory until the next commit."""
         with self.state.lock:  # bounded: a number that the state cannot hold would stop all jobs
             step, steps = min(step, _MAX_STEPS), min(steps, _MAX_STEPS)
-            self._records[digest] = replace(self._records[digest], step=step, steps=steps)
+            self._set(digest, replace(self._records[digest], step=step, steps=steps))
 
     def checkpointed(self, digest: str, step: int, checkpoint: str) -> None:
         """Make a checkpoint the one to resume from, and drop the one before."""
         with self.state.lock:
             before = self._records[digest]
-            now = replace(before, checkpoint=checkpoint, step=step, starts=0)
+            now = replace(before, checkpoint=checkpoint, checkpoint_step=step, step=step, starts=0)
             self._enter(digest, now, "checkpoint", step=step, file=checkpoint)
-            if before.checkpoint not in (None, checkpoint):
-                self.store.remove(str(before.checkpoint))
+            self._charge(digest)
+            if before.checkpoint != checkpoint:
+                self._drop(before.checkpoint)
 
     def finished(self, digest: str, results: dict[str, str]) -> None:
         """Enter the results; the checkpoint is dropped."""
         with self.state.lock:
             files = {f"{kind}-file": file for kind, file in results.items()}
-            self._end(digest, replace(self._records[digest], status="done", results=results), **files)
+            done = replace(self._records[digest], status="done", reason="", results=results)
+            self._end(digest, done, **files)
+            self._charge(digest)
+
+    def paused(self, digest: str, paused: bool) -> None:
+        """Note that a running job waits for the disk; kept in memory."""
+        with self.state.lock:
+            self._set(digest, replace(self._records[digest], reason=PAUSED if paused else ""))
 
     def failed(self, digest: str, error: BaseException) -> None:
         """Enter that a job failed; who submits it again resumes it.
@@ -199,7 +293,8 @@ class Book:
         Of the error its class only: the text may name columns of one owner's data, or layers of the other's model.
         """
         with self.state.lock:
-            record = replace(self._records[digest], status="failed", reason=_reason(error))
+            ended = int(time.time())
+            record = replace(self._records[digest], status="failed", reason=_reason(error), ended=ended)
             self._enter(digest, record, "failed", cause=_reason(error))
 
     def check_query(self, digest: str, party: str, prompts: int, tokens: int) -> None:
@@ -211,7 +306,7 @@ class Book:
         record = self.record(digest)
         if record.status != "done":
             raise UsageError("the job is not done", got=record.status, hint="obfuscatune job watch")
-        job = self._signed[digest].job
+        job = self.signed(digest).job
         check_query(job, party, prompts=prompts, before=record.queries, tokens=tokens, now=time.time())
 
     def count_query(self, digest: str, party: str, prompts: int, tokens: int) -> None:
@@ -222,6 +317,29 @@ class Book:
             counted = replace(record, queries=record.queries + prompts)
             self._enter(digest, counted, "query", party=party, prompts=prompts)
 
+    def query_failed(self, digest: str, party: str, prompts: int) -> None:
+        """Give back the prompts of a query that was counted and not answered."""
+        with self.state.lock:
+            record = self._records[digest]
+            given_back = replace(record, queries=max(0, record.queries - prompts))
+            self._enter(digest, given_back, "query-failed", party=party, prompts=prompts)
+
+    def fetched(self, digest: str, party: str, kind: str) -> None:
+        """Note that a party has fetched a result to its end; the log told when it began."""
+        with self.state.lock:
+            record = self._records[digest]
+            name = f"{self._signed[digest].job.role_of(party)} {kind}"
+            if name not in record.fetched:
+                self._set(digest, replace(record, fetched=(*record.fetched, name)))
+                self.commit()
+
+    def results_for(self, digest: str, party: str) -> dict[str, str]:
+        """Return the digests of the results that a job gives to a party, by kind."""
+        with self.state.lock:
+            record, signed = self.record(digest), self._signed.get(digest)
+            role = None if signed is None else signed.job.role_of(party)
+            return {kind: file for kind, file in record.results.items() if signed and role in recipients(signed, kind)}
+
     def note(self, event: str, job: str | None = None, party: str | None = None, **details: str | int) -> None:
         """Write an entry into the log and commit it."""
         with self.state.lock:
@@ -231,7 +349,6 @@ class Book:
     def commit(self) -> None:
         """Seal the book and the log's head."""
         with self.state.lock:
-            self.state.jobs = {digest: asdict(record) for digest, record in self._records.items()}
             self.state.log_head, self.state.log_length = self.log.head, self.log.length
             self.state.commit()
             self._committed = self.log.length
@@ -253,18 +370,22 @@ class Book:
     def signed(self, digest: str) -> SignedJob:
         """Return the job with its signatures; raises as :meth:`record`."""
         self.record(digest)
-        return self._signed[digest]
+        signed = self._signed.get(digest)
+        if signed is None:
+            raise UsageError("the job is over and its files have made room for others'")
+        return signed
 
-    def job_of(self, digest: object, party: str) -> Job:
-        """Return a job in which an identity has a role.
+    def job_of(self, digest: object, party: str) -> tuple[str, Record]:
+        """Return digest and record of a job in which an identity has a role.
 
         Raises:
             UsageError: there is none, with one answer for a job that is not there and for one of others.
         """
-        signed = self._signed.get(digest) if isinstance(digest, str) and digest in self._records else None
-        if signed is None or signed.job.role_of(party) is None:
-            raise UsageError("no such job of this party", hint="obfuscatune job submit")
-        return signed.job
+        with self.state.lock:
+            record = self._records.get(digest) if isinstance(digest, str) else None
+            if record is None or party not in record.parties:
+                raise UsageError("no such job of this party", hint="obfuscatune job submit")
+            return str(digest), record
 
     def missing(self, digest: str) -> dict[str, str]:
         """Return the inputs that are not there yet, digest by kind."""
@@ -272,9 +393,13 @@ class Book:
 
     def _end(self, digest: str, record: Record, **details: str) -> None:
         """Enter the end of a job, by its status; nothing resumes it, so the checkpoint goes."""
-        self._enter(digest, replace(record, checkpoint=None), record.status, **details)
-        if record.checkpoint is not None:
-            self.store.remove(record.checkpoint)
+        self._enter(
+            digest,
+            replace(record, checkpoint=None, checkpoint_step=0, ended=int(time.time())),
+            record.status,
+            **details,
+        )
+        self._drop(record.checkpoint)
 
     def _enter(
         self, digest: str, record: Record, event: str, *, party: str | None = None, **details: str | int
@@ -282,16 +407,29 @@ class Book:
         """Log a change, make it, commit both."""
         before = self._records.get(digest)
         self.log.append(event, job=digest, party=party, **details)
-        self._records[digest] = record
+        self._set(digest, record)
         try:
             self.commit()
         except BaseException:  # what is not committed is not acted upon
-            if before is None:
-                del self._records[digest]
-            else:
-                self._records[digest] = before
+            self._set(digest, before)
             raise
         self.changed.notify_all()
+
+    def _set(self, digest: str, record: Record | None) -> None:
+        """Put a record into the book and into what the next commit seals; None takes it out."""
+        if record is None:
+            del self._records[digest]
+            self.state.jobs.pop(digest, None)
+        else:
+            self._records[digest], self.state.jobs[digest] = record, record.to_fields()
+
+    def _drop(self, file: str | None) -> None:
+        """Remove a file that no job needs any more. Where the disk refuses, the next start removes it."""
+        try:
+            if file is not None:
+                self.store.remove(file)
+        except StorageError as error:
+            logger.warning("%s", error)
 
 
 def _word(name: str) -> str:

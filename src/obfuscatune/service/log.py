@@ -23,18 +23,19 @@ import os
 import threading
 import time
 from array import array
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from obfuscatune.durable import private, sync, write_all
-from obfuscatune.errors import FormatError, ObfuscatuneError, RollbackError, SealError, UsageError
+from obfuscatune.errors import FormatError, RollbackError, SealError, StorageError, UsageError
 from obfuscatune.parties.canonical import decode, encode
 from obfuscatune.parties.identity import Identity, PublicIdentity
 from obfuscatune.service.entries import DIGEST, END_OF_TIME, MAX_LINE_BYTES, Chain, Entry, matches, split_lines
 
 FORMAT = "obfuscatune log head 1"
-MAX_COPY_BYTES = 256 << 20
 _REPLY_BYTES = 1 << 20
 _CONTEXT = "log head"
 _HEAD_FIELDS = {"format", "head", "length", "signature", "time"}
@@ -107,7 +108,7 @@ class AuditLog:
                 write_all(self._handle, line)
                 os.fsync(self._handle)
             except OSError as error:
-                fault = ObfuscatuneError("cannot write the audit log", got=error.strerror, where=str(self._path))
+                fault = StorageError("cannot write the audit log", got=error.strerror, where=str(self._path))
                 raise fault from None
             chain.take(line)
             self._ends.append(self._ends[-1] + len(line))
@@ -161,9 +162,14 @@ class AuditLog:
 
 @dataclass(frozen=True)
 class CheckedLog:
-    """A log that held: its entries, who signed its head (None: nobody was given to check that), when, what is new."""
+    """A log that held: who signed its head (None: nobody was given to check that), when, how many entries are new.
+
+    Attributes:
+        entries: where they were kept. length: how many there are.
+    """
 
     entries: tuple[Entry, ...]
+    length: int
     signer: PublicIdentity | None
     signed_at: int
     new_entries: int
@@ -185,17 +191,57 @@ def check(
         SealError: the head was not signed by ``enclave``.
         RollbackError: entries are missing, or it is not the continuation of ``earlier``.
     """
-    length = _check_head(head, enclave)
-    chain = Chain()
-    entries = tuple(chain.take(line) for line in split_lines(lines))
+    entries: list[Entry] = []
+    before = None if earlier is None else split_lines(earlier)
+    return replace(check_lines(split_lines(lines), head, enclave, before, entries.append), entries=tuple(entries))
+
+
+def check_lines(
+    lines: Iterable[bytes],
+    head: dict[str, Any],
+    enclave: PublicIdentity | None,
+    earlier: Iterable[bytes] | None = None,
+    take: Callable[[Entry], object] = lambda entry: None,
+) -> CheckedLog:
+    """Check a log as :func:`check` does, line by line: one of any length fits. ``take`` gets each entry.
+
+    What ``take`` gets is checked only once this returns.
+    """
+    length, chain = _check_head(head, enclave), Chain()
+    before, common, differs = iter(earlier or ()), 0, None
+    for line in lines:
+        entry = chain.take(line)
+        then = next(before, None)
+        if then is not None:
+            common += 1
+            if then != line and differs is None:
+                differs = entry.seq
+        take(entry)
     if chain.length < length:
         raise RollbackError("the log was cut", got=f"{chain.length} entries", expected=f"{length}")
     if chain.length > length or chain.head != head["head"]:
         raise RollbackError("the signed head is that of another log", got=f"{chain.length} entries", expected=length)
-    if earlier is not None and not lines.startswith(earlier):
-        raise _fork(lines, earlier)
-    new = length - (earlier or b"").count(b"\n")
-    return CheckedLog(entries, enclave, head["time"], new)
+    hint = "keep both copies: the enclave's state or its log was put back, or there are two of it"
+    if differs is not None:
+        raise RollbackError("the log differs from your earlier copy", where=f"entry {differs}", hint=hint)
+    if next(before, None) is not None:
+        raise RollbackError("the log is shorter than your earlier copy", hint=hint)
+    return CheckedLog((), length, enclave, head["time"], length - common)
+
+
+@contextmanager
+def open_copy(path: Path) -> Iterator[tuple[dict[str, Any], Iterator[bytes]]]:
+    """Yield head and lines of a party's file, both unchecked; the lines are read as they are asked for.
+
+    Raises:
+        UsageError: it cannot be read. FormatError: it is no copy.
+    """
+    try:
+        with path.open("rb") as file:
+            first = file.readline(MAX_LINE_BYTES + 1)
+            yield _read_head(first), iter(lambda: file.readline(MAX_LINE_BYTES + 1), b"")
+    except OSError as error:
+        raise UsageError("cannot read the copy of the log", got=error.strerror, where=str(path)) from None
 
 
 def join_copy(lines: bytes, head: dict[str, Any]) -> bytes:
@@ -206,9 +252,13 @@ def join_copy(lines: bytes, head: dict[str, Any]) -> bytes:
 def split_copy(data: bytes) -> tuple[bytes, dict[str, Any]]:
     """Return lines and head of a party's file, both unchecked; raises FormatError."""
     first, end, lines = data.partition(b"\n")
-    if not end:
+    return lines, _read_head(first + end)
+
+
+def _read_head(line: bytes) -> dict[str, Any]:
+    if not line.endswith(b"\n"):
         raise FormatError("file is no copy of an audit log", expected="a signed head on its first line")
-    return lines, decode(first, "signed head of the log", max_bytes=MAX_LINE_BYTES)
+    return decode(line[:-1], "signed head of the log", max_bytes=MAX_LINE_BYTES)
 
 
 def _check_head(head: Any, enclave: PublicIdentity | None) -> int:
@@ -229,12 +279,3 @@ def _check_head(head: Any, enclave: PublicIdentity | None) -> int:
         hint = "the copy was changed, or it is the log of another enclave"
         raise SealError("the log is not signed by this enclave", expected=enclave.fingerprint, hint=hint)
     return int(head["length"])
-
-
-def _fork(lines: bytes, earlier: bytes) -> RollbackError:
-    hint = "keep both copies: the enclave's state or its log was put back, or there are two of it"
-    if earlier.startswith(lines):
-        return RollbackError("the log is shorter than your earlier copy", hint=hint)
-    pairs = zip(split_lines(lines), split_lines(earlier), strict=False)
-    number = next((n for n, (now, then) in enumerate(pairs) if now != then), 0)
-    return RollbackError("the log differs from your earlier copy", where=f"entry {number}", hint=hint)

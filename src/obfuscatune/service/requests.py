@@ -9,19 +9,27 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from obfuscatune.errors import ConsentError, FormatError, ObfuscatuneError, ProtocolError, UsageError
+from obfuscatune.errors import (
+    BusyError,
+    ConsentError,
+    FormatError,
+    ObfuscatuneError,
+    ProtocolError,
+    StorageError,
+    UsageError,
+)
 from obfuscatune.parties.channel.transfer import Piece, serve_piece
 from obfuscatune.parties.identity import PublicIdentity
-from obfuscatune.parties.job import Job, SignedJob
+from obfuscatune.parties.job import SignedJob
 from obfuscatune.parties.sealed.header import open_file
 from obfuscatune.service.book import Book
 from obfuscatune.service.consent import OWNERS
+from obfuscatune.service.records import Record
 
 MAX_PROMPTS = 256
 MAX_PROMPT_BYTES = 1 << 20
 MAX_WAITING = 4  # queries of one party at a time: each holds a connection and its prompts
 _MAX_TOKENS = 65_536
-_RESULT_ROLES = {"adapter": "adapter_to", "output": "generations_to"}
 
 Reply = tuple[dict[str, Any], bytes]
 
@@ -96,12 +104,17 @@ class Requests:
 
     def _resume_upload(self, party: PublicIdentity, fields: dict[str, Any], payload: bytes) -> Reply:
         _, digest, size = self._input(party, fields)
-        return {"offset": size if self._book.store.has(digest) else self._book.store.begin(digest, size).offset}, b""
+        store = self._book.store
+        if store.has(digest):
+            return {"offset": size}, b""
+        self._make_room(party, size)
+        return {"offset": store.begin(digest, size, party.fingerprint).offset}, b""
 
     def _upload(self, party: PublicIdentity, fields: dict[str, Any], payload: bytes) -> Reply:
         job, digest, size = self._input(party, fields)
         piece = Piece.of(fields, payload, max_bytes=self._max_file_bytes)
-        upload = self._book.store.begin(digest, size)
+        self._make_room(party, len(piece.data))
+        upload = self._book.store.begin(digest, size, party.fingerprint)
         upload.write(piece.offset, piece.data)
         if piece.is_last:
             upload.finish()
@@ -109,11 +122,21 @@ class Requests:
             self._book.review()
         return {}, b""
 
+    def _make_room(self, party: PublicIdentity, size: int) -> None:
+        """Let jobs of the party that are over make room, if an upload needs it."""
+
+        def enough() -> bool:
+            return self._book.store.room(party.fingerprint) >= size
+
+        if not enough() and size <= self._book.store.max_bytes:
+            self._book.make_room(party.fingerprint, enough)
+
     def _input(self, party: PublicIdentity, fields: dict[str, Any]) -> tuple[str, str, int]:
         """Return job, digest and size of an input that this party owes to a waiting job: nothing else is stored."""
-        name, job = self._own(party, fields)
-        digest, size = fields.get("file"), fields.get("size")
-        role, waits = job.role_of(party.fingerprint), self._book.record(name).status == "waiting"
+        name, record = self._own(party, fields)
+        digest, size, waits = fields.get("file"), fields.get("size"), record.status == "waiting"
+        job = self._book.signed(name).job
+        role = job.role_of(party.fingerprint)
         mine = [file for kind, file in job.inputs.items() if OWNERS[kind] == role and waits]
         if not isinstance(digest, str) or digest not in mine:
             raise ConsentError("not an input that this party owes to the job", expected=f"one of {len(mine)} digests")
@@ -126,33 +149,37 @@ class Requests:
 
     def _tell(self, digest: str, party: PublicIdentity) -> dict[str, Any]:
         """Return what a party may know of a job: progress, no content."""
-        record, job = self._book.record(digest), self._book.signed(digest).job
-        role = job.role_of(party.fingerprint)
+        record = self._book.record(digest)
         return {
             "job": digest,
             "status": record.status,
             "reason": record.reason,
             "step": record.step,
             "steps": record.steps,
+            "resumes_from": record.checkpoint_step if record.status in ("failed", "waiting", "queued") else 0,
             "missing": self._book.missing(digest) if record.status == "waiting" else {},
-            "results": {k: d for k, d in record.results.items() if role in getattr(job, _RESULT_ROLES[k])},
+            "results": self._book.results_for(digest, party.fingerprint),
             "queries": record.queries,
         }
 
     def _download(self, party: PublicIdentity, fields: dict[str, Any], payload: bytes) -> Reply:
         job, kind = self._own(party, fields)[0], fields.get("kind")
-        results = self._tell(job, party)["results"]
+        results = self._book.results_for(job, party.fingerprint)
         if not isinstance(kind, str) or kind not in results:
             raise ConsentError("no such result for this party", got=f"{len(results)} results for it")
         with open_file(self._book.store.path(results[kind])) as file:
-            reply = serve_piece(fields, file, os.fstat(file.fileno()).st_size)
+            size = os.fstat(file.fileno()).st_size
+            reply, data = serve_piece(fields, file, size)
         fetched = (job, party.fingerprint, kind)
         with self._lock:
             first = fetched not in self._fetched
-            self._fetched.add(fetched)
         if first:  # and not at every piece, or every time: a party must not be able to flood the log
             self._book.note("fetched", job, party.fingerprint, result=kind)
-        return reply
+            with self._lock:
+                self._fetched.add(fetched)
+        if fields["offset"] + len(data) == size:
+            self._book.fetched(job, party.fingerprint, kind)
+        return reply, data
 
     def _log(self, party: PublicIdentity, fields: dict[str, Any], payload: bytes) -> Reply:
         start = fields.get("start")
@@ -174,7 +201,7 @@ class Requests:
             answered = query.done.wait(min(wait, self._wait))
             query.drop()
         if not answered:
-            raise ObfuscatuneError("the enclave is busy", hint="ask again when the running job is done")
+            raise BusyError("the enclave is busy", hint="ask again when the running job is done")
         if query.error is not None:
             raise _told(query.error)
         return {}, json.dumps(query.completions, ensure_ascii=False).encode()
@@ -184,7 +211,8 @@ class Requests:
         """Hold one of a party's places among the waiting queries."""
         with self._lock:
             if self._waiting[party] >= MAX_WAITING:
-                raise UsageError("too many queries at a time", expected=f"at most {MAX_WAITING} of a party")
+                hint = "ask again when one of them is answered"
+                raise BusyError("too many queries at a time", expected=f"at most {MAX_WAITING} of a party", hint=hint)
             self._waiting[party] += 1
         try:
             yield
@@ -192,10 +220,9 @@ class Requests:
             with self._lock:
                 self._waiting[party] -= 1
 
-    def _own(self, party: PublicIdentity, fields: dict[str, Any]) -> tuple[str, Job]:
-        """Return the job that a request names, and its digest, if the party has a role in it."""
-        job = self._book.job_of(fields.get("job"), party.fingerprint)
-        return job.digest, job
+    def _own(self, party: PublicIdentity, fields: dict[str, Any]) -> tuple[str, Record]:
+        """Return digest and record of the job that a request names, if the party has a role in it."""
+        return self._book.job_of(fields.get("job"), party.fingerprint)
 
 
 def _told(error: BaseException) -> ObfuscatuneError:
@@ -203,6 +230,8 @@ def _told(error: BaseException) -> ObfuscatuneError:
 
     What is said of a prompt, by its number, and of consent is this party's own business.
     """
+    if isinstance(error, StorageError):
+        return BusyError("the enclave's disk is full", hint="ask again when its operator has made room")
     of_prompt = isinstance(error, UsageError) and (error.where or "").startswith("prompt ")
     if isinstance(error, ObfuscatuneError) and (of_prompt or isinstance(error, ConsentError)):
         return error

@@ -19,7 +19,7 @@ from obfuscatune.enclave.families import family_of
 from obfuscatune.enclave.keys import MasterSecret
 from obfuscatune.enclave.protect import protect
 from obfuscatune.enclave.protected import Protected
-from obfuscatune.errors import ConsentError, FormatError, SealError
+from obfuscatune.errors import ConsentError, FormatError, SealError, UsageError, WorkerFault
 from obfuscatune.parties.identity import Identity, PublicIdentity
 from obfuscatune.parties.job import Job, SignedJob
 from obfuscatune.parties.sealed.archive import SealedArchive, seal_files
@@ -43,10 +43,14 @@ RAM_PREFIX = "obfuscatune-enclave"
 
 @dataclass(frozen=True)
 class Hooks:
-    """Whom the runner tells: ``progress(step, steps)``, and ``checkpoint(step, digest)`` of a sealed checkpoint."""
+    """Whom the runner tells: ``progress(step, steps)``, and ``checkpoint(step, digest)`` of a sealed checkpoint.
+
+    ``store(act)`` returns what ``act`` does, which writes a sealed file: it may wait until the disk has room.
+    """
 
     progress: Callable[[int, int], None]
     checkpoint: Callable[[int, str], None]
+    store: Callable[[Callable[[], str]], str] = lambda act: act()
 
 
 class Runner:
@@ -72,6 +76,7 @@ class Runner:
         self._worker_identity, self._insecure = worker_identity or identity, insecure
         self._alive: contextlib.ExitStack | None = None
         self._loaded: tuple[str, Protected, Any] | None = None  # job, model, tokenizer
+        self._write = Hooks.store
 
     def run(self, signed: SignedJob, checkpoint: str | None, hooks: Hooks) -> dict[str, str]:
         """Train, complete the job's prompts, and return the digests of the sealed results by kind.
@@ -83,7 +88,7 @@ class Runner:
             ObfuscatuneError: the worker failed, an input breaks its format, the model cannot be run exactly.
             ConsentError: more prompts than the provider's terms allow.
         """
-        job = signed.job
+        job, self._write = signed.job, hooks.store
         with self._open(job, checkpoint) as (protected, tokenizer, ram, keep):
             prompts = self._prompts(job, ram)  # now, because their fault should not cost a training
             prompt_ids(protected.model.config, tokenizer, _named(prompts), job.max_new_tokens)
@@ -97,15 +102,30 @@ class Runner:
         return results
 
     def answer(self, signed: SignedJob, adapter: str, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
-        """Complete prompts with the trained model of a job that is done. Raises as :meth:`run`."""
-        digest = signed.job.digest
-        if self._loaded is None or self._loaded[0] != digest:
+        """Complete prompts with the trained model of a job that is done. Raises as :meth:`run`.
+
+        The model stays, whatever a query does. Where the worker has gone since it was opened, it is opened once more.
+        """
+        kept = self._loaded is not None and self._loaded[0] == signed.job.digest
+        protected, tokenizer = self._opened(signed, adapter)
+        prompt_ids(protected.model.config, tokenizer, _named(prompts), max_new_tokens)  # the fault of who asks
+        try:
+            return _complete(protected, tokenizer, prompts, max_new_tokens)
+        except (WorkerFault, UsageError):  # the second where the session had ended before
+            if not kept:
+                raise
+        self.close()
+        protected, tokenizer = self._opened(signed, adapter)
+        return _complete(protected, tokenizer, prompts, max_new_tokens)
+
+    def _opened(self, signed: SignedJob, adapter: str) -> tuple[Protected, Any]:
+        """Return the model of a job and its tokenizer, opened if it is not."""
+        if self._loaded is None or self._loaded[0] != signed.job.digest:
             with self._open(signed.job, None, adapter) as (_, _, _, keep):
                 keep()
         if self._loaded is None:
             raise SealError("the model of the job is not loaded")
-        _, protected, tokenizer = self._loaded
-        return _complete(protected, tokenizer, prompts, max_new_tokens)
+        return self._loaded[1:]
 
     def close(self) -> None:
         """Forget the model that was kept, and end its session with the worker."""
@@ -246,9 +266,10 @@ class Runner:
         return self._seal("output", {"generations.jsonl": lines.encode()}, recipients)
 
     def _seal(self, kind: Kind, files: dict[str, Path | bytes], recipients: list[PublicIdentity]) -> str:
-        return self._store.put(
-            kind, lambda path: seal_files(path, files, kind=kind, sender=self._identity, recipients=recipients)
-        )
+        def seal(path: Path) -> str:
+            return seal_files(path, files, kind=kind, sender=self._identity, recipients=recipients)
+
+        return self._write(lambda: self._store.put(kind, seal))
 
 
 def _check_targets(job: Job, config: Any) -> None:

@@ -3,6 +3,10 @@
 Only tmpfs and ramfs count, as /proc/self/mountinfo has it. The pages of a tmpfs can be swapped out: where swap is on, a
 warning says so, and an enclave's machine has none (a file system mounted with ``noswap`` is as good).
 
+What is there goes when the process ends, however it ends: a shell of two lines waits for that, in a session of its own,
+at the other end of a pipe which only the kernel closes when the process is killed. Where the shell is killed too, or
+there is none, the next start removes it.
+
 Under Gramine there is no mountinfo, and /dev/shm would be memory that the host can read. There /tmp is a tmpfs inside
 the enclave, because the manifest says so, and the manifest is measured: only /tmp is taken. That was written from
 Gramine's documents and not run under it.
@@ -12,6 +16,7 @@ import os
 import re
 import secrets
 import shutil
+import subprocess
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,8 +37,8 @@ SWAP = (
 def ram_directory(prefix: str, parent: Path | None = None) -> Iterator[Path]:
     """Yield a new directory of mode 0700 in memory, and remove it with all that is in it at the end.
 
-    What processes that were killed have left under the same prefix is removed first; process ids tell, so processes
-    that cannot see each other's must not share ``parent``.
+    Where the process is killed, a guard removes it. What was left even so under the same prefix is removed first;
+    process ids tell, so processes that cannot see each other's must not share ``parent``.
 
     Args:
         prefix: small letters, digits and '-'.
@@ -58,6 +63,7 @@ def ram_directory(prefix: str, parent: Path | None = None) -> Iterator[Path]:
         path.mkdir(mode=0o700)
     except OSError as error:
         raise UsageError("cannot make a directory in memory", got=error.strerror, where=str(parent)) from None
+    guard = None if gramine else _guard(path)  # its /tmp is memory of the enclave and ends with it
     try:
         yield path
     finally:
@@ -66,6 +72,26 @@ def ram_directory(prefix: str, parent: Path | None = None) -> Iterator[Path]:
         except OSError as error:
             fault = ObfuscatuneError("plain content is left in memory", got=error.strerror, where=str(path))
             raise fault from None
+        finally:
+            if guard is not None:
+                guard.communicate()
+
+
+def _guard(path: Path) -> subprocess.Popen[bytes] | None:
+    """Start what removes ``path`` when its end of a pipe is closed: by us, or by the kernel when we are killed."""
+    command = ("/bin/sh", "-c", 'trap "" INT TERM HUP; read -r _; rm -rf -- "$1"', "sh", str(path))
+    try:
+        return subprocess.Popen(  # noqa: S603 - a fixed command; the path is ours
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            cwd="/",
+            env={"PATH": "/usr/bin:/bin"},
+            start_new_session=True,
+        )
+    except OSError:
+        return None
 
 
 def _check_mount(path: Path) -> None:

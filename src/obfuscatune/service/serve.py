@@ -6,6 +6,7 @@ directory/store/          inputs, checkpoints, results                 sealed to
 """
 
 import collections
+import functools
 import logging
 import threading
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from obfuscatune.parties.channel.server import AttestedServer
 from obfuscatune.parties.identity import Identity, PublicIdentity
 from obfuscatune.service.book import Book
 from obfuscatune.service.log import AuditLog
+from obfuscatune.service.patience import Patience, Stopped
 from obfuscatune.service.requests import Query, Requests
 from obfuscatune.service.runner import RAM_PREFIX, Hooks, Runner
 from obfuscatune.service.scratch import ram_directory
@@ -45,6 +47,7 @@ class Service:
         self._book, self._runner = book, runner
         self._queries: collections.deque[Query] = collections.deque()
         self._stopped = False
+        self._patiently = Patience(book, lambda: self._stopped)
         requests = Requests(book, self._ask, wait=QUERY_SECONDS, max_file_bytes=max_file_bytes)
         self._server = server_of(requests)
         self.address, self.identity = self._server.address, book.state.identity.public
@@ -53,18 +56,19 @@ class Service:
     def work(self) -> None:
         """Serve, and run what is queued, one after the other; queries go before jobs."""
         self._thread.start()
-        while True:
-            with self._book.changed:
-                while not (self._stopped or self._queries or self._book.has_queued()):
-                    self._book.changed.wait()
-                if self._stopped:
-                    return
-                query = self._queries.popleft() if self._queries else None
-                digest = self._book.next() if query is None else None
-            if query is not None:
-                self._answer(query)
-            elif digest is not None:
-                self._run(digest)
+        try:
+            while True:
+                with self._book.changed:
+                    self._book.changed.wait_for(lambda: self._stopped or self._queries or self._book.has_queued())
+                    if self._stopped:
+                        return
+                    query = self._queries.popleft() if self._queries else None
+                if query is not None:
+                    self._answer(query)
+                elif (digest := self._patiently(self._book.next)) is not None:
+                    self._run(digest)
+        except Stopped:
+            return
 
     def stop(self) -> None:
         """Let :meth:`work` return when what it does is done."""
@@ -83,27 +87,31 @@ class Service:
             self._book.changed.notify_all()
 
     def _answer(self, query: Query) -> None:
+        book, counted = self._book, False
         try:
             if not query.take():
                 return
-            self._book.count_query(query.job, query.party, len(query.prompts), query.max_new_tokens)
-            adapter = self._book.record(query.job).results["adapter"]
+            book.count_query(query.job, query.party, len(query.prompts), query.max_new_tokens)
+            counted = True
+            adapter = book.record(query.job).results["adapter"]
             query.completions = self._runner.answer(
-                self._book.signed(query.job), adapter, query.prompts, query.max_new_tokens
+                book.signed(query.job), adapter, query.prompts, query.max_new_tokens
             )
         except _STOPS:
             raise
-        except BaseException as error:  # goes to the party that asked; the service goes on
+        except BaseException as error:  # goes to the party that asked; the service goes on, and so does the model
             query.error = error
-            self._runner.close()
+            if counted:
+                self._patiently(lambda: book.query_failed(query.job, query.party, len(query.prompts)))
         finally:
             query.done.set()
 
     def _run(self, digest: str) -> None:
-        book = self._book
+        book, patiently = self._book, self._patiently
         hooks = Hooks(
             progress=lambda step, steps: book.progress(digest, step, steps),
-            checkpoint=lambda step, checkpoint: book.checkpointed(digest, step, checkpoint),
+            checkpoint=lambda step, file: patiently(lambda: book.checkpointed(digest, step, file), digest),
+            store=lambda act: patiently(act, digest),
         )
         logger.info("job %s starts", digest[:16])
         try:
@@ -112,10 +120,11 @@ class Service:
             raise
         except BaseException as error:  # the job has failed, not the service
             logger.warning("job %s failed: %s", digest[:16], type(error).__name__)
-            book.failed(digest, error)
+            failure = error
+            patiently(lambda: book.failed(digest, failure))
             self._runner.close()
         else:
-            book.finished(digest, results)
+            patiently(lambda: book.finished(digest, results), digest)
             logger.info("job %s is done", digest[:16])
 
 
@@ -130,6 +139,7 @@ def open_service(
     timeout: float = 600.0,
     worker_identity: Identity | None = None,
     insecure: bool = False,
+    max_connections: int = 512,
     max_store_bytes: int = 1 << 40,
 ) -> Iterator[Service]:
     """Yield a service on the state of ``directory``, not working yet.
@@ -139,7 +149,7 @@ def open_service(
         parties: directory of the ``.pub`` files of who may connect; read anew for each connection.
         worker, timeout, insecure: as of `protect`. worker_identity: what the worker knows the enclave by; default: the
             enclave's own, whose public half is written to ``directory/enclave.pub`` for it.
-        max_store_bytes: that uploads may take.
+        max_connections: as of `AttestedServer`. max_store_bytes: that uploads may take.
 
     Raises:
         RollbackError, SealError: a state that is not the last one, or not of this code on this platform.
@@ -150,7 +160,8 @@ def open_service(
         pass  # removes what an enclave that was killed has left in memory
     with State.open(directory, platform) as state:
         log = AuditLog.open(directory / "log.jsonl", state.log_head, state.log_length)
-        book = Book(state, log, Store(directory / "store", max_store_bytes))
+        known = functools.partial(fingerprints, parties)
+        book = Book(state, log, Store(directory / "store", max_store_bytes, known), known)
         runner = Runner(
             state.identity,
             book.store,
@@ -169,6 +180,7 @@ def open_service(
                 allow=lambda client: client in load_parties(parties),
                 handle=requests.handle,
                 idle_timeout=QUERY_SECONDS,
+                max_connections=max_connections,
             )
 
         service = Service(book, runner, server_of, max_file_bytes=max_store_bytes)
@@ -187,6 +199,11 @@ def _publish(identity: PublicIdentity, path: Path) -> None:
         write_new(path, encode(identity.to_dict()) + b"\n", mode=0o644)
     except OSError as error:
         raise UsageError("cannot write the enclave's identity", got=error.strerror, where=str(path)) from None
+
+
+def fingerprints(directory: Path) -> list[str]:
+    """Return the fingerprints of all who may connect: who shares the room."""
+    return [party.fingerprint for party in load_parties(directory)]
 
 
 def load_parties(directory: Path) -> list[PublicIdentity]:

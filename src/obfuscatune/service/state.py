@@ -2,9 +2,9 @@
 
 One file, ``state.sealed``:
 
-    "obfuscatune enclave state 1" || 0x00 || version (8 bytes, big endian) || nonce (12) || AES-256-GCM
+    "obfuscatune enclave state 2" || 0x00 || version (8 bytes, big endian) || nonce (12) || AES-256-GCM
 
-under HKDF-SHA256(sealing key of the platform, info "obfuscatune enclave state 1"), with magic and version as associated
+under HKDF-SHA256(sealing key of the platform, info "obfuscatune enclave state 2"), with magic and version as associated
 data. The plain text is canonical JSON: format, version, identity, jobs, head and length of the audit log. The nonce is
 random and not the version: after a crash the same version is written again with other content.
 
@@ -36,13 +36,13 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from obfuscatune.durable import private, rename, write_private
-from obfuscatune.errors import FormatError, ObfuscatuneError, RollbackError, SealError, UsageError
+from obfuscatune.errors import FormatError, RollbackError, SealError, StorageError, UsageError
 from obfuscatune.parties.attestation.platform import Platform
 from obfuscatune.parties.canonical import decode, encode
 from obfuscatune.parties.identity import Identity, read_small
 from obfuscatune.service.entries import NO_ENTRIES
 
-FORMAT = "obfuscatune enclave state 1"
+FORMAT = "obfuscatune enclave state 2"
 MAX_BYTES = 16 << 20
 NEW_IDENTITY = (
     "no state is here, though the platform's counter has been used: if there was a state, put it back; otherwise this "
@@ -251,5 +251,5 @@ def _take_lock(directory: Path) -> int:
     return handle
 
 
-def _disk_fault(error: OSError, path: Path) -> ObfuscatuneError:
-    return ObfuscatuneError("cannot write the enclave's state", got=error.strerror, where=str(path))
+def _disk_fault(error: OSError, path: Path) -> StorageError:
+    return StorageError("cannot write the enclave's state", got=error.strerror, where=str(path))

@@ -7,10 +7,12 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from obfuscatune.errors import FormatError
+from obfuscatune.errors import AttestationError, FormatError
 from obfuscatune.parties.attestation import dcap as module
+from obfuscatune.parties.attestation.dcap_layout import body_of
 from obfuscatune.parties.attestation.evidence import Quote
-from obfuscatune.parties.attestation.policy import Policy
+from obfuscatune.parties.attestation.policy import MEASUREMENTS, Policy
+from obfuscatune.parties.attestation.quoting import bound_quote, own_measurements
 from obfuscatune.parties.attestation.verify import judge_quote
 
 from .enclaves import root
@@ -162,3 +164,67 @@ def test_peeking_needs_no_collateral_and_refuses_what_is_no_quote() -> None:
     assert module.peek(load("dcap/sgx_quote"))["mrenclave"].startswith("33d8736d")
     with pytest.raises(FormatError):
         module.peek(b"no quote")
+
+
+# Version 5: the body's type and size come before it
+
+
+class Gives:
+    """An attester that has this quote."""
+
+    def __init__(self, kind: str, raw: bytes) -> None:
+        self.kind, self.raw = kind, raw
+
+    def quote(self, report_data: bytes) -> Quote:
+        return Quote(self.kind, self.raw)
+
+
+V5 = "tdx/quote_v5_sample.dat"
+
+
+def test_an_enclave_takes_its_own_quote_of_version_5() -> None:
+    raw = load(V5)
+    theirs = module.dcap_qvl.parse_quote(raw).report
+    assert bound_quote("tdx", raw, theirs.report_data, {}).quote == raw
+    with pytest.raises(AttestationError, match="other report data"):
+        bound_quote("tdx", raw, bytes(64), {})
+    told = module.peek(raw)
+    assert told["mrtd"] == theirs.mr_td.hex() and told["rtmr3"] == theirs.rt_mr3.hex()
+    assert told["mrservicetd"] == theirs.mr_service_td.hex() and told["report data"] == theirs.report_data.hex()
+    own = own_measurements(Gives("tdx", raw))
+    assert own == {name: told[name] for name in ("mrtd", "rtmr0", "rtmr1", "rtmr2", "rtmr3")}
+
+
+@pytest.mark.parametrize(("at", "value"), [(48, 1), (48, 4), (48, 0), (50, 0x48), (50, 0x89), (51, 9)])
+def test_a_body_of_another_type_or_size_is_refused(at: int, value: int) -> None:
+    raw = bytearray(load(V5))
+    raw[at] = value
+    with pytest.raises(FormatError, match="body of a tdx quote of an unknown type"):
+        module.peek(bytes(raw))
+    assert failed(verdict(Quote("tdx", bytes(raw), dcap("tdx").extras))) == ["format"]
+
+
+def test_places_of_every_version_are_those_of_the_library() -> None:
+    for name, kind in (("dcap/tdx_quote", "tdx"), ("dcap/sgx_quote", "sgx"), (V5, "tdx")):
+        report, body = module.dcap_qvl.parse_quote(load(name)).report, body_of(load(name), kind)
+        assert body.report_data == report.report_data
+        names = {"mrenclave": "mr_enclave", "mrsigner": "mr_signer", "mrtd": "mr_td", "mrseam": "mr_seam"}
+        names |= {"mrconfigid": "mr_config_id", "mrowner": "mr_owner", "mrownerconfig": "mr_owner_config"}
+        names |= {f"rtmr{n}": f"rt_mr{n}" for n in range(4)} | {"mrservicetd": "mr_service_td"}
+        assert body.measurements == {n: getattr(report, names[n]).hex() for n in body.measurements}
+
+
+def test_a_service_td_is_judged() -> None:
+    assert module._no_service("00" * 48).passed is True
+    assert module._no_service("00" * 47 + "01").passed is False
+    assert "mrservicetd" in MEASUREMENTS["tdx"]
+
+
+def test_revocation_lists_of_later_are_refused() -> None:
+    """The library lets them pass: a list of tomorrow says nothing of today."""
+    fields = json.loads(load("dcap/tdx_quote_collateral.json"))
+    lists = [x509.load_der_x509_crl(bytes.fromhex(fields[name])) for name in ("root_ca_crl", "pck_crl")]
+    issued = max(item.last_update_utc.timestamp() for item in lists)
+    assert module._revocation(fields, issued) == []
+    assert [rule.passed for rule in module._revocation(fields, issued - 1)] == [False]
+    assert issued <= TDX_TIME

@@ -1,17 +1,24 @@
 """SEV-SNP on real reports, and what is refused of them."""
 
+import datetime
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric.padding import MGF1, PSS
+from cryptography.hazmat.primitives.hashes import SHA384
+from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 
 from obfuscatune.errors import FormatError
 from obfuscatune.parties.attestation import snp as module
 from obfuscatune.parties.attestation.certificates import Certificate, read_chain, to_pem
 from obfuscatune.parties.attestation.evidence import Quote
 from obfuscatune.parties.attestation.policy import Policy
-from obfuscatune.parties.attestation.verify import judge_quote
+from obfuscatune.parties.attestation.verify import judge, judge_quote
 
-from .enclaves import policy, root
+from .enclaves import NONCE, TLS_KEY, evidence, policy, root
 from .samples import (
     DEBUG_POLICY,
     SNP_POLICY,
@@ -196,3 +203,62 @@ def test_peeking_refuses_what_is_no_report() -> None:
     assert len(module.peek(virtee().quote)["measurement"]) == 96
     with pytest.raises(FormatError):
         module.peek(b"no report")
+
+
+# Own hardware: the host hands out no certificates, the policy has them
+
+
+def test_certificates_of_the_policy_serve_a_report_that_comes_without(tmp_path: Path) -> None:
+    quote, certificates = virtee(), virtee().extras["certificates"]
+    bare = Quote("snp", quote.quote)
+    assert failed(verdict(bare)) == ["format"] and "platform.certificates" in str(verdict(bare))
+    others = to_pem(load("snp/goog_vcek.testcer"))  # a policy lists the chips of a fleet; the report says which it is
+    for pem in (certificates, others + certificates):
+        assert not verdict(bare, replace(SNP_POLICY, certificates=pem)).failed
+    assert failed(verdict(bare, replace(SNP_POLICY, certificates=google().extras["certificates"]))) == ["signature"]
+    assert failed(verdict(bare, replace(SNP_POLICY, certificates=others))) == ["format"]
+    leaf = Quote("snp", quote.quote, {"certificates": to_pem(load("snp/virtee_vcek_milan.der"))})
+    assert not verdict(leaf, replace(SNP_POLICY, certificates=certificates)).failed
+    (tmp_path / "chain.pem").write_bytes(certificates)
+    (tmp_path / "policy.toml").write_text(
+        f'''[platform]
+kinds = ["snp"]
+certificates = "chain.pem"
+min_tcb = {{ bootloader = 0, tee = 0, snp = 0, microcode = 0 }}
+[measurements]
+measurement = ["{"00" * 48}"]
+'''
+    )
+    assert Policy.load(tmp_path / "policy.toml").certificates == certificates
+
+
+# AMD's revocation list
+
+
+def revocation(simulated_snp, *, serials=(), days=(-1, 30), key="root") -> bytes:
+    hardware = json.loads((Path(simulated_snp.root).parent / "hardware.key").read_text())
+    signer, now = load_pem_private_key(hardware["keys"][key].encode(), None), datetime.datetime.now(datetime.UTC)
+    start, end = (now + datetime.timedelta(days=n) for n in days)
+    ark = x509.load_der_x509_certificate(root(simulated_snp))
+    builder = x509.CertificateRevocationListBuilder(ark.subject, start, end)
+    for serial in serials:
+        revoked = x509.RevokedCertificateBuilder(serial, start).build()
+        builder = builder.add_revoked_certificate(revoked)
+    crl = builder.sign(signer, SHA384(), rsa_padding=PSS(MGF1(SHA384()), 48))
+    return crl.public_bytes(Encoding.PEM)
+
+
+def test_amds_revocation_list_is_judged_where_the_policy_has_one(simulated_snp) -> None:
+    found = evidence(simulated_snp)
+    serial = read_chain(found.quote.extras["certificates"], "chain")[1].fields.serial_number
+
+    def refused(**options) -> list[str]:
+        crl = revocation(simulated_snp, **options)
+        return failed(judge(found, policy(simulated_snp, amd_crl=crl), nonce=NONCE, tls_key=TLS_KEY))
+
+    assert refused() == refused(serials=[serial + 1]) == []
+    assert refused(serials=[serial]) == ["revocation"]
+    assert refused(days=(1, 30)) == refused(days=(-30, -1)) == refused(key="ask") == ["revocation"]
+    crl = revocation(simulated_snp)
+    broken = policy(simulated_snp, amd_crl=crl[:200])
+    assert failed(judge(found, broken, nonce=NONCE, tls_key=TLS_KEY))[0] == "format"

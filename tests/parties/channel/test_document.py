@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from obfuscatune.parties.canonical import decode
-from obfuscatune.parties.channel import frames, server, tls
+from obfuscatune.parties.channel import conversation, frames, server, tls
 from obfuscatune.parties.channel.certificate import CBOR_TAG, MAX_CERTIFICATE_BYTES, OID, PLATFORM_EXTRAS
 from obfuscatune.parties.channel.faults import CODES, MAX_CHARS
 from obfuscatune.parties.channel.frames import SESSION, MessageLimits, encode_message, read_message
@@ -30,8 +30,10 @@ def test_limits() -> None:
     assert server._RENEWAL_SECONDS == 60
     defaults = server.AttestedServer.__init__.__kwdefaults__
     assert f"{defaults['timeout']:.0f} s from accept" in TEXT
-    assert f"{defaults['idle_timeout']:.0f} s for the next request" in TEXT
-    assert f"connections ({defaults['max_connections']} at once)" in TEXT
+    assert f"{defaults['idle_timeout']:.0f} s to the first byte of the next request" in TEXT
+    assert TEXT.count(f"| {defaults['max_connections']} |") == 2
+    assert f"a party has {server.MAX_AT_ONCE} requests" in TEXT and f"{server.MAX_PIECES} long payloads" in TEXT
+    assert "60 s for the rest" in TEXT and conversation.MESSAGE_SECONDS == 60
 
 
 def test_names() -> None:

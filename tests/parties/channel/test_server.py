@@ -380,22 +380,6 @@ def test_an_idle_party_is_left(start: Callable[..., Enclave], connect: Callable[
         channel._stream.receive(ANY, deadline=soon())
 
 
-def test_no_more_connections_than_allowed(start: Callable[..., Enclave], connect: Callable[..., Any]) -> None:
-    enclave = start(max_connections=2)
-    with connect(enclave) as first:
-        with connect(enclave):
-            with raw(enclave) as third:
-                assert ended(third)
-            assert first.request({})[0] == {"echo": {}}
-        deadline = soon()
-        while True:  # the place is free once the server has noticed
-            try:
-                connect(enclave).close()
-                break
-            except ProtocolError:
-                assert frames.time.monotonic() < deadline
-
-
 def test_close_ends_connections_and_may_come_twice(start: Callable[..., Enclave], connect: Callable[..., Any]) -> None:
     enclave = start()
     with connect(enclave) as channel:

@@ -3,9 +3,9 @@
 import base64
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 
 from obfuscatune.errors import FormatError
+from obfuscatune.parties.attestation.fields import parsing
 
 MAX_CHAIN_BYTES = 32 * 1024
 MAX_CERTIFICATES = 6
@@ -13,8 +13,6 @@ MAX_CERTIFICATES = 6
 _HEADERS = slice(0, 8)
 _ZERO_SERIAL = bytes.fromhex("a003020102 020100")
 _LINE = 64
-# What the library raises beside ValueError: it derives these from Exception alone.
-_UNREADABLE = (UnsupportedAlgorithm, x509.DuplicateExtension, x509.InvalidVersion, x509.UnsupportedGeneralNameType)
 _BEGIN, _END = b"-----BEGIN CERTIFICATE-----\n", b"-----END CERTIFICATE-----\n"
 
 
@@ -31,15 +29,13 @@ class Certificate:
         at = _HEADERS.stop + len(_ZERO_SERIAL) - 1
         zero = der[_HEADERS.stop : at + 1] == _ZERO_SERIAL and der[0:2] == der[4:6] == b"\x30\x82"
         readable = der[:at] + b"\1" + der[at + 1 :] if zero else der
-        try:
+        with parsing("certificate"):
             self.fields = x509.load_der_x509_certificate(readable)
             signed = self.fields.tbs_certificate_bytes
             self.extensions = {item.oid.dotted_string: item.value for item in self.fields.extensions}
             self.key = self.fields.public_key()
             # The library reads these only when they are asked for, and raises then.
             _ = self.fields.issuer, self.fields.subject, self.valid_at(0.0)
-        except (ValueError, *_UNREADABLE) as error:
-            raise FormatError("certificate cannot be read", got=type(error).__name__) from None
         self.signed = signed[: at - 4] + b"\0" + signed[at - 3 :] if zero else signed
         # A certificate names its algorithm twice, once in what is signed: `cryptography` lets the two differ.
         rest = der[4 + len(signed) :]
@@ -49,8 +45,9 @@ class Certificate:
     def issued_by(self, issuer: "Certificate") -> bool:
         """Return whether ``issuer`` has signed this, by ECDSA or PKCS #1 v1.5, as Intel does."""
         try:
-            self.fields.verify_directly_issued_by(issuer.fields)
-        except (ValueError, TypeError, InvalidSignature):
+            with parsing("certificate"):
+                self.fields.verify_directly_issued_by(issuer.fields)
+        except FormatError:  # InvalidSignature among others
             return False
         return True
 
@@ -61,7 +58,7 @@ class Certificate:
 
 
 def read_chain(pem: bytes, what: str) -> list[Certificate]:
-    """Return the certificates of a PEM text in their order; CRLF line ends and trailing white space are let pass.
+    """Return the certificates of a PEM text in their order; CRLF line ends and an empty line between are let pass.
 
     Raises:
         FormatError: too long, too many, none, anything between or around the certificates, or one that cannot be read.
@@ -70,7 +67,8 @@ def read_chain(pem: bytes, what: str) -> list[Certificate]:
     blocks = text.split(_END)
     if len(pem) > MAX_CHAIN_BYTES or not 2 <= len(blocks) <= MAX_CERTIFICATES + 1 or blocks.pop():
         raise FormatError(f"{what} are no chain of at most {MAX_CERTIFICATES} PEM certificates")
-    return [_read_block(block, what) for block in blocks]
+    # Azure's service leaves a line empty between them.
+    return [_read_block(block.removeprefix(b"\n") if number else block, what) for number, block in enumerate(blocks)]
 
 
 def to_pem(der: bytes) -> bytes:

@@ -2,8 +2,7 @@
 
 The library checks signatures, certificates, revocation lists and dates, refuses debugging, migration and profiling of a
 TD, and says in which state the platform is; that state, the measurements and the report data are judged by us. It opens
-no connection here. Formats: Intel SGX ECDSA Quote Library API, appendix A (v3); Intel TDX DCAP Quoting Library API,
-appendix A.3 (v4, v5).
+no connection here.
 """
 
 import hashlib
@@ -12,23 +11,23 @@ from datetime import UTC, datetime
 from typing import Any
 
 import dcap_qvl
+from cryptography import x509
 
 from obfuscatune.errors import FormatError, printable
 from obfuscatune.parties.attestation.certificates import read_chain
+from obfuscatune.parties.attestation.dcap_layout import TEE_TYPES, Body, body_of
 from obfuscatune.parties.attestation.evidence import Quote
 from obfuscatune.parties.attestation.fields import Fields
 from obfuscatune.parties.attestation.policy import MAX_COLLATERAL_BYTES, Policy
 from obfuscatune.parties.attestation.roots import INTEL_SGX_ROOT
 from obfuscatune.parties.attestation.verdict import Checked, Rule
 
-_HEADER_BYTES, _SGX_BODY_BYTES, _TD_BODY_BYTES = 48, 384, 584
-_TEE_TYPES = {"sgx": 0x00, "tdx": 0x81}
 _SIGNATURE_AND_KEY_BYTES, _QE_REPORT_AND_SIGNATURE_BYTES = 128, 384 + 64
 _PCK_CHAIN, _QE_CERTIFICATION = 5, 6
 # Of the body: SGX's attributes, bit 1; the TD's attributes, byte 0.
 _DEBUG = {"sgx": (48, 0x02), "tdx": (120, 0xFF)}
 _CHAINS = ("pck_crl_issuer_chain", "tcb_info_issuer_chain", "qe_identity_issuer_chain")
-_COLLATERAL = {*_CHAINS, "root_ca_crl", "pck_crl", "tcb_info", "qe_identity"} | {
+COLLATERAL = {*_CHAINS, "root_ca_crl", "pck_crl", "tcb_info", "qe_identity"} | {
     "tcb_info_signature",
     "qe_identity_signature",
 }
@@ -37,10 +36,7 @@ _OPTIONS = {
     "cached_keys": "allow_cached_keys",
     "smt_enabled": "allow_smt",
 }
-_TDX_FIELDS = {
-    **{"mrtd": "mr_td", "rtmr0": "rt_mr0", "rtmr1": "rt_mr1", "rtmr2": "rt_mr2", "rtmr3": "rt_mr3"},
-    **{"mrseam": "mr_seam", "mrconfigid": "mr_config_id", "mrowner": "mr_owner", "mrownerconfig": "mr_owner_config"},
-}
+FETCH_AGAIN = "fetch it again: obfuscatune attest collateral fetch"
 _LAST_SECOND = 1 << 40
 _MAX_MESSAGE = 200
 
@@ -57,7 +53,7 @@ def check(evidence_quote: Quote, policy: Policy, now: float) -> Checked:
     kind, raw = evidence_quote.kind, evidence_quote.quote
     body, chain = _split(raw, kind)
     at, mask = _DEBUG[kind]
-    debug = bool(raw[body + at] & mask)  # not verified yet, but to refuse it is right in any case
+    debug = bool(body.data[at] & mask)  # not verified yet, but to refuse it is right in any case
     rules = [Rule("debug", not debug, "a TD or enclave for debugging" if debug else "no", "no")]
     text = policy.collateral
     if text is None and "collateral" in evidence_quote.extras:
@@ -71,15 +67,22 @@ def check(evidence_quote: Quote, policy: Policy, now: float) -> Checked:
     expected = "Intel's root" + (", or the policy's for simulation" if policy.allow_simulation else "")
     if not genuine and not simulation:
         return Checked([*rules, Rule("signature", False, "certificates under another root", expected)])
-    found, problem = _verify(raw, _collateral(text, root), root, now)
+    collateral = _collateral(text, root)
+    found, problem = _verify(raw, collateral, root, now)
     if found is None:
         return Checked([*rules, Rule("signature", False, problem, "a quote that verifies")])
     rules.append(
         Rule("signature", True, "under the simulation's root" if simulation else "under Intel's root", expected)
     )
     rules += _platform(found, policy, now)
-    report_data, measurements = _report(raw, found)
-    return Checked(rules, report_data, measurements, simulation)
+    rules += _revocation(collateral, now)
+    measurements = body.measurements
+    if kind == "sgx":
+        measurements |= {name: str(found["report"]["SgxEnclave"][name]) for name in ("isv_prod_id", "isv_svn")}
+    elif service := measurements.get("mrservicetd"):
+        # A service TD that is bound to this one may do to it what its code does: move it to another host.
+        rules += [] if "mrservicetd" in policy.measurements else [_no_service(service)]
+    return Checked(rules, body.report_data, measurements, simulation)
 
 
 def peek(raw: bytes) -> dict[str, str]:
@@ -88,37 +91,18 @@ def peek(raw: bytes) -> dict[str, str]:
     Raises:
         FormatError: not a DCAP quote.
     """
-    problem = ""
-    try:
-        report = dcap_qvl.parse_quote(raw).report
-        if isinstance(report, dcap_qvl.TdReport10):
-            fields = {name: getattr(report, source).hex() for name, source in _TDX_FIELDS.items()}
-        else:
-            fields = {"mrenclave": report.mr_enclave.hex(), "mrsigner": report.mr_signer.hex()}
-        return {**fields, "report data": report.report_data.hex()}
-    except ValueError as error:
-        problem = printable(error, most=_MAX_MESSAGE)
-    raise FormatError("not a DCAP quote", got=problem)
+    kind = next((kind for kind, tee in TEE_TYPES.items() if raw[4:8] == tee.to_bytes(4, "little")), "any kind")
+    body, _ = _split(raw, kind)
+    return {**body.measurements, "report data": body.report_data.hex()}
 
 
-def _split(raw: bytes, kind: str) -> tuple[int, bytes]:
-    """Return where the body begins, and the PCK's certificates (PEM); every length must fit the next.
+def _split(raw: bytes, kind: str) -> tuple[Body, bytes]:
+    """Return the body, and the PCK's certificates (PEM); every length must fit the next.
 
     What no signature covers has one value: nothing is hidden behind the quote, and one quote has one form.
     """
-    version, tee = int.from_bytes(raw[0:2], "little"), int.from_bytes(raw[4:8], "little")
-    if version not in (3, 4, 5) or tee != _TEE_TYPES[kind]:
-        raise FormatError(f"not a DCAP quote of {kind}", got=f"version {version}, TEE type {tee:#x}")
-    reader = Fields(raw, "quote", _HEADER_BYTES)
-    body_bytes = _SGX_BODY_BYTES if kind == "sgx" else _TD_BODY_BYTES
-    if version == 5:
-        reader.number(2)
-        size = reader.number(4)
-        if size < body_bytes:
-            raise FormatError("body of the quote is too short", got=size, expected=body_bytes)
-        body_bytes = size
-    body = reader.at
-    reader.take(body_bytes)
+    body, version = body_of(raw, kind), int.from_bytes(raw[0:2], "little")
+    reader = Fields(raw, "quote", body.at + len(body.data))
     signature = Fields(reader.take(reader.number(4)), "quote")
     if any(reader.take(reader.left)):
         raise FormatError("bytes behind the quote")
@@ -144,10 +128,10 @@ def _collateral(text: str, root: bytes) -> dict[str, str]:
         fields = json.loads(text) if len(text) <= MAX_COLLATERAL_BYTES else None
     except (ValueError, RecursionError):
         fields = None
-    if not isinstance(fields, dict) or not set(fields) >= _COLLATERAL:
+    if not isinstance(fields, dict) or not set(fields) >= COLLATERAL:
         raise FormatError("collateral is not JSON of dcap-qvl", expected="its nine fields")
     # A PCK certificate that comes with it is left out: the quote has its own.
-    fields = {name: fields[name] for name in sorted(_COLLATERAL)}
+    fields = {name: fields[name] for name in sorted(COLLATERAL)}
     if not all(isinstance(value, str) for value in fields.values()):
         raise FormatError("collateral has a field that is no text")
     for name in _CHAINS:
@@ -176,7 +160,7 @@ def _platform(found: dict[str, Any], policy: Policy, now: float) -> list[Rule]:
     wanting = [option for name, option in _OPTIONS.items() if pck[name] == "True" and not getattr(policy, option)]
     until = f"good until {datetime.fromtimestamp(expiry, UTC):%Y-%m-%d %H:%M}"
     return [
-        Rule("collateral", now <= expiry, until, "not expired"),
+        Rule("collateral", now <= expiry, until, "not expired" if now <= expiry else f"not expired: {FETCH_AGAIN}"),
         Rule("tcb status", status in policy.tcb_status, status, " or ".join(policy.tcb_status)),
         Rule(
             "advisories",
@@ -193,14 +177,21 @@ def _platform(found: dict[str, Any], policy: Policy, now: float) -> list[Rule]:
     ]
 
 
-def _report(raw: bytes, found: dict[str, Any]) -> tuple[bytes, dict[str, str]]:
-    fields = found["report"].get("SgxEnclave")
-    if fields is None:
-        report = dcap_qvl.parse_quote(raw).report
-        return report.report_data, {name: getattr(report, source).hex() for name, source in _TDX_FIELDS.items()}
-    measurements = {"mrenclave": fields["mr_enclave"], "mrsigner": fields["mr_signer"]}
-    measurements |= {name: str(fields[name]) for name in ("isv_prod_id", "isv_svn")}
-    return bytes.fromhex(fields["report_data"]), measurements
+def _no_service(service: str) -> Rule:
+    none = not int(service, 16)
+    return Rule("mrservicetd", none, "none" if none else service, "none, or named by measurements.mrservicetd")
+
+
+def _revocation(collateral: dict[str, str], now: float) -> list[Rule]:
+    """Refuse revocation lists of later than ``now``, which the library lets pass: they say nothing of that time."""
+    try:
+        lists = [x509.load_der_x509_crl(bytes.fromhex(collateral[name])) for name in ("root_ca_crl", "pck_crl")]
+    except ValueError:
+        raise FormatError("collateral's revocation lists cannot be read") from None
+    issued = max(item.last_update_utc for item in lists)
+    if issued.timestamp() <= now:
+        return []
+    return [Rule("revocation", False, f"lists of {issued:%Y-%m-%d %H:%M}, which is later", "lists of the time judged")]
 
 
 def _decode(data: bytes) -> str:

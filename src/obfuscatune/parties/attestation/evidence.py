@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol, get_args
 from obfuscatune.errors import FormatError
 from obfuscatune.parties.canonical import decode, encode
 
-Kind = Literal["sgx", "tdx", "snp", "tpm"]
+Kind = Literal["sgx", "tdx", "snp", "tpm", "nitro", "azure"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 FORMAT = "obfuscatune evidence 1"
 MAX_EVIDENCE_BYTES = 512 * 1024
@@ -30,10 +30,12 @@ class Quote:
     """What an attester makes: the hardware's quote over 64 bytes, and what a verifier may need beside it.
 
     Attributes:
-        kind: format of ``quote``: a DCAP quote (sgx, tdx), an SEV-SNP report (snp), a TPMS_ATTEST (tpm).
+        kind: format of ``quote``: a DCAP quote (sgx, tdx), an SEV-SNP report (snp), a TPMS_ATTEST (tpm),
+            a COSE document (nitro), an HCL report (azure).
         quote: its raw bytes.
         extras: by name, all untrusted until verified: ``certificates`` (snp: PEM of VCEK, ASK, ARK), ``collateral``
-            (sgx, tdx: the JSON of dcap-qvl), ``event_log`` (tdx), ``signature``, ``key`` and ``pcrs`` (tpm).
+            (sgx, tdx: the JSON of dcap-qvl), ``event_log`` (tdx), ``signature``, ``key`` and ``pcrs`` (tpm),
+            ``tpm_quote``, ``signature``, ``pcrs`` and ``certificates`` (azure).
     """
 
     kind: Kind

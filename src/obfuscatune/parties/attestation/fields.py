@@ -1,6 +1,26 @@
 """Reading of binary formats, field after field; every length is checked before it is used."""
 
-from obfuscatune.errors import FormatError
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from obfuscatune.errors import FormatError, ObfuscatuneError
+
+
+@contextmanager
+def parsing(what: str) -> Iterator[None]:
+    """Turn whatever a parser of hostile bytes raises into FormatError: libraries raise more than they document.
+
+    Panics of those in Rust are no Exception.
+    """
+    problem = ""
+    try:
+        yield
+    except (ObfuscatuneError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        problem = type(error).__name__
+    if problem:
+        raise FormatError(f"{what} cannot be read", got=f"a {problem} in the parser")
 
 
 class Fields:

@@ -4,6 +4,7 @@
 |---|---|---|---|
 | ``configfs`` | TDX or SEV-SNP guest, by configfs-tsm | SNP: from the chip; TDX: none | none |
 | ``gramine`` | SGX, by Gramine | from MRENCLAVE and the processor | none |
+| ``azure`` | SEV-SNP guest of Azure, by its paravisor's report and vTPM | as ``tpm`` | in the TPM |
 | ``tpm`` | vTPM | from its seed and the PCRs | in the TPM |
 | ``simulation:DIR`` | TDX, simulated: protects nothing | from DIR | in DIR |
 | ``simulation-snp:DIR`` | SEV-SNP, simulated: protects nothing | from DIR | in DIR |
@@ -15,7 +16,7 @@ from typing import Literal, Protocol
 from obfuscatune.errors import UsageError
 from obfuscatune.parties.attestation.evidence import Attester
 
-SPECIFICATIONS = ("configfs", "gramine", "tpm", "simulation:DIR", "simulation-snp:DIR")
+SPECIFICATIONS = ("configfs", "gramine", "tpm", "azure", "simulation:DIR", "simulation-snp:DIR")
 
 
 class Counter(Protocol):
@@ -84,7 +85,7 @@ def open_platform(specification: str) -> Platform:
     kind, colon, rest = specification.partition(":")
     if kind in ("simulation", "simulation-snp") and rest:
         return _simulated("tdx" if kind == "simulation" else "snp", Path(rest))
-    if colon or kind not in ("configfs", "gramine", "tpm"):
+    if colon or kind not in ("configfs", "gramine", "tpm", "azure"):
         raise UsageError("platform", got=repr(specification), expected=" or ".join(SPECIFICATIONS))
     if kind == "configfs":
         from obfuscatune.parties.attestation.configfs import ConfigfsPlatform
@@ -94,6 +95,10 @@ def open_platform(specification: str) -> Platform:
         from obfuscatune.parties.attestation.gramine import GraminePlatform
 
         return GraminePlatform()
+    if kind == "azure":
+        from obfuscatune.parties.attestation.azure_vm import AzurePlatform
+
+        return AzurePlatform()
     from obfuscatune.parties.attestation.vtpm import VtpmPlatform
 
     return VtpmPlatform()

@@ -12,23 +12,27 @@ from pathlib import Path
 from typing import Any
 
 from obfuscatune.errors import FormatError, UsageError
-from obfuscatune.parties.attestation.certificates import read_chain
+from obfuscatune.parties.attestation.certificates import MAX_CHAIN_BYTES, read_chain
 from obfuscatune.parties.attestation.evidence import KINDS, Kind
 from obfuscatune.parties.attestation.tables import Table
 from obfuscatune.parties.identity import read_small
 
 # Names of measurements and their lengths in bytes. isv_prod_id and isv_svn are numbers.
+_SNP = {
+    **{"measurement": 48, "host_data": 32, "id_key_digest": 48, "author_key_digest": 48},
+    **{"family_id": 16, "image_id": 16},
+}
+_PCRS = {f"pcr{number}": 32 for number in range(24)}
 MEASUREMENTS: Mapping[Kind, Mapping[str, int]] = {
     "sgx": {"mrenclave": 32, "mrsigner": 32},
     "tdx": {
         **{"mrtd": 48, "rtmr0": 48, "rtmr1": 48, "rtmr2": 48, "rtmr3": 48},
-        **{"mrseam": 48, "mrconfigid": 48, "mrowner": 48, "mrownerconfig": 48},
+        **{"mrseam": 48, "mrconfigid": 48, "mrowner": 48, "mrownerconfig": 48, "mrservicetd": 48},
     },
-    "snp": {
-        **{"measurement": 48, "host_data": 32, "id_key_digest": 48, "author_key_digest": 48},
-        **{"family_id": 16, "image_id": 16},
-    },
-    "tpm": {f"pcr{number}": 32 for number in range(24)},
+    "snp": _SNP,
+    "tpm": _PCRS,
+    "nitro": {f"nitro_pcr{number}": 48 for number in range(32)},
+    "azure": {**_SNP, **_PCRS},
 }
 # Of each kind one of these sets must be named: what pins the code. A signer alone would accept all that it ever signed.
 PINS: Mapping[Kind, tuple[frozenset[str], ...]] = {
@@ -37,6 +41,11 @@ PINS: Mapping[Kind, tuple[frozenset[str], ...]] = {
     "snp": (frozenset({"measurement"}),),
     # Not those from 16 on, which software may reset.
     "tpm": tuple(frozenset({f"pcr{number}"}) for number in range(16)),
+    "nitro": (frozenset({"nitro_pcr0"}),),  # the whole image
+    # The paravisor, or who signed it, and what the guest has booted.
+    "azure": tuple(
+        frozenset({f"pcr{number}", name}) for number in range(16) for name in ("measurement", "id_key_digest")
+    ),
 }
 # Intel's, without Revoked, which nobody can allow.
 TCB_STATUSES = (
@@ -64,6 +73,8 @@ class Policy:
         max_age_seconds: of claims. collateral: JSON text of dcap-qvl, used instead of the evidence's.
         allow_dynamic_platform, allow_cached_keys, allow_smt: properties of a platform that Intel lets a verifier judge;
             the last one for SEV-SNP too.
+        certificates, amd_crl: of SEV-SNP platforms, PEM: VCEKs, ASK and ARK for evidence without them, and AMD's
+            revocation list.
         min_tcb: of SEV-SNP platforms, by ``TCB_PARTS``. max_vmpl: privilege level that a report may come from.
         measurements: name to allowed values, lower-case hex. isv_prod_id: allowed numbers. isv_svn: least number.
         any_measurement: judge no measurement of simulated evidence.
@@ -80,6 +91,8 @@ class Policy:
     allow_dynamic_platform: bool = False
     allow_cached_keys: bool = False
     allow_smt: bool = False
+    certificates: bytes | None = None
+    amd_crl: bytes | None = None
     min_tcb: Mapping[str, int] | None = None
     max_vmpl: int = 0
     measurements: Mapping[str, frozenset[str]] = field(default_factory=dict)
@@ -135,6 +148,8 @@ def _read(file: Table, folder: Path) -> dict[str, Any]:
         "max_age_seconds": platform.number("max_age_seconds", range(1, _MAX_AGE_SECONDS + 1), 600),
         "max_vmpl": platform.number("max_vmpl", range(4), 0),
         "collateral": platform.file("collateral", folder, MAX_COLLATERAL_BYTES),
+        "certificates": _bytes(platform.file("certificates", folder, MAX_CHAIN_BYTES)),
+        "amd_crl": _bytes(platform.file("amd_crl", folder, MAX_CHAIN_BYTES)),
         "any_measurement": measured.flag("any_measurement"),
         "allow_simulation": simulation.flag("allow"),
         "simulation_roots": _certificates(simulation, folder),
@@ -156,6 +171,10 @@ def _read(file: Table, folder: Path) -> dict[str, Any]:
     for table in (platform, measured, simulation, tpm, file):
         table.end()
     return found
+
+
+def _bytes(text: str | None) -> bytes | None:
+    return None if text is None else text.encode()
 
 
 def _certificates(simulation: Table, folder: Path) -> tuple[bytes, ...]:
@@ -181,7 +200,7 @@ def _wanting(policy: Policy) -> list[str]:
         if not policy.pins(kind) and not policy.any_measurement:
             pins = " or ".join(" with ".join(sorted(pin)) for pin in PINS[kind][:2])
             faults.append(f"no measurement pins the code of {kind}: expected measurements.{pins}")
-    if "snp" in policy.kinds and policy.min_tcb is None:
+    if {"snp", "azure"} & set(policy.kinds) and policy.min_tcb is None:
         faults.append("platform.min_tcb is missing: nothing else says which snp platforms are outdated")
     if "tpm" in policy.kinds and not policy.tpm_keys and not policy.simulation_tpm_keys:
         faults.append("tpm.keys is missing: no root says which TPMs are genuine")

@@ -6,20 +6,14 @@ from pathlib import Path
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from obfuscatune.errors import AttestationError
+from obfuscatune.errors import AttestationError, FormatError
+from obfuscatune.parties.attestation.dcap_layout import body_of
 from obfuscatune.parties.attestation.evidence import MAX_QUOTE_BYTES, Attester, Kind, Quote
 
 REPORT_DATA_BYTES = 64
+_OWN = ("mrenclave", "mrsigner", "mrtd", "rtmr0", "rtmr1", "rtmr2", "rtmr3")
 SEALING_KEY_BYTES = 32
-# Where the report data are: the header (48) and their place in the body of DCAP quotes v3 and v4; in the SNP report.
-_REPORT_DATA_AT: dict[Kind, int] = {"sgx": 48 + 320, "tdx": 48 + 520, "snp": 0x50}
-_LEAST_BYTES: dict[Kind, int] = {"sgx": 48 + 384, "tdx": 48 + 584, "snp": 0x4A0}
-# By the names of a policy: offset and size.
-_MEASUREMENTS_AT: dict[Kind, dict[str, tuple[int, int]]] = {
-    "sgx": {"mrenclave": (48 + 64, 32), "mrsigner": (48 + 128, 32)},
-    "tdx": {"mrtd": (48 + 136, 48), **{f"rtmr{number}": (48 + 328 + 48 * number, 48) for number in range(4)}},
-    "snp": {"measurement": (0x90, 48)},
-}
+_SNP_BYTES, _SNP_REPORT_DATA, _SNP_MEASUREMENT = 0x4A0, slice(0x50, 0x90), slice(0x90, 0xC0)
 
 
 def check_report_data(report_data: bytes) -> None:
@@ -37,14 +31,10 @@ def bound_quote(kind: Kind, raw: bytes, report_data: bytes, extras: Mapping[str,
     Raises:
         AttestationError: too long, too short, or over other report data.
     """
-    at = _REPORT_DATA_AT[kind]
-    if not _LEAST_BYTES[kind] <= len(raw) <= MAX_QUOTE_BYTES:
-        raise AttestationError(
-            f"the platform's {kind} quote has an impossible length",
-            got=f"{len(raw)} bytes",
-            expected=f"{_LEAST_BYTES[kind]} to {MAX_QUOTE_BYTES}",
-        )
-    if raw[at : at + REPORT_DATA_BYTES] != report_data:
+    if len(raw) > MAX_QUOTE_BYTES or (kind == "snp" and len(raw) < _SNP_BYTES):
+        got = f"{len(raw)} bytes"
+        raise AttestationError(f"the platform's {kind} quote has an impossible length", got=got)
+    if _bound(kind, raw) != report_data:
         raise AttestationError(
             f"the platform's {kind} quote is over other report data than ours",
             hint="another process asked for a quote at the same moment; try again",
@@ -52,11 +42,23 @@ def bound_quote(kind: Kind, raw: bytes, report_data: bytes, extras: Mapping[str,
     return Quote(kind, raw, dict(extras))
 
 
+def _bound(kind: Kind, raw: bytes) -> bytes:
+    """Return the report data in a quote of this machine; raises AttestationError where it has another form."""
+    if kind == "snp":
+        return raw[_SNP_REPORT_DATA]
+    try:
+        return body_of(raw, kind).report_data
+    except FormatError as error:
+        raise AttestationError(f"the platform's {kind} quote: {error.what}", got=error.got) from None
+
+
 def own_measurements(attester: Attester) -> dict[str, str]:
     """Return the measurements in a quote of this moment, in hexadecimal; raises AttestationError as the attester."""
     quote = attester.quote(bytes(REPORT_DATA_BYTES))
-    places = _MEASUREMENTS_AT[quote.kind]
-    return {name: quote.quote[at : at + size].hex() for name, (at, size) in places.items()}
+    if quote.kind == "snp":
+        return {"measurement": quote.quote[_SNP_MEASUREMENT].hex()}
+    found = body_of(quote.quote, quote.kind).measurements
+    return {name: value for name, value in found.items() if name in _OWN}
 
 
 def read_bounded(path: Path, max_bytes: int, what: str) -> bytes:

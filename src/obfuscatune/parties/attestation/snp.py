@@ -4,12 +4,14 @@
     RSA-PSS, SHA-384, salt of 48; the report by ECDSA, SHA-384, over its bytes [0 : 0x2A0]
 
 Formats: AMD SEV-SNP Firmware ABI (56860), table ATTESTATION_REPORT; AMD VCEK certificate and KDS interface (57230).
-AMD's revocation lists are not looked at: there is nothing in a report that says how fresh one must be.
+AMD's revocation list, which the ARK signs, names ASKs. It is judged where the policy has one: nothing in a report says
+how fresh it must be.
 """
 
 import hashlib
 from typing import Any
 
+from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ec import ECDSA, SECP384R1, EllipticCurvePublicKey
 from cryptography.hazmat.primitives.asymmetric.padding import MGF1, PSS
@@ -20,11 +22,13 @@ from cryptography.hazmat.primitives.hashes import SHA384
 from obfuscatune.errors import FormatError, printable
 from obfuscatune.parties.attestation.certificates import Certificate, read_chain
 from obfuscatune.parties.attestation.evidence import Quote
+from obfuscatune.parties.attestation.fields import parsing
 from obfuscatune.parties.attestation.policy import TCB_PARTS, Policy
 from obfuscatune.parties.attestation.roots import AMD_ROOTS
 from obfuscatune.parties.attestation.verdict import Checked, Rule
 
 REPORT_BYTES = 0x4A0
+_CHIP = slice(0x1A0, 0x1E0)
 _SIGNED_BYTES, _SCALAR_BYTES, _SIGNATURE_END = 0x2A0, 72, 0x330
 _VERSIONS = range(2, 6)
 _ECDSA_P384_SHA384 = 1
@@ -56,9 +60,7 @@ def check(evidence_quote: Quote, policy: Policy, now: float) -> Checked:
     """
     report = evidence_quote.quote
     _check_form(report)
-    chain = read_chain(evidence_quote.extras.get("certificates", b""), "certificates")
-    if len(chain) != 3:
-        raise FormatError("certificates of a report", got=len(chain), expected="three: VCEK or VLEK, ASK, ARK")
+    chain = _chain(report, evidence_quote.extras.get("certificates", b""), policy)
     leaf, _, root = chain
     product = _text(leaf, _PRODUCT_NAME).partition("-")[0]
     genuine = AMD_ROOTS.get(hashlib.sha256(root.der).hexdigest())
@@ -77,6 +79,8 @@ def check(evidence_quote: Quote, policy: Policy, now: float) -> Checked:
     rules.append(Rule("signature", signed, "genuine" if signed else "not by this certificate's key", "genuine"))
     if problem or not signed:
         return Checked(rules)
+    if policy.amd_crl is not None:
+        rules.append(_revoked(policy.amd_crl, chain, now))
     rules.append(_chip(report, leaf, product))
     rules += _platform(report, policy, product)
     return Checked(rules, report[0x50:0x90], _measurements(report), simulation)
@@ -96,6 +100,47 @@ def _check_form(report: bytes) -> None:
         raise FormatError("SNP report of an unknown version", got=f"version {version}, algorithm {algorithm}")
     if any(report[_SIGNATURE_END:]):  # not signed
         raise FormatError("bytes behind the report's signature")
+
+
+def _chain(report: bytes, pem: bytes, policy: Policy) -> list[Certificate]:
+    """Return VCEK or VLEK, ASK and ARK: the evidence's; what a host has not handed out comes from the policy."""
+    chain = read_chain(pem, "certificates") if pem else []
+    if len(chain) < 3 and policy.certificates is not None:
+        *leaves, ask, ark = read_chain(policy.certificates, "certificates of the policy")
+        chip = report[_CHIP]
+        own = [leaf for leaf in leaves if (name := _raw(leaf, _HARDWARE_ID)) and name.ljust(len(chip), b"\0") == chip]
+        chain = [*(chain[:1] or own[:1] or leaves[:1]), ask, ark]
+    if len(chain) != 3:
+        hint = "the host hands out none: name them in the policy, platform.certificates"
+        raise FormatError("certificates of a report", got=len(chain), expected=f"VCEK or VLEK, ASK, ARK; {hint}")
+    return chain
+
+
+def _revoked(pem: bytes, chain: list[Certificate], now: float) -> Rule:
+    """Judge the ASK by AMD's list, which the ARK must have signed, and which must be of that time."""
+    _, ask, root = chain
+    with parsing("AMD's revocation list"):
+        crl = x509.load_pem_x509_crl(pem) if pem.startswith(b"-----BEGIN") else x509.load_der_x509_crl(pem)
+        issued, until = crl.last_update_utc, crl.next_update_utc
+        entry = crl.get_revoked_certificate_by_serial_number(ask.fields.serial_number)
+        signature, signed = crl.signature, crl.tbs_certlist_bytes
+    problem = ""
+    try:
+        _rsa(root).verify(signature, signed, PSS(MGF1(SHA384()), 48), SHA384())
+    except InvalidSignature:
+        problem = "a list that the ARK has not signed"
+    if not problem and (until is None or not issued.timestamp() <= now <= until.timestamp()):
+        problem = f"a list from {issued:%Y-%m-%d}" + (f" until {until:%Y-%m-%d}" if until else " without an end")
+    if not problem and entry is not None:
+        problem = "the ASK is revoked"
+    expected = "a list of that time under the ARK, without the ASK"
+    return Rule("revocation", not problem, problem or f"none, as of {issued:%Y-%m-%d}", expected)
+
+
+def _rsa(certificate: Certificate) -> RSAPublicKey:
+    if not isinstance(certificate.key, RSAPublicKey):
+        raise FormatError("AMD's root has no RSA key")
+    return certificate.key
 
 
 def _chain_problem(chain: list[Certificate], now: float) -> str:
@@ -129,7 +174,7 @@ def _signed_by(report: bytes, leaf: Certificate) -> bool:
 def _chip(report: bytes, leaf: Certificate, product: str) -> Rule:
     """Judge that the certificate is for this chip (a VLEK: for a provider) and for the TCB that the report states."""
     kind = _SIGNED_BY.get(_number(report, 0x48, 4) >> 2 & 0b111, "unknown")
-    hardware, chip = _raw(leaf, _HARDWARE_ID), report[0x1A0:0x1E0]
+    hardware, chip = _raw(leaf, _HARDWARE_ID), report[_CHIP]
     if kind == "VCEK":  # Turin's identifier has eight bytes, and zeros follow it in the report
         fits = len(hardware) >= 8 and hardware.ljust(len(chip), b"\0") == chip and any(chip)
     else:

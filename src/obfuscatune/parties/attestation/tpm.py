@@ -58,18 +58,17 @@ def check(quote: Quote, policy: Policy, now: float) -> Checked:
         raise FormatError("what comes with a TPM quote", expected=", ".join(sorted(_EXTRAS)))
     attested, signature = parse_quote(quote.quote), parse_signature(quote.extras["signature"])
     key, fingerprint = _read_key(quote.extras["key"])
-    values = _read_pcrs(quote.extras["pcrs"], attested)
+    values = read_pcrs(quote.extras["pcrs"], attested)
     simulation = policy.allow_simulation and fingerprint in policy.simulation_tpm_keys
     expected = "a key of the policy" + (", or one for simulation" if policy.allow_simulation else "")
     rules = [
         Rule("key", fingerprint in policy.tpm_keys or simulation, fingerprint, expected),
-        _genuine("signature", _verifies(key, signature, quote.quote), "not by this key"),
-        _genuine("pcrs", _digest(values, signature.hash) == attested.pcr_digest, "not the quoted values"),
+        genuine("signature", verifies(key, signature, quote.quote), "not by this key"),
+        genuine("pcrs", pcr_digest(values, signature.hash) == attested.pcr_digest, "not the quoted values"),
     ]
     if not all(rule.passed for rule in rules):
         return Checked(rules)
-    measurements = {f"pcr{index}": value.hex() for (bank, index), value in values.items() if bank == "sha256"}
-    return Checked(rules, attested.extra_data, measurements, simulation)
+    return Checked(rules, attested.extra_data, measurements(values), simulation)
 
 
 def binds(report_data: bytes) -> bytes:
@@ -77,7 +76,13 @@ def binds(report_data: bytes) -> bytes:
     return hashlib.sha256(report_data).digest()
 
 
-def _genuine(name: str, passed: bool, otherwise: str) -> Rule:
+def measurements(values: Mapping[tuple[Bank, int], bytes]) -> dict[str, str]:
+    """Return the PCRs of the SHA-256 bank by the names of a policy, hex."""
+    return {f"pcr{index}": value.hex() for (bank, index), value in values.items() if bank == "sha256"}
+
+
+def genuine(name: str, passed: bool, otherwise: str) -> Rule:
+    """Return the rule of something that is genuine, or ``otherwise``."""
     return Rule(name, passed, "genuine" if passed else otherwise, "genuine")
 
 
@@ -94,7 +99,7 @@ def _read_key(pem: bytes) -> tuple[Key, str]:
     raise FormatError("attestation key of a TPM", expected="PEM of RSA (2048 to 4096 bits) or P-256, P-384, P-521")
 
 
-def _read_pcrs(data: bytes, quote: TpmQuote) -> dict[tuple[Bank, int], bytes]:
+def read_pcrs(data: bytes, quote: TpmQuote) -> dict[tuple[Bank, int], bytes]:
     """Return the values of the quoted PCRs, in the quote's order, from the canonical JSON {bank: {index: hex}}."""
     fields = decode(data, "PCR values", max_bytes=_MAX_PCR_BYTES)
     found: dict[tuple[Bank, int], bytes] = {}
@@ -113,11 +118,13 @@ def _read_pcrs(data: bytes, quote: TpmQuote) -> dict[tuple[Bank, int], bytes]:
     return found
 
 
-def _digest(values: Mapping[tuple[Bank, int], bytes], bank: Bank) -> bytes:
+def pcr_digest(values: Mapping[tuple[Bank, int], bytes], bank: Bank) -> bytes:
+    """Return the digest of PCR values in a quote's order."""
     return hashlib.new(bank, b"".join(values.values())).digest()
 
 
-def _verifies(key: Key, signature: TpmSignature, message: bytes) -> bool:
+def verifies(key: Key, signature: TpmSignature, message: bytes) -> bool:
+    """Return whether a TPM's key has signed a message."""
     algorithm = _HASHES[signature.hash]()
     try:
         if isinstance(key, rsa.RSAPublicKey) and signature.scheme != "ecdsa":

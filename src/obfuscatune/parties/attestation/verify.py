@@ -5,16 +5,27 @@ Bad evidence never raises: its verdict names the rule that failed.
 """
 
 import hmac
+import importlib
 import time
+from collections.abc import Callable
 
 from obfuscatune.errors import AttestationError, FormatError
 from obfuscatune.parties.attestation.claims import EnclaveClaims
-from obfuscatune.parties.attestation.evidence import Evidence, Quote, report_data
+from obfuscatune.parties.attestation.evidence import Evidence, Kind, Quote, report_data
+from obfuscatune.parties.attestation.fields import parsing
 from obfuscatune.parties.attestation.policy import MEASUREMENTS, Policy
 from obfuscatune.parties.attestation.verdict import Checked, Rule, Verdict
 
 # The enclave's clock may be ahead of the verifier's by this much, in seconds.
 CLOCK_SKEW_SECONDS = 60
+_MODULES: dict[Kind, str] = {
+    "sgx": "dcap",
+    "tdx": "dcap",
+    "snp": "snp",
+    "tpm": "tpm",
+    "nitro": "nitro",
+    "azure": "azure",
+}
 
 
 def judge(
@@ -75,20 +86,18 @@ def _kind(quote: Quote, policy: Policy) -> Rule:
 
 def _check(quote: Quote, policy: Policy, now: float) -> Checked:
     try:
-        if quote.kind in ("sgx", "tdx"):
-            from obfuscatune.parties.attestation import dcap
-
-            return dcap.check(quote, policy, now)
-        if quote.kind == "snp":
-            from obfuscatune.parties.attestation import snp
-
-            return snp.check(quote, policy, now)
-        from obfuscatune.parties.attestation import tpm
-
-        return tpm.check(quote, policy, now)
+        with parsing("evidence"):
+            return _checker(quote.kind)(quote, policy, now)
     except (FormatError, AttestationError) as error:
         got = error.what if error.got is None else f"{error.what}: {error.got}"
         return Checked([Rule("format", False, got, "" if error.expected is None else str(error.expected))])
+
+
+def _checker(kind: Kind) -> Callable[[Quote, Policy, float], Checked]:
+    """Return what verifies quotes of a kind; loaded when it is needed."""
+    module = importlib.import_module(f"obfuscatune.parties.attestation.{_MODULES[kind]}")
+    check: Callable[[Quote, Policy, float], Checked] = module.check
+    return check
 
 
 def _code(quote: Quote, checked: Checked, policy: Policy) -> list[Rule]:
@@ -124,7 +133,7 @@ def _binds(evidence: Evidence, checked: Checked) -> bool:
     if checked.report_data is None:
         return False
     expected = report_data(evidence.claims)
-    if evidence.quote.kind == "tpm":
+    if evidence.quote.kind in ("tpm", "azure"):
         from obfuscatune.parties.attestation import tpm
 
         expected = tpm.binds(expected)

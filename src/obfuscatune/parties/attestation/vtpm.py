@@ -22,7 +22,7 @@ import re
 from pathlib import Path
 
 from obfuscatune.errors import AttestationError
-from obfuscatune.parties.attestation.evidence import Quote
+from obfuscatune.parties.attestation.evidence import Attester, Quote
 from obfuscatune.parties.attestation.quoting import SEALING_KEY_BYTES, check_report_data
 from obfuscatune.parties.attestation.tpm2_tools import Tools
 from obfuscatune.parties.canonical import decode, encode
@@ -68,7 +68,7 @@ class VtpmPlatform:
         self._tools = Tools()
         vendor = _VENDOR.search(self._tools.run("tpm2_getcap", "properties-fixed"))
         self.simulated = vendor is None or vendor[1].startswith(_SIMULATORS)
-        self.attester = VtpmAttester(self._tools)
+        self.attester: Attester = VtpmAttester(self._tools)
         self.counter = VtpmCounter(self._tools)
 
     def sealing_key(self) -> bytes:
@@ -120,18 +120,12 @@ class VtpmAttester:
             AttestationError: the TPM refuses.
         """
         check_report_data(report_data)
-        selection = f"{BANK}:{','.join(map(str, PCRS))}"
         with self._tools.work() as directory:
             self._make_key(directory / "context")
-            message, signature, values, key = (directory / name for name in ("message", "signature", "values", "key"))
-            self._tools.run(
-                *("tpm2_quote", "-Q", "-c", _KEY_HANDLE, "-l", selection, "-g", "sha256"),
-                *("-q", hashlib.sha256(report_data).hexdigest()),
-                *("-m", message, "-s", signature, "-o", values, "-F", "values"),
-            )
+            message, extras = quote_pcrs(self._tools, directory, _KEY_HANDLE, report_data)
+            key = directory / "key"
             self._tools.run("tpm2_readpublic", "-Q", "-c", _KEY_HANDLE, "-f", "pem", "-o", key)
-            extras = {"signature": _read(signature), "key": _read(key), "pcrs": _pcrs(_read(values))}
-            return Quote("tpm", _read(message), extras)
+            return Quote("tpm", message, {**extras, "key": _read(key)})
 
     def _make_key(self, context: Path) -> None:
         if not self._tools.has("handles-persistent", _KEY_HANDLE):
@@ -140,6 +134,24 @@ class VtpmAttester:
                 *("-a", _ATTESTATION_KEY, "-c", context),
             )
             self._tools.run("tpm2_evictcontrol", "-Q", "-C", "o", "-c", context, _KEY_HANDLE)
+
+
+def quote_pcrs(tools: Tools, directory: Path, key: str, report_data: bytes) -> tuple[bytes, dict[str, bytes]]:
+    """Return a TPMS_ATTEST over ``PCRS`` and SHA-256(``report_data``), and beside it ``signature`` and ``pcrs``.
+
+    Args:
+        tools: within `Tools.work`, which gave ``directory``. key: handle of the attestation key.
+
+    Raises:
+        AttestationError: the TPM refuses.
+    """
+    message, signature, values = (directory / name for name in ("message", "signature", "values"))
+    tools.run(
+        *("tpm2_quote", "-Q", "-c", key, "-l", f"{BANK}:{','.join(map(str, PCRS))}", "-g", "sha256"),
+        *("-q", hashlib.sha256(report_data).hexdigest()),
+        *("-m", message, "-s", signature, "-o", values, "-F", "values"),
+    )
+    return _read(message), {"signature": _read(signature), "pcrs": _pcrs(_read(values))}
 
 
 class VtpmCounter:

@@ -4,7 +4,7 @@ import socket
 from dataclasses import dataclass
 
 from obfuscatune.errors import UsageError
-from obfuscatune.protocol.hostport import format_host_port, listen_fault, listen_tcp, parse_host_port
+from obfuscatune.protocol.hostport import BACKLOG, format_host_port, listen_fault, listen_tcp, parse_host_port
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class TlsAddress:
             got = error.strerror or "timeout"
             raise UsageError("no enclave answers", got=got, where=str(self), hint=hint) from None
 
-    def listen(self) -> socket.socket:
+    def listen(self, backlog: int = BACKLOG) -> socket.socket:
         """Listen at the address; raises UsageError where that cannot be."""
         try:
-            return listen_tcp(self.host, self.port)
+            return listen_tcp(self.host, self.port, backlog)
         except OSError as error:
             raise listen_fault(error, str(self)) from None

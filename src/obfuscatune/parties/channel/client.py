@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from obfuscatune.errors import AttestationError, ObfuscatuneError, ProtocolError, UsageError
+from obfuscatune.errors import AttestationError, BusyError, ObfuscatuneError, ProtocolError, UsageError
 from obfuscatune.parties.attestation.evidence import Evidence
 from obfuscatune.parties.attestation.policy import Policy
 from obfuscatune.parties.attestation.verdict import Verdict
@@ -15,8 +15,11 @@ from obfuscatune.parties.channel import frames, handshake
 from obfuscatune.parties.channel.address import TlsAddress
 from obfuscatune.parties.channel.certificate import PeerCertificate, read_certificate
 from obfuscatune.parties.channel.faults import raise_from
+from obfuscatune.parties.channel.places import TRY_AGAIN
 from obfuscatune.parties.channel.tls import check_protocol, client_context
 from obfuscatune.parties.identity import Identity, PublicIdentity
+
+_FIRST_PAUSE = 0.2  # seconds, when the enclave is busy; each next one is longer
 
 
 class AttestedChannel:
@@ -80,6 +83,8 @@ def connect_attested(
 ) -> AttestedChannel:
     """Connect to the enclave at ``address`` if ``policy`` accepts it, and prove to be ``identity``.
 
+    Where the enclave is busy, it is asked again until ``timeout``.
+
     Nothing but a random nonce is sent before the evidence is verified: a refused enclave does not even learn who asked.
 
     Args:
@@ -91,12 +96,27 @@ def connect_attested(
 
     Raises:
         AttestationError: the evidence is missing, of another key or moment, or refused by the policy.
+        BusyError: the enclave had no place in all the time.
         ConsentError: the enclave does not know the client.
         ProtocolError: the peer is no enclave of this protocol, or too slow (ConnectionClosedError).
         UsageError: nobody answers, or not an address.
     """
-    deadline = time.monotonic() + timeout
-    stream, certificate = _open(address, timeout, deadline)
+    deadline, pause = time.monotonic() + timeout, _FIRST_PAUSE
+    while True:
+        try:
+            return _connect(address, identity, policy, timeout, deadline, enclave)
+        except BusyError:
+            # Those who were turned away together must not come back together.
+            pause *= 1 + int.from_bytes(os.urandom(2), "big") / (1 << 16)
+            if time.monotonic() + pause > deadline:
+                raise
+            time.sleep(pause)
+
+
+def _connect(
+    address: str, identity: Identity, policy: Policy, timeout: float, deadline: float, enclave: str | None
+) -> AttestedChannel:
+    stream, certificate = _open(address, max(deadline - time.monotonic(), 1e-3), deadline)
     try:
         nonce = os.urandom(32).hex()
         server_nonce, payload = _nonce_round(stream, nonce, deadline)
@@ -176,6 +196,8 @@ def _nonce_round(stream: frames.Stream, nonce: str, deadline: float) -> tuple[st
     """Return the enclave's nonce and its fresh evidence as received."""
     stream.send(handshake.hello(nonce), limits=frames.HELLO, deadline=deadline)
     reply, payload = stream.receive(frames.EVIDENCE, deadline=deadline)
+    if reply.get("error") == "busy":
+        raise BusyError("the enclave is busy", where=stream.peer, hint=TRY_AGAIN)
     if "error" in reply:  # its text is not shown: nobody has proved yet to be an enclave
         raise ProtocolError("peer refuses the hello", expected=f"version {handshake.VERSION}", where=stream.peer)
     return handshake.read_evidence_reply(reply), payload

@@ -7,24 +7,28 @@ from typing import Any
 
 from obfuscatune.errors import (
     AttestationError,
+    BusyError,
     ConsentError,
     FormatError,
     ObfuscatuneError,
     ProtocolError,
     RollbackError,
     SealError,
+    StorageError,
     UsageError,
     printable,
 )
 
 _CLASSES: dict[str, type[ObfuscatuneError]] = {
     "attestation": AttestationError,
+    "busy": BusyError,
     "consent": ConsentError,
     "failed": ObfuscatuneError,
     "format": FormatError,
     "protocol": ProtocolError,
     "rollback": RollbackError,
     "seal": SealError,
+    "storage": StorageError,
     "usage": UsageError,
 }
 _CODES = {kind: code for code, kind in _CLASSES.items()}

@@ -7,7 +7,10 @@ hundred bytes, a party that has proved who it is pieces of 4 MiB.
 """
 
 import contextlib
+import math
+import select
 import socket
+import ssl
 import struct
 import time
 from collections.abc import Callable, Mapping
@@ -19,6 +22,7 @@ from obfuscatune.parties.attestation.evidence import MAX_EVIDENCE_BYTES
 from obfuscatune.parties.canonical import decode, encode
 
 MAX_PIECE_BYTES = 4 * 1024**2
+LONG_BYTES = 64 * 1024  # of a payload; longer ones are counted
 _FIELDS, _PAYLOAD = struct.Struct("<I"), struct.Struct("<Q")
 # One write of this size is bounded by the deadline; a peer that reads a byte a second gains no time with a long one.
 _WRITE_BYTES = 256 * 1024
@@ -53,8 +57,12 @@ def encode_message(fields: Mapping[str, Any], payload: bytes, limits: MessageLim
     return _FIELDS.pack(len(data)) + data + _PAYLOAD.pack(len(payload))
 
 
-def read_message(read: Callable[[int], bytes], limits: MessageLimits) -> tuple[dict[str, Any], bytes]:
+def read_message(
+    read: Callable[[int], bytes], limits: MessageLimits, admit: Callable[[], None] = lambda: None
+) -> tuple[dict[str, Any], bytes]:
     """Read one message; ``read(n)`` returns exactly n bytes, and is never asked for more than the limits allow.
+
+    ``admit`` is called before memory is taken for a long payload.
 
     Raises:
         ProtocolError: a length beyond the limits, or fields that are no object in canonical form.
@@ -69,18 +77,26 @@ def read_message(read: Callable[[int], bytes], limits: MessageLimits) -> tuple[d
     (length,) = _PAYLOAD.unpack(read(_PAYLOAD.size))
     if length > limits.payload:
         raise ProtocolError("payload too long", got=f"{length} bytes", expected=f"at most {limits.payload}")
+    if length > LONG_BYTES:
+        admit()
     return fields, read(length) if length else b""
+
+
+class Interrupted(Exception):  # noqa: N818 - no error, and it never leaves this package
+    """Somebody in this process wants the connection to end."""
 
 
 class Stream:
     """One end of a connection, for one thread at a time, but for `close`.
 
     Every method takes a deadline, a reading of ``time.monotonic()``: a peer that trickles bytes wins no time. After any
-    error the stream is closed, so that no late byte is taken for the begin of a message.
+    error the stream is closed, so that no late byte is taken for the begin of a message. When the descriptor
+    ``interrupt`` becomes readable, a receive raises `Interrupted` and the stream stays open, to say why.
     """
 
-    def __init__(self, sock: socket.socket, peer: str) -> None:
+    def __init__(self, sock: socket.socket, peer: str, *, interrupt: int | None = None) -> None:
         self.peer = peer
+        self._interrupt = interrupt
         self._socket = sock
         if sock.family != socket.AF_UNIX:
             # A handshake is small messages that wait for one another: with Nagle's algorithm each costs 40 ms.
@@ -103,15 +119,36 @@ class Stream:
                     self._wait(deadline)
                     view = view[self._socket.send(view[:_WRITE_BYTES]) :]
 
-    def receive(self, limits: MessageLimits, *, deadline: float) -> tuple[dict[str, Any], bytes]:
+    def receive(
+        self,
+        limits: MessageLimits,
+        *,
+        deadline: float,
+        rest: float | None = None,
+        admit: Callable[[float], None] = lambda seconds: None,
+    ) -> tuple[dict[str, Any], bytes]:
         """Receive one message.
+
+        Args:
+            limits: of its lengths. deadline: for all of it. rest: seconds for what follows its first bytes.
+            admit: called before a long payload is read, with the seconds that it may wait; may raise TimeoutError.
 
         Raises:
             ProtocolError: the peer broke a rule.
             ConnectionClosedError: it closed the connection, is gone, or was too slow.
         """
+        until, begun = deadline, False
+
+        def read(size: int) -> bytes:
+            nonlocal until, begun
+            data = self._read(size, until)
+            if not begun and rest is not None:
+                until = min(deadline, time.monotonic() + rest)
+            begun = True
+            return data
+
         with self._closing_on_error():
-            return read_message(lambda size: self._read(size, deadline), limits)
+            return read_message(read, limits, lambda: admit(max(0.0, until - time.monotonic())))
 
     def close(self) -> None:
         """Close the connection; again and again does no harm, and a receive blocked in another thread ends."""
@@ -124,8 +161,14 @@ class Stream:
         data = bytearray(size)
         view = memoryview(data)
         while view:
-            self._wait(deadline)
-            count = self._socket.recv_into(view)
+            if time.monotonic() >= deadline:
+                raise TimeoutError
+            try:
+                self._socket.settimeout(0)
+                count = self._socket.recv_into(view)
+            except (BlockingIOError, ssl.SSLWantReadError):
+                self._wait_for_bytes(deadline)
+                continue
             if count == 0:
                 raise ConnectionClosedError("connection is closed", got="end of stream")
             view = view[count:]
@@ -137,12 +180,23 @@ class Stream:
             raise TimeoutError
         self._socket.settimeout(remaining)
 
+    def _wait_for_bytes(self, deadline: float) -> None:
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        if self._interrupt is not None:
+            poll.register(self._interrupt, select.POLLIN)
+        ready = poll.poll(math.ceil(max(0.0, deadline - time.monotonic()) * 1000))
+        if any(descriptor == self._interrupt for descriptor, _ in ready):
+            raise Interrupted
+
     @contextlib.contextmanager
     def _closing_on_error(self) -> Any:
         problem: ProtocolError
         try:
             yield
             return
+        except Interrupted:
+            raise
         except TimeoutError:
             problem = ConnectionClosedError("peer is too slow", where=self.peer)
         except ProtocolError as error:

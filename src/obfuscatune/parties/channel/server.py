@@ -1,4 +1,8 @@
-"""The enclave's end: a thread for each connection, strangers bounded in bytes and seconds, parties known by signature.
+"""The enclave's end: strangers bounded in bytes and seconds, parties known by signature, and none who shuts others out.
+
+A connection costs a descriptor until its first byte, then a thread. Each of the three tables of places (silent,
+strangers, parties) has owners who share it fairly, see `places`; quotes of the hardware are made by turns of the
+sources. Who loses a place, or gets none, is told that the enclave is busy wherever there is a way to tell.
 
 The certificate is made again once it is a minute old, so that a client's policy may be strict about the age of
 evidence however long the enclave runs; the enclave's identity stays.
@@ -6,25 +10,30 @@ evidence however long the enclave runs; the enclave's identity stays.
 
 import contextlib
 import logging
-import os
+import selectors
 import socket
 import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
-from obfuscatune.errors import ConnectionClosedError, ConsentError, ObfuscatuneError, ProtocolError, UsageError
+from obfuscatune.errors import BusyError, ConnectionClosedError, ObfuscatuneError, UsageError
 from obfuscatune.parties.attestation.evidence import Attester
-from obfuscatune.parties.channel import frames, handshake
 from obfuscatune.parties.channel.address import TlsAddress
 from obfuscatune.parties.channel.certificate import EnclaveCertificate, fresh_evidence, make_certificate
+from obfuscatune.parties.channel.conversation import Conversation
 from obfuscatune.parties.channel.faults import to_fields
-from obfuscatune.parties.channel.tls import check_protocol, server_context
+from obfuscatune.parties.channel.places import TRY_AGAIN, Places, Turns, source_of
+from obfuscatune.parties.channel.tls import server_context
 from obfuscatune.parties.identity import Identity, PublicIdentity
 
 logger = logging.getLogger(__name__)
 
 Handler = Callable[[PublicIdentity, dict[str, Any], bytes], tuple[dict[str, Any], bytes]]
+MAX_SILENT = 1024  # connections that have not sent a byte
+MAX_AT_ONCE = 8  # requests of one party that are worked on; its others wait
+MAX_PIECES = 16  # long payloads of one party in memory, each of at most 4 MiB
+_BACKLOG = 1024
 _RENEWAL_SECONDS = 60.0
 _CLOSING_SECONDS = 5.0
 
@@ -39,9 +48,10 @@ class AttestedServer:
         allow: whether a party that has proved its identity may make requests.
         handle: answers one request of a party; called from several threads at once, for one party's connections too.
             Its ObfuscatuneErrors go to the party as they are, of other exceptions it learns nothing.
-        timeout: seconds for the handshake, from accept to the end of authentication, and for taking a reply.
-        idle_timeout: seconds within which an authenticated party's next request must have arrived.
-        max_connections: at once; more are closed without a word.
+        timeout: seconds for the first byte; for the handshake, from then to the end of authentication; and for taking a
+            reply.
+        idle_timeout: seconds within which an authenticated party's next request must have begun.
+        max_connections: of strangers at once, and of parties: each costs a thread.
 
     Raises:
         AttestationError: the hardware gives no evidence.
@@ -56,44 +66,76 @@ class AttestedServer:
         attester: Attester,
         allow: Callable[[PublicIdentity], bool],
         handle: Handler,
-        timeout: float = 10.0,
+        timeout: float = 30.0,
         idle_timeout: float = 300.0,
-        max_connections: int = 32,
+        max_connections: int = 512,
     ) -> None:
         self._identity, self._attester = identity.public, attester
-        self._allow, self._handle = allow, handle
-        self._timeout, self._idle_timeout = timeout, idle_timeout
-        self._slots = threading.BoundedSemaphore(max_connections)
-        self._lock = threading.Lock()  # of the two below
-        self._open: dict[threading.Thread, socket.socket] = {}
-        self._closed = False
-        self._attesting = threading.Lock()  # one quote at a time: the hardware's interface is one
+        self.allow, self._handle = allow, handle
+        self.timeout, self.idle_timeout = timeout, idle_timeout
+        self.strangers = Places(max_connections, newest_first=True)
+        self.parties = Places(max_connections, newest_first=False)
+        self._lock = threading.Lock()  # of the five below
+        self._open: dict[threading.Thread, Conversation] = {}
+        self._at_once: dict[str, threading.Semaphore] = {}
+        self._pieces: dict[str, threading.Semaphore] = {}
+        self._serving = self._closed = False
+        self._attesting = Turns()  # one quote at a time: the hardware's interface is one
         self._certificate = make_certificate(self._identity, attester)
         self._context, self._made = server_context(self._certificate), time.monotonic()
         parsed = TlsAddress.parse(address)
-        self._listener = parsed.listen()
+        self._listener = parsed.listen(_BACKLOG)
+        self._listener.setblocking(False)
         self.address = str(TlsAddress(parsed.host, self._listener.getsockname()[1]))
 
     def serve_forever(self) -> None:
         """Accept connections until `close`; whatever one of them sends, the next is served."""
-        while True:
-            try:
-                accepted, _ = self._listener.accept()
-            except OSError as error:
+        with selectors.DefaultSelector() as selector, contextlib.ExitStack() as stack:
+            silent = Silent(selector, self.timeout)
+            stack.callback(silent.close)
+            with self._lock:
                 if self._closed:
                     return
-                logger.warning("cannot accept a connection: %s", error.strerror)
-                if self._listener.fileno() < 0:
-                    raise UsageError("the listener is gone", where=self.address) from None
-                time.sleep(0.1)  # out of descriptors: connections that end give some back
-                continue
-            if not self._slots.acquire(blocking=False):
-                accepted.close()
-                continue
-            thread = threading.Thread(target=self._serve, args=(accepted,), daemon=True)
-            with self._lock:  # a thread that `close` finds has been started
-                self._open[thread] = accepted
-                thread.start()
+                self._serving = True
+            stack.callback(self._listener.close)
+            selector.register(self._listener, selectors.EVENT_READ)
+            while not self._closed:
+                for key, _ in selector.select(silent.patience()):
+                    if key.fileobj is self._listener:
+                        self._accept(silent)
+                    elif silent.has(key.fileobj):  # it may have lost its place in this very round
+                        self._begin(*silent.pop(key.fileobj))
+                silent.expire()
+
+    def _accept(self, silent: "Silent") -> None:
+        try:
+            accepted, peer = self._listener.accept()
+        except BlockingIOError:
+            return  # it gave up
+        except OSError as error:
+            if self._closed:
+                return
+            logger.warning("cannot accept a connection: %s", error.strerror)
+            if self._listener.fileno() < 0:
+                raise UsageError("the listener is gone", where=self.address) from None
+            time.sleep(0.1)  # out of descriptors: connections that end give some back
+            return
+        accepted.setblocking(True)
+        silent.add(accepted, source_of(peer[0]))
+
+    def _begin(self, accepted: socket.socket, source: str) -> None:
+        conversation = Conversation(self, accepted, source)
+        try:
+            self.strangers.enter(source, conversation)
+        except BusyError:
+            accepted.close()
+            return
+        thread = threading.Thread(target=self._serve, args=(accepted, conversation, source), daemon=True)
+        with self._lock:  # a thread that `close` finds has been started
+            self._open[thread] = conversation
+            if self._closed:
+                conversation.close()
+            thread.start()
 
     def close(self) -> None:
         """Stop listening, end all connections and wait a few seconds for their threads; again does no harm."""
@@ -101,107 +143,127 @@ class AttestedServer:
             self._closed = True
             pending = dict(self._open)
         with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)  # wakes the accept in another thread
-        self._listener.close()
-        for sock in pending.values():
-            with contextlib.suppress(OSError):
-                socket.socket.shutdown(sock, socket.SHUT_RDWR)
+            self._listener.shutdown(socket.SHUT_RDWR)  # wakes the selector, which closing it would not
+        if not self._serving:
+            self._listener.close()
+        for conversation in pending.values():
+            conversation.close()
         deadline = time.monotonic() + _CLOSING_SECONDS
         for thread in pending:
             if thread is not threading.current_thread():
                 thread.join(max(0.0, deadline - time.monotonic()))
 
-    def _serve(self, accepted: socket.socket) -> None:
+    def _serve(self, accepted: socket.socket, conversation: Conversation, source: str) -> None:
         """One connection, from TLS to its end; nothing that happens in it leaves this method."""
         try:
-            self._converse(accepted)
+            conversation.run()
         except ConnectionClosedError as error:
             logger.debug("connection ended: %s", error)
         except ObfuscatuneError as error:
             logger.warning("connection refused: %s", error)
-        except OSError as error:  # no TLS, another version, or gone: whoever can reach the port can do it
+        except (OSError, ValueError) as error:  # no TLS, another version, or gone: whoever reaches the port can do it
             logger.debug("connection ended in its handshake: %s", type(error).__name__)
         except Exception as error:  # the boundary of the server
             logger.warning("connection failed: %s", type(error).__name__)
         finally:
             accepted.close()
+            self.strangers.exit(source, conversation)
             with self._lock:
                 self._open.pop(threading.current_thread(), None)
-            self._slots.release()
 
-    def _converse(self, accepted: socket.socket) -> None:
-        deadline = time.monotonic() + self._timeout
-        certificate, context = self._credentials()
-        accepted.settimeout(self._timeout)
-        with context.wrap_socket(accepted, server_side=True, do_handshake_on_connect=False) as secured:
-            with self._lock:  # wrapping has moved the descriptor
-                self._open[threading.current_thread()] = secured
-                if self._closed:
-                    return
-            secured.do_handshake()
-            check_protocol(secured, "client")
-            stream = frames.Stream(secured, "client")
-            try:
-                client = self._greet(stream, certificate, deadline)
-            except ConnectionClosedError:
-                raise
-            except ObfuscatuneError as error:
-                self._send(stream, to_fields(error), b"", frames.ANSWER)
-                raise
-            self._answer_all(stream, client)
+    # What a conversation needs
 
-    def _greet(self, stream: frames.Stream, certificate: EnclaveCertificate, deadline: float) -> PublicIdentity:
-        fields, _ = stream.receive(frames.HELLO, deadline=deadline)
-        nonce, own_nonce = handshake.read_hello(fields), os.urandom(32).hex()
-        with self._attesting:
-            evidence = fresh_evidence(self._identity, self._attester, certificate.tls_key, nonce).to_bytes()
-        stream.send(handshake.evidence_reply(own_nonce), evidence, limits=frames.EVIDENCE, deadline=deadline)
-        fields, _ = stream.receive(frames.AUTHENTICATE, deadline=deadline)
-        transcript = handshake.Transcript(
-            handshake.digest(certificate.der), nonce, own_nonce, handshake.digest(evidence)
-        )
-        # The signature first: only who holds an identity's key may learn whether it is known here.
-        client = handshake.read_authenticate(fields, transcript)
-        if self._allow(client) is not True:
-            hint = "the enclave's operator names the parties' identity files at its start"
-            raise ConsentError("client is not known to this enclave", got=client.fingerprint, hint=hint)
-        stream.send({"type": "accepted"}, limits=frames.ANSWER, deadline=deadline)
-        return client
+    def credentials(self, source: str) -> tuple[EnclaveCertificate, Any]:
+        """Return a certificate younger than a minute and its context."""
+        if time.monotonic() - self._made > _RENEWAL_SECONDS:
+            with self._attesting.turn(source):
+                if time.monotonic() - self._made > _RENEWAL_SECONDS:
+                    certificate = make_certificate(self._identity, self._attester)
+                    self._certificate, self._context = certificate, server_context(certificate)
+                    self._made = time.monotonic()
+        return self._certificate, self._context
 
-    def _answer_all(self, stream: frames.Stream, client: PublicIdentity) -> None:
-        last = 0
-        while True:
-            message, payload = stream.receive(frames.SESSION, deadline=time.monotonic() + self._idle_timeout)
-            number, fields = message.get("id"), message.get("fields")
-            if set(message) != {"fields", "id"} or type(number) is not int or not isinstance(fields, dict):
-                raise ProtocolError("not a request", expected="fields and id")
-            if number <= last:
-                raise ProtocolError("id of a request does not increase", expected=f"above {last}")
-            last = number
-            reply, data = self._answer(client, fields, payload)
-            try:
-                self._send(stream, {"id": number, **reply}, data, frames.SESSION)
-            except UsageError:  # nothing of it was sent, and this one always fits
-                error = ObfuscatuneError("the reply is beyond the limits of a message")
-                self._send(stream, {"id": number, **to_fields(error)}, b"", frames.SESSION)
+    def evidence(self, source: str, tls_key: str, nonce: str) -> bytes:
+        """Return fresh evidence; the sources take turns."""
+        with self._attesting.turn(source):
+            return fresh_evidence(self._identity, self._attester, tls_key, nonce).to_bytes()
 
-    def _answer(self, client: PublicIdentity, fields: dict[str, Any], payload: bytes) -> tuple[dict[str, Any], bytes]:
+    def pieces(self, client: PublicIdentity) -> threading.Semaphore:
+        """Return the party's share of long payloads in memory."""
+        with self._lock:
+            return self._pieces.setdefault(client.fingerprint, threading.BoundedSemaphore(MAX_PIECES))
+
+    def answer(self, client: PublicIdentity, fields: dict[str, Any], payload: bytes) -> tuple[dict[str, Any], bytes]:
+        """Return the reply to one request of a party, or what it is told of the failure."""
+        with self._lock:
+            turn = self._at_once.setdefault(client.fingerprint, threading.BoundedSemaphore(MAX_AT_ONCE))
         try:
-            reply, data = self._handle(client, fields, payload)
+            if not turn.acquire(timeout=self.timeout):
+                raise BusyError("too many requests of this party at once", expected=MAX_AT_ONCE, hint=TRY_AGAIN)
+            try:
+                reply, data = self._handle(client, fields, payload)
+            finally:
+                turn.release()
         except Exception as error:  # whatever one request provokes, the next one is served
             logger.warning("request failed: %s", error if isinstance(error, ObfuscatuneError) else type(error).__name__)
             return to_fields(error), b""
         return {"fields": reply}, data
 
-    def _send(
-        self, stream: frames.Stream, fields: dict[str, Any], payload: bytes, limits: frames.MessageLimits
-    ) -> None:
-        stream.send(fields, payload, limits=limits, deadline=time.monotonic() + self._timeout)
 
-    def _credentials(self) -> tuple[EnclaveCertificate, Any]:
-        """Return a certificate younger than a minute and its context."""
-        with self._attesting:
-            if time.monotonic() - self._made > _RENEWAL_SECONDS:
-                self._certificate = make_certificate(self._identity, self._attester)
-                self._context, self._made = server_context(self._certificate), time.monotonic()
-            return self._certificate, self._context
+class Silent:
+    """Connections that have not sent a byte: in a selector, for one thread. They cost no thread of their own."""
+
+    def __init__(self, selector: selectors.BaseSelector, seconds: float) -> None:
+        self._selector, self._seconds = selector, seconds
+        self._places = Places(MAX_SILENT, newest_first=True)
+        self._waiting: dict[Any, _Silence] = {}  # the oldest first
+
+    def add(self, accepted: socket.socket, source: str) -> None:
+        """Wait for the first byte of a connection; where there are too many, another one ends."""
+        silence = _Silence(self, accepted, source, time.monotonic() + self._seconds)
+        self._waiting[accepted] = silence
+        self._selector.register(accepted, selectors.EVENT_READ)
+        self._places.enter(source, silence)
+
+    def has(self, accepted: Any) -> bool:
+        """Return whether it is one of them."""
+        return accepted in self._waiting
+
+    def pop(self, accepted: Any) -> tuple[socket.socket, str]:
+        """Return a connection that has something to say, and its source."""
+        silence = self._waiting.pop(accepted)
+        self._selector.unregister(accepted)
+        self._places.exit(silence.source, silence)
+        return silence.accepted, silence.source
+
+    def end(self, accepted: socket.socket) -> None:
+        """End a connection."""
+        self.pop(accepted)[0].close()
+
+    def patience(self) -> float | None:
+        """Return the seconds until the oldest must have spoken; None where there is none."""
+        oldest = next(iter(self._waiting.values()), None)
+        return None if oldest is None else max(0.0, oldest.until - time.monotonic())
+
+    def expire(self) -> None:
+        """End those whose time is over."""
+        now = time.monotonic()
+        for silence in [one for one in self._waiting.values() if one.until <= now]:
+            self.end(silence.accepted)
+
+    def close(self) -> None:
+        """End all."""
+        for accepted in list(self._waiting):
+            self.end(accepted)
+
+
+class _Silence:
+    """One of them, as the holder of its place."""
+
+    idle = True
+
+    def __init__(self, silent: Silent, accepted: socket.socket, source: str, until: float) -> None:
+        self._silent, self.accepted, self.source, self.until = silent, accepted, source, until
+
+    def leave(self) -> None:
+        self._silent.end(self.accepted)

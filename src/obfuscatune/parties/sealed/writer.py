@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
-from obfuscatune.errors import ObfuscatuneError, UsageError
+from obfuscatune.errors import StorageError, UsageError
 from obfuscatune.parties.identity import Identity, PublicIdentity
 from obfuscatune.parties.sealed.fields import CHUNK_SIZES, MAX_RECIPIENTS, TAG_BYTES, Header, Kind, header_hash
 from obfuscatune.parties.sealed.header import CONTEXT, digest, signed_hashes
@@ -155,5 +155,5 @@ class SealedWriter:
             finally:
                 self._beside.unlink(missing_ok=True)
 
-    def _failed(self, error: OSError) -> ObfuscatuneError:
-        return ObfuscatuneError("cannot write the sealed file", got=error.strerror, where=str(self._path))
+    def _failed(self, error: OSError) -> StorageError:
+        return StorageError("cannot write the sealed file", got=error.strerror, where=str(self._path))

@@ -1,0 +1,120 @@
+"""Azure's confidential machines: a hardware report for a paravisor, whose TPM's key it binds, and a quote of that TPM.
+
+    SNP report over SHA-256(runtime data) -> runtime data, JSON, has the key HCLAkPub -> quote of the TPM by that key
+
+The report is for the paravisor (HCL), which runs at the most privileged level of the guest and keeps the TPM; what the
+guest has booted is in the TPM's PCRs. So a policy names both: what pins the paravisor, and PCRs.
+
+    HCL report  "HCLA" | version 1 | size | request 2 | status 0 | 12 zeros | report (1184)
+                | size of the rest | version 1 | type (2: SNP, 4: TDX) | hash (1: SHA-256) | length
+                | runtime data | zeros
+
+All numbers are u32, little-endian. Only SNP is taken: of a TDX machine the report has no signature, and its quote comes
+from the cloud's own service. Format: OpenHCL, openhcl_attestation_protocol (igvm_attest).
+"""
+
+import base64
+import hashlib
+import json
+from dataclasses import replace
+
+from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey, RSAPublicNumbers
+
+from obfuscatune.errors import FormatError
+from obfuscatune.parties.attestation import snp, tpm
+from obfuscatune.parties.attestation.evidence import Quote
+from obfuscatune.parties.attestation.fields import Fields
+from obfuscatune.parties.attestation.policy import Policy
+from obfuscatune.parties.attestation.tpm_structures import parse_quote, parse_signature
+from obfuscatune.parties.attestation.verdict import Checked, Rule
+
+_MAGIC, _VERSION, _REQUEST = b"HCLA", 1, 2
+_SNP, _TDX, _SHA256 = 2, 4, 1
+_RESERVED_BYTES, _REST_HEADER_BYTES = 12, 20
+_KEY_NAME = "HCLAkPub"
+_RSA_BITS, _RSA_EXPONENT = 2048, 65_537
+_EXTRAS = ("tpm_quote", "signature", "pcrs")
+
+
+def check(quote: Quote, policy: Policy, now: float) -> Checked:
+    """Verify report, runtime data and the TPM's quote at Unix second ``now``, and judge the platform.
+
+    Raises:
+        FormatError: one of them breaks its format, or it is of a TDX machine.
+    """
+    report, runtime = _split(quote.quote)
+    certificates = {name: data for name, data in quote.extras.items() if name == "certificates"}
+    hardware = snp.check(Quote("snp", report, certificates), policy, now)
+    rules = list(hardware.rules)
+    bound = hardware.report_data == hashlib.sha256(runtime).digest() + bytes(32)
+    rules.append(Rule("runtime data", bound, "genuine" if bound else "not what the report binds", "genuine"))
+    if not bound:
+        return Checked(rules)
+    key = _attestation_key(runtime)
+    if not any(name in quote.extras for name in _EXTRAS):
+        rules.append(Rule("tpm quote", None, "none", "a quote of the machine's TPM"))
+        return Checked(rules)
+    if set(quote.extras) - {"certificates"} != set(_EXTRAS):
+        raise FormatError("what comes with an HCL report", expected=", ".join(_EXTRAS))
+    message, signature = quote.extras["tpm_quote"], parse_signature(quote.extras["signature"])
+    attested = parse_quote(message)
+    values = tpm.read_pcrs(quote.extras["pcrs"], attested)
+    rules += [
+        tpm.genuine("tpm quote", tpm.verifies(key, signature, message), "not by the key in the runtime data"),
+        tpm.genuine("pcrs", tpm.pcr_digest(values, signature.hash) == attested.pcr_digest, "not the quoted values"),
+    ]
+    if not all(rule.passed for rule in rules[-2:]):
+        return Checked(rules)
+    measurements = {**hardware.measurements, **tpm.measurements(values)}
+    return replace(hardware, rules=rules, report_data=attested.extra_data, measurements=measurements)
+
+
+def peek(report: bytes) -> dict[str, str]:
+    """Return what a report says, NOT verified; raises FormatError where it is none."""
+    hardware, runtime = _split(report)
+    _attestation_key(runtime)
+    return {**snp.peek(hardware), "runtime data": f"{len(runtime)} bytes"}
+
+
+def _split(data: bytes) -> tuple[bytes, bytes]:
+    """Return hardware report and runtime data; nothing is hidden between, behind or in what is reserved."""
+    reader = Fields(data, "HCL report")
+    head = (reader.take(4), reader.number(4))
+    size = reader.number(4)
+    if (
+        head != (_MAGIC, _VERSION)
+        or reader.number(4) != _REQUEST
+        or reader.number(4)
+        or any(reader.take(_RESERVED_BYTES))
+    ):
+        raise FormatError("not an HCL report of a machine", expected='"HCLA", version 1')
+    report = reader.take(snp.REPORT_BYTES)
+    told, version, kind, hashed, length = (reader.number(4) for _ in range(5))
+    if kind == _TDX:
+        raise FormatError("HCL report of a TDX machine, which is not verified yet", expected="SNP")
+    if (version, kind, hashed) != (1, _SNP, _SHA256) or told != length + _REST_HEADER_BYTES:
+        raise FormatError("runtime data of an HCL report of an unknown form")
+    runtime = reader.take(length)
+    if size != reader.at:
+        raise FormatError("size of an HCL report", got=size, expected=reader.at)
+    if any(reader.take(reader.left)):
+        raise FormatError("bytes behind the HCL report")
+    return report, runtime
+
+
+def _attestation_key(runtime: bytes) -> RSAPublicKey:
+    """Return the TPM's key out of the runtime data, a JWK of RSA-2048."""
+    try:
+        keys = json.loads(runtime.decode("utf-8"))["keys"]
+        (key,) = [key for key in keys if key["kid"] == _KEY_NAME]
+        modulus, exponent = (int.from_bytes(_base64url(key[name]), "big") for name in ("n", "e"))
+        kind = (key["kty"], key["key_ops"], exponent, modulus.bit_length())
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise FormatError("runtime data without one key of the TPM", expected=_KEY_NAME) from None
+    if kind != ("RSA", ["sign"], _RSA_EXPONENT, _RSA_BITS):
+        raise FormatError("key of the TPM in the runtime data", expected="RSA-2048 for signatures")
+    return RSAPublicNumbers(exponent, modulus).public_key()
+
+
+def _base64url(text: str) -> bytes:
+    return base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)

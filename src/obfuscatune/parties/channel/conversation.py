@@ -1,0 +1,196 @@
+"""One connection at the enclave's end: TLS, the nonce round, the party's signature, then its requests one by one."""
+
+import contextlib
+import functools
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+from obfuscatune.errors import (
+    BusyError,
+    ConnectionClosedError,
+    ConsentError,
+    ObfuscatuneError,
+    ProtocolError,
+    UsageError,
+)
+from obfuscatune.parties.channel import frames, handshake
+from obfuscatune.parties.channel.certificate import EnclaveCertificate
+from obfuscatune.parties.channel.faults import to_fields
+from obfuscatune.parties.channel.places import TRY_AGAIN, Places
+from obfuscatune.parties.channel.tls import check_protocol
+from obfuscatune.parties.identity import PublicIdentity
+
+# Of a request that has begun: 4 MiB within it are 0.6 Mbit/s. Without it, a party could keep pieces in memory for ever.
+MESSAGE_SECONDS = 60.0
+
+
+class Host(Protocol):
+    """What a conversation needs of its server."""
+
+    timeout: float
+    idle_timeout: float
+    strangers: Places
+    parties: Places
+
+    def credentials(self, source: str) -> tuple[EnclaveCertificate, Any]:
+        """Return certificate and TLS context."""
+        ...
+
+    def evidence(self, source: str, tls_key: str, nonce: str) -> bytes:
+        """Return fresh evidence."""
+        ...
+
+    def allow(self, client: PublicIdentity) -> bool:
+        """Return whether a party may come in."""
+        ...
+
+    def pieces(self, client: PublicIdentity) -> threading.Semaphore:
+        """Return the party's share of long payloads in memory."""
+        ...
+
+    def answer(self, client: PublicIdentity, fields: dict[str, Any], payload: bytes) -> tuple[dict[str, Any], bytes]:
+        """Return the reply to one request."""
+        ...
+
+
+class Conversation:
+    """One connection, in a thread of its own; it holds a place among the strangers and later among the parties."""
+
+    def __init__(self, host: Host, accepted: socket.socket, source: str) -> None:
+        self._host, self._source = host, source
+        self._lock = threading.Lock()  # of the three below
+        self._socket = accepted
+        self._interrupt: int | None = None  # descriptor that ends what it waits for
+        self._leaving = False
+        self._next: int | None = None  # least id of the next request, once the party may make some
+        self.idle = True
+
+    def leave(self) -> None:
+        """Let it end: it waits for nothing any more, and its peer is told that the enclave is busy."""
+        with self._lock:
+            self._leaving = True
+            if self._interrupt is not None:
+                os.eventfd_write(self._interrupt, 1)
+            else:  # within TLS's handshake nothing can be told
+                self._shut()
+
+    def close(self) -> None:
+        """End it at once."""
+        with self._lock:
+            self._shut()
+
+    def _shut(self) -> None:
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
+
+    def run(self) -> None:
+        """Converse until one of the two ends it; closes the socket.
+
+        Raises:
+            ObfuscatuneError, OSError: how it ended.
+        """
+        host = self._host
+        deadline = time.monotonic() + host.timeout
+        certificate, context = host.credentials(self._source)
+        self._socket.settimeout(host.timeout)
+        with context.wrap_socket(self._socket, server_side=True, do_handshake_on_connect=False) as secured:
+            with self._lock:  # wrapping has moved the descriptor
+                self._socket = secured
+                if self._leaving:
+                    return
+            secured.do_handshake()
+            check_protocol(secured, "client")
+            with self._interruption() as interrupt:
+                stream = frames.Stream(secured, "client", interrupt=interrupt)
+                try:
+                    self._serve(stream, certificate, deadline)
+                except frames.Interrupted:
+                    error = BusyError("the enclave is busy and gives this connection's place away", hint=TRY_AGAIN)
+                    # In place of the next reply.
+                    self._send(stream, ({} if self._next is None else {"id": self._next}) | to_fields(error))
+
+    @contextlib.contextmanager
+    def _interruption(self) -> Iterator[int]:
+        interrupt = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        with self._lock:
+            self._interrupt = interrupt
+            if self._leaving:
+                os.eventfd_write(interrupt, 1)
+        try:
+            yield interrupt
+        finally:
+            with self._lock:
+                self._interrupt = None
+            os.close(interrupt)
+
+    def _serve(self, stream: frames.Stream, certificate: EnclaveCertificate, deadline: float) -> None:
+        host = self._host
+        try:
+            client = self._greet(stream, certificate, deadline)
+            host.parties.enter(client.fingerprint, self)
+        except ConnectionClosedError:
+            raise
+        except ObfuscatuneError as error:
+            self._send(stream, to_fields(error))
+            raise
+        try:
+            host.strangers.exit(self._source, self)
+            self._send(stream, {"type": "accepted"})
+            self._answer_all(stream, client)
+        finally:
+            host.parties.exit(client.fingerprint, self)
+
+    def _greet(self, stream: frames.Stream, certificate: EnclaveCertificate, deadline: float) -> PublicIdentity:
+        host = self._host
+        fields, _ = stream.receive(frames.HELLO, deadline=deadline)
+        nonce, own_nonce = handshake.read_hello(fields), os.urandom(32).hex()
+        evidence = host.evidence(self._source, certificate.tls_key, nonce)
+        stream.send(handshake.evidence_reply(own_nonce), evidence, limits=frames.EVIDENCE, deadline=deadline)
+        fields, _ = stream.receive(frames.AUTHENTICATE, deadline=deadline)
+        transcript = handshake.Transcript(
+            handshake.digest(certificate.der), nonce, own_nonce, handshake.digest(evidence)
+        )
+        # The signature first: only who holds an identity's key may learn whether it is known here.
+        client = handshake.read_authenticate(fields, transcript)
+        if host.allow(client) is not True:
+            hint = "the enclave's operator names the parties' identity files at its start"
+            raise ConsentError("client is not known to this enclave", got=client.fingerprint, hint=hint)
+        return client
+
+    def _answer_all(self, stream: frames.Stream, client: PublicIdentity) -> None:
+        pieces, self._next = self._host.pieces(client), 1
+        while True:
+            with contextlib.ExitStack() as held:
+                admit = functools.partial(_admit, pieces, held)
+                idle_until = time.monotonic() + self._host.idle_timeout
+                message, payload = stream.receive(
+                    frames.SESSION, deadline=idle_until, rest=MESSAGE_SECONDS, admit=admit
+                )
+                number, fields = message.get("id"), message.get("fields")
+                if set(message) != {"fields", "id"} or type(number) is not int or not isinstance(fields, dict):
+                    raise ProtocolError("not a request", expected="fields and id")
+                if number < self._next:
+                    raise ProtocolError("id of a request does not increase", expected=f"at least {self._next}")
+                self._next, self.idle = number + 1, False
+                reply, data = self._host.answer(client, fields, payload)
+                try:
+                    self._send(stream, {"id": number, **reply}, data)
+                except UsageError:  # nothing of it was sent, and this one always fits
+                    error = ObfuscatuneError("the reply is beyond the limits of a message")
+                    self._send(stream, {"id": number, **to_fields(error)})
+                self.idle = True
+
+    def _send(self, stream: frames.Stream, fields: dict[str, Any], payload: bytes = b"") -> None:
+        limits = frames.SESSION if "id" in fields else frames.ANSWER
+        stream.send(fields, payload, limits=limits, deadline=time.monotonic() + self._host.timeout)
+
+
+def _admit(pieces: threading.Semaphore, held: contextlib.ExitStack, seconds: float) -> None:
+    """Wait for one of the party's long payloads, which ``held`` gives back; raises TimeoutError."""
+    if not pieces.acquire(timeout=seconds):
+        raise TimeoutError
+    held.callback(pieces.release)
