@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from obfuscatune.enclave.remote.withdrawn import Fixed
+from obfuscatune.enclave.remote.withdrawn import Fixed, Withdrawn
 from obfuscatune.errors import UnsupportedModelError
 
 
@@ -35,6 +35,12 @@ class Guarded(Fixed):
             where=self.path,
             hint="a PEFT model's save_pretrained saves the adapter; state_dict() has what stayed in the enclave",
         )
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        for path, module in self.named_modules():  # here, before anything is loaded
+            if isinstance(module, Withdrawn):
+                module.refuse_load(state_dict, f"{prefix}{path}.")
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Refuse: most of the model is not here to be compiled."""

@@ -303,7 +303,8 @@ def _refuse_output(model: Any, name: str, why: str) -> None:
         if wanted is None:
             wanted = getattr(model.config, name, None)
         if wanted is not None and wanted is not False:  # a number may choose one of several, 0 the first
-            raise UnsupportedModelError(f"{name}: {reason}", hint=f"protect with {hint}")
+            where = type(module).__name__
+            raise UnsupportedModelError(f"{name}: {reason}", where=where, hint=f"protect with {hint}")
 
     for each in (model, model.base_model):  # the one without the head can be called alone
         each.register_forward_pre_hook(check, with_kwargs=True)

@@ -39,6 +39,7 @@ def refuse_options(configurations: Mapping[str, Any]) -> None:
                 got=", ".join(options),
                 expected="plain LoRA (no DoRA, no lora_bias, no other variant)",
                 where=f"adapter {name}",
+                hint="leave the option out; what is equal to plain PEFT is listed in docs/models.md",
             )
 
 

@@ -148,7 +148,11 @@ class HeldSlot(Slot):
             return
         if list(self.lora.active_adapters) != [self._adapter]:
             raise UsageError(
-                "adapter in use is not the one on the worker", got=self.lora.active_adapters, where=self.layer.path
+                "adapter in use is not the one on the worker",
+                got=self.lora.active_adapters,
+                expected=self._adapter,
+                where=self.layer.path,
+                hint="lora_placement='enclave' takes any adapter on these layers; here it is the one of `protect`",
             )
         refuse_variants(self.lora, self.layer.path, [self._adapter])
         self.refuse_code_within(self._adapter)

@@ -34,6 +34,7 @@ from obfuscatune.enclave.remote.passes import Passes
 from obfuscatune.errors import UnsupportedModelError
 
 RankKey = Callable[[int], Key]
+_OWN_CODE = "attention='enclave', mlp='enclave' and lora_placement='enclave' together run PEFT's own code"
 
 
 class Slot(ABC):
@@ -90,7 +91,9 @@ class Slot(ABC):
     def refuse_hooks(self) -> None:
         """Refuse hooks on PEFT's layer where they would not run, and adapters by row, which PEFT tells it of by one."""
         if self.lora._forward_pre_hooks or (not self.called and has_hooks(self.lora)):
-            raise UnsupportedModelError("adapter_names, or another hook on a LoRA layer", where=self.layer.path)
+            raise UnsupportedModelError(
+                "adapter_names, or another hook on a LoRA layer", where=self.layer.path, hint=_OWN_CODE
+            )
 
     def refuse_code_within(self, adapter: str) -> None:
         """Refuse hooks and forwards that are set on what PEFT's layer would call, and is not called here."""
@@ -103,7 +106,7 @@ class Slot(ABC):
                 raise UnsupportedModelError(
                     f"{own} within a LoRA layer that is computed in part on the worker",
                     where=f"{self.layer.path}.{name}",
-                    hint='lora_placement="enclave", with attention="enclave" and mlp="enclave", runs PEFT\'s own code',
+                    hint=_OWN_CODE,
                 )
 
 

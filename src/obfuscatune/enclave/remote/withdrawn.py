@@ -95,10 +95,14 @@ class Withdrawn(Fixed, nn.Linear):
         raise NotHereError("this weight is on the worker", where=self.path)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        given = [name for name in ("weight", "bias") if prefix + name in state_dict]
-        if given:
-            args[-1].append(f"{prefix}{given[0]} is on the worker, keyed: load base weights before protect.")
+        self.refuse_load(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def refuse_load(self, state_dict: Any, prefix: str) -> None:
+        """Refuse values of the base layer, whose names start with ``prefix``: the worker would go on with its own."""
+        if f"{prefix}weight" in state_dict or f"{prefix}bias" in state_dict:
+            hint = "load base weights before the model is protected"
+            raise NotHereError("a weight to be loaded is on the worker, keyed", where=self.path, hint=hint)
 
     def extra_repr(self) -> str:
         """Say what it is."""
