@@ -121,7 +121,7 @@ class Session(Secret):
                 number is not finite, or the request is beyond the limits of a frame, in which cases nothing was sent
                 and the session goes on.
         """
-        self._refuse_not_finite(tensors, layer)
+        self.refuse_not_finite(tensors, layer)
         with self._sending:
             self._refuse_ended(layer)
             self._last_id += 1
@@ -194,8 +194,8 @@ class Session(Secret):
             for name, count in counts.items():
                 setattr(traffic, name, getattr(traffic, name) + count)
 
-    def _refuse_not_finite(self, tensors: Mapping[str, Tensor], layer: str) -> None:
-        """What is not finite here comes back so, and an honest worker would be accused of it."""
+    def refuse_not_finite(self, tensors: Mapping[str, Tensor], layer: str) -> None:
+        """Refuse what is not finite: it would come back so, and an honest worker be accused of it."""
         for name, tensor in tensors.items():
             if not is_finite(tensor):
                 raise UsageError(

@@ -93,6 +93,7 @@ class HeldSlot(Slot):
         tensors = {"a": a.to(self._a.dtype).contiguous(), "b": b.to(self._b.dtype).contiguous()}
         header = {"segment": self._segment, "slot": self.name, "scale": scaling}
         self.session.request("hold", self.layer.path, header, tensors, {})
+        self._scaling = scaling
         self._remember()
 
     def scaling(self) -> float:
@@ -135,7 +136,6 @@ class HeldSlot(Slot):
 
     def _remember(self) -> None:
         self._synced = (self._a.detach().clone(), self._b.detach().clone())
-        self._scaling = self.scaling()
 
     def contribute(self, call: RemoteCall, x: Tensor | None) -> None:
         """Let the worker add its product; sends values that were loaded since, looked for once in each pass.
@@ -283,7 +283,8 @@ class HeldAdapter:
         """
         if self.stale:
             for slot in self.slots:
-                slot.push()
+                if slot.lags():
+                    slot.push()
             self.fetch()
 
     def fetch(self) -> None:
