@@ -1,5 +1,6 @@
 """What would be silently wrong is refused, before a worker is started where it can be seen by then."""
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from transformers import GPT2Model
 import obfuscatune
 from obfuscatune import UnsupportedModelError, UsageError
 
+from .families import twins_of, wide
 from .models import TARGETS, VARIANTS, error, gpt2, scalar, tokens, twins, with_lora
 
 NO_WORKER = "unix:///nonexistent/worker.sock"  # connecting there fails with another error
@@ -136,3 +138,49 @@ def test_keys_stay_in_float32_under_autocast(protect: Any) -> None:
         there_and_back = key.apply_inverse(key.apply(x))
     assert there_and_back.dtype == torch.float32
     assert error(there_and_back, x) < 1e-5
+
+
+@pytest.mark.parametrize("variant", ["paper", "balanced", "strict", "stream"])
+def test_numbers_that_are_not_finite_accuse_no_worker(protect: Any, variant: str) -> None:
+    profile, switches = VARIANTS[variant]
+    reference, model = twins()
+    with protect(model, profile=profile, **switches) as protected:
+        expected = reference(tokens(2, 4)).logits
+        embedded = reference.get_input_embeddings()(tokens(2, 4)).detach()
+        with pytest.raises(UsageError, match="not finite"):
+            protected.model(inputs_embeds=embedded * float("nan"))
+        value = protected.model(tokens(2, 4)).logits
+        with pytest.raises(UsageError, match="not finite"):
+            (value * float("inf")).sum().backward()
+        assert error(protected.model(tokens(2, 4)).logits, expected) < 1e-9  # the session goes on
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("profile", ["plain", "paper", "balanced", "strict", "stream"])
+def test_a_batch_without_rows(protect: Any, profile: str, family: str) -> None:
+    """Plain PyTorch cannot run GPT-2 or a backward on one either; what is asked is that the session goes on."""
+    reference, model = twins_of(family)
+    with wide(), protect(model, profile=profile) as protected:
+        for shape in ((0, 6), (2, 0)):
+            with contextlib.suppress(RuntimeError, IndexError, UsageError):
+                assert protected.model(torch.ones(shape, dtype=torch.int64)).logits.shape[:2] == shape
+        ours = protected.model(input_ids=tokens(2, 4)).logits
+        assert error(ours, reference(input_ids=tokens(2, 4)).logits) < 1e-9
+
+
+def test_attention_in_both_directions(protect: Any) -> None:
+    model = gpt2()
+    model.config.is_causal = False
+    with pytest.raises(UnsupportedModelError, match="both directions"):
+        obfuscatune.protect(model, worker="spawn", threads=1)
+    model = gpt2()
+    model.transformer.h[1].attn.is_causal = False
+    with pytest.raises(UnsupportedModelError, match=r"is_causal=False.*h\.1\.attn"):
+        obfuscatune.protect(model, worker="spawn", threads=1)
+
+
+def test_biases_that_transformers_says_it_trains(protect: Any) -> None:
+    model = gpt2()
+    model.add_adapter(LoraConfig(r=2, target_modules=list(TARGETS), fan_in_fan_out=True, bias="all"))
+    with pytest.raises(UnsupportedModelError, match="base parameter that is trained"):
+        protect(model, profile="balanced")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft.helpers import rescale_adapter_scale
 from torch import nn
 
 from obfuscatune import UsageError
@@ -167,9 +168,9 @@ def test_a_stock_optimizer_over_the_anchors_is_refused(protect: Any) -> None:
     with protect(model, profile="paper") as protected:
         optimizer = torch.optim.AdamW(trained(protected.model), lr=1e-3)
         loss(protected.model, 0).backward()
-        optimizer.step()
-        with pytest.raises(UsageError, match="create_optimizer"):
-            loss(protected.model, 0)
+        with pytest.raises(UsageError, match="create_optimizer"):  # at once: a run of one step would train nothing
+            optimizer.step()
+        loss(protected.model, 0)
 
 
 def test_values_loaded_after_a_step_are_used_and_kept(protect: Any) -> None:
@@ -196,3 +197,47 @@ def test_adapter_disabled_and_switched(protect: Any) -> None:
         with reference.disable_adapter(), protected.model.disable_adapter():
             assert error(loss(protected.model, 0), loss(reference, 0)) < PARAMETERS
         assert error(loss(protected.model, 0), loss(reference, 0)) < PARAMETERS
+
+
+def test_a_state_of_other_keys_is_refused(protect: Any) -> None:
+    """Factors under the keys of one session mean something else under those of another."""
+    _, model = twins()
+    with protect(model, profile="paper") as protected:
+        optimizer = protected.create_optimizer("sgd", lr=0.1)
+        zero_before_forward(protected.model, optimizer)
+        state, values = optimizer.state_dict(), adapter(protected.model)
+    for seed, is_right in ((13, False), (12, True)):
+        _, model = twins()
+        model.load_state_dict(values, strict=False)
+        with protect(model, profile="paper", insecure_test_seed=seed) as protected:
+            optimizer = protected.create_optimizer("sgd", lr=0.1)
+            if is_right:
+                optimizer.load_state_dict(state)
+            else:
+                with pytest.raises(UsageError, match="keyed otherwise"):
+                    optimizer.load_state_dict(state)
+            assert worst(adapter(protected.model), values) < PARAMETERS
+
+
+def test_a_factor_of_another_kind_is_refused(protect: Any) -> None:
+    _, model = twins()
+    with protect(model, profile="paper") as protected:
+        factor = next(p for name, p in protected.model.named_parameters() if "lora_A" in name)
+        factor.data = factor.data.bfloat16()
+        with pytest.raises(UsageError, match="another kind of tensor"):
+            loss(protected.model, 0)
+
+
+def test_training_under_another_scale(protect: Any) -> None:
+    """`rescale_adapter_scale` and its like, between steps: what the worker trained meanwhile is kept."""
+    reference, model = twins()
+    with protect(model, profile="paper") as protected:
+        for each, optimizer in (
+            (reference, torch.optim.SGD(trained(reference), lr=0.05, momentum=0.5)),
+            (protected.model, protected.create_optimizer("sgd", lr=0.05, momentum=0.5)),
+        ):
+            zero_before_forward(each, optimizer)
+            with rescale_adapter_scale(each, 0.5):
+                zero_before_forward(each, optimizer)
+            zero_before_forward(each, optimizer)
+        assert worst(adapter(protected.model), adapter(reference)) < PARAMETERS

@@ -103,6 +103,25 @@ def test_a_killed_enclave_takes_its_worker_along() -> None:
             os.close(worker)
 
 
+def test_a_child_of_the_enclave_leaves_its_session_alone() -> None:
+    """A process that is forked has a copy of all, and ends it when it leaves."""
+    model = new_model()
+    expected = loss_of(model)
+    with obfuscatune.protect(model, worker="spawn", threads=1) as protected:
+        child = os.fork()
+        if child == 0:
+            try:
+                with contextlib.suppress(UsageError):
+                    loss_of(protected.model)
+                    os._exit(2)
+                protected.close()
+                os._exit(0)
+            finally:
+                os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        torch.testing.assert_close(loss_of(protected.model), expected)
+
+
 def test_a_closed_session_leaves_no_process() -> None:
     with obfuscatune.protect(new_model(), threads=1, timeout=PATIENCE) as protected:
         process = protected.session.process

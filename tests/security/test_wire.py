@@ -6,6 +6,7 @@ exposes: the test must find all of that, which is its control, and nothing else.
 
 import contextlib
 import re
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ import msgpack
 import numpy as np
 import pytest
 import torch
+
+from obfuscatune.protocol.connection import Connection
 
 from .matching import AS_IT_IS, UP_TO_ORDER, search
 from .recording import PROMPT, TEXT, Recording, record
@@ -185,9 +188,12 @@ def test_no_secret_bytes_cross(case: tuple[str, Recording]) -> None:
     needles = needles_of(recording)
     for raw in recording.raw.values():
         assert len(raw) > 10_000
-        assert [name for name, needle in needles.items() if needle in raw] == []
-        # The control: each would be seen where it crossed.
-        assert [name for name, needle in needles.items() if needle not in raw + b"".join(needles.values())] == []
+        assert found_in(raw, needles) == set()
+    # The control: over a connection, with a tap as the recording's, the search finds what crosses, and that alone.
+    fields, ids = {"op": recording.secret.hex()}, torch.tensor(list(TEXT))
+    assert found_in(tapped(fields, {"x": ids}), needles) == {"secret in hex", "text as <i8", "labels as <i8"}
+    factor = recording.keys[0]._factors[0]
+    assert f"factor 0 of key 0 as {factor.dtype}" in found_in(tapped({}, {"x": factor.contiguous()}), needles)
 
 
 def test_headers_hold_words_of_the_protocol_only(case: tuple[str, Recording]) -> None:
@@ -234,6 +240,20 @@ def strings_of(value: Any) -> Iterator[str]:
     elif isinstance(value, list):
         for item in value:
             yield from strings_of(item)
+
+
+def found_in(raw: bytes | bytearray, needles: dict[str, bytes]) -> set[str]:
+    return {name for name, needle in needles.items() if needle in raw}
+
+
+def tapped(fields: dict[str, Any], tensors: dict[str, torch.Tensor]) -> bytearray:
+    """The bytes of a frame, as a tap sees them."""
+    raw, (ours, theirs) = bytearray(), socket.socketpair()
+    connection = Connection(ours, peer="nobody", tap=lambda _, run: raw.extend(run))
+    with theirs:
+        connection.send(fields, tensors)
+    connection.close()
+    return raw
 
 
 def needles_of(recording: Recording) -> dict[str, bytes]:

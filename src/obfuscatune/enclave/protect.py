@@ -12,6 +12,9 @@ from torch import nn
 
 from obfuscatune.enclave.families import Block, Decoder, read_decoder
 from obfuscatune.enclave.families.fit import fit
+from obfuscatune.enclave.families.options import refuse_options
+from obfuscatune.enclave.guard import Guard, refuse_looking_ahead
+from obfuscatune.enclave.guarded import guard_class
 from obfuscatune.enclave.keys import MasterSecret
 from obfuscatune.enclave.lazy import lazy_weights
 from obfuscatune.enclave.links import Link, bytes_of, spread
@@ -91,6 +94,8 @@ def protect(
     causal_lm = _causal_lm(model)
     _refuse_protected(causal_lm)
     _check_tensors(causal_lm)
+    adapters = getattr(causal_lm, "peft_config", None) or {}  # of a PEFT model, and of one that transformers adapted
+    refuse_options(adapters)
     workers = _addresses(worker, resolved)
     keys = _master_secret(secret, insecure_test_seed, workers)
     total = _base_parameters(model)
@@ -102,6 +107,8 @@ def protect(
         return Protected(model, resolved, [], None, keys, total_parameters=total)
     decoder = read_decoder(causal_lm)
     resolved = fit(decoder, resolved, {name for name, value in switches.items() if value is not None})
+    if resolved.attention == "worker":
+        refuse_looking_ahead(causal_lm.config)
     blocks = _leaving(decoder, resolved)
     if resolved.shares and threads is None and set(workers) == {"spawn"}:
         # Workers of our own that multiply at the same time share the cores: more threads would wait for each other.
@@ -116,7 +123,7 @@ def protect(
         links = [Link.greet(session) for session in sessions]
         placed = [0] * len(blocks) if resolved.shares else spread([bytes_of(block) for block in blocks], links)
         held = HeldAdapter()
-        keying = Keying(links, resolved, causal_lm.config, keys, held, isinstance(model, PeftModel), weights)
+        keying = Keying(links, resolved, causal_lm.config, keys, held, bool(adapters), weights)
         if weights is not None:
             weights.keep(layer.path for block in decoder.blocks[: resolved.enclave_blocks] for layer in block.layers)
         sharing = SharedRecipe(keying) if resolved.shares else None
@@ -143,6 +150,7 @@ def protect(
         weights.finish()
     for link in links:
         causal_lm.base_model.register_forward_pre_hook(link.passes.begin, with_kwargs=True)
+    causal_lm.base_model.register_forward_pre_hook(Guard(causal_lm, resolved, links[0].passes))
     if resolved.attention == "worker":
         if getattr(causal_lm, "_supports_sdpa", False):
             causal_lm.set_attn_implementation("sdpa")  # its masks say only what is allowed, and None for causal
@@ -151,6 +159,7 @@ def protect(
         what = "the blocks' outputs stay on the worker: rotate_stream=False. The last hidden state is there"
         _refuse_output(causal_lm, "output_hidden_states", what)
     use_fast_head(causal_lm)
+    guard_class(causal_lm)
     return Protected(
         model,
         resolved,
@@ -296,7 +305,8 @@ def _refuse_output(model: Any, name: str, why: str) -> None:
         if wanted is None:
             wanted = getattr(model.config, name, None)
         if wanted is not None and wanted is not False:  # a number may choose one of several, 0 the first
-            raise UnsupportedModelError(f"{name}: {reason}", hint=f"protect with {hint}")
+            where = type(module).__name__
+            raise UnsupportedModelError(f"{name}: {reason}", where=where, hint=f"protect with {hint}")
 
     for each in (model, model.base_model):  # the one without the head can be called alone
         each.register_forward_pre_hook(check, with_kwargs=True)

@@ -45,6 +45,9 @@ class Protected:
         self._held = held
         self._total_parameters, self._sharing = total_parameters, sharing
         self._final_report: Report | None = None
+        if held is not None and held.slots:
+            # Of all optimizers of the process, until the model has gone.
+            weakref.finalize(model, held.refuse_stock_optimizers().remove)
         for link in links:
             # The model's end, not this object's: `protect(model).model` alone keeps running.
             weakref.finalize(model, link.session.close)

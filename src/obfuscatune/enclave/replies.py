@@ -76,7 +76,11 @@ def fault_of(frame: Frame, call: int, expected: Expected | None) -> tuple[str, d
                 got = f"{list(tensor.shape)} {tensor.dtype}"
                 return f"shape or dtype of {name}", {"got": got, "expected": f"{list(shape)} {dtype}"}
     for name, tensor in outputs.items():
-        # One pass in the common case: a sum is finite unless a term is not, or it overflows.
-        if tensor.is_floating_point() and not math.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
+        if not is_finite(tensor):
             return f"{name} is not finite", {"hint": "a faulty worker, or a training run that diverged"}
     return None
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all numbers are finite; one pass in the common case: a sum is, unless a term is not or it overflows."""
+    return not tensor.is_floating_point() or math.isfinite(tensor.sum()) or bool(torch.isfinite(tensor).all())

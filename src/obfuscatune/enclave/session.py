@@ -6,6 +6,7 @@ finite. Anything else, a timeout and a dead worker become one :class:`~obfuscatu
 session is closed for good, so that a late reply can never be taken for a later one.
 """
 
+import os
 import subprocess
 import sys
 import threading
@@ -18,7 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from obfuscatune.enclave.keys.source import Secret
-from obfuscatune.enclave.replies import Expected, Pending
+from obfuscatune.enclave.replies import Expected, Pending, is_finite
 from obfuscatune.errors import ConnectionClosedError, ProtocolError, UsageError, WorkerFault
 from obfuscatune.protocol.connection import Connection, Frame
 from obfuscatune.protocol.frames import PROTOCOL_VERSION
@@ -71,6 +72,7 @@ class Session(Secret):
         self._under_way: deque[Pending] = deque()
         self._sending, self._receiving, self._counting = threading.RLock(), threading.RLock(), threading.Lock()
         self._ended: str | None = None
+        self._process_id = os.getpid()
         self._ahead: int | None = None  # sessions before this one in the worker's queue
         connection.settimeout(timeout)
 
@@ -115,9 +117,11 @@ class Session(Secret):
 
         Raises:
             WorkerFault: naming worker, layer and call.
-            UsageError: the protected model was closed before; or the request is beyond the limits of a frame, in which
-                case nothing was sent and the session goes on.
+            UsageError: the protected model was closed before, or is of the process that this one was forked from; or a
+                number is not finite, or the request is beyond the limits of a frame, in which cases nothing was sent
+                and the session goes on.
         """
+        self.refuse_not_finite(tensors, layer)
         with self._sending:
             self._refuse_ended(layer)
             self._last_id += 1
@@ -190,7 +194,25 @@ class Session(Secret):
             for name, count in counts.items():
                 setattr(traffic, name, getattr(traffic, name) + count)
 
+    def refuse_not_finite(self, tensors: Mapping[str, Tensor], layer: str) -> None:
+        """Refuse what is not finite: it would come back so, and an honest worker be accused of it."""
+        for name, tensor in tensors.items():
+            if not is_finite(tensor):
+                raise UsageError(
+                    "numbers of the enclave are not finite",
+                    got=f"NaN or infinity in {name}",
+                    where=layer,
+                    hint="a training run that diverged, or weights that are not finite; nothing was sent",
+                )
+
+    def _is_copy(self) -> bool:
+        """Whether this is the copy in a process that was forked: the connection is not its own."""
+        return os.getpid() != self._process_id
+
     def _refuse_ended(self, layer: str) -> None:
+        if self._is_copy():
+            hint = "protect the model in the process that runs it; the session of the first process goes on"
+            raise UsageError("a protected model in a process that was forked", where=layer, hint=hint)
         if self._ended is not None:
             raise UsageError(self._ended, where=layer, hint="protect the model again, with a worker that runs")
 
@@ -223,6 +245,8 @@ class Session(Secret):
 
     def _end(self, reason: str) -> None:
         self._ended = self._ended or reason
+        if self._is_copy():  # to close the connection would end it for the first process too
+            return
         self.connection.close()
         if self.process is not None and self.process.poll() is None:
             try:

@@ -138,6 +138,7 @@ class WorkerSession:
             with torch.no_grad():
                 held.a.copy_(tensors["a"])
                 held.b.copy_(tensors["b"])
+            held.scale = float(header.get("scale", held.scale))
         else:
             self.ledger.hold(("held", header["segment"], slot), tensors.values())
             segment.held[slot] = HeldFactors(tensors["a"], tensors["b"], float(header.get("scale", 1.0)))

@@ -10,7 +10,7 @@ that covers several of these, a split one is several layers. Weights are ``[in, 
 Nothing here knows a key or a profile. Secrecy: layers and norms hold the plain weights.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -150,12 +150,25 @@ def find_layer(parent: nn.Module, name: str, where: str, columns: Tensor | None 
 
 
 def _check_adapter(lora: Any, path: str) -> None:
-    if type(lora) is not LoraLinear or lora.lora_variant or any(lora.lora_bias.values()):
-        raise UnsupportedModelError(
-            "kind of adapter", got=type(lora).__name__, expected="plain LoRA (no DoRA, no lora_bias)", where=path
-        )
+    if type(lora) is not LoraLinear:
+        raise _not_plain(type(lora).__name__, path)
+    refuse_variants(lora, path, lora.lora_A)
     if lora.merged:
         raise UnsupportedModelError("a merged adapter", where=path, hint="model.unmerge_adapter() first")
+
+
+def refuse_variants(lora: Any, path: str, adapters: Iterable[str]) -> None:
+    """Refuse adapters of PEFT's layer that are not plain LoRA. Raises UnsupportedModelError with their kind."""
+    for name in adapters:
+        if (variant := lora.lora_variant.get(name)) is not None:
+            raise _not_plain(type(variant).__name__, path)
+        if lora.lora_bias.get(name):
+            raise _not_plain("lora_bias", path)
+
+
+def _not_plain(got: str, path: str) -> UnsupportedModelError:
+    expected = "plain LoRA (no DoRA, no lora_bias, no other variant)"
+    return UnsupportedModelError("kind of adapter", got=got, expected=expected, where=path)
 
 
 @dataclass(slots=True, repr=False)

@@ -10,13 +10,9 @@ from collections.abc import Iterator
 from torch import nn
 
 from obfuscatune.enclave.families.form import Block, Part
+from obfuscatune.enclave.hooks import own_code
 from obfuscatune.errors import UnsupportedModelError
 from obfuscatune.profiles import Profile
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-# Hooks that transformers leaves after the first call that asked for hidden states or attention weights. They do nothing
-# unless these are asked for again, which `protect` refuses where they are on the worker.
-_HARMLESS = "transformers.utils.output_capturing"
 
 
 def refuse_changed(blocks: list[Block], profile: Profile) -> None:
@@ -33,11 +29,10 @@ def refuse_changed(blocks: list[Block], profile: Profile) -> None:
             if replaced and not type(module).__module__.startswith("transformers.models."):
                 got = f"{type(module).__module__}.{type(module).__qualname__}"
                 raise _changed("a class of its own", path, got)
-            if "forward" in vars(module):
-                raise _changed("a forward of its own", path)
-            hooks = [hook for kind in _HOOKS for hook in getattr(module, kind).values()]
-            if any(getattr(hook, "__module__", "") != _HARMLESS for hook in hooks):
-                raise _changed("a hook", path)
+            if (own := own_code(module)) is not None:
+                raise _changed(own, path)
+            if getattr(module, "is_causal", True) is not True:
+                raise _changed("attention in both directions (is_causal=False)", path)
 
 
 def _changed(what: str, path: str, got: str | None = None) -> UnsupportedModelError:

@@ -150,11 +150,11 @@ class Keying:
         self.link.parameters += sum(tensor.numel() for tensor in keyed.values())
         return segment
 
-    def hold(self, name: str, layer: Layer, segment: str, key_in: Key, key_out: Key) -> HeldSlot:
-        """Hand a LoRA pair to the worker to train."""
+    def hold(self, name: str, layer: Layer, segment: str, key_in: Key, key_out: Key, stream: Streams) -> HeldSlot:
+        """Hand a LoRA pair to the worker to train. ``stream``: randomness of its keys."""
         self.note_lora_dropout(layer)
         slot = HeldSlot(name, layer, self.session, self.passes, segment=segment, key_in=key_in, key_out=key_out)
-        self.held.slots.append(slot)
+        self.held.add(slot, stream(f"{name} mark").bytes(16))
         self.replacements += [slot.take_over, lambda: self._read_back(layer.lora)]
         return slot
 

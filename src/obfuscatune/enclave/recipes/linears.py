@@ -52,7 +52,7 @@ def key_group(keying: Keying, group: Group) -> None:
         together = KeyedGroup(placed, widths, check=check, slots=slots)
     for i, layer in enumerate(layers):
         bias = biases[i]
-        remote = RemoteLinear(together, i, None if bias is None else bias.to(dtype))
+        remote = RemoteLinear(layer.path, together, i, None if bias is None else bias.to(dtype))
         keying.replacements.append(partial(replace_linear, layer, remote, with_lora=i in slots))
 
 
@@ -79,5 +79,5 @@ def _slots(
         if placement == "split":
             slots[i] = SplitInput(name, plain, keying.passes, rank_keys(stream, name), keys_out[i])
         else:
-            slots[i] = keying.hold(name, plain, segment, key_in, keys_out[i])
+            slots[i] = keying.hold(name, plain, segment, key_in, keys_out[i], stream)
     return slots

@@ -57,4 +57,5 @@ class SharedRecipe:
         together = SharedGroup(placed, [layer.shape[1] for layer in layers], workers=self.workers, weight=there)
         for i, layer in enumerate(layers):
             bias = None if layer.bias is None else layer.bias.to(weight.dtype)
-            keying.replacements.append(partial(replace_linear, layer, RemoteLinear(together, i, bias), with_lora=False))
+            remote = RemoteLinear(layer.path, together, i, bias)
+            keying.replacements.append(partial(replace_linear, layer, remote, with_lora=False))

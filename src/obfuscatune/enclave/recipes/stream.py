@@ -20,9 +20,10 @@ from obfuscatune.enclave.keys import Key
 from obfuscatune.enclave.recipes.context import Keying, Streams, rank_keys
 from obfuscatune.enclave.recipes.whole import LAST, Around, Shipped, ship_attention, ship_mlp
 from obfuscatune.enclave.remote.body import PassedBlock, RemoteBody, adopt
-from obfuscatune.enclave.remote.layers import adapters_by_name, replace_part
+from obfuscatune.enclave.remote.layers import replace_part, standins
 from obfuscatune.enclave.remote.linear import Placed
 from obfuscatune.enclave.remote.lora import PushedPair, Slot
+from obfuscatune.enclave.remote.standing import Standing
 from obfuscatune.errors import UnsupportedModelError
 
 
@@ -100,11 +101,23 @@ class StreamRecipe:
         for block in self._blocks:
             shell = body if block is first else PassedBlock()
             keying.replacements.append(partial(self._replace, block, shell))
+        keying.replacements.append(lambda: body.watch(self._standing()))
 
     def _replace(self, block: Block, shell: nn.Module) -> None:
-        adopt(shell, block.module, {part.name: adapters_by_name(*part.layers) for part in block.parts})
-        blocks = self._decoder.model.get_submodule(self._decoder.blocks_path)
-        replace_part(blocks, str(block.index), shell, tuple(block.layers))
+        adopt(shell, block.module, {part.name: standins(*part.layers) for part in block.parts})
+        replace_part(self._list(), str(block.index), shell, tuple(block.layers))
+        for slot in self._slots:
+            for part in block.parts:
+                if any(slot.layer is layer for layer in part.layers):
+                    slot.holder = shell.get_submodule(part.name)
+
+    def _standing(self) -> Standing:
+        return Standing(self._list(), [str(block.index) for block in self._blocks], self._decoder.blocks_path)
+
+    def _list(self) -> nn.Module:
+        """The list of all the model's blocks."""
+        blocks: nn.Module = self._decoder.model.get_submodule(self._decoder.blocks_path)
+        return blocks
 
     # LoRA
 

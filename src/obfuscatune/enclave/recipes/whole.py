@@ -11,7 +11,7 @@ from obfuscatune.enclave.folding import key_attention, key_mlp
 from obfuscatune.enclave.keys import ConcatKey, HeadKeys, IdentityKey, Key, build, head_keys
 from obfuscatune.enclave.keys.diagonal import gated_keys
 from obfuscatune.enclave.recipes.context import Keying, Streams, rank_keys
-from obfuscatune.enclave.remote.layers import adapters_by_name, replace_part
+from obfuscatune.enclave.remote.layers import replace_part, standins
 from obfuscatune.enclave.remote.linear import Placed
 from obfuscatune.enclave.remote.lora import Slot, SplitInput, SplitOutput
 from obfuscatune.enclave.remote.whole import RemoteAttention, RemoteMlp, RemotePart
@@ -73,7 +73,7 @@ def key_attention_part(keying: Keying, block: Block) -> None:
         bias=_bias(shipped),
         dropout=attention.dropout,
         slots=_slots(keying, shipped),
-        children=adapters_by_name(*attention.layers),
+        children=standins(*attention.layers),
     )
     _replace(keying, attention, remote)
 
@@ -87,7 +87,7 @@ def key_mlp_part(keying: Keying, block: Block) -> None:
         bias=_bias(shipped),
         dropout=mlp.dropout,
         slots=_slots(keying, shipped),
-        children=adapters_by_name(*mlp.layers),
+        children=standins(*mlp.layers),
     )
     _replace(keying, mlp, remote)
 
@@ -227,11 +227,11 @@ def _slots(keying: Keying, shipped: Shipped) -> Sequence[Slot]:
         if layer.lora is None:
             continue
         if held:
-            slots.append(keying.hold(name, layer, shipped.segment, shipped.key_in, key))
+            slots.append(keying.hold(name, layer, shipped.segment, shipped.key_in, key, shipped.stream))
         else:
             slots.append(SplitInput(name, layer, keying.passes, rank_keys(shipped.stream, name), key))
     if last.lora is not None and held:
-        slots.append(keying.hold(LAST, last, shipped.segment, shipped.key_last, shipped.key_out))
+        slots.append(keying.hold(LAST, last, shipped.segment, shipped.key_last, shipped.key_out, shipped.stream))
     elif last.lora is not None:
         offset = None if shipped.offset is None else shipped.offset.to(last.weight.dtype)
         make = rank_keys(shipped.stream, LAST)

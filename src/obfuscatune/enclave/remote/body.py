@@ -8,6 +8,7 @@ and neither by the final one, in the enclave; so all that is computed after it i
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from obfuscatune.enclave.folding import centre
@@ -17,10 +18,12 @@ from obfuscatune.enclave.remote.calls import RemoteCall, without_autocast
 from obfuscatune.enclave.remote.linear import Placed
 from obfuscatune.enclave.remote.lora import Slot
 from obfuscatune.enclave.remote.passes import Passes
+from obfuscatune.enclave.remote.standing import Standing
 from obfuscatune.enclave.remote.whole import add_cache, refuse_unknown
+from obfuscatune.enclave.remote.withdrawn import Fixed
 
 
-class RemoteBody(nn.Module):
+class RemoteBody(Fixed):
     """Stands in the place of the first block that is on the worker, and does the work of all of them.
 
     Sends ``x R``, or ``x C R``, and returns ``y R^-1``.
@@ -49,9 +52,17 @@ class RemoteBody(nn.Module):
         slots: Sequence[Slot],
     ) -> None:
         super().__init__()
-        self.placed, self._centred, self._slots = placed, centred, slots
+        self.placed, self.path, self._centred, self._slots = placed, placed.path, centred, slots
         self._mirror, self._passes, self._index = mirror, passes, index
         self._passed = passed
+        self._standing: Standing | None = None
+
+    def watch(self, standing: Standing) -> None:
+        """Heed from now on what is done to the blocks, which are in their places."""
+        self._standing = standing
+
+    def _dtype(self) -> torch.dtype:
+        return self.placed.dtype
 
     def forward(
         self,
@@ -77,6 +88,8 @@ class RemoteBody(nn.Module):
     def _run(
         self, hidden_states: Tensor, mask: Tensor | None, tables: tuple[Tensor, Tensor] | None, cache: Any
     ) -> Tensor:
+        if self._standing is not None:
+            self._standing.require()
         placed = self.placed
         rows = placed.rows(hidden_states)
         rows = centre(rows) if self._centred else rows

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from obfuscatune.enclave.freivalds import Check
 from obfuscatune.enclave.session import Session
+from obfuscatune.errors import UsageError
 
 
 def without_autocast() -> torch.autocast:
@@ -167,6 +168,10 @@ class _Remote(torch.autograd.Function):
         needed = dict(zip(ctx.names, ctx.needs_input_grad[2:], strict=True))
         wants = [name for name in call.tensors if needed[name]]
         given = {name: grad.contiguous() for name, grad in zip(call.shapes, grads, strict=True) if grad is not None}
-        with without_autocast():
-            found, anchors = call._backward(wants, given)
+        try:
+            with without_autocast():
+                found, anchors = call._backward(wants, given)
+        except UsageError:  # nothing was sent: the worker still has the call
+            call.session.drop("calls", call.id)
+            raise
         return None, None, *(found.get(name, anchors.get(name)) for name in ctx.names)

@@ -1,12 +1,14 @@
 """LoRA factors that the worker holds and trains (``lora_placement="worker"``, as the paper has it).
 
-Stock training code wants parameters with gradients. Each such slot has an *anchor* in the enclave: a scalar parameter
-whose gradient **is** the Euclidean norm of the gradient that the worker has accumulated for the slot. Under
-orthogonal keys that norm equals the one in plain coordinates, so that ``clip_grad_norm_`` over the anchors computes
-the true global norm and scales the anchors' gradients; :class:`RemoteOptimizer` reads the factor off them and sends
-it along with the step.
+Stock training code wants parameters with gradients. Each such slot has an *anchor* in the enclave: a parameter of two
+numbers whose gradient has the Euclidean **norm** of the gradient that the worker has accumulated for the slot, and a
+fixed direction. Under orthogonal keys that norm equals the one in plain coordinates, so that ``clip_grad_norm_`` over
+the anchors computes the true global norm and scales the anchors' gradients; :class:`RemoteOptimizer` reads the factor
+off them and sends it along with the step. What does not scale a gradient as a whole (``clip_grad_value_``, noise) turns
+it away from that direction, and is refused.
 """
 
+import hashlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -14,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from obfuscatune.enclave.families import Layer
+from obfuscatune.enclave.families.form import refuse_variants
 from obfuscatune.enclave.folding import key_rows, unkey_rows
 from obfuscatune.enclave.keys import Key
 from obfuscatune.enclave.remote.calls import RemoteCall
@@ -26,6 +30,11 @@ from obfuscatune.errors import UsageError
 from obfuscatune.protocol.optimizers import OPTIMIZER_OPTIONS
 
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+# Of an anchor's gradient. Nearly all in one number, so that a bound on each number that does nothing there does nothing
+# to a gradient of that norm either.
+_SMALL = 1e-4
+_DIRECTION = torch.tensor([math.sqrt(1 - _SMALL**2), _SMALL], dtype=torch.float64)
+_TURNED = 1e-9  # relative; 1e-12 would be rounding
 
 
 class HeldSlot(Slot):
@@ -52,16 +61,17 @@ class HeldSlot(Slot):
     ) -> None:
         super().__init__(name, layer)
         self.full_name = f"{segment}.{name}"
+        self.owner: HeldAdapter | None = None
         self._adapter: str = self.lora.active_adapters[0]
-        self._scaling = float(self.lora.scaling[self._adapter])
         self._a, self._b = self.lora.lora_A[self._adapter].weight, self.lora.lora_B[self._adapter].weight
         # Float64: the clipping factor is a quotient of two norms, and must be exactly 1 where nothing is clipped.
-        self.anchor = nn.Parameter(torch.zeros((), dtype=torch.float64))
+        self.anchor = nn.Parameter(torch.zeros(2, dtype=torch.float64))
         self.norm = 0.0
         self.session, self._passes, self._segment = session, passes, segment
         self._key_in, self._key_out = key_in, key_out
         self._last_pass = self._compared = -1
         self._synced: tuple[Tensor, Tensor] | None = None
+        self._scaling = math.nan
         self.push()
 
     def take_over(self) -> None:
@@ -70,15 +80,41 @@ class HeldSlot(Slot):
             parameter.requires_grad_(False)
 
     def push(self) -> None:
-        """Send PEFT's values, keyed, where they are not the ones last exchanged (a checkpoint was loaded)."""
-        if self._synced is not None and torch.equal(self._a, self._synced[0]) and torch.equal(self._b, self._synced[1]):
+        """Send PEFT's values, keyed, and their scale, where they are not the ones last exchanged (others were loaded).
+
+        Raises:
+            UsageError: they have another shape or dtype than those on the worker.
+        """
+        scaling = self.scaling()
+        if scaling == self._scaling and not self.lags():
             return
         a = unkey_rows(self._a.detach().double().T, self._key_in)
         b = self._key_out.apply(self.layer.canonical(self._b.detach().double().T.contiguous()))
         tensors = {"a": a.to(self._a.dtype).contiguous(), "b": b.to(self._b.dtype).contiguous()}
-        header = {"segment": self._segment, "slot": self.name, "scale": self._scaling}
+        header = {"segment": self._segment, "slot": self.name, "scale": scaling}
         self.session.request("hold", self.layer.path, header, tensors, {})
+        self._scaling = scaling
         self._remember()
+
+    def scaling(self) -> float:
+        """The factor on the product, as PEFT's layer has it now."""
+        return float(self.lora.scaling[self._adapter])
+
+    def lags(self) -> bool:
+        """Whether the worker lacks values that were written to PEFT's layer."""
+        self._a, self._b = self.lora.lora_A[self._adapter].weight, self.lora.lora_B[self._adapter].weight
+        if self._synced is None:
+            return True
+        for now, synced in zip((self._a, self._b), self._synced, strict=True):
+            if now.shape != synced.shape or now.dtype != synced.dtype:
+                raise UsageError(
+                    "a LoRA factor that the worker trains was replaced by another kind of tensor",
+                    got=f"{list(now.shape)} {now.dtype}",
+                    expected=f"{list(synced.shape)} {synced.dtype}",
+                    where=self.layer.path,
+                    hint="load values of the same rank and dtype, or protect the model anew",
+                )
+        return not (torch.equal(self._a, self._synced[0]) and torch.equal(self._b, self._synced[1]))
 
     def pull(self, exported: dict[str, Tensor]) -> None:
         """Write the worker's keyed factors into PEFT's parameters, un-keyed.
@@ -107,20 +143,24 @@ class HeldSlot(Slot):
         Raises:
             UsageError: the anchor was stepped by a stock optimizer, or another adapter was chosen.
         """
-        if self.lora.disable_adapters:
-            return
         self.refuse_hooks()
+        if not self.stands():
+            return
         if list(self.lora.active_adapters) != [self._adapter]:
             raise UsageError(
-                "adapter in use is not the one on the worker", got=self.lora.active_adapters, where=self.layer.path
+                "adapter in use is not the one on the worker",
+                got=self.lora.active_adapters,
+                expected=self._adapter,
+                where=self.layer.path,
+                hint="lora_placement='enclave' takes any adapter on these layers; here it is the one of `protect`",
             )
-        if self._compared != self._passes.number:
-            if self.anchor.item() != 0.0:
-                raise UsageError(
-                    "an optimizer of the enclave stepped a LoRA pair that the worker trains",
-                    where=self.layer.path,
-                    hint="pass protected.create_optimizer(...) to the Trainer: optimizers=(optimizer, None)",
-                )
+        refuse_variants(self.lora, self.layer.path, [self._adapter])
+        self.refuse_code_within(self._adapter)
+        if self._compared != self._passes.number or self.scaling() != self._scaling:
+            if self.anchor.any():
+                raise stock_optimizer(self.layer.path)
+            if self.scaling() != self._scaling and self.owner is not None:
+                self.owner.pull()  # for a scale alone the values there are sent back
             self.push()
             self._compared = self._passes.number
         call.held[self.name] = self
@@ -131,7 +171,7 @@ class HeldSlot(Slot):
         Asked here and not in the forward, because training code may call ``zero_grad`` between the two. Within one
         backward pass autograd sums the increments of all calls first, so there an empty gradient means nothing.
         """
-        cleared = self.anchor.grad is None or self.anchor.grad.item() == 0.0
+        cleared = self.anchor.grad is None or not self.anchor.grad.any()
         fresh = cleared and self.norm > 0.0 and self._last_pass != _backward_pass()
         if fresh:
             self.norm = 0.0
@@ -143,17 +183,41 @@ class HeldSlot(Slot):
             raise self.session.fault("gradient norm of a held slot", self.layer.path)
         increment, self.norm = norm - self.norm, float(norm)
         self._last_pass = _backward_pass()
-        return torch.tensor(increment, dtype=self.anchor.dtype)
+        return increment * _DIRECTION
 
     def scale(self) -> float | None:
-        """What the gradient on the worker is multiplied with before a step, as clipping did here; None without one."""
+        """What the gradient on the worker is multiplied with before a step, as clipping did here; None without one.
+
+        Raises:
+            UsageError: it was changed otherwise than by a factor.
+        """
         if self.anchor.grad is None:
             return None
-        return self.anchor.grad.item() / self.norm if self.norm > 0.0 else 1.0
+        return self._length(self.anchor.grad) / self.norm if self.norm > 0.0 else 1.0
 
     def stepped(self) -> None:
         """Note that the worker scaled its gradient, or dropped it, as :meth:`scale` said."""
-        self.norm = 0.0 if self.anchor.grad is None else self.anchor.grad.item()
+        self.norm = 0.0 if self.anchor.grad is None else self._length(self.anchor.grad)
+
+    def _length(self, gradient: Tensor) -> float:
+        """Signed length of a gradient along `_DIRECTION`."""
+        length = float(gradient @ _DIRECTION)
+        if not torch.allclose(gradient, length * _DIRECTION, rtol=_TURNED, atol=_TURNED * _SMALL * abs(length)):
+            raise UsageError(
+                "the gradient of LoRA that the worker trains was changed otherwise than by one factor",
+                where=self.layer.path,
+                hint="clip_grad_norm_ instead of clip_grad_value_; noise on gradients needs lora_placement='enclave'",
+            )
+        return length
+
+
+def stock_optimizer(where: str) -> UsageError:
+    """Return what an optimizer of the enclave's is refused with."""
+    return UsageError(
+        "an optimizer of the enclave was to step a LoRA pair that the worker trains",
+        where=where,
+        hint="pass protected.create_optimizer(...) to the Trainer: optimizers=(optimizer, None)",
+    )
 
 
 def _backward_pass() -> int:
@@ -167,6 +231,35 @@ class HeldAdapter:
     def __init__(self) -> None:
         self.slots: list[HeldSlot] = []
         self.stale = False
+        self._keys = hashlib.sha256()
+
+    def add(self, slot: HeldSlot, mark: bytes) -> None:
+        """Take a slot; ``mark``: bytes drawn under the same label as its keys, and for nothing else."""
+        slot.owner = self
+        self.slots.append(slot)
+        self._keys.update(mark)
+
+    @property
+    def keys(self) -> str:
+        """A name of all keys of the slots: what was made under others is known by it. It tells nothing of them."""
+        return self._keys.hexdigest()[:32]
+
+    def refuse_stock_optimizers(self) -> Any:
+        """Refuse, before it steps, any other optimizer of this process that has an anchor; returns a handle to end it.
+
+        Without that a run of one step would train nothing, and say nothing.
+        """
+        anchors = {id(slot.anchor): slot.layer.path for slot in self.slots}
+
+        def check(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            if isinstance(optimizer, RemoteOptimizer):
+                return
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    if id(parameter) in anchors:
+                        raise stock_optimizer(anchors[id(parameter)])
+
+        return register_optimizer_step_pre_hook(check)
 
     def by_session(self) -> dict[Session, list[HeldSlot]]:
         """Return the slots of each worker."""
@@ -190,7 +283,8 @@ class HeldAdapter:
         """
         if self.stale:
             for slot in self.slots:
-                slot.push()
+                if slot.lags():
+                    slot.push()
             self.fetch()
 
     def fetch(self) -> None:
@@ -258,11 +352,21 @@ class RemoteOptimizer(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return the schedule's state and, keyed, the factors and moments on the worker."""
         local = None if self._local is None else self._local.state_dict()
-        return {**super().state_dict(), "worker": self._adapter.export(), "local": local}
+        return {**super().state_dict(), "worker": self._adapter.export(), "local": local, "keys": self._adapter.keys}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Put both back. The keys must be those under which the state was made."""
+        """Put both back.
+
+        Raises:
+            UsageError: the state was made under other keys, under which it means something else.
+        """
         state = dict(state_dict)
+        if state.pop("keys", None) != self._adapter.keys:
+            raise UsageError(
+                "state of an optimizer whose factors were keyed otherwise",
+                expected="the secret, profile and weights under which it was saved",
+                hint="protect(model, secret=protected.secret of that session), which a checkpoint holds",
+            )
         tensors, local = state.pop("worker"), state.pop("local")
         if self._local is not None:
             self._local.load_state_dict(local)

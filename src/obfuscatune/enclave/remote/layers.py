@@ -2,27 +2,19 @@
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from obfuscatune.enclave.families import Layer
+from obfuscatune.enclave.remote.withdrawn import Withdrawn
 from obfuscatune.errors import UnsupportedModelError
 
 
-def adapters_by_name(*layers: Layer) -> dict[str, nn.Module]:
-    """PEFT's layers under the names they had, so that the adapter's parameters keep theirs."""
-    return {layer.name: layer.lora for layer in layers if layer.lora is not None}
+def standins(*layers: Layer) -> dict[str, nn.Module]:
+    """What stands for the layers of a part that has left, under their names.
 
-
-class Withdrawn(nn.Module):
-    """Stands where a plain weight was that is on the worker now, keyed."""
-
-    def __init__(self, path: str) -> None:
-        super().__init__()
-        self._path = path
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Refuse: the weight is not here."""
-        raise UnsupportedModelError("this weight is on the worker", where=self._path)
+    PEFT's layers stay, so that the adapter's parameters keep their names, and whoever looks for another layer is told.
+    """
+    return {layer.name: Withdrawn(layer.path) if layer.lora is None else layer.lora for layer in layers}
 
 
 def _refuse_merge(layer: Layer) -> None:

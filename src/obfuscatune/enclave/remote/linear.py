@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from obfuscatune.enclave.freivalds import Check
 from obfuscatune.enclave.keys import Key, decode, encode
@@ -16,6 +16,7 @@ from obfuscatune.enclave.remote.calls import RemoteCall, version_of, without_aut
 from obfuscatune.enclave.remote.held import HeldSlot
 from obfuscatune.enclave.remote.lora import Slot
 from obfuscatune.enclave.remote.norms import FoldedNorm
+from obfuscatune.enclave.remote.withdrawn import Withdrawn
 from obfuscatune.enclave.session import Session
 
 
@@ -102,6 +103,8 @@ class KeyedGroup(LinearGroup):
     def __init__(self, placed: Placed, widths: Sequence[int], *, check: Check | None, slots: dict[int, Slot]) -> None:
         super().__init__(placed, widths)
         self._check, self.slots = check, slots
+        for slot in slots.values():
+            slot.called = True
 
     def outputs(self, x: Tensor) -> Sequence[Tensor]:
         """Make the call for x ``[..., in]``."""
@@ -120,25 +123,27 @@ class KeyedGroup(LinearGroup):
         return torch.split(y, self.widths, dim=-1) if len(self.widths) > 1 else (y,)
 
 
-class RemoteLinear(nn.Module):
+class RemoteLinear(Withdrawn):
     """Stands for a linear layer of the model, or for the base layer within PEFT's LoRA layer.
 
     Args:
-        group, member: the call that it takes part in, and its place there.
+        path: of the layer in the model. group, member: the call that it takes part in, and its place there.
         bias: ``[out]``, in the enclave; with folded norms it holds the norm's bias too. None for none.
     """
 
-    def __init__(self, group: LinearGroup, member: int, bias: Tensor | None) -> None:
-        super().__init__()
-        self.bias: Tensor | None
+    def __init__(self, path: str, group: LinearGroup, member: int, bias: Tensor | None) -> None:
+        super().__init__(path)
+        self.bias: Any
         self.register_buffer("bias", bias, persistent=False)
         self.group, self.member = group, member
-        self.in_features, self.out_features = group.placed.key_in.size, group.widths[member]
         slot = group.slots.get(member) if isinstance(group, KeyedGroup) else None
         if isinstance(slot, HeldSlot):
             self.anchor = slot.anchor
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _dtype(self) -> torch.dtype:
+        return self.group.placed.dtype
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
         """Return ``[..., out]`` for x ``[..., in]``."""
         y = self.group.output(x, self.member)
         return y if self.bias is None else y + self.bias

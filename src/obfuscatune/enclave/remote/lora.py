@@ -22,24 +22,37 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from obfuscatune.enclave.families import Layer
+from obfuscatune.enclave.families.form import refuse_variants
 from obfuscatune.enclave.folding import centre
+from obfuscatune.enclave.hooks import has_hooks, own_code
 from obfuscatune.enclave.keys import Key, decode, encode
 from obfuscatune.enclave.remote.calls import RemoteCall, version_of
 from obfuscatune.enclave.remote.passes import Passes
 from obfuscatune.errors import UnsupportedModelError
 
 RankKey = Callable[[int], Key]
+_OWN_CODE = "attention='enclave', mlp='enclave' and lora_placement='enclave' together run PEFT's own code"
 
 
 class Slot(ABC):
-    """A place in a segment where a low-rank product is added."""
+    """A place in a segment where a low-rank product is added.
+
+    Attributes:
+        holder: the module in which PEFT's layer stands; one that was unloaded adds nothing.
+        called: whether PEFT's layer is called here, and not only read.
+        calls_dropout: whether its dropout is.
+    """
+
+    called = False
+    calls_dropout = False
 
     def __init__(self, name: str, layer: Layer) -> None:
         self.name, self.layer = name, layer
         self.lora: Any = layer.lora
+        self.holder: nn.Module = layer.parent
 
     @abstractmethod
     def contribute(self, call: RemoteCall, x: Tensor | None) -> None:
@@ -49,26 +62,52 @@ class Slot(ABC):
         """Return what the enclave adds to the un-keyed output ``[..., out]`` from the reply; None for nothing."""
         return None
 
+    def stands(self) -> bool:
+        """Whether PEFT's layer is in the model still, and in use."""
+        there = self.holder._modules.get(self.layer.name) is self.lora
+        return there and not self.lora.disable_adapters and bool(self.lora.active_adapters)
+
     def active(self) -> str | None:
-        """Name of the adapter in use, or None where adapters are disabled.
+        """Name of the adapter in use, or None where adapters are disabled, or were unloaded.
 
         Raises:
-            UnsupportedModelError: several at once, a merged one, or another one for each row of a batch.
+            UnsupportedModelError: several at once, a merged one, another one for each row of a batch, one that is not
+            plain LoRA, or code of the caller's in PEFT's layer.
         """
         self.refuse_hooks()
-        if self.lora.disable_adapters or not self.lora.active_adapters:
+        if not self.stands():
             return None
         if len(self.lora.active_adapters) != 1 or self.lora.merged:
             raise UnsupportedModelError(
                 "more than one active adapter, or a merged one", where=self.layer.path, hint="model.set_adapter(NAME)"
             )
         name: str = self.lora.active_adapters[0]
-        return name if name in self.lora.lora_A else None
+        if name not in self.lora.lora_A:
+            return None
+        refuse_variants(self.lora, self.layer.path, [name])
+        self.refuse_code_within(name)
+        return name
 
     def refuse_hooks(self) -> None:
-        """Refuse adapters by row: PEFT tells its layers of them by a hook, and they are not called here."""
-        if self.lora._forward_pre_hooks:
-            raise UnsupportedModelError("adapter_names, or another hook on a LoRA layer", where=self.layer.path)
+        """Refuse hooks on PEFT's layer where they would not run, and adapters by row, which PEFT tells it of by one."""
+        if self.lora._forward_pre_hooks or (not self.called and has_hooks(self.lora)):
+            raise UnsupportedModelError(
+                "adapter_names, or another hook on a LoRA layer", where=self.layer.path, hint=_OWN_CODE
+            )
+
+    def refuse_code_within(self, adapter: str) -> None:
+        """Refuse hooks and forwards that are set on what PEFT's layer would call, and is not called here."""
+        lora = self.lora
+        parts = {"base_layer": lora.base_layer, "lora_A": lora.lora_A[adapter], "lora_B": lora.lora_B[adapter]}
+        if not self.calls_dropout:
+            parts["lora_dropout"] = lora.lora_dropout[adapter]
+        for name, part in parts.items():
+            if (own := own_code(part)) is not None:
+                raise UnsupportedModelError(
+                    f"{own} within a LoRA layer that is computed in part on the worker",
+                    where=f"{self.layer.path}.{name}",
+                    hint=_OWN_CODE,
+                )
 
 
 @dataclass(slots=True, repr=False)  # a repr would show a factor
@@ -141,6 +180,8 @@ class _Pushing(Slot):
 
 class SplitInput(_Pushing):
     """LoRA whose output stays on the worker. ``key``: R, under which the layer's columns are there."""
+
+    calls_dropout = True
 
     def __init__(self, name: str, layer: Layer, passes: Passes, rank_key: RankKey, key: Key) -> None:
         super().__init__(name, layer, passes, rank_key)

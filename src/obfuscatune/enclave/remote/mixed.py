@@ -45,6 +45,7 @@ class MixedGroup(ProductGroup):
         else:
             rows, width = into.apply(x.to(self._dtype)), out.size
         rows = rows.flatten(0, -2)
+        placed.session.refuse_not_finite({"x": rows}, placed.path)  # mixed with noise it would be a fault of the keys
         if not len(rows):
             return x.new_empty(*x.shape[:-1], width)
         mixed = mix(rows, self._mixer, self._tile)

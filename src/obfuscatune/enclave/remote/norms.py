@@ -10,9 +10,10 @@ import weakref
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from torch import Tensor, nn
+from torch import Tensor
 
 from obfuscatune.enclave.families import Norm
+from obfuscatune.enclave.remote.withdrawn import Fixed
 from obfuscatune.errors import UnsupportedModelError
 from obfuscatune.protocol.norms import rms_rows
 
@@ -23,7 +24,7 @@ class _Last(threading.local):
     rows: tuple[weakref.ref[Tensor], Tensor] | None = None
 
 
-class FoldedNorm(nn.Module):
+class FoldedNorm(Fixed):
     """``x = x^ * gain + bias``: gives x, and hands over ``x^`` when asked for the rows of that very x.
 
     Keeps the parameters' names of the norm it replaces. They are frozen: their keyed copies are on the worker.
@@ -31,6 +32,7 @@ class FoldedNorm(nn.Module):
 
     def __init__(self, norm: Norm) -> None:
         super().__init__()
+        self.path = norm.path
         self.weight = norm.module.weight
         if norm.shift is not None:
             self.bias = norm.module.bias

@@ -8,6 +8,7 @@ state-dict keys are those of the plain model.
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from obfuscatune.enclave.keys import decode, encode
@@ -17,20 +18,23 @@ from obfuscatune.enclave.remote.held import HeldSlot
 from obfuscatune.enclave.remote.linear import Placed
 from obfuscatune.enclave.remote.lora import Slot
 from obfuscatune.enclave.remote.passes import Passes
+from obfuscatune.enclave.remote.standing import Standing
+from obfuscatune.enclave.remote.withdrawn import Fixed
 from obfuscatune.errors import UnsupportedModelError
 
 # Arguments that reach a decoder block and mean nothing to it: what masks, rotary tables and the cache say already, what
 # the loss takes, and outputs whose hooks refuse them where they cannot be given (`protect`).
 _KNOWN = frozenset({"position_ids", "cache_position", "use_cache"})
 _KNOWN |= {"num_items_in_batch", "shift_labels", "output_attentions", "output_hidden_states"}
+_AS_EVER = {"is_causal": True}  # arguments that say in this value what is so anyhow
 
 
-class RemotePart(nn.Module):
+class RemotePart(Fixed):
     """Base of both: ``y = decode(worker(encode(x))) + b``, and LoRA.
 
     Args:
         bias: ``[d]``, added here; None for none. dropout: the model's own on the part's output, here too.
-        slots: LoRA of the part's layers. children: PEFT's layers by old name.
+        slots: LoRA of the part's layers. children: what stands for its layers, by old name.
     """
 
     def __init__(
@@ -45,15 +49,21 @@ class RemotePart(nn.Module):
         super().__init__()
         self.bias: Tensor | None
         self.register_buffer("bias", bias, persistent=False)
-        self.placed, self._dropout, self._slots = placed, dropout, slots
+        self.placed, self.path, self._dropout, self._slots = placed, placed.path, dropout, slots
         for name, child in children.items():
             self.add_module(name, child)
+        self._standing = Standing(self, children, placed.path)
         for slot in slots:
+            slot.holder = self
             if isinstance(slot, HeldSlot):
                 self.register_parameter(f"anchor_{slot.name}", slot.anchor)
 
+    def _dtype(self) -> torch.dtype:
+        return self.placed.dtype
+
     def call(self, x: Tensor) -> RemoteCall:
         """Return the call for x ``[..., d]``, with what LoRA contributes to it."""
+        self._standing.require()
         placed = self.placed
         call = RemoteCall(
             placed.session,
@@ -133,8 +143,8 @@ def refuse_unknown(arguments: dict[str, Any], layer: str) -> None:
     Raises:
         UnsupportedModelError: an argument other than None that is not known to say nothing new.
     """
-    unknown = sorted(name for name, value in arguments.items() if value is not None and name not in _KNOWN)
-    unknown = [name for name in unknown if arguments[name] is not False]
+    given = {name: value for name, value in arguments.items() if value is not None and name not in _KNOWN}
+    unknown = sorted(name for name, value in given.items() if value is not _AS_EVER.get(name))
     if unknown:
         raise UnsupportedModelError(
             "an argument of the model's forward is not understood where attention runs on the worker",

@@ -1,0 +1,56 @@
+"""The class of a protected model: its own, but for what would be wrong with weights that are not here.
+
+The class is made of the model's, under the same name, so that it still is one, in `isinstance` and by its name.
+"""
+
+from typing import Any
+
+import torch
+
+from obfuscatune.enclave.remote.withdrawn import Fixed, Withdrawn
+from obfuscatune.errors import UnsupportedModelError
+
+
+def guard_class(model: Any) -> None:
+    """Give a causal language model of ``transformers``, whose layers were replaced, the guarded form of its class."""
+    kind = type(model)
+    body = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+    model.path = kind.__name__
+    model.__class__ = type(kind.__name__, (Guarded, kind), body)
+
+
+class Guarded(Fixed):
+    """Comes before the model's own class."""
+
+    def _dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.dtype  # type: ignore[assignment]
+        return dtype
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """Save an adapter that ``transformers`` holds; refuse to save a model of which most is not here."""
+        if getattr(self, "_hf_peft_config_loaded", False):
+            return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+        raise UnsupportedModelError(
+            "a protected model cannot be saved: its large weights are on the worker, keyed",
+            where=self.path,
+            hint="a PEFT model's save_pretrained saves the adapter; state_dict() has what stayed in the enclave",
+        )
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        for path, module in self.named_modules():  # here, before anything is loaded
+            if isinstance(module, Withdrawn):
+                module.refuse_load(state_dict, f"{prefix}{path}.")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse: most of the model is not here to be compiled."""
+        raise refused_compilation(self.path)
+
+
+def refused_compilation(where: str) -> UnsupportedModelError:
+    """Return what ``torch.compile`` is refused with."""
+    return UnsupportedModelError(
+        "a protected model cannot be compiled: most of it runs on the worker",
+        where=where,
+        hint="leave torch.compile out; generate(disable_compile=True) where a cache asks for it",
+    )

@@ -1,0 +1,24 @@
+"""Hooks, and forwards set on an instance: code that is lost where a module is not called any more."""
+
+from torch import nn
+
+_KINDS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# Hooks that transformers leaves after the first call that asked for hidden states or attention weights. They do nothing
+# unless these are asked for again, which `protect` refuses where they are on the worker.
+_HARMLESS = "transformers.utils.output_capturing"
+
+
+def own_code(module: nn.Module) -> str | None:
+    """Return what a module has that its class has not, in words; None where there is nothing."""
+    if "forward" in vars(module):
+        return "a forward of its own"
+    return "a hook" if has_hooks(module) else None
+
+
+def has_hooks(module: nn.Module, *, after: bool = False) -> bool:
+    """Whether anybody's hook is on a module; ``after``: one that sees or changes what comes out of it."""
+    if not any(getattr(module, kind) for kind in _KINDS):  # nearly always
+        return False
+    kinds = [kind for kind in _KINDS if not (after and kind == "_forward_pre_hooks")]
+    hooks = [hook for kind in kinds for hook in getattr(module, kind).values()]
+    return any(getattr(hook, "__module__", "") != _HARMLESS for hook in hooks)

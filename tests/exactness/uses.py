@@ -1,0 +1,479 @@
+"""What people do with a model of transformers and PEFT: each use is run on the plain model and on the protected one.
+
+A use gets a model with LoRA on all linear layers and returns a tensor. `REFUSED` says under which profiles it is
+refused; under all others it is equal to the plain model. Reading uses leave a model as it was; changing ones do not.
+"""
+
+import copy
+import io
+import pickle
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft import (
+    AdaptionPromptConfig,
+    IA3Config,
+    LNTuningConfig,
+    LoraConfig,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    VeraConfig,
+    get_peft_model,
+)
+from peft.helpers import rescale_adapter_scale
+from peft.tuners.lora import LoraLayer
+from peft.utils.hotswap import hotswap_adapter
+from torch import Tensor, nn
+
+from .families import adapted, model_of
+from .models import randomize_lora, scalar, tokens
+
+Use = Callable[[Any], Tensor]
+READING: dict[str, Use] = {}
+CHANGING: dict[str, Use] = {}
+REFUSED: dict[str, frozenset[str]] = {}
+
+ALL = frozenset({"plain", "naive", "paper", "balanced", "strict", "stream", "shared"})
+WHOLE = frozenset({"plain", "balanced", "stream"})  # attention and MLP on the worker
+STREAM = frozenset({"stream"})
+HELD = frozenset({"paper", "naive"})  # LoRA trained on the worker
+FOLDED = frozenset({"balanced", "stream"})
+NOBODY: frozenset[str] = frozenset()
+
+
+def use(refused: frozenset[str], *, reading: bool = False) -> Callable[[Use], Use]:
+    def note(function: Use) -> Use:
+        add(function.__name__, function, refused, reading=reading)
+        return function
+
+    return note
+
+
+def add(name: str, function: Use, refused: frozenset[str], *, reading: bool = False) -> None:
+    (READING if reading else CHANGING)[name] = function
+    REFUSED[name] = refused
+
+
+# A model's parts, by whatever name its family has for them
+
+
+def base_of(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def is_gpt2(model: Any) -> bool:
+    return bool(base_of(model).config.model_type == "gpt2")
+
+
+def blocks(model: Any) -> Any:
+    base = base_of(model)
+    return base.transformer.h if is_gpt2(model) else base.model.layers
+
+
+def norm(model: Any) -> Any:
+    block = blocks(model)[0]
+    return block.ln_1 if is_gpt2(model) else block.input_layernorm
+
+
+def attention(model: Any) -> Any:
+    block = blocks(model)[0]
+    return block.attn if is_gpt2(model) else block.self_attn
+
+
+def loras(model: Any) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, LoraLayer)]
+
+
+def lora(model: Any, **options: Any) -> LoraConfig:
+    targets = ["c_attn"] if is_gpt2(model) else ["q_proj"]
+    return LoraConfig(**{"r": 2, "target_modules": targets, "fan_in_fan_out": is_gpt2(model), **options})
+
+
+def logits(model: Any, **more: Any) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(input_ids=tokens(2, 6), **more).logits
+    return found
+
+
+# Arguments of a forward
+
+
+def argument(name: str, value: Any, refused: frozenset[str]) -> None:
+    add(f"{name}={value}", lambda model: logits(model, **{name: value}), refused, reading=True)
+
+
+argument("is_causal", False, WHOLE)
+argument("is_causal", True, NOBODY)
+argument("use_cache", False, NOBODY)
+argument("logits_to_keep", 2, NOBODY)
+argument("no_such_argument", False, WHOLE)
+
+
+@use(NOBODY, reading=True)
+def position_ids(model: Any) -> Tensor:
+    return logits(model, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2], [0, 1, 2, 3, 4, 5]]))
+
+
+@use(NOBODY, reading=True)
+def labels(model: Any) -> Tensor:
+    with torch.no_grad():
+        loss: Tensor = model(input_ids=tokens(2, 6), labels=tokens(2, 6)).loss
+    return loss
+
+
+@use(WHOLE, reading=True)
+def mask_of_each_head(model: Any) -> Tensor:
+    mask = torch.rand(2, 4, 6, 6, generator=torch.Generator().manual_seed(3)) > 0.5
+    return logits(model, attention_mask=(mask | torch.eye(6).bool()).tril())
+
+
+@use(NOBODY, reading=True)
+def mask_of_each_row(model: Any) -> Tensor:
+    mask = torch.rand(2, 1, 6, 6, generator=torch.Generator().manual_seed(3)) > 0.5
+    return logits(model, attention_mask=(mask | torch.eye(6).bool()).tril())
+
+
+@use(STREAM, reading=True)
+def hidden_states(model: Any) -> Tensor:
+    with torch.no_grad():
+        return torch.stack(model(tokens(2, 6), output_hidden_states=True).hidden_states)
+
+
+@use(NOBODY, reading=True)
+def gradient_of_inputs(model: Any) -> Tensor:
+    embedded = base_of(model).get_input_embeddings()(tokens(2, 6)).detach().requires_grad_()
+    gradient: Tensor = torch.autograd.grad(model(inputs_embeds=embedded).logits.square().sum(), embedded)[0]
+    return gradient
+
+
+@use(NOBODY, reading=True)
+def adapter_disabled(model: Any) -> Tensor:
+    with model.disable_adapter():
+        return logits(model)
+
+
+@use(NOBODY, reading=True)
+def scale_for_a_while(model: Any) -> Tensor:
+    with rescale_adapter_scale(model, 0.3):
+        scaled = logits(model)
+    return torch.stack([scaled, logits(model)])
+
+
+@use(ALL, reading=True)
+def merged(model: Any) -> Tensor:
+    model.merge_adapter()
+    found = logits(model)
+    model.unmerge_adapter()
+    return found
+
+
+# Copies, conversions and compilation
+
+
+@use(ALL, reading=True)
+def pickled(model: Any) -> Tensor:
+    return logits(pickle.loads(pickle.dumps(model)))  # noqa: S301 - our own
+
+
+@use(ALL, reading=True)
+def saved_by_torch(model: Any) -> Tensor:
+    torch.save(model, file := io.BytesIO())
+    file.seek(0)
+    return logits(torch.load(file, weights_only=False))
+
+
+@use(ALL, reading=True)
+def copied(model: Any) -> Tensor:
+    return logits(copy.deepcopy(model))
+
+
+@use(ALL, reading=True)
+def compiled(model: Any) -> Tensor:
+    return logits(torch.compile(model, backend="eager"))
+
+
+@use(ALL, reading=True)
+def base_saved(model: Any) -> Tensor:
+    with tempfile.TemporaryDirectory() as directory:
+        base_of(model).save_pretrained(directory)
+    return torch.ones(1)
+
+
+@use(ALL, reading=True)
+def converted(model: Any) -> Tensor:
+    dtype = next(model.parameters()).dtype
+    model.to(torch.float32 if dtype == torch.float64 else torch.float64)
+    found = logits(model).to(dtype)
+    model.to(dtype)
+    return found
+
+
+@use(ALL, reading=True)
+def moved(model: Any) -> Tensor:
+    model.to("meta")
+    raise AssertionError("a model without numbers is not a result")
+
+
+@use(NOBODY, reading=True)
+def converted_to_what_it_is(model: Any) -> Tensor:
+    return logits(model.to(next(model.parameters()).dtype).cpu())
+
+
+@use(ALL, reading=True)
+def base_weights_loaded(model: Any) -> Tensor:
+    name = "transformer.h.0.mlp.c_fc" if is_gpt2(model) else "model.layers.0.mlp.up_proj"
+    weight = model_of("gpt2" if is_gpt2(model) else "llama", lora=False, seed=5).get_submodule(name).weight
+    model.load_state_dict({f"base_model.model.{name}.base_layer.weight": weight}, strict=False)
+    return logits(model)
+
+
+# Hooks, and modules that are changed
+
+
+def hook(name: str, find: Callable[[Any], nn.Module], refused: frozenset[str]) -> None:
+    def hooked(model: Any) -> Tensor:
+        def triple(module: Any, args: Any, output: Any) -> Any:
+            return (3 * output[0], *output[1:]) if isinstance(output, tuple) else 3 * output
+
+        find(model).register_forward_hook(triple)
+        return logits(model)
+
+    add(f"hook on {name}", hooked, refused)
+
+
+hook("a LoRA layer", lambda model: loras(model)[0], WHOLE)
+hook("a layer in LoRA", lambda model: loras(model)[0].base_layer, WHOLE | HELD)
+hook("A", lambda model: loras(model)[0].lora_A["default"], WHOLE | HELD)
+hook("B", lambda model: loras(model)[-1].lora_B["default"], WHOLE | HELD)
+hook("dropout of a last layer", lambda model: loras(model)[-1].lora_dropout["default"], WHOLE | HELD)
+hook("dropout of a first layer", lambda model: loras(model)[0].lora_dropout["default"], STREAM | HELD)
+hook("attention", attention, STREAM)
+hook("a block", lambda model: blocks(model)[1], STREAM)
+hook("a norm", norm, FOLDED)
+hook("the embeddings", lambda model: base_of(model).get_input_embeddings(), NOBODY)
+
+
+@use(STREAM)
+def block_removed(model: Any) -> Tensor:
+    del blocks(model)[1]
+    base_of(model).config.num_hidden_layers = 1
+    return logits(model)
+
+
+@use(STREAM)
+def mlp_replaced(model: Any) -> Tensor:
+    blocks(model)[0].mlp = nn.Identity()
+    return logits(model)
+
+
+@use(FOLDED)
+def norm_scaled(model: Any) -> Tensor:
+    with torch.no_grad():
+        norm(model).weight.mul_(2)
+    return logits(model)
+
+
+@use(FOLDED)
+def norm_scaled_behind_autograd(model: Any) -> Tensor:
+    norm(model).weight.data.mul_(2)
+    return logits(model)
+
+
+@use(FOLDED)
+def norm_replaced(model: Any) -> Tensor:
+    norm(model).weight = nn.Parameter(norm(model).weight.detach() * 2)
+    return logits(model)
+
+
+@use(FOLDED)
+def norm_trained(model: Any) -> Tensor:
+    norm(model).weight.requires_grad_(True)
+    scalar(model(tokens(2, 6)).logits).backward()
+    gradient: Tensor = norm(model).weight.grad
+    return gradient
+
+
+@use(WHOLE)
+def attention_in_both_directions(model: Any) -> Tensor:
+    model.config.is_causal = False
+    return logits(model)
+
+
+@use(NOBODY)
+def eager_attention(model: Any) -> Tensor:
+    base_of(model).set_attn_implementation("eager")
+    return logits(model)
+
+
+@use(NOBODY)
+def more_tokens(model: Any) -> Tensor:
+    torch.manual_seed(0)
+    base_of(model).resize_token_embeddings(41, mean_resizing=False)
+    return logits(model)[..., :37]
+
+
+@use(HELD)  # there a stock optimizer is refused, and what the worker trains has no gradient here
+def half_of_lora_frozen(model: Any) -> Tensor:
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name:
+            parameter.requires_grad_(False)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    scalar(model(tokens(2, 6)).logits).backward()
+    optimizer.step()
+    return logits(model)
+
+
+@use(HELD)
+def clipped_by_value(model: Any) -> Tensor:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    scalar(model(tokens(2, 6)).logits).backward()
+    nn.utils.clip_grad_value_(trained, 0.01)
+    torch.optim.SGD(trained, lr=0.01).step()
+    return logits(model)
+
+
+# Adapters that come, change and go
+
+
+@use(NOBODY)
+def unloaded(model: Any) -> Tensor:
+    return logits(model.unload())
+
+
+@use(NOBODY)
+def scaled(model: Any) -> Tensor:
+    logits(model)
+    for layer in loras(model):
+        layer.set_scale("default", 3.0)
+    return logits(model)
+
+
+@use(NOBODY)
+def hot_swapped(model: Any) -> Tensor:
+    other = adapted(model_of("gpt2" if is_gpt2(model) else "llama", lora=False), lora_alpha=11)
+    randomize_lora(other, seed=31)
+    logits(model)
+    with tempfile.TemporaryDirectory() as directory:
+        other.save_pretrained(directory)
+        hotswap_adapter(model, directory, "default", torch_device="cpu")
+    return logits(model)
+
+
+def second_adapter(name: str, refused: frozenset[str], **options: Any) -> None:
+    def added(model: Any) -> Tensor:
+        model.add_adapter("second", lora(model, **options))
+        model.to(next(model.parameters()).dtype)
+        randomize_lora(model, seed=9, adapter="second")
+        for path, parameter in model.named_parameters():
+            if ".second." in path and path.endswith("bias"):
+                parameter.data.fill_(0.3)
+            elif "modules_to_save.second" in path:
+                parameter.data.mul_(2)
+        model.set_adapter("second")
+        return logits(model)
+
+    add(f"adapter with {name}", added, refused)
+
+
+second_adapter("fewer layers", HELD)
+second_adapter("all layers", HELD, target_modules="all-linear")
+second_adapter("rank-stabilized scale", HELD, use_rslora=True)
+second_adapter("ranks of its own", HELD, rank_pattern={"h.0": 3, "layers.0": 3})
+second_adapter("DoRA", ALL, use_dora=True)
+second_adapter("a bias of LoRA", WHOLE | HELD | {"strict", "shared"}, lora_bias=True)
+second_adapter("OLoRA's start", ALL, init_lora_weights="orthogonal")
+second_adapter("activation by tokens", ALL, alora_invocation_tokens=[3])
+second_adapter("a trained head", HELD, modules_to_save=["lm_head"])
+second_adapter("trained tokens", HELD, trainable_token_indices=[1, 2])
+second_adapter("a copy of an MLP", ALL, modules_to_save=["mlp"])
+
+
+@use(FOLDED | HELD)
+def adapter_with_trained_norms(model: Any) -> Tensor:
+    name = "ln_1" if is_gpt2(model) else "input_layernorm"
+    model.add_adapter("second", lora(model, modules_to_save=[name]))
+    model.to(next(model.parameters()).dtype)
+    randomize_lora(model, seed=9, adapter="second")
+    model.set_adapter("second")
+    for path, parameter in model.named_parameters():
+        if "modules_to_save.second" in path:
+            parameter.data.mul_(2)
+    return logits(model)
+
+
+@use(WHOLE | HELD)
+def two_adapters_at_once(model: Any) -> Tensor:
+    model.add_adapter("second", lora(model))
+    model.to(next(model.parameters()).dtype)
+    randomize_lora(model, seed=9, adapter="second")
+    model.base_model.set_adapter(["default", "second"])
+    return logits(model)
+
+
+@use(HELD)
+def adapters_joined(model: Any) -> Tensor:
+    model.add_adapter("second", lora(model, r=3, target_modules="all-linear"))
+    model.to(next(model.parameters()).dtype)
+    randomize_lora(model, seed=9, adapter="second")
+    model.add_weighted_adapter(["default", "second"], [0.5, 0.7], "joined", combination_type="linear")
+    model.set_adapter("joined")
+    return logits(model)
+
+
+@use(HELD)
+def adapter_deleted(model: Any) -> Tensor:
+    model.add_adapter("second", lora(model))
+    model.to(next(model.parameters()).dtype)
+    randomize_lora(model, seed=9, adapter="second")
+    model.set_adapter("second")
+    model.delete_adapter("default")
+    return logits(model)
+
+
+def tuner(name: str, refused: frozenset[str], make: Callable[[Any], Any]) -> None:
+    def tuned(model: Any) -> Tensor:
+        base = model.unload()
+        torch.manual_seed(0)
+        other = get_peft_model(base, make(base)).to(next(base.parameters()).dtype)
+        generator = torch.Generator().manual_seed(4)
+        for path, parameter in other.named_parameters():
+            if parameter.requires_grad and "anchor" not in path:
+                parameter.data.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+        return logits(other.eval())
+
+    add(f"then {name}", tuned, refused)
+
+
+CAUSAL = {"task_type": "CAUSAL_LM"}
+tuner("LoRA anew", ALL, lora)
+tuner("prompt tuning", NOBODY, lambda model: PromptTuningConfig(num_virtual_tokens=3, **CAUSAL))
+tuner("p-tuning", NOBODY, lambda model: PromptEncoderConfig(num_virtual_tokens=3, encoder_hidden_size=8, **CAUSAL))
+tuner("prefix tuning", WHOLE, lambda model: PrefixTuningConfig(num_virtual_tokens=3, **CAUSAL))
+tuner("adaption prompt", ALL, lambda model: AdaptionPromptConfig(adapter_len=3, adapter_layers=1, **CAUSAL))
+tuner(
+    "IA3",
+    ALL,
+    lambda model: IA3Config(
+        target_modules=["c_attn" if is_gpt2(model) else "k_proj"],
+        feedforward_modules=[],
+        fan_in_fan_out=is_gpt2(model),
+    ),
+)
+tuner(
+    "VeRA",
+    ALL,
+    lambda model: VeraConfig(
+        r=2, target_modules=["c_attn" if is_gpt2(model) else "q_proj"], fan_in_fan_out=is_gpt2(model)
+    ),
+)
+tuner(
+    "trained norms",
+    FOLDED,
+    lambda model: LNTuningConfig(target_modules=["ln_1" if is_gpt2(model) else "input_layernorm"]),
+)
+tuner(
+    "a trained last norm", NOBODY, lambda model: LNTuningConfig(target_modules=["ln_f" if is_gpt2(model) else "norm"])
+)
