@@ -93,6 +93,10 @@ class RollbackError(ObfuscatuneError):
     """The state on disk is older than the one that the enclave wrote last: somebody put back a copy."""
 
 
+class TrainingError(ObfuscatuneError):
+    """The numbers of a training run, or of its result, are not finite: there is no result."""
+
+
 class WorkerFault(ObfuscatuneError):  # noqa: N818 - a fault of the peer, and the name users see
     """The worker died, was late, or replied with something wrong; names worker, layer and call.
 

@@ -9,15 +9,9 @@ from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from obfuscatune.errors import DataError, UsageError
-from obfuscatune.training.data import (
-    MAX_LINE_BYTES,
-    Collator,
-    Row,
-    completed_row,
-    encode_rows,
-    read_prompts,
-    read_rows,
-)
+from obfuscatune.training.data import Row, completed_row, read_prompts, read_rows
+from obfuscatune.training.encoding import Collator, encode_rows
+from obfuscatune.training.jsonl import MAX_LINE_BYTES
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}[{{ m.role }}]{{ m.content }}<stop>{% endfor %}"

@@ -57,7 +57,7 @@ def command(options: FinetuneOptions) -> None:
     checkpoint = _prepare_output(options, ranks)
     from obfuscatune.enclave.protect import protect
     from obfuscatune.training.checkpoints import load_keys, remove_checkpoints, save_adapter
-    from obfuscatune.training.data import Collator, encode_rows
+    from obfuscatune.training.encoding import Collator, encode_rows
     from obfuscatune.training.interrupt import StopOnInterrupt
     from obfuscatune.training.loading import load, load_tokenizer
     from obfuscatune.training.trainer import ProtectedTrainer
@@ -76,9 +76,8 @@ def command(options: FinetuneOptions) -> None:
     for source, (_, summary) in zip(rows, encoded, strict=True) if ranks.first else ():
         counts = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in asdict(summary).items())
         print(f"{source}: {counts}", file=sys.stderr)
-        if summary.answers_without_end:
-            what = "the chat template ends answers with no token that is learnt: the model may not learn to stop"
-            print(f"warning: {what}", file=sys.stderr)
+        for text in summary.warnings():
+            print(f"warning: {source}: {text}", file=sys.stderr)
     model = add_adapter(base, options)
     with (
         protect(model, **protection, secret=secret, progress=ranks.first) as protected,

@@ -160,7 +160,8 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def _prompts(options: GenerateOptions) -> "list[tuple[str, Prompt]]":
     """Return (where, prompt) of all prompts."""
-    from obfuscatune.training.data import check_text, read_prompts
+    from obfuscatune.training.data import read_prompts
+    from obfuscatune.training.jsonl import check_text
 
     if not options.prompt and options.prompt_file is None:
         raise UsageError("no prompt", expected="--prompt TEXT or --prompt_file FILE")

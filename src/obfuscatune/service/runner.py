@@ -33,7 +33,8 @@ from obfuscatune.service.store import Store
 from obfuscatune.training.arguments import add_adapter, training_arguments
 from obfuscatune.training.checkpoints import load_keys, save_adapter
 from obfuscatune.training.completion import complete, prompt_ids
-from obfuscatune.training.data import Collator, Prompt, completed_row, encode_rows, read_prompts, read_rows
+from obfuscatune.training.data import Prompt, completed_row, read_prompts, read_rows
+from obfuscatune.training.encoding import Collator, encode_rows
 from obfuscatune.training.trainer import ProtectedTrainer
 
 MAX_DATA_BYTES = 4 << 30

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from obfuscatune.enclave.keys import MasterSecret
 from obfuscatune.errors import ObfuscatuneError, UsageError
 from obfuscatune.profiles import Profile
+from obfuscatune.training.finite import check_adapter_file
 
 SECRET_FILE = "master_secret"  # noqa: S105 - a file's name
 PROFILE_FILE = "obfuscatune.json"
@@ -116,6 +117,7 @@ def save_adapter(model: Any, output_dir: Path) -> None:
 
     Raises:
         ObfuscatuneError: the disk is full, or the directory cannot be written; an older adapter there is as it was.
+        TrainingError: a factor is not finite.
     """
     output_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=".adapter-", dir=output_dir))
@@ -123,6 +125,7 @@ def save_adapter(model: Any, output_dir: Path) -> None:
         # Left to itself, PEFT adds the base model's whole embedding where LoRA is on the head, or where a configuration
         # that it finds by the model's name, on this disk or on the hub, has another vocabulary.
         model.save_pretrained(temporary, save_embedding_layers=False)
+        check_adapter_file(temporary / _ADAPTER_FILES[0])
         for name in _ADAPTER_FILES:
             (temporary / name).replace(output_dir / name)
     shutil.rmtree(temporary)

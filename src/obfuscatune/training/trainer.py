@@ -12,12 +12,15 @@ from transformers import PrinterCallback, ProgressCallback, Trainer
 
 from obfuscatune.enclave.protected import Protected
 from obfuscatune.training.checkpoints import secret_file, whole_checkpoint
-from obfuscatune.training.data import IGNORED_LABEL
+from obfuscatune.training.encoding import IGNORED_LABEL
+from obfuscatune.training.finite import check_gradients, check_loss
 from obfuscatune.training.overlap import check_overlap, step
 
 
 class ProtectedTrainer(Trainer):
     """Logs, since the log before, tokens/s, bytes and calls across the boundary, and the enclave's share of the time.
+
+    The first loss or gradient that is not finite ends the training with a `TrainingError`.
 
     Args:
         protected: what ``protect`` returned; its model is trained by the optimizer that it makes.
@@ -47,8 +50,12 @@ class ProtectedTrainer(Trainer):
             self._last = self._counts()
         self._tokens += int(inputs["attention_mask"].sum())
         if self._overlap and num_items_in_batch is not None:  # then the halves' losses add up to the batch's
-            return self._overlapped_step(model, inputs, num_items_in_batch)
-        loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+            loss = self._overlapped_step(model, inputs, num_items_in_batch)
+        else:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        step = self.state.global_step + 1
+        check_loss(float(loss), "loss", step)
+        check_gradients(model.parameters(), step)
         return loss
 
     def _overlapped_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> torch.Tensor:
@@ -71,6 +78,8 @@ class ProtectedTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *more: Any, **named: Any) -> None:
         """Add the measures of the interval since the last log to those of a training step."""
+        if "eval_loss" in logs:
+            check_loss(logs["eval_loss"], "loss of the evaluation", self.state.global_step)
         if "loss" in logs and self._last is not None:
             now = self._counts()
             seconds, tokens, calls, bytes_moved, waiting = (a - b for a, b in zip(now, self._last, strict=True))

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrain
 from obfuscatune.errors import UsageError
 from obfuscatune.studies.tasks.catalogue import TASKS
 from obfuscatune.studies.tasks.harness import ProtectedLM, TaskResult, evaluate, load_tasks, training_rows
-from obfuscatune.training.data import IGNORED_LABEL, encode_rows
+from obfuscatune.training.encoding import IGNORED_LABEL, encode_rows
 
 # Of log-likelihoods summed over a choice, in float32; measured 2e-5 on the tiny model and 6e-5 on the real one.
 LIKELIHOOD_TOLERANCE = 5e-4
