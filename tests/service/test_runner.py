@@ -103,12 +103,14 @@ def weights_in(place: Place, adapter: str) -> list[str]:
 
 
 def test_a_job_gives_adapter_and_generations(place: Place) -> None:
-    results = place.run(place.signed())
+    signed = place.signed()
+    results = place.run(signed)
     assert sorted(place.files(results["adapter"])) == ["adapter_config.json", "adapter_model.safetensors"]
     rows = place.files(results["output"])["generations.jsonl"].decode().splitlines()
     assert [json.loads(row)["prompt"] for row in rows] == [json.loads(line)["prompt"] for line in PROMPTS.splitlines()]
     assert weights_in(place, results["adapter"]) == []
-    assert json.loads(place.files(results["adapter"])["adapter_config.json"])["base_model_name_or_path"] is None
+    named = json.loads(place.files(results["adapter"])["adapter_config.json"])["base_model_name_or_path"]
+    assert named == f"sealed:{signed.job.model}"
 
 
 @pytest.mark.parametrize("who", [("provider",), ("owner",), ("provider", "owner"), ()])
@@ -155,9 +157,11 @@ def test_no_weight_of_the_model_leaves_for_a_file_in_the_operators_directory(
 def test_a_checkpoint_put_in_by_the_operator_is_not_resumed(place: Place) -> None:
     """He seals to the enclave, as anybody can, and would know the keys of what goes on from there."""
     saved: list[str] = []
-    place.run(place.signed(), hooks=Hooks(SILENT.progress, lambda step, digest: saved.append(digest)))
     signed = place.signed()
+    place.run(signed, hooks=Hooks(SILENT.progress, lambda step, digest: saved.append(digest)))
     assert len(saved) == 2 and sorted(place.run(signed, saved[0])) == ["adapter", "output"]
+    with pytest.raises(UsageError, match="the checkpoint is of another run"):
+        place.run(place.signed(), saved[0])
     forged = place.put("checkpoint", {"master_secret": b"known"}, Identity.generate("operator", "x25519"))
     place.store.path(forged).replace(place.store.path(saved[0]))
     with pytest.raises(SealError, match="exchanged"):

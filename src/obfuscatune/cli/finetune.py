@@ -39,8 +39,14 @@ class FinetuneOptions(TrainingSettings, ProtectionOptions, ModelOptions, ConfigO
         "write into a directory that is not empty", False, flag="--overwrite_output_dir"
     )
     resume_from_checkpoint: str | None = option("a checkpoint's path, or last", None, **_SAVING)
+    allow_changed: list[str] | None = option(
+        "what may differ from the checkpoint's run, by its option's name; repeatable", None, **_SAVING
+    )
     overlap: bool = option(
         "keep two halves of each batch under way, where the link to the worker is slow", False, flag="--overlap"
+    )
+    stop_seconds: float = option(
+        "after SIGTERM: seconds for the step and its checkpoint", 25.0, min=0.1, ceiling=1e6, **_SAVING
     )
     report_to: str = option("tensorboard, wandb, ... where installed", "none", **_SAVING)
 
@@ -49,24 +55,26 @@ class FinetuneOptions(TrainingSettings, ProtectionOptions, ModelOptions, ConfigO
 def command(options: FinetuneOptions) -> None:
     """Fine-tune a model on private rows; the worker sees no token, no plain weight and no plain activation.
 
-    Writes an ordinary PEFT adapter. What a profile does show to the worker is told in docs/design.md. Ctrl-C ends the
-    step, saves a checkpoint and stops.
+    Writes an ordinary PEFT adapter. Ctrl-C and SIGTERM end the step, save a checkpoint and stop.
     """
     _check_source(options)
     ranks = Ranks.of_environment()
     checkpoint = _prepare_output(options, ranks)
     from obfuscatune.enclave.protect import protect
-    from obfuscatune.training.checkpoints import load_keys, remove_checkpoints, save_adapter
+    from obfuscatune.training.checkpoints import load_checkpoint, remove_checkpoints, save_adapter
     from obfuscatune.training.encoding import Collator, encode_rows
-    from obfuscatune.training.interrupt import StopOnInterrupt
+    from obfuscatune.training.interrupt import GivenUpError, StopOnSignal
     from obfuscatune.training.loading import load, load_tokenizer
+    from obfuscatune.training.origin import check_origin, describe_run
     from obfuscatune.training.trainer import ProtectedTrainer
 
     protection = options.protection()
     ranks.check(protection["profile"], overlap=options.overlap)
     protection["worker"] = ranks.workers_of(protection["worker"])
     arguments = _training_arguments(options, ranks)
-    secret = None if checkpoint is None else load_keys(checkpoint, protection["profile"], ranks.rank)
+    secret, made_with = None, None
+    if checkpoint is not None:
+        secret, made_with = load_checkpoint(checkpoint, protection["profile"], ranks.rank)
     rows = _read_rows(options)
     base = load(options.model_name_or_path, options.dtype)
     tokenizer = load_tokenizer(options.model_name_or_path, base.config)
@@ -78,10 +86,13 @@ def command(options: FinetuneOptions) -> None:
         print(f"{source}: {counts}", file=sys.stderr)
         for text in summary.warnings():
             print(f"warning: {source}: {text}", file=sys.stderr)
+    run = describe_run(options, base=base, dtype=options.dtype, rows=next(iter(rows.values())), processes=ranks.size)
+    if made_with is not None:
+        check_origin(made_with, run, options.allow_changed or (), str(checkpoint))
     model = add_adapter(base, options)
     with (
         protect(model, **protection, secret=secret, progress=ranks.first) as protected,
-        StopOnInterrupt(ranks) as interrupt,
+        StopOnSignal(ranks, options.stop_seconds) as interrupt,
     ):
         if checkpoint is None and ranks.first:
             remove_checkpoints(options.output_dir)  # of another run, under other keys: "last" must not find them
@@ -92,6 +103,7 @@ def command(options: FinetuneOptions) -> None:
             args=arguments,
             overlap=options.overlap,
             quiet=not ranks.first,
+            made_with=run,
             train_dataset=data[0],
             eval_dataset=data[1] if len(data) > 1 else None,
             data_collator=Collator(tokenizer.pad_token_id),
@@ -101,10 +113,14 @@ def command(options: FinetuneOptions) -> None:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         except WorkerFault as fault:
             raise _with_checkpoint(fault, options.output_dir) from fault
+        except GivenUpError:
+            what = f"the step did not end within {options.stop_seconds:g} s and is lost"
+            print(f"interrupted: {what}; {_how_to_resume(options.output_dir)}", file=sys.stderr)
+            raise typer.Exit(interrupt.exit_code) from None
         if interrupt.requested:
             if trainer.state.global_step < trainer.state.max_steps:
                 print(f"interrupted: {_how_to_resume(options.output_dir)}", file=sys.stderr)
-                raise typer.Exit(130)
+                raise typer.Exit(interrupt.exit_code)
             print("interrupted after the last step: the training is complete", file=sys.stderr)
         report = protected.report()
         if not ranks.first:
