@@ -26,6 +26,7 @@ class Profile:
         name: how reports call it; a changed switch is appended, as in ``balanced+mlp=enclave``.
         summary: one line for people.
         audience: who should take it, and for what; `obfuscatune inspect`, README.md and docs/security.md quote it.
+        claim: what the worker is kept from, and nothing more; `--help`, README.md and docs/security.md quote it.
         remote: whether a worker takes part at all; ``False`` runs the whole model in the enclave.
         keys: key family of the four width-d streams of a block: into and out of attention, into and out of the MLP.
         inner_keys: key family of what crosses inside attention and MLP, where these run in the enclave: q, k, v and
@@ -61,6 +62,7 @@ class Profile:
     name: str
     summary: str
     audience: str
+    claim: str
     remote: bool = True
     keys: KeyFamily = "identity"
     inner_keys: KeyFamily = "identity"
@@ -101,6 +103,7 @@ PROFILES: dict[str, Profile] = {
             name="plain",
             summary="nothing is keyed but LoRA's rank numbers: the baseline of cost, and the control of the wire test",
             audience="research: the baseline that protects nothing",
+            claim="none",
             attention="worker",
             mlp="worker",
         ),
@@ -108,6 +111,7 @@ PROFILES: dict[str, Profile] = {
             name="naive",
             summary="as paper, under ill-conditioned Gaussian matrices: the ablation",
             audience="research: the ablation of the paper's keys",
+            claim="none",
             keys="gaussian",
             lora_placement="worker",
         ),
@@ -115,6 +119,7 @@ PROFILES: dict[str, Profile] = {
             name="paper",
             summary="as published: one dense key for q, k, v, their true values outside, LoRA on the worker",
             audience="research: the reproduction of the paper",
+            claim="none",
             keys="haar",
             lora_placement="worker",
         ),
@@ -122,6 +127,7 @@ PROFILES: dict[str, Profile] = {
             name="balanced",
             summary="Q, K, V hidden too, cheap keys, attention and MLP on the worker, LoRA optimizer in the enclave",
             audience="against copying of weights that have no public relative; nothing for data",
+            claim="no plain coordinates of weights, activations or adapter; nothing on data",
             keys="monarch",
             inner_keys="monarch",
             attention="worker",
@@ -134,6 +140,7 @@ PROFILES: dict[str, Profile] = {
             name="strict",
             summary="linear layers alone on the worker, rows mixed with noise by secrets used once, products verified",
             audience="research: no claim for weights with a near public base; on data only what the audit measures",
+            claim="the attacks listed in security.md are at chance, on small models; no more",
             keys="monarch",
             inner_keys="monarch",
             mix_rows=True,
@@ -143,6 +150,7 @@ PROFILES: dict[str, Profile] = {
             name="stream",
             summary="all blocks on the worker in one call: it gets the working body in one unknown rotation",
             audience="as balanced, faster, where handing over the working body in one unknown rotation will do",
+            claim="embeddings and head withheld; nothing on data",
             keys="monarch",
             inner_keys="monarch",
             attention="worker",
@@ -157,6 +165,7 @@ PROFILES: dict[str, Profile] = {
             name="shared",
             summary="weights and rows as secret shares on three workers that must not collude: one alone sees noise",
             audience="where three operators do not collude: weights and data are hidden from each of them alone",
+            claim="one operator alone sees uniformly random numbers, proved; any two together have everything",
             verify=True,
             weights="shared",
         ),
@@ -164,6 +173,7 @@ PROFILES: dict[str, Profile] = {
             name="enclave",
             summary="everything stays in the enclave; no worker",
             audience="where the weights fit the TEE: data and weights are as safe as it is",
+            claim="what the TEE claims",
             remote=False,
         ),
     )
@@ -171,7 +181,9 @@ PROFILES: dict[str, Profile] = {
 
 # float64 has 16 digits: beyond this a key's inverse is noise, and nothing computed under it means anything.
 MAX_KAPPA = 1e8
-SWITCHES = tuple(f.name for f in dataclasses.fields(Profile) if f.name not in ("name", "summary", "audience", "remote"))
+SWITCHES = tuple(
+    f.name for f in dataclasses.fields(Profile) if f.name not in ("name", "summary", "audience", "claim", "remote")
+)
 # What is said of shares alone: not part of the keys and the checkpoints of profiles that have none.
 OF_SHARES = ("weights", "primes", "threshold", "spares")
 _LEAST = {"enclave_blocks": 0, "key_block": 2, "mix_tile": 64, "primes": 0, "threshold": 1, "spares": 0}

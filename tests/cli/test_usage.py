@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from obfuscatune.cli import VERBS, main
+from obfuscatune.cli import VERBS
 from obfuscatune.errors import UsageError, WorkerFault
 
 
@@ -79,10 +79,12 @@ def test_a_home_directory_in_a_config_file_is_expanded(
     assert (outcome.code, names) == (0, [str(model_dir)]), outcome.err
 
 
-def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("obfuscatune.cli.doctor.examine", lambda: {}["missing"])
-    with pytest.raises(KeyError):
-        main(["doctor"])
+def test_what_another_library_raises_is_told_by_its_class_and_place(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("obfuscatune.cli.doctor.examine", lambda: {}["zebra"])
+    outcome = run("doctor")
+    assert (outcome.code, outcome.out) == (1, "")
+    assert outcome.err.startswith("error: unexpected KeyError (at ") and "doctor.py:" in outcome.err
+    assert "zebra" not in outcome.err and "Traceback" not in outcome.err
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,14 @@ from typing import Any
 
 import typer
 
-from obfuscatune.cli.options import ConfigOptions, ModelOptions, ProtectionOptions, option, takes
+from obfuscatune.cli.options import CLAIMS, ConfigOptions, ModelOptions, ProtectionOptions, option, takes
+from obfuscatune.cli.output import check_writable
 from obfuscatune.errors import ObfuscatuneError, UsageError, WorkerFault
 from obfuscatune.settings import TrainingSettings
 from obfuscatune.training.arguments import add_adapter, training_arguments
 from obfuscatune.training.ranks import Ranks
 
-EPILOG = (
+EPILOG = CLAIMS + (
     "Examples:\n\nobfuscatune finetune --model_name_or_path gpt2 --train_file train.jsonl --output_dir adapter\n\n"
     "obfuscatune finetune --model_name_or_path DIR --train_file chats.jsonl --output_dir adapter --max_length 2048\n\n"
     "obfuscatune finetune --config run.yaml --worker tls://gpu:7000#FINGERPRINT --identity lab.key\n\n"
@@ -53,7 +54,7 @@ class FinetuneOptions(TrainingSettings, ProtectionOptions, ModelOptions, ConfigO
 
 @takes(FinetuneOptions)
 def command(options: FinetuneOptions) -> None:
-    """Fine-tune a model on private rows; the worker sees no token, no plain weight and no plain activation.
+    """Fine-tune a model on private rows, its large layers on a worker that sees of them what the profile lets it see.
 
     Writes an ordinary PEFT adapter. Ctrl-C and SIGTERM end the step, save a checkpoint and stop.
     """
@@ -177,6 +178,7 @@ def _prepare_output(options: FinetuneOptions, ranks: Ranks) -> Path | None:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError("cannot make the output directory", got=error.strerror, where=str(directory)) from None
+    check_writable(directory, str(directory))
     return checkpoint
 
 
@@ -202,7 +204,7 @@ def _with_checkpoint(fault: WorkerFault, output_dir: Path) -> WorkerFault:
         call=fault.call,
         got=fault.got,
         expected=fault.expected,
-        hint=_how_to_resume(output_dir),
+        hint="; ".join([*([fault.hint] if fault.hint else []), _how_to_resume(output_dir)]),
     )
 
 
@@ -218,7 +220,7 @@ def _how_to_resume(output_dir: Path) -> str:
 def _write_report(report: dict[str, Any], output_dir: Path) -> None:
     path = output_dir / "report.json"
     try:
-        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     except OSError as error:
         path.unlink(missing_ok=True)
         raise ObfuscatuneError("cannot write the report", got=error.strerror, where=str(path)) from error
