@@ -129,12 +129,15 @@ def test_sigterm_saves_what_was_trained_within_a_bound(stuck: bool, inside, tmp_
     def interrupted(self: ProtectedTrainer, *arguments: Any, **named: Any) -> Any:
         if self.state.global_step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
+            if self._protected.session is not None:  # a scheduler's signal goes to the whole process group
+                self._protected.session.process.send_signal(signal.SIGTERM)
             if stuck:
                 threading.Event().wait(60)
         return step(self, *arguments, **named)
 
     monkeypatch.setattr(ProtectedTrainer, "training_step", interrupted)
-    outcome = run(*inside, "--max_steps", 5, "--stop_seconds", 0.2 if stuck else 60)
+    where = ("--stop_seconds", 0.2) if stuck else ("--profile", "balanced", "--worker", "spawn")
+    outcome = run(*inside, "--max_steps", 5, *where)
     assert outcome.code == 143
     last = tmp_path / "out" / f"checkpoint-{2 if stuck else 3}"
     assert f"--resume_from_checkpoint {last}" in outcome.err and last.is_dir()

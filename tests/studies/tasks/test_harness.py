@@ -188,6 +188,13 @@ def test_generation_and_rolling_likelihood_are_those_of_hf(protected: ProtectedL
     )
 
 
+def test_prompts_beyond_the_context_get_a_warning(protected: ProtectedLM) -> None:
+    fits, beyond = (("", ""), [1] * 192, [2]), (("", ""), [1] * 193, [2])
+    with pytest.warns(UserWarning, match="1 of 2 prompts with a choice are beyond the model's 192 positions"):
+        assert len(protected._loglikelihood_tokens([fits, beyond])) == 2
+    protected._loglikelihood_tokens([fits])
+
+
 def test_the_prompts_are_the_published_ones(data_dir: Path) -> None:
     expected = {
         "webqs": ("Question: which 1?\nAnswer:", " a red one"),
