@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from obfuscatune import UsageError
+from obfuscatune.cli.options import CLAIMS
 from obfuscatune.profiles import PROFILES, SWITCHES, Profile, resolve
 
 
@@ -23,6 +25,18 @@ def test_pages_say_for_whom_each_profile_is_and_what_it_claims_in_its_own_words(
     text = (Path(__file__).parents[1] / page).read_text(encoding="utf-8")
     for profile in PROFILES.values():
         assert f"| `{profile.name}` | {profile.audience} | {profile.claim} |" in text
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/security.md"])
+def test_pages_and_help_claim_what_the_records_do(page: str) -> None:
+    text = (Path(__file__).parents[1] / page).read_text(encoding="utf-8")
+    plain = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", text)
+    for profile in PROFILES.values():
+        rows = [
+            line for line in plain.splitlines() if line.startswith("| `") and f"`{profile.name}`" in line.split("|")[1]
+        ]
+        assert any(profile.claim in row.split("|")[-2] for row in rows), profile.name
+        assert f"{profile.name}: {profile.claim}\n" in CLAIMS
 
 
 def test_naive_is_paper_under_other_keys() -> None:

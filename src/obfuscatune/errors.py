@@ -101,6 +101,14 @@ class RollbackError(ObfuscatuneError):
     """The state on disk is older than the one that the enclave wrote last: somebody put back a copy."""
 
 
+class TrainingError(ObfuscatuneError):
+    """The numbers of a training run, or of its result, are not finite: there is no result."""
+
+
+# A worker that runs may be serving others, whose runs a restart would end.
+RESTART_HINT = "start the worker again if it is gone, and resume from the last checkpoint"
+
+
 class WorkerFault(ObfuscatuneError):  # noqa: N818 - a fault of the peer, and the name users see
     """The worker died, was late, or replied with something wrong; names worker, layer and call.
 
@@ -109,5 +117,5 @@ class WorkerFault(ObfuscatuneError):  # noqa: N818 - a fault of the peer, and th
 
     def __init__(self, what: str, *, worker: str, layer: str, call: int, **details: Any) -> None:
         self.worker, self.layer, self.call = worker, layer, call
-        details.setdefault("hint", "start the worker again and resume from the last checkpoint")
+        details.setdefault("hint", RESTART_HINT)
         super().__init__(what, where=f"worker {worker}, layer {layer}, call {call}", **details)

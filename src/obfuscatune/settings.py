@@ -14,6 +14,7 @@ from typing import Any, Literal, Self
 
 from obfuscatune.errors import FormatError
 
+_LARGEST = 3.4e38  # of float32
 _TRAINING = {"rich_help_panel": "Training"}
 _LORA = {"rich_help_panel": "LoRA"}
 _SAVING = {"rich_help_panel": "Logs and checkpoints"}
@@ -33,16 +34,20 @@ class TrainingSettings:
 
     max_length: int = _setting("longest row in tokens", 512, min=2)
 
-    learning_rate: float = _setting("peak learning rate", 2e-4, min=0, **_TRAINING)
+    learning_rate: float = _setting("peak learning rate", 2e-4, min=0, ceiling=_LARGEST, **_TRAINING)
     per_device_train_batch_size: int = _setting("rows of a batch", 8, min=1, **_TRAINING)
     per_device_eval_batch_size: int = _setting("rows of a batch in evaluation", 8, min=1, **_TRAINING)
     gradient_accumulation_steps: int = _setting("batches in one step", 1, min=1, **_TRAINING)
     num_train_epochs: float = _setting("passes over the data", 3.0, min=0, ceiling=1e6, **_TRAINING)
     max_steps: int = _setting("steps; above 0 it overrides num_train_epochs", -1, min=-1, **_TRAINING)
-    warmup_steps: float = _setting("steps of linear warm-up; below 1: their share", 0.0, min=0, **_TRAINING)
+    warmup_steps: float = _setting(
+        "steps of linear warm-up; below 1: their share", 0.0, min=0, ceiling=1e9, **_TRAINING
+    )
     lr_scheduler_type: str = _setting("schedule after the warm-up", "linear", **_TRAINING)
-    weight_decay: float = _setting("decoupled in AdamW", 0.0, min=0, **_TRAINING)
-    max_grad_norm: float = _setting("gradients are clipped to this norm; 0 for not", 1.0, min=0, **_TRAINING)
+    weight_decay: float = _setting("decoupled in AdamW", 0.0, min=0, ceiling=_LARGEST, **_TRAINING)
+    max_grad_norm: float = _setting(
+        "gradients are clipped to this norm; 0 for not", 1.0, min=0, ceiling=_LARGEST, **_TRAINING
+    )
     optim: Literal["adamw", "sgd"] = _setting("optimizer", "adamw", **_TRAINING)
     seed: int = _setting(
         "of the adapter's start and the order of rows; keys are never seeded", 42, min=0, ceiling=2**32 - 1, **_TRAINING

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from obfuscatune.cli import VERBS, main
+from obfuscatune.cli import VERBS
 from obfuscatune.errors import UsageError, WorkerFault
 
 
@@ -79,10 +79,12 @@ def test_a_home_directory_in_a_config_file_is_expanded(
     assert (outcome.code, names) == (0, [str(model_dir)]), outcome.err
 
 
-def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("obfuscatune.cli.doctor.examine", lambda: {}["missing"])
-    with pytest.raises(KeyError):
-        main(["doctor"])
+def test_what_another_library_raises_is_told_by_its_class_and_place(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("obfuscatune.cli.doctor.examine", lambda: {}["zebra"])
+    outcome = run("doctor")
+    assert (outcome.code, outcome.out) == (1, "")
+    assert outcome.err.startswith("error: unexpected KeyError (at ") and "doctor.py:" in outcome.err
+    assert "zebra" not in outcome.err and "Traceback" not in outcome.err
 
 
 @pytest.mark.parametrize(
@@ -101,6 +103,13 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
         (["worker", "--listen", f"tls://127.0.0.1:0#{64 * 'a'}"], "has no fingerprint"),
         (["worker", "--listen", "unix://w", "--max_sessions", "0"], "--max_sessions"),
         (["generate", "--model_name_or_path", "x", "--top_p", "0.5"], "hint: add --do_sample"),
+        (["generate", "--prompt", "a", "--temperature", "0"], "--temperature"),
+        (["generate", "--prompt", "a", "--temperature", "nan"], "--temperature"),
+        (["generate", "--prompt", "a", "--temperature", "inf"], "--temperature"),
+        (["generate", "--prompt", "a", "--top_p", "-1"], "--top_p"),
+        (["generate", "--prompt", "a", "--top_p", "2"], "'--top_p': 2.0 is above 1"),
+        (["generate", "--prompt", "a", "--timeout", "nan"], "--timeout"),
+        (["finetune", "--learning_rate", "inf"], "--learning_rate"),
         (["inspect", "--model_name_or_path", "./nowhere"], "no such model directory: got ./nowhere"),
     ],
 )
@@ -108,6 +117,23 @@ def test_misuse_is_refused(arguments: list[str], message: str, run) -> None:
     outcome = run(*arguments)
     assert (outcome.code, outcome.out) == (2, "")
     assert outcome.err.startswith("error: ") and message in outcome.err
+
+
+def test_what_yaml_reads_as_something_else_than_it_says_is_refused(tmp_path: Path, run) -> None:
+    path = tmp_path / "run.yaml"
+    lines = ("learning_rate: no", "output_dir: on", "seed: 1:30", "lora_r: 010", "overlap: true", "max_steps: true")
+    path.write_bytes(b"\xef\xbb\xbf" + "\n".join(lines).encode())  # a BOM, which is read over
+    outcome = run("finetune", "--config", path)
+    assert outcome.code == 2
+    for message in (
+        "line 1: 'learning_rate': YAML reads no as false",
+        "line 2: 'output_dir': YAML reads on as true",
+        "line 3: 'seed': YAML reads 1:30 as 90",
+        "line 4: 'lora_r': YAML reads 010 as 8",
+        "line 6: 'max_steps' is true, and no option that is on or off",
+    ):
+        assert message in outcome.err
+    assert "line 5" not in outcome.err and "unknown" not in outcome.err
 
 
 def test_a_config_file_is_refused_with_all_its_faults_by_line(tmp_path: Path, run) -> None:

@@ -110,6 +110,21 @@ def drained(peer: socket.socket) -> bytes:
     return data
 
 
+def test_where_no_worker_listens_the_greeting_is_not_waited_for_as_long_as_a_result(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("obfuscatune.enclave.session.GREETING_SECONDS", 0.05)
+    with session_and_peer(timeout=600) as (session, _), pytest.raises(WorkerFault) as caught:
+        session.hello()
+    assert str(caught.value).startswith("no reply within 0.05 s")
+    assert caught.value.hint == "is an obfuscatune worker what listens there"
+    with session_and_peer(timeout=600) as (session, peer):
+        peer.sendall(frame({**OK, "version": PROTOCOL_VERSION}) + frame({**OK, "id": 2}, {"y": Y}))
+        session.hello()
+        assert session.connection._timeout == 600
+        ask(session)
+
+
 def test_a_duplicate_reply_is_not_taken_for_the_next() -> None:
     with session_and_peer() as (session, peer):
         peer.sendall(frame(OK, {"y": Y}) * 2)

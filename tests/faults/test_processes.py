@@ -69,7 +69,7 @@ def test_a_killed_worker(work: str, monkeypatch: pytest.MonkeyPatch) -> None:
         where = f"worker spawned process {pid}, layer {layer}, call {fault.call}"
         assert str(fault).splitlines() == [
             f"the worker is gone: got killed by signal 9 (at {where})",
-            "hint: start the worker again and resume from the last checkpoint",
+            "hint: start the worker again if it is gone, and resume from the last checkpoint",
         ]
         assert fault.call == protected.session._last_id
         assert is_gone(pid)

@@ -1,6 +1,7 @@
 """One job run in this process, with inputs, disk and surroundings that are against the enclave."""
 
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ import safetensors.torch
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from obfuscatune.errors import ConsentError, SealError, UsageError
+from obfuscatune.errors import ConsentError, ObfuscatuneError, SealError, UsageError
 from obfuscatune.parties.identity import Identity
 from obfuscatune.parties.job import Job, SignedJob
 from obfuscatune.parties.sealed.archive import SealedArchive, seal_files
@@ -103,12 +104,14 @@ def weights_in(place: Place, adapter: str) -> list[str]:
 
 
 def test_a_job_gives_adapter_and_generations(place: Place) -> None:
-    results = place.run(place.signed())
+    signed = place.signed()
+    results = place.run(signed)
     assert sorted(place.files(results["adapter"])) == ["adapter_config.json", "adapter_model.safetensors"]
     rows = place.files(results["output"])["generations.jsonl"].decode().splitlines()
     assert [json.loads(row)["prompt"] for row in rows] == [json.loads(line)["prompt"] for line in PROMPTS.splitlines()]
     assert weights_in(place, results["adapter"]) == []
-    assert json.loads(place.files(results["adapter"])["adapter_config.json"])["base_model_name_or_path"] is None
+    named = json.loads(place.files(results["adapter"])["adapter_config.json"])["base_model_name_or_path"]
+    assert named == f"sealed:{signed.job.model}"
 
 
 @pytest.mark.parametrize("who", [("provider",), ("owner",), ("provider", "owner"), ()])
@@ -155,13 +158,34 @@ def test_no_weight_of_the_model_leaves_for_a_file_in_the_operators_directory(
 def test_a_checkpoint_put_in_by_the_operator_is_not_resumed(place: Place) -> None:
     """He seals to the enclave, as anybody can, and would know the keys of what goes on from there."""
     saved: list[str] = []
-    place.run(place.signed(), hooks=Hooks(SILENT.progress, lambda step, digest: saved.append(digest)))
     signed = place.signed()
+    place.run(signed, hooks=Hooks(SILENT.progress, lambda step, digest: saved.append(digest)))
     assert len(saved) == 2 and sorted(place.run(signed, saved[0])) == ["adapter", "output"]
+    with pytest.raises(UsageError, match="the checkpoint is of another run"):
+        place.run(place.signed(), saved[0])
     forged = place.put("checkpoint", {"master_secret": b"known"}, Identity.generate("operator", "x25519"))
     place.store.path(forged).replace(place.store.path(saved[0]))
     with pytest.raises(SealError, match="exchanged"):
         place.run(signed, saved[0])
+
+
+@pytest.mark.parametrize("how", ["diverges", "weight", "tokenizer"])
+def test_a_job_without_a_result_is_not_done(how: str, place: Place) -> None:
+    training: dict[str, Any] = {"max_steps": 2, "lora_r": 2, "max_length": 24}
+    if how == "diverges":
+        training["learning_rate"] = 1e30
+    elif how == "weight":
+        tensors = safetensors.torch.load_file(place.model / "model.safetensors")
+        tensors["transformer.h.0.mlp.c_fc.weight"][0, 0] = math.nan
+        safetensors.torch.save_file(tensors, place.model / "model.safetensors", metadata={"format": "pt"})
+    else:
+        for path in place.model.glob("tokenizer*"):
+            path.unlink()
+    message = {"diverges": "not finite \\(at step 2", "weight": "a weight is not finite", "tokenizer": "no tokenizer"}[
+        how
+    ]
+    with pytest.raises(ObfuscatuneError, match=message):
+        place.run(place.signed(training=training))
 
 
 @pytest.mark.parametrize("kind", ["model", "data", "prompts"])

@@ -18,7 +18,8 @@ from trl import SFTConfig, SFTTrainer, chat_template_utils
 
 from obfuscatune.errors import DataError
 from obfuscatune.studies.bundled import model_directory
-from obfuscatune.training.data import Collator, EncodingSummary, encode_rows, read_rows
+from obfuscatune.training.data import read_rows
+from obfuscatune.training.encoding import Collator, EncodingSummary, encode_rows
 from obfuscatune.training.loading import load_config, load_tokenizer
 
 SYSTEM, USER, USER_2 = (

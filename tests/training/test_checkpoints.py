@@ -8,8 +8,14 @@ import pytest
 
 from obfuscatune.enclave.keys import MasterSecret
 from obfuscatune.errors import ObfuscatuneError, UsageError
-from obfuscatune.profiles import PROFILES, resolve
-from obfuscatune.training.checkpoints import PROFILE_FILE, load_keys, whole_checkpoint
+from obfuscatune.profiles import resolve
+from obfuscatune.training.checkpoints import (
+    RECORD_FILE,
+    checkpoints,
+    finish_checkpoint,
+    load_checkpoint,
+    new_checkpoint,
+)
 
 
 @pytest.mark.parametrize(
@@ -30,7 +36,7 @@ def test_only_failed_writes_are_reported_as_such(
     path = tmp_path / "checkpoint-1"
     with (
         pytest.raises(reported) as caught,
-        whole_checkpoint(path, MasterSecret.generate(), PROFILES["balanced"]),
+        new_checkpoint(path, MasterSecret.generate()),
     ):
         raise raised
     assert caught.type is reported
@@ -40,9 +46,12 @@ def test_only_failed_writes_are_reported_as_such(
 def test_keys_are_of_switches_rather_than_of_names(tmp_path: Path) -> None:
     profile = resolve("balanced", mlp="enclave")
     path = tmp_path / "checkpoint-1"
-    with whole_checkpoint(path, MasterSecret.generate(), profile):
+    with new_checkpoint(path, MasterSecret.generate()):
         pass
-    assert json.loads((path / PROFILE_FILE).read_text())["profile"] == profile.name
-    load_keys(path, dataclasses.replace(profile, name="mine"))
+    assert checkpoints(tmp_path) == []
+    finish_checkpoint(path, profile, {"seed": 1})
+    assert checkpoints(tmp_path) == [path]
+    assert json.loads((path / RECORD_FILE).read_text())["profile"] == profile.name
+    assert load_checkpoint(path, dataclasses.replace(profile, name="mine"))[1] == {"seed": 1}
     with pytest.raises(UsageError, match=r"got balanced\+mlp=enclave with head_keys=True, expected head_keys=False"):
-        load_keys(path, dataclasses.replace(profile, head_keys=False))
+        load_checkpoint(path, dataclasses.replace(profile, head_keys=False))

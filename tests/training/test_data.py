@@ -6,18 +6,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from obfuscatune.errors import DataError, UsageError
-from obfuscatune.training.data import (
-    MAX_LINE_BYTES,
-    Collator,
-    Row,
-    completed_row,
-    encode_rows,
-    read_prompts,
-    read_rows,
-)
+from obfuscatune.training.data import Row, completed_row, read_prompts, read_rows
+from obfuscatune.training.encoding import Collator, encode_rows
+from obfuscatune.training.jsonl import MAX_LINE_BYTES
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}[{{ m.role }}]{{ m.content }}<stop>{% endfor %}"
@@ -105,6 +100,9 @@ def test_blank_lines_are_skipped_and_counted(tmp_path: Path) -> None:
         (b'{"text": "zebra \\z"}', "not JSON"),
         (b"[" * 100_000, "not JSON: got a RecursionError"),
         (b'{"meta": ' + b"9" * 5000 + b"}", "not JSON: got a ValueError"),
+        (b'{"text": "zebra", "text": "fine"}', "not JSON: got a key twice in one object"),
+        (b'{"messages": [{"role": "user", "role": "zebra"}]}', "not JSON: got a key twice"),
+        (b'{"text": "zebra", "id": NaN}', "not JSON: got NaN"),
         (b'["zebra"]', "not an object: got list, expected a JSON object"),
         (b'{"id": "zebra"}', "in no known format: got 'id', expected text, prompt"),
         (b"{}", "in no known format: got no keys"),
@@ -222,7 +220,7 @@ def test_a_long_row_loses_the_left_of_its_prompt_and_only_then_the_end_of_its_co
     assert encode_one(row, tokenizer, 3) == ("xyz", "xyz")
     _, summary = encode_rows([row, row, Row("a", "b"), Row(completion="long text")], tokenizer, 3)
     assert (summary.rows, summary.tokens, summary.supervised_tokens) == (4, 12, 11)
-    assert (summary.shortened_prompts, summary.truncated_completions) == (2, 3)
+    assert (summary.shortened_prompts, summary.dropped_prompts, summary.truncated_completions) == (2, 2, 3)
 
 
 def test_a_start_token_survives_the_cut_and_carries_no_loss(new_tokenizer: NewTokenizer) -> None:
@@ -240,6 +238,17 @@ def test_every_row_fits_and_keeps_as_much_of_its_completion_as_can_be(
     assert len(row["input_ids"]) == len(row["labels"]) == len(row["attention_mask"]) <= max_length
     assert [label for label in row["labels"] if label != -100] == wanted[:max_length]
     assert summary.truncated_completions == (len(wanted) > max_length)
+
+
+def test_a_text_that_the_tokenizer_does_not_know_is_refused(new_tokenizer: NewTokenizer) -> None:
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "<end>": 1, "known": 2}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", unk_token="<unk>")
+    encode_rows([Row(completion=f"known {SECRET}")], tokenizer, 10)
+    for text in (SECRET, f"{SECRET} known {SECRET}", "\x00"):
+        with pytest.raises(DataError, match=r"does not know the text.*\(at file:3\)") as caught:
+            encode_rows([Row(completion=text, where="file:3")], tokenizer, 10)
+        assert SECRET not in str(caught.value)
 
 
 def test_a_length_without_room_and_a_tokenizer_without_an_end_are_refused(

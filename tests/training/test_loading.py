@@ -5,10 +5,22 @@ import sys
 from pathlib import Path
 
 import pytest
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from obfuscatune.training.loading import load_tokenizer
+from obfuscatune.errors import UsageError
+from obfuscatune.training.loading import load_adapter, load_model, load_tokenizer
 
+TINY = {
+    "vocab_size": 64,
+    "n_embd": 16,
+    "n_layer": 2,
+    "n_head": 2,
+    "n_positions": 16,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
 MEBIBYTE = 2**20
 PROGRAM = """
 import re, sys
@@ -39,6 +51,46 @@ def test_loading_copies_no_weight(tmp_path: Path) -> None:
     mapped, copied = (int(number) for number in done.stdout.split())
     assert mapped < size / 4  # measured 0.1 MiB
     assert copied > size * 0.9  # the control: a copy shows
+
+
+def test_an_adapter_that_does_not_fit_or_is_not_finite_is_refused(tmp_path: Path) -> None:
+    def new(layers: int) -> GPT2LMHeadModel:
+        return GPT2LMHeadModel(GPT2Config(**{**TINY, "n_layer": layers}))
+
+    adapter = LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)
+    get_peft_model(new(2), adapter).save_pretrained(tmp_path)
+    load_adapter(new(2), str(tmp_path))
+    with pytest.raises(UsageError, match=r"the adapter does not fit: got 2 missing tensors: .*h.2.attn"):
+        load_adapter(new(3), str(tmp_path))
+    with pytest.raises(UsageError, match=r"the adapter does not fit: got 2 unexpected tensors: .*h.1.attn"):
+        load_adapter(new(1), str(tmp_path))
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    save_file({name: tensor * float("nan") for name, tensor in tensors.items()}, path)
+    with pytest.raises(UsageError, match="the adapter is not finite"):
+        load_adapter(new(2), str(tmp_path))
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "NOPE"}')
+    with pytest.raises(UsageError, match="cannot load the adapter"):
+        load_adapter(new(2), str(tmp_path))
+
+
+def test_a_model_in_the_clear_is_not_filled_up_at_random(tmp_path: Path, new_tokenizer) -> None:
+    model = GPT2LMHeadModel(GPT2Config(**TINY))
+    model.save_pretrained(tmp_path)
+    load_model(str(tmp_path), "float32")
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["transformer.h.1.ln_1.weight"]
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(UsageError, match=r"the model does not fit: got 1 missing tensors: transformer.h.1.ln_1.weight"):
+        load_model(str(tmp_path), "float32")
+
+
+@pytest.mark.parametrize("rows", [100, 257, 516, 5000])
+def test_a_tokenizer_of_another_model_is_refused(rows: int, new_tokenizer, tmp_path: Path) -> None:
+    new_tokenizer().save_pretrained(tmp_path)  # of 258 tokens
+    with pytest.raises(UsageError, match=f"tokenizer of another model: got 258 tokens, expected .* {rows}, "):
+        load_tokenizer(str(tmp_path), GPT2Config(vocab_size=rows))
 
 
 @pytest.mark.parametrize(

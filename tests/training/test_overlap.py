@@ -18,7 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
 
 from obfuscatune.enclave.protect import protect
 from obfuscatune.errors import UsageError, WorkerFault
-from obfuscatune.training.data import IGNORED_LABEL
+from obfuscatune.training.encoding import IGNORED_LABEL
 from obfuscatune.training.overlap import halves_of
 from obfuscatune.training.trainer import ProtectedTrainer
 

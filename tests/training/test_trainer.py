@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 from obfuscatune.enclave.protect import protect
-from obfuscatune.training.data import IGNORED_LABEL
+from obfuscatune.training.encoding import IGNORED_LABEL
 from obfuscatune.training.trainer import ProtectedTrainer
 
 LOSS_TOLERANCE = 1e-6  # float32; measured 0 to 2e-7: the sums run over fewer ignored terms

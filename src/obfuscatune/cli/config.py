@@ -1,12 +1,16 @@
 """``--config x.yaml``: options from a file, by the names they have on the command line, refused with file and line."""
 
 import difflib
+import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import typer
 
 from obfuscatune.errors import UsageError
+
+_OCTAL = re.compile(r"[-+]?0[0-7_]+")
 
 
 def load_config(context: typer.Context, path: Path | None) -> Path | None:
@@ -43,15 +47,13 @@ def _read(path: Path) -> list[tuple[str, Any, int]]:
     import yaml
 
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # editors of Windows write a mark at the start
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         if root is not None and not isinstance(root, yaml.MappingNode):
             raise UsageError("config file is no map", expected="lines of 'name: value'", where=f"{path}:1")
         loader = yaml.SafeLoader("")
         pairs = [] if root is None else root.value
-        return [
-            (str(key.value), loader.construct_object(value, deep=True), key.start_mark.line + 1) for key, value in pairs
-        ]
+        return [(str(key.value), _value(loader, value), key.start_mark.line + 1) for key, value in pairs]
     except OSError as error:
         raise UsageError("cannot read the config file", got=error.strerror, where=str(path)) from None
     except UnicodeDecodeError:
@@ -63,6 +65,27 @@ def _read(path: Path) -> list[tuple[str, Any, int]]:
         raise UsageError("config file is not YAML", got=problem, where=f"{path}:{line}") from None
 
 
+@dataclass(frozen=True)
+class _Misread:
+    """A word or number that YAML reads as something else than it says. ``text``: as it is written."""
+
+    text: str
+    read_as: str
+
+
+def _value(loader: Any, node: Any) -> Any:
+    """Return a node's value; a word for a boolean, and a number or date with colons or dashes, stay what they are."""
+    value = loader.construct_object(node, deep=True)
+    written = node.value if isinstance(node.value, str) else ""
+    if isinstance(value, bool):
+        return value if written.lower() in ("true", "false") else _Misread(written, str(value).lower())
+    if not isinstance(value, str | list | dict | int | float | None) or (
+        isinstance(value, int | float) and (":" in written or _OCTAL.fullmatch(written))
+    ):
+        return _Misread(written, str(value))
+    return value
+
+
 def _fault(context: typer.Context, options: dict[str, Any], name: str, value: Any) -> str:
     """What is wrong with one entry, in words, or nothing."""
     if name not in options:
@@ -70,6 +93,10 @@ def _fault(context: typer.Context, options: dict[str, Any], name: str, value: An
         return f"unknown option {name!r}" + (f", did you mean {close[0]!r}?" if close else "")
     if isinstance(value, dict):
         return f"{name!r} is a map"
+    if isinstance(value, _Misread):
+        return f"{name!r}: YAML reads {value.text} as {value.read_as}; write that, or put quotes around it"
+    if isinstance(value, bool) and not getattr(options[name], "is_flag", False):
+        return f"{name!r} is {str(value).lower()}, and no option that is on or off"
     if value is None:
         return ""
     if options[name].multiple != isinstance(value, list):

@@ -33,7 +33,7 @@ class EnclaveOptions(PolicyOptions):
 
     enclave: str = option("address of the enclave, tls://HOST:PORT")
     identity: Path = option("your NAME.key")
-    timeout: float = option("seconds for a connection, and for each reply", 60.0)
+    timeout: float = option("seconds for a connection, and for each reply", 60.0, min=1e-3, ceiling=1e6)
 
     def connect(self, fingerprint: str | None = None) -> "AttestedChannel":
         """Return a channel to the enclave if the policy accepts it, and to no other identity than ``fingerprint``."""

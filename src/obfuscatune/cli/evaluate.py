@@ -8,11 +8,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from obfuscatune.cli.options import ConfigOptions, ModelOptions, ProtectionOptions, expand_home, option, takes
+from obfuscatune.cli.options import CLAIMS, ConfigOptions, ModelOptions, ProtectionOptions, expand_home, option, takes
+from obfuscatune.cli.output import check_new_file
 from obfuscatune.durable import write_new
 from obfuscatune.errors import ObfuscatuneError, UsageError
 
-EPILOG = (
+EPILOG = CLAIMS + (
     "Examples:\n\nobfuscatune evaluate --model_name_or_path gpt2 --task sciq --data_dir data\n\n"
     "obfuscatune evaluate --model_name_or_path gpt2 --adapter_name_or_path adapter --task sciq --task piqa "
     "--data_dir data --limit 200 --output_file results.json --per_item"
@@ -68,14 +69,9 @@ def command(options: EvaluateOptions) -> None:
 
 
 def _check_output(options: EvaluateOptions) -> None:
-    path = options.output_file
-    if path is None:
-        if options.per_item:
-            raise UsageError("nowhere to write the items", expected="--output_file FILE", where="--per_item")
-        return
-    if path.exists() or not path.parent.is_dir():
-        what = "file is there already" if path.exists() else "no such directory"
-        raise UsageError(what, where=f"--output_file {path}")
+    if options.output_file is None and options.per_item:
+        raise UsageError("nowhere to write the items", expected="--output_file FILE", where="--per_item")
+    check_new_file(options.output_file)
 
 
 def _table(results: dict[str, Any]) -> str:

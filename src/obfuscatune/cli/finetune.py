@@ -10,13 +10,14 @@ from typing import Any
 
 import typer
 
-from obfuscatune.cli.options import ConfigOptions, ModelOptions, ProtectionOptions, option, takes
+from obfuscatune.cli.options import CLAIMS, ConfigOptions, ModelOptions, ProtectionOptions, option, takes
+from obfuscatune.cli.output import check_writable
 from obfuscatune.errors import ObfuscatuneError, UsageError, WorkerFault
 from obfuscatune.settings import TrainingSettings
 from obfuscatune.training.arguments import add_adapter, training_arguments
 from obfuscatune.training.ranks import Ranks
 
-EPILOG = (
+EPILOG = CLAIMS + (
     "Examples:\n\nobfuscatune finetune --model_name_or_path gpt2 --train_file train.jsonl --output_dir adapter\n\n"
     "obfuscatune finetune --model_name_or_path DIR --train_file chats.jsonl --output_dir adapter --max_length 2048\n\n"
     "obfuscatune finetune --config run.yaml --worker tls://gpu:7000#FINGERPRINT --identity lab.key\n\n"
@@ -39,34 +40,42 @@ class FinetuneOptions(TrainingSettings, ProtectionOptions, ModelOptions, ConfigO
         "write into a directory that is not empty", False, flag="--overwrite_output_dir"
     )
     resume_from_checkpoint: str | None = option("a checkpoint's path, or last", None, **_SAVING)
+    allow_changed: list[str] | None = option(
+        "what may differ from the checkpoint's run, by its option's name; repeatable", None, **_SAVING
+    )
     overlap: bool = option(
         "keep two halves of each batch under way, where the link to the worker is slow", False, flag="--overlap"
+    )
+    stop_seconds: float = option(
+        "after SIGTERM: seconds for the step and its checkpoint", 25.0, min=0.1, ceiling=1e6, **_SAVING
     )
     report_to: str = option("tensorboard, wandb, ... where installed", "none", **_SAVING)
 
 
 @takes(FinetuneOptions)
 def command(options: FinetuneOptions) -> None:
-    """Fine-tune a model on private rows; the worker sees no token, no plain weight and no plain activation.
+    """Fine-tune a model on private rows, its large layers on a worker that sees of them what the profile lets it see.
 
-    Writes an ordinary PEFT adapter. What a profile does show to the worker is told in docs/design.md. Ctrl-C ends the
-    step, saves a checkpoint and stops.
+    Writes an ordinary PEFT adapter. Ctrl-C and SIGTERM end the step, save a checkpoint and stop.
     """
     _check_source(options)
     ranks = Ranks.of_environment()
     checkpoint = _prepare_output(options, ranks)
     from obfuscatune.enclave.protect import protect
-    from obfuscatune.training.checkpoints import load_keys, remove_checkpoints, save_adapter
-    from obfuscatune.training.data import Collator, encode_rows
-    from obfuscatune.training.interrupt import StopOnInterrupt
+    from obfuscatune.training.checkpoints import load_checkpoint, remove_checkpoints, save_adapter
+    from obfuscatune.training.encoding import Collator, encode_rows
+    from obfuscatune.training.interrupt import GivenUpError, StopOnSignal
     from obfuscatune.training.loading import load, load_tokenizer
+    from obfuscatune.training.origin import check_origin, describe_run
     from obfuscatune.training.trainer import ProtectedTrainer
 
     protection = options.protection()
     ranks.check(protection["profile"], overlap=options.overlap)
     protection["worker"] = ranks.workers_of(protection["worker"])
     arguments = _training_arguments(options, ranks)
-    secret = None if checkpoint is None else load_keys(checkpoint, protection["profile"], ranks.rank)
+    secret, made_with = None, None
+    if checkpoint is not None:
+        secret, made_with = load_checkpoint(checkpoint, protection["profile"], ranks.rank)
     rows = _read_rows(options)
     base = load(options.model_name_or_path, options.dtype)
     tokenizer = load_tokenizer(options.model_name_or_path, base.config)
@@ -76,13 +85,15 @@ def command(options: FinetuneOptions) -> None:
     for source, (_, summary) in zip(rows, encoded, strict=True) if ranks.first else ():
         counts = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in asdict(summary).items())
         print(f"{source}: {counts}", file=sys.stderr)
-        if summary.answers_without_end:
-            what = "the chat template ends answers with no token that is learnt: the model may not learn to stop"
-            print(f"warning: {what}", file=sys.stderr)
+        for text in summary.warnings():
+            print(f"warning: {source}: {text}", file=sys.stderr)
+    run = describe_run(options, base=base, dtype=options.dtype, rows=next(iter(rows.values())), processes=ranks.size)
+    if made_with is not None:
+        check_origin(made_with, run, options.allow_changed or (), str(checkpoint))
     model = add_adapter(base, options)
     with (
         protect(model, **protection, secret=secret, progress=ranks.first) as protected,
-        StopOnInterrupt(ranks) as interrupt,
+        StopOnSignal(ranks, options.stop_seconds) as interrupt,
     ):
         if checkpoint is None and ranks.first:
             remove_checkpoints(options.output_dir)  # of another run, under other keys: "last" must not find them
@@ -93,6 +104,7 @@ def command(options: FinetuneOptions) -> None:
             args=arguments,
             overlap=options.overlap,
             quiet=not ranks.first,
+            made_with=run,
             train_dataset=data[0],
             eval_dataset=data[1] if len(data) > 1 else None,
             data_collator=Collator(tokenizer.pad_token_id),
@@ -102,10 +114,14 @@ def command(options: FinetuneOptions) -> None:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         except WorkerFault as fault:
             raise _with_checkpoint(fault, options.output_dir) from fault
+        except GivenUpError:
+            what = f"the step did not end within {options.stop_seconds:g} s and is lost"
+            print(f"interrupted: {what}; {_how_to_resume(options.output_dir)}", file=sys.stderr)
+            raise typer.Exit(interrupt.exit_code) from None
         if interrupt.requested:
             if trainer.state.global_step < trainer.state.max_steps:
                 print(f"interrupted: {_how_to_resume(options.output_dir)}", file=sys.stderr)
-                raise typer.Exit(130)
+                raise typer.Exit(interrupt.exit_code)
             print("interrupted after the last step: the training is complete", file=sys.stderr)
         report = protected.report()
         if not ranks.first:
@@ -162,6 +178,7 @@ def _prepare_output(options: FinetuneOptions, ranks: Ranks) -> Path | None:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError("cannot make the output directory", got=error.strerror, where=str(directory)) from None
+    check_writable(directory, str(directory))
     return checkpoint
 
 
@@ -187,7 +204,7 @@ def _with_checkpoint(fault: WorkerFault, output_dir: Path) -> WorkerFault:
         call=fault.call,
         got=fault.got,
         expected=fault.expected,
-        hint=_how_to_resume(output_dir),
+        hint="; ".join([*([fault.hint] if fault.hint else []), _how_to_resume(output_dir)]),
     )
 
 
@@ -203,7 +220,7 @@ def _how_to_resume(output_dir: Path) -> str:
 def _write_report(report: dict[str, Any], output_dir: Path) -> None:
     path = output_dir / "report.json"
     try:
-        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     except OSError as error:
         path.unlink(missing_ok=True)
         raise ObfuscatuneError("cannot write the report", got=error.strerror, where=str(path)) from error

@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from obfuscatune.cli.connecting import SIMULATION_FLAG, SIMULATION_HELP, EnclaveOptions
-from obfuscatune.cli.options import ConfigOptions, ProtectionOptions, expand_home, option, takes
+from obfuscatune.cli.options import CLAIMS, ConfigOptions, ProtectionOptions, expand_home, option, takes
+from obfuscatune.cli.output import check_new_file
 from obfuscatune.durable import write_new
 from obfuscatune.errors import ObfuscatuneError, ProtocolError, UsageError
 
 if TYPE_CHECKING:  # torch is not loaded for --help
     from obfuscatune.training.data import Prompt
 
-EPILOG = (
+EPILOG = CLAIMS + (
     "Examples:\n\nobfuscatune generate --model_name_or_path gpt2 --prompt 'The enclave said'\n\n"
     "obfuscatune generate --model_name_or_path gpt2 --adapter_name_or_path adapter --prompt_file prompts.jsonl\n\n"
     "obfuscatune generate --model_name_or_path DIR --chat --prompt 'Who wrote this letter?'\n\n"
@@ -47,9 +48,9 @@ class GenerateOptions(ProtectionOptions, ConfigOptions):
     batch_size: int = option("prompts completed together", 8, min=1)
     max_new_tokens: int = option("longest completion", 32, min=1, **_GENERATION)
     do_sample: bool = option("sample instead of taking the likeliest", False, flag="--do_sample", **_GENERATION)
-    temperature: float | None = option("of sampling", None, **_GENERATION)
-    top_p: float | None = option("of sampling", None, **_GENERATION)
-    num_beams: int = option("beams of beam search", 1, min=1, **_GENERATION)
+    temperature: float | None = option("of sampling, above 0", None, min=1e-6, ceiling=1e6, **_GENERATION)
+    top_p: float | None = option("of sampling, above 0 and at most 1", None, min=1e-6, ceiling=1, **_GENERATION)
+    num_beams: int = option("beams of beam search", 1, min=1, ceiling=1024, **_GENERATION)
     seed: int = option("of sampling; keys are never seeded", 42, min=0, **_GENERATION)
     enclave: str | None = option("its address, tls://HOST:PORT", None, **_ENCLAVE)
     job: Path | None = option("the job file", None, **_ENCLAVE)
@@ -62,8 +63,7 @@ def command(options: GenerateOptions) -> None:
     """Complete prompts. Completions go to stdout in the order of the prompts, all else to stderr."""
     if (options.temperature is not None or options.top_p is not None) and not options.do_sample:
         raise UsageError("temperature and top_p are of sampling", hint="add --do_sample")
-    if options.output_file is not None:
-        _check_output(options.output_file)
+    check_new_file(options.output_file)
     if (options.enclave is None) == (options.model_name_or_path is None):
         raise UsageError("which model", expected="--model_name_or_path, or --enclave with --job")
     prompts = _prompts(options)
@@ -144,12 +144,6 @@ def _completions(payload: bytes, count: int) -> list[str]:
     return texts
 
 
-def _check_output(path: Path) -> None:
-    if path.exists() or not path.parent.is_dir():
-        what = "file is there already" if path.exists() else "no such directory"
-        raise UsageError(what, where=f"--output_file {path}")
-
-
 def _write(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write JSONL for this user only; a new file, because an old one would keep its mode."""
     try:
@@ -160,7 +154,8 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def _prompts(options: GenerateOptions) -> "list[tuple[str, Prompt]]":
     """Return (where, prompt) of all prompts."""
-    from obfuscatune.training.data import check_text, read_prompts
+    from obfuscatune.training.data import read_prompts
+    from obfuscatune.training.jsonl import check_text
 
     if not options.prompt and options.prompt_file is None:
         raise UsageError("no prompt", expected="--prompt TEXT or --prompt_file FILE")

@@ -24,6 +24,10 @@ T = TypeVar("T")
 
 _METAVARS = {bool: " ", int: "N", float: "X", Path: "PATH"}
 
+# Of a help's last lines: a paragraph for each profile, in the words of its record.
+CLAIMS = "What each profile claims against whoever runs the worker:\n\n" + "".join(
+    f"{profile.name}: {profile.claim}\n\n" for profile in PROFILES.values()
+)
 PROTECTION = "Protection"
 WORKER_FORMS = "spawn, unix://PATH, tls://HOST:PORT#FINGERPRINT or tcp://HOST:PORT"
 INSECURE_HELP = "allow tcp:// beyond this machine, which anyone on the path can read and change"
@@ -103,7 +107,9 @@ class ProtectionOptions:
     insecure: bool = option(INSECURE_HELP, False, flag="--insecure", rich_help_panel=PROTECTION)
     device: str | None = option("device of a spawned worker", None, rich_help_panel=PROTECTION)
     threads: int | None = option("CPU threads of a spawned worker", None, min=1, rich_help_panel=PROTECTION)
-    timeout: float = option("seconds to wait for each reply of the worker", 600.0, rich_help_panel=PROTECTION)
+    timeout: float = option(
+        "seconds to wait for each reply of the worker", 600.0, min=1e-3, ceiling=1e6, rich_help_panel=PROTECTION
+    )
     switches: dict[str, Any] = field(default_factory=dict)
 
     def protection(self) -> dict[str, Any]:

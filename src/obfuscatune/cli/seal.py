@@ -50,10 +50,17 @@ class FileSealOptions(SealOptions):
 
 @takes(ModelSealOptions)
 def model(options: ModelSealOptions) -> None:
-    """Seal a model: configuration, tokenizer and safetensors. Pickles, code and links are refused."""
-    from obfuscatune.parties.sealed.models import model_files
+    """Seal a model: configuration, tokenizer and safetensors. Pickles, code and links are refused.
 
-    _seal(options, "model", model_files(options.directory))
+    So is what no enclave would train: no tokenizer, or another model's; tensors that are missing, superfluous or not
+    finite.
+    """
+    from obfuscatune.parties.sealed.models import model_files
+    from obfuscatune.training.loading import check_model
+
+    files = model_files(options.directory)
+    check_model(options.directory)
+    _seal(options, "model", files)
 
 
 @takes(FileSealOptions)

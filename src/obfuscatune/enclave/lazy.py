@@ -60,6 +60,7 @@ class LazyWeights:
 
         Raises:
             UsageError: somebody has written to the weight in the meantime, or it cannot be read.
+            UnsupportedModelError: it is no floating-point tensor, or not finite.
         """
         path = f"{layer}.weight"
         if path not in self._names or path in self._filled:
@@ -70,6 +71,12 @@ class LazyWeights:
             raise UsageError("a weight was changed before it was read from its file", where=path, hint=hint)
         parameter.data = _floating(self._source.get(self._names[path]), parameter.dtype, path)
         self._filled.add(path)
+
+    def check(self) -> None:
+        """Read each of the weights once and drop it again; raises as `fill`."""
+        for path in self._names:
+            self.fill(path.removesuffix(".weight"))
+            self.release()
 
     def keep(self, layers: Iterable[str] | None = None) -> None:
         """Read the weights of layers that stay in the enclave, of all layers by default; raises as `fill`."""
@@ -207,4 +214,9 @@ def _read(source: TensorSource, name: str, dtype: torch.dtype) -> Tensor:
 def _floating(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
         raise UnsupportedModelError("a weight that is no floating-point tensor", got=tensor.dtype, where=name)
-    return tensor.to(dtype)
+    tensor = tensor.to(dtype)
+    # The least and the greatest are NaN where any number is: one pass, and no memory.
+    if tensor.numel() and not all(math.isfinite(bound) for bound in torch.aminmax(tensor)):
+        hint = f"the file is damaged, or of a training run that diverged; or the weight has no room in {dtype}"
+        raise UnsupportedModelError("a weight is not finite", where=name, hint=hint)
+    return tensor

@@ -13,6 +13,7 @@ from obfuscatune.protocol.connection import Frame
 if TYPE_CHECKING:
     from obfuscatune.enclave.session import Session
 
+NOT_FINITE_HINT = "a training run that diverged, which a lower learning rate may help; or a faulty worker"
 Expected = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 
 
@@ -64,7 +65,8 @@ def fault_of(frame: Frame, call: int, expected: Expected | None) -> tuple[str, d
     reply, outputs = frame.fields, frame.tensors
     if reply.get("ok") is not True:
         # The worker's own words: nothing of it may steer a terminal.
-        return "the worker refused the request", {"got": ascii(reply.get("message", "no message"))[:300]}
+        got = ascii(reply.get("message", "no message"))[:300]
+        return "the worker refused the request", {"got": got, "hint": "the worker runs, and may be serving others"}
     if reply.get("id") != call:
         return "reply to another call", {"got": ascii(reply.get("id"))[:20], "expected": call}
     if expected is not None:
@@ -77,7 +79,7 @@ def fault_of(frame: Frame, call: int, expected: Expected | None) -> tuple[str, d
                 return f"shape or dtype of {name}", {"got": got, "expected": f"{list(shape)} {dtype}"}
     for name, tensor in outputs.items():
         if not is_finite(tensor):
-            return f"{name} is not finite", {"hint": "a faulty worker, or a training run that diverged"}
+            return f"{name} is not finite", {"hint": NOT_FINITE_HINT}
     return None
 
 

@@ -20,13 +20,14 @@ from torch import Tensor
 
 from obfuscatune.enclave.keys.source import Secret
 from obfuscatune.enclave.replies import Expected, Pending, is_finite
-from obfuscatune.errors import ConnectionClosedError, ProtocolError, UsageError, WorkerFault
+from obfuscatune.errors import RESTART_HINT, ConnectionClosedError, ProtocolError, UsageError, WorkerFault
 from obfuscatune.protocol.connection import Connection, Frame
 from obfuscatune.protocol.frames import PROTOCOL_VERSION
 
 # What the worker can be told to forget; of each so many with one request: a header holds some thousands of values.
 DROPPED = ("calls", "caches", "shared")
 _MAX_DROPS = 1000
+GREETING_SECONDS = 60.0  # six signs of life of a worker's queue
 ENDING_SECONDS = 10.0  # for a spawned worker to leave by itself
 
 
@@ -82,8 +83,18 @@ class Session(Secret):
         return self._ended is not None
 
     def hello(self) -> dict[str, Any]:
-        """Greet the worker; returns what it says of itself. Raises WorkerFault where it speaks another version."""
+        """Greet the worker; returns what it says of itself. Raises WorkerFault where it speaks another version.
+
+        A worker whose places are taken says so every few seconds: whatever else listens there is silent, and is not
+        waited for as long as for a result.
+        """
+        timeout = self._timeout
+        if self.process is None:
+            self._timeout = min(timeout, GREETING_SECONDS)
+            self.connection.settimeout(self._timeout)
         reply, _ = self.request("hello", "-", {}, {}, {})
+        self._timeout = timeout
+        self.connection.settimeout(timeout)
         if reply.get("version") != PROTOCOL_VERSION:
             got = ascii(reply.get("version"))[:20]
             raise self.fault("another protocol version", "-", got=got, expected=PROTOCOL_VERSION)
@@ -222,7 +233,8 @@ class Session(Secret):
             self._refuse_ended(layer)  # closed here, by another thread
             raise self.fault("the worker is gone", layer, got=self._exit_status()) from error
         if isinstance(error, TimeoutError):
-            raise self.fault(f"no reply within {self._timeout:g} s", layer) from error
+            hint = RESTART_HINT if self._last_id > 1 else "is an obfuscatune worker what listens there"
+            raise self.fault(f"no reply within {self._timeout:g} s", layer, hint=hint) from error
         if isinstance(error, ProtocolError):
             raise self.fault("the reply breaks the protocol", layer, got=error.what) from error
         # An interrupt between two bytes: the connection cannot be used again.

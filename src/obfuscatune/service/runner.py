@@ -31,9 +31,11 @@ from obfuscatune.service.model import open_model
 from obfuscatune.service.scratch import ram_directory
 from obfuscatune.service.store import Store
 from obfuscatune.training.arguments import add_adapter, training_arguments
-from obfuscatune.training.checkpoints import load_keys, save_adapter
+from obfuscatune.training.checkpoints import load_checkpoint, save_adapter
 from obfuscatune.training.completion import complete, prompt_ids
-from obfuscatune.training.data import Collator, Prompt, completed_row, encode_rows, read_prompts, read_rows
+from obfuscatune.training.data import Prompt, completed_row, read_prompts, read_rows
+from obfuscatune.training.encoding import Collator, encode_rows
+from obfuscatune.training.origin import check_origin
 from obfuscatune.training.trainer import ProtectedTrainer
 
 MAX_DATA_BYTES = 4 << 30
@@ -144,7 +146,7 @@ class Runner:
         profile = resolve(job.profile, **job.switches)
         with contextlib.ExitStack() as stack:
             ram = stack.enter_context(ram_directory(RAM_PREFIX))
-            secret = None if checkpoint is None else self._unpack_checkpoint(checkpoint, ram, profile)
+            secret = None if checkpoint is None else self._unpack_checkpoint(checkpoint, ram, profile, job)
             reader = stack.enter_context(self._reader(job.model, "model"))
             opened = open_model(SealedArchive(reader), ram, job.dtype)
             if adapter is None:
@@ -192,11 +194,13 @@ class Runner:
                     shutil.copyfileobj(source, file, 1 << 20)
         return target
 
-    def _unpack_checkpoint(self, digest: str, ram: Path, profile: Any) -> MasterSecret:
+    def _unpack_checkpoint(self, digest: str, ram: Path, profile: Any, job: Job) -> MasterSecret:
         path = self._unpack(digest, "checkpoint", ram / "checkpoint-0")
         step = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
         (ram / "run").mkdir(mode=0o700)
-        return load_keys(path.rename(ram / "run" / f"checkpoint-{step}"), profile)
+        secret, made_with = load_checkpoint(path.rename(ram / "run" / f"checkpoint-{step}"), profile)
+        check_origin(made_with, _origin(job), (), "a sealed checkpoint")
+        return secret
 
     def _rows(self, digest: str, kind: Kind, ram: Path) -> Path:
         """Put the one file of sealed data, or of prompts, into memory."""
@@ -239,6 +243,7 @@ class Runner:
             kind=settings.optim,
             args=training_arguments(settings, str(ram / "run"), report_to="none"),
             quiet=True,  # the terminal is the operator's
+            made_with=_origin(job),
             train_dataset=rows,
             data_collator=Collator(tokenizer.pad_token_id),
         )
@@ -250,7 +255,10 @@ class Runner:
 
     def _seal_adapter(self, signed: SignedJob, protected: Protected, ram: Path) -> str:
         path = ram / "result"
-        save_adapter(protected.model, path)
+        model: Any = protected.model
+        # Whoever gets the adapter knows its base by the sealed file; the name that the model had here means nothing.
+        model.peft_config["default"].base_model_name_or_path = f"sealed:{signed.job.model}"
+        save_adapter(model, path)
         recipients = _parties(signed, signed.job.adapter_to)
         # To the enclave too: it answers queries with it after a restart.
         return self._seal("adapter", _files(path), [*recipients, self._identity.public])
@@ -270,6 +278,11 @@ class Runner:
             return seal_files(path, files, kind=kind, sender=self._identity, recipients=recipients)
 
         return self._write(lambda: self._store.put(kind, seal))
+
+
+def _origin(job: Job) -> dict[str, Any]:
+    """What a job's run is made of: its digest is over model, data and settings."""
+    return {"job": job.digest}
 
 
 def _check_targets(job: Job, config: Any) -> None:
@@ -294,6 +307,8 @@ class _SealCheckpoints(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         path = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if not path.exists():  # the last one, for which memory has no room: the adapter is made without it
+            return
         digest = self._seal(path)
         shutil.rmtree(path)
         self._hooks.checkpoint(state.global_step, digest)

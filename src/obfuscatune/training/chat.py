@@ -10,16 +10,14 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from obfuscatune.errors import DataError, UsageError
+from obfuscatune.training.quiet import Quiet
 
 Turns = Sequence[tuple[str, str]]  # (role, content)
 
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
-# What a template raises itself, and what its operations raise on a row that they do not expect.
-_TEMPLATE_FAULTS = (TemplateError, TypeError, ValueError, AttributeError, LookupError)
 _ONE_TURN = "give the tokenizer a template with {% generation %} marks, or write rows with one assistant turn each"
 
 
@@ -94,16 +92,13 @@ def _template(tokenizer: PreTrainedTokenizerBase, where: str) -> str:
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, turns: Turns, where: str, **more: Any) -> dict[str, list[int]]:
-    try:
-        rendered: Any = tokenizer.apply_chat_template(as_messages(turns), tokenize=True, return_dict=True, **more)
-    except _TEMPLATE_FAULTS as error:
-        kind = type(error).__name__
-    else:
-        return {name: list(rendered[name]) for name in ("input_ids", "assistant_masks") if name in rendered}
+    what = "the chat template refuses the messages"
     roles = ", ".join(role for role, _ in turns[:8]) + (", ..." if len(turns) > 8 else "")
     hint = "many templates want user and assistant in turn, and some take no system message"
-    # Outside the handler: an error of the template may hold the turns.
-    raise DataError(f"the chat template refuses the messages with a {kind}", got=roles, where=where, hint=hint)
+    # A template is a program: it raises by itself, with the turns in its message, and its operations raise anything.
+    with Quiet(what, where=where, got=roles, hint=hint):
+        rendered: Any = tokenizer.apply_chat_template(as_messages(turns), tokenize=True, return_dict=True, **more)
+    return {name: list(rendered[name]) for name in ("input_ids", "assistant_masks") if name in rendered}
 
 
 def _beginning(tokenizer: PreTrainedTokenizerBase, turns: Turns, index: int, whole: list[int], where: str) -> list[int]:

@@ -1,28 +1,31 @@
 """What is written to disk: the adapter, in one piece or not at all, and checkpoints that hold their own keys.
 
 A checkpoint is the Trainer's own directory ``checkpoint-N`` with two files more: the master secret, without which the
-state of an optimizer on the worker means nothing, and the profile that it belongs to, by name and switches. The secret
-opens everything that the worker has seen: a checkpoint is as private as the data.
+state of an optimizer on the worker means nothing; and a record of what it is: the profile, what the run was made of,
+and the digest of every file. The secret opens everything that the worker has seen: a checkpoint is as private as the
+data.
 """
 
 import contextlib
+import hashlib
 import json
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
+from obfuscatune.durable import rename, write_private
 from obfuscatune.enclave.keys import MasterSecret
 from obfuscatune.errors import ObfuscatuneError, UsageError
 from obfuscatune.profiles import Profile
+from obfuscatune.training.finite import check_adapter_file
 
 SECRET_FILE = "master_secret"  # noqa: S105 - a file's name
-PROFILE_FILE = "obfuscatune.json"
-_STATE_FILE = "trainer_state.json"  # the Trainer writes it last, so a checkpoint that has it is whole
+RECORD_FILE = "obfuscatune.json"  # written last, so a checkpoint that has it was written to its end
 _NAME = re.compile(r"checkpoint-(\d+)")
 # PEFT reads the configuration first, so it comes last: an adapter without one is not taken for an adapter.
 _ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
@@ -33,7 +36,7 @@ _TORCH_WRITE_ERRORS = ("PytorchStreamWriter", "inline_container", "iostream", "N
 def checkpoints(output_dir: Path) -> list[Path]:
     """Return the checkpoints of a run that were written to their end, oldest first."""
     numbered = [(int(m[1]), path) for path in output_dir.glob("checkpoint-*") if (m := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(numbered) if all((path / name).is_file() for name in (SECRET_FILE, _STATE_FILE))]
+    return [path for _, path in sorted(numbered) if (path / RECORD_FILE).is_file()]
 
 
 def remove_checkpoints(output_dir: Path) -> None:
@@ -65,19 +68,26 @@ def secret_file(checkpoint: Path, rank: int = 0) -> Path:
     return checkpoint / (SECRET_FILE if rank == 0 else f"{SECRET_FILE}_{rank}")
 
 
-def load_keys(checkpoint: Path, profile: Profile, rank: int = 0) -> MasterSecret:
-    """Return the master secret of a checkpoint made under the profile's switches, by whatever name.
+def load_checkpoint(checkpoint: Path, profile: Profile, rank: int = 0) -> tuple[MasterSecret, dict[str, Any]]:
+    """Return the master secret of a checkpoint made under the profile's switches, and what its run was made of.
 
-    A process that the checkpointed run had not (``rank``) takes the first one's.
+    Every file is compared with the digest that the checkpoint has of it. The digests are no signature: they find what
+    was damaged, not what somebody has changed who may write there.
+
+    A process that the checkpointed run had not (``rank``) takes the first one's secret.
 
     Raises:
-        UsageError: the checkpoint was made under other switches, whose keys are others, or cannot be read.
+        UsageError: the checkpoint was made under other switches, whose keys are others; or a file of it is missing,
+            damaged, or cannot be read.
     """
+    path = checkpoint / RECORD_FILE
     try:
-        described = json.loads((checkpoint / PROFILE_FILE).read_text(encoding="utf-8"))
-        name, made_under = described["profile"], dict(described["switches"])
+        record = json.loads(path.read_text(encoding="utf-8"))
+        name, made_under = str(record["profile"]), dict(record["switches"])
+        made_with, files = dict(record["made_with"]), dict(record["files"])
     except (OSError, ValueError, KeyError, TypeError):
-        raise UsageError("checkpoint does not name its profile", where=str(checkpoint / PROFILE_FILE)) from None
+        hint = "it is damaged, or of an older version: start the run again"
+        raise UsageError("the checkpoint does not say what it is", where=str(path), hint=hint) from None
     asked = _describe(profile)["switches"]
     differing = sorted(switch for switch in {*made_under, *asked} if made_under.get(switch) != asked.get(switch))
     if differing:
@@ -87,19 +97,46 @@ def load_keys(checkpoint: Path, profile: Profile, rank: int = 0) -> MasterSecret
         raise UsageError(
             "checkpoint of another profile", got=f"{name} with {got}", expected=expected, where=str(checkpoint)
         )
+    _check_files(checkpoint, files)
     own = secret_file(checkpoint, rank)
-    return MasterSecret.load(own if own.exists() else secret_file(checkpoint))
+    return MasterSecret.load(own if own.exists() else secret_file(checkpoint)), made_with
+
+
+def _check_files(checkpoint: Path, digests: dict[str, Any]) -> None:
+    present = _file_names(checkpoint)
+    for fault, names in (
+        ("is missing", digests.keys() - present),
+        ("is none of its own", present - digests.keys()),
+        ("is damaged", {name for name in present & digests.keys() if _digest(checkpoint / name) != digests[name]}),
+    ):
+        if names:
+            where, hint = str(checkpoint), "resume from an older checkpoint"
+            raise UsageError(f"a file of the checkpoint {fault}", got=", ".join(sorted(names)), where=where, hint=hint)
+
+
+def _file_names(checkpoint: Path) -> set[str]:
+    return {path.name for path in checkpoint.iterdir() if path.is_file() and path.name != RECORD_FILE}
+
+
+def _digest(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UsageError("cannot read the checkpoint", got=error.strerror, where=str(path)) from None
 
 
 def _describe(profile: Profile) -> dict[str, Any]:
-    """What ``PROFILE_FILE`` holds, as JSON gives it back."""
+    """The profile in a record, as JSON gives it back."""
     described: dict[str, Any] = json.loads(json.dumps({"profile": profile.name, "switches": profile.switches()}))
     return described
 
 
 @contextlib.contextmanager
-def whole_checkpoint(path: Path, secret: MasterSecret, profile: Profile) -> Iterator[None]:
+def new_checkpoint(path: Path, secret: MasterSecret) -> Iterator[None]:
     """Put the keys into a new checkpoint, which the body then writes; what fails to be written whole is removed.
+
+    It is none before `finish_checkpoint`.
 
     Raises:
         ObfuscatuneError: the disk is full, or the directory cannot be written.
@@ -107,8 +144,19 @@ def whole_checkpoint(path: Path, secret: MasterSecret, profile: Profile) -> Iter
     with _all_or_nothing(path, "checkpoint"):
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         secret.save(path / SECRET_FILE)
-        (path / PROFILE_FILE).write_text(json.dumps(_describe(profile)) + "\n", encoding="utf-8")
         yield
+
+
+def finish_checkpoint(path: Path, profile: Profile, made_with: Mapping[str, Any]) -> None:
+    """Write what the checkpoint is, when all of its files are there: profile, run, and the digest of each file.
+
+    Raises: as `new_checkpoint`, and what is there is removed too.
+    """
+    with _all_or_nothing(path, "checkpoint"):
+        files = {name: _digest(path / name) for name in sorted(_file_names(path))}
+        record = {**_describe(profile), "made_with": dict(made_with), "files": files}
+        write_private(path / f".{RECORD_FILE}", (json.dumps(record) + "\n").encode())
+        rename(path / f".{RECORD_FILE}", path / RECORD_FILE)
 
 
 def save_adapter(model: Any, output_dir: Path) -> None:
@@ -116,6 +164,7 @@ def save_adapter(model: Any, output_dir: Path) -> None:
 
     Raises:
         ObfuscatuneError: the disk is full, or the directory cannot be written; an older adapter there is as it was.
+        TrainingError: a factor is not finite.
     """
     output_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=".adapter-", dir=output_dir))
@@ -123,6 +172,7 @@ def save_adapter(model: Any, output_dir: Path) -> None:
         # Left to itself, PEFT adds the base model's whole embedding where LoRA is on the head, or where a configuration
         # that it finds by the model's name, on this disk or on the hub, has another vocabulary.
         model.save_pretrained(temporary, save_embedding_layers=False)
+        check_adapter_file(temporary / _ADAPTER_FILES[0])
         for name in _ADAPTER_FILES:
             (temporary / name).replace(output_dir / name)
     shutil.rmtree(temporary)

@@ -8,6 +8,8 @@ import torch
 from obfuscatune.errors import UsageError
 from obfuscatune.training.chat import prompt_tokens
 from obfuscatune.training.data import Prompt
+from obfuscatune.training.encoding import check_known, start_tokens
+from obfuscatune.training.quiet import Quiet
 
 
 def complete(
@@ -38,7 +40,10 @@ def complete(
             eos_token_id=stop_tokens(model, tokenizer) or None,
             **{name: value for name, value in generation.items() if value is not None},
         )
-    completions: list[str] = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    with Quiet("the tokenizer fails on the completions", where=f"{prompts[0][0]} to {prompts[-1][0]}"):
+        completions: list[str] = tokenizer.batch_decode(
+            output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
+        )
     return completions
 
 
@@ -49,12 +54,18 @@ def prompt_ids(
 
     Raises:
         UsageError: a prompt that leaves no room for the completion, or messages without a chat template.
-        DataError: messages that the chat template refuses.
+        DataError: messages that the chat template refuses, or a text that the tokenizer does not know.
     """
     positions = getattr(config, "max_position_embeddings", None)
+    start = len(start_tokens(tokenizer))
     found = []
     for where, prompt in prompts:
-        ids = tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt_tokens(tokenizer, prompt, where)
+        if isinstance(prompt, str):
+            with Quiet("the tokenizer fails on the prompt", where=where):
+                ids = tokenizer(prompt)["input_ids"]
+            check_known(tokenizer, ids[start:], where)
+        else:
+            ids = prompt_tokens(tokenizer, prompt, where)
         if positions is not None and len(ids) + max_new_tokens > positions:
             got = f"{len(ids)} tokens and {max_new_tokens} new ones"
             raise UsageError("prompt is too long for the model", got=got, expected=f"at most {positions}", where=where)

@@ -1,4 +1,9 @@
-"""Ctrl-C in a training run: the first one ends the step, saves a checkpoint and stops; the second one aborts."""
+"""Ctrl-C and SIGTERM in a training run: the step is ended, a checkpoint saved, and the run stops.
+
+A second Ctrl-C aborts at once. SIGTERM comes from a scheduler, or from a machine that is about to be taken away, and
+SIGKILL follows it: whoever sends it waits for some time only. So the step has a bound then, after which it is given up,
+and the last checkpoint is what is left.
+"""
 
 import os
 import signal
@@ -12,35 +17,69 @@ from obfuscatune.training.ranks import Ranks
 ONE = Ranks()
 
 
-class StopOnInterrupt(TrainerCallback):
-    """A callback of the Trainer, and a context manager that takes the signal.
+class GivenUpError(KeyboardInterrupt):
+    """The step did not end in time after SIGTERM; like Ctrl-C, no handler of errors on the way stops it."""
 
-    ``requested``: whether it came. If it came after the end of the last step, as in the last evaluation, the training
-    is complete; after any other step there is one more, which ends with a checkpoint.
+
+class StopOnSignal(TrainerCallback):
+    """A callback of the Trainer, and a context manager that takes the signals.
+
+    ``requested``: the signal that came, or 0. If it came after the end of the last step, as in the last evaluation, the
+    training is complete; after any other step there is one more, which ends with a checkpoint.
+
+    Args:
+        ranks: the processes that train together. seconds: for the step and its checkpoint, after SIGTERM.
     """
 
-    def __init__(self, ranks: Ranks = ONE) -> None:
-        self.requested = False
-        self._ranks = ranks
-        self._before: Any = signal.SIG_DFL
+    def __init__(self, ranks: Ranks = ONE, seconds: float = 25.0) -> None:
+        self.requested = 0
+        self._ranks, self._seconds = ranks, seconds
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        self._before = signal.signal(signal.SIGINT, self._request)
+        for number, handler in (
+            (signal.SIGINT, self._request),
+            (signal.SIGTERM, self._request),
+            (signal.SIGALRM, self._give_up),
+        ):
+            self._before[number] = signal.signal(number, handler)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        signal.signal(signal.SIGINT, self._before)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    @property
+    def exit_code(self) -> int:
+        """As a shell has it of a process that a signal has ended."""
+        return 128 + (self.requested or signal.SIGINT)
 
     def _request(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if self.requested:
+            return  # SIGTERM after Ctrl-C, or another one of it
+        self.requested = number
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            how = "Ctrl-C again aborts at once"
+        else:
+            signal.setitimer(signal.ITIMER_REAL, self._seconds)
+            how = f"within {self._seconds:g} s"
         # Not print: the signal may have come inside another one.
-        os.write(2, b"\nstopping after this step, with what was trained saved; Ctrl-C again aborts at once\n")
+        os.write(2, f"\nstopping after this step, with what was trained saved; {how}\n".encode())
+
+    def _give_up(self, number: int, frame: FrameType | None) -> None:
+        raise GivenUpError
 
     def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         """Ask the Trainer to save and to stop."""
-        self.requested = self._ranks.any(self.requested)  # all stop after the same step
-        if self.requested:
+        stopping = self._ranks.any(bool(self.requested))  # all stop after the same step
+        self.requested = self.requested or signal.SIGTERM * stopping
+        if stopping:
             control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        """What follows, the adapter of a complete training, is not given up."""
+        signal.setitimer(signal.ITIMER_REAL, 0)

@@ -4,10 +4,12 @@ Code that comes with a model is never run. That must be said to transformers: wh
 terminal, and in an enclave the terminal is the operator's.
 """
 
+import warnings
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from obfuscatune.errors import UsageError
+from obfuscatune.errors import UnsupportedModelError, UsageError
 
 DTYPES = ("float32", "float64", "bfloat16")
 _PAD_TOKENS = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>", "<PAD>")
@@ -46,8 +48,9 @@ def load(name: str | Path, dtype: str = "float32") -> Any:
         dtype: ``float32``, ``float64`` or ``bfloat16``; weights are converted where they have another on disk.
 
     Raises:
-        UsageError: nothing there that can be read; other files of weights than safetensors; tensors that are missing,
-            superfluous or of another shape. UnsupportedModelError: a model that cannot be run exactly.
+        UsageError: nothing there that can be read, or other files of weights than safetensors.
+        UnsupportedModelError: a model that cannot be run exactly; tensors that are missing, superfluous or of another
+            shape; one that is not finite. That of a block's linear layer shows only when it is read.
     """
     import torch
     from transformers.utils import logging
@@ -65,6 +68,20 @@ def load(name: str | Path, dtype: str = "float32") -> Any:
     model.name_or_path = model.config.name_or_path = name  # adapters name their base by it
     _load_generation_config(model, directory)
     return model
+
+
+def check_model(directory: Path) -> None:
+    """Refuse a model directory that no enclave would train, before somebody seals it: reads every tensor once.
+
+    Raises:
+        UsageError, UnsupportedModelError: as :func:`load_tokenizer` and :func:`load`, non-finite weights included.
+    """
+    from obfuscatune.enclave.lazy import lazy_weights
+
+    load_tokenizer(str(directory), load_config(str(directory)))
+    weights = lazy_weights(load(directory, "bfloat16"))
+    if weights is not None:
+        weights.check()
 
 
 def _find_directory(name: str) -> Path:
@@ -98,6 +115,8 @@ def load_model(name: str, dtype: str) -> Any:
     """Return the causal language model, its weights mapped from the file; as `load` otherwise.
 
     For a model that computes in the clear.
+
+    Raises: as :func:`load`; numbers that are not finite are not looked for.
     """
     import torch
     from safetensors import SafetensorError
@@ -107,18 +126,25 @@ def load_model(name: str, dtype: str) -> Any:
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     load_config(name)
     try:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype), trust_remote_code=False)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name, dtype=getattr(torch, dtype), trust_remote_code=False, output_loading_info=True
+        )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise _unreadable("the model's weights", name, error) from error
+    model, found = loaded
+    # What is missing transformers draws at random, with a line in the log.
+    _refuse_differences("the model", found["missing_keys"], found["unexpected_keys"], name)
+    return model
 
 
 def load_tokenizer(name: str, config: Any) -> Any:
     """Return the tokenizer, with a padding token: its own, or one of the usual names that it has, or its end of text.
 
-    The end of text may pad, because padding is told by the attention mask and the labels, never by the token.
+    Any token may pad, because padding is told by the attention mask and the labels, never by the token.
 
     Raises:
-        UsageError: none there, or one with more tokens than the model has.
+        UsageError: none there, or one that is not the model's: ids beyond the model's embedding, or fewer tokens than
+            half of it has. (Embeddings have some rows more, for the sake of their kernels.)
     """
     from transformers import AutoTokenizer
 
@@ -126,12 +152,21 @@ def load_tokenizer(name: str, config: Any) -> Any:
         tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise _unreadable("the tokenizer", name, error) from error
-    if len(tokenizer) > config.vocab_size:
-        got, expected = f"{len(tokenizer)} tokens", f"at most the model's {config.vocab_size}"
-        raise UsageError("tokenizer of another model", got=got, expected=expected, where=name)
+    known = tokenizer.get_vocab()
+    size, rows = 1 + max(known.values(), default=-1), config.get_text_config().vocab_size
+    if not rows < 2 * size <= 2 * rows:
+        # Without files of a tokenizer, transformers makes one of special tokens alone.
+        few = size <= len(tokenizer.all_special_ids)
+        raise UsageError(
+            "no tokenizer" if few else "tokenizer of another model",
+            got=f"{size} tokens",
+            expected=f"as many as the model's embedding, {rows}, or somewhat fewer",
+            where=name,
+            hint="tokenizer.json and tokenizer_config.json, as save_pretrained writes them, belong beside the model",
+        )
     if tokenizer.pad_token_id is None:
-        known = tokenizer.get_vocab()
-        tokenizer.pad_token = next((name for name in _PAD_TOKENS if name in known), tokenizer.eos_token)
+        usual = next((name for name in _PAD_TOKENS if name in known), tokenizer.eos_token)
+        tokenizer.pad_token = usual or min(known, key=known.__getitem__)
     return tokenizer
 
 
@@ -146,14 +181,39 @@ def load_generation_settings(name: str) -> Any:
 
 
 def load_adapter(model: Any, path: str) -> Any:
-    """Return the PEFT model of an adapter for ``model``. Raises UsageError where it cannot be read or does not fit."""
-    from peft import PeftModel
+    """Return the PEFT model of an adapter for ``model``.
+
+    Raises:
+        UsageError: it cannot be read; it is not of a model of this shape, or not all of it is there; it is not finite.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+    from peft.utils import load_peft_weights
     from safetensors import SafetensorError
 
     try:
-        return PeftModel.from_pretrained(model, path)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        given = load_peft_weights(path, device="cpu")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Found missing adapter keys")
+            found = PeftModel.from_pretrained(model, path)
+    # A configuration that PEFT does not know fails in any of these ways.
+    except (OSError, ValueError, RuntimeError, SafetensorError, KeyError, TypeError, AttributeError) as error:
         raise _unreadable("the adapter", path, error) from error
+    wanted = get_peft_model_state_dict(found, save_embedding_layers=False)
+    known = {*wanted, *found.state_dict()}  # an adapter may bring layers of the base along, whole
+    _refuse_differences("the adapter", set(wanted) - set(given), set(given) - known, path)
+    for name, tensor in given.items():
+        if not tensor.isfinite().all():
+            raise UsageError("the adapter is not finite", got=name, where=path, hint="its training run diverged")
+    return found
+
+
+def _refuse_differences(what: str, missing: Collection[str], unexpected: Collection[str], where: str) -> None:
+    """Refuse tensors that a file lacks, or has beyond what the model takes of it."""
+    faults = {"missing": missing, "unexpected": unexpected}
+    got = [f"{len(names)} {fault} tensors: {', '.join(sorted(names)[:3])}" for fault, names in faults.items() if names]
+    if got:
+        hint = "it is of a model of another shape, or not all of it is there"
+        raise UnsupportedModelError(f"{what} does not fit", got="; ".join(got), where=where, hint=hint)
 
 
 def _unreadable(what: str, name: str, error: Exception) -> UsageError:

@@ -9,15 +9,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from obfuscatune.errors import DataError, UsageError
-from obfuscatune.training.data import (
-    IGNORED_LABEL,
-    Collator,
-    check_keys,
-    check_text,
-    pair_tokens,
-    read_objects,
-    start_tokens,
-)
+from obfuscatune.training.encoding import IGNORED_LABEL, Collator, pair_tokens, start_tokens
+from obfuscatune.training.jsonl import check_keys, check_text, read_objects
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,9 @@
 
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -11,35 +13,56 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer
 
 from obfuscatune.enclave.protected import Protected
-from obfuscatune.training.checkpoints import secret_file, whole_checkpoint
-from obfuscatune.training.data import IGNORED_LABEL
+from obfuscatune.errors import ObfuscatuneError, UsageError
+from obfuscatune.training.checkpoints import finish_checkpoint, new_checkpoint, secret_file
+from obfuscatune.training.encoding import IGNORED_LABEL
+from obfuscatune.training.finite import check_gradients, check_loss
 from obfuscatune.training.overlap import check_overlap, step
 
 
 class ProtectedTrainer(Trainer):
     """Logs, since the log before, tokens/s, bytes and calls across the boundary, and the enclave's share of the time.
 
+    The first loss or gradient that is not finite ends the training with a `TrainingError`.
+
     Args:
         protected: what ``protect`` returned; its model is trained by the optimizer that it makes.
         kind: ``adamw`` or ``sgd``.
         overlap: keep two halves of each batch under way (`overlap.py`).
         quiet: print nothing: the loss tells of the data, and the terminal may be somebody else's.
+        made_with: what the run is made of (`describe_run`), for its checkpoints.
         args, more: as of ``Trainer``.
     """
 
     def __init__(
-        self, protected: Protected, *, kind: str, args: Any, overlap: bool = False, quiet: bool = False, **more: Any
+        self,
+        protected: Protected,
+        *,
+        kind: str,
+        args: Any,
+        overlap: bool = False,
+        quiet: bool = False,
+        made_with: Mapping[str, Any] = MappingProxyType({}),
+        **more: Any,
     ) -> None:
         if overlap:
             check_overlap(protected.model, protected.profile)
         optimizer = protected.create_optimizer(kind, lr=args.learning_rate, weight_decay=args.weight_decay)
         super().__init__(model=protected.model, args=args, optimizers=(optimizer, None), **more)
         self._protected, self._tokens, self._overlap = protected, 0, overlap
+        self._quiet, self._made_with = quiet, made_with
         for printing in (ProgressCallback, PrinterCallback):
             self.remove_callback(printing)
         if not quiet:
             self.add_callback(ProgressOnStderr())
         self._last: tuple[float, ...] | None = None
+
+    def train(self, *arguments: Any, **named: Any) -> Any:
+        """Train as the stock Trainer does; raises UsageError where the settings leave no step to be trained."""
+        trained = super().train(*arguments, **named)
+        if self.state.global_step == 0:
+            raise UsageError("no step was trained", hint="max_steps, or num_train_epochs, above 0")
+        return trained
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Count the batch's tokens, padding apart; with overlap, run its halves at once."""
@@ -47,8 +70,12 @@ class ProtectedTrainer(Trainer):
             self._last = self._counts()
         self._tokens += int(inputs["attention_mask"].sum())
         if self._overlap and num_items_in_batch is not None:  # then the halves' losses add up to the batch's
-            return self._overlapped_step(model, inputs, num_items_in_batch)
-        loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+            loss = self._overlapped_step(model, inputs, num_items_in_batch)
+        else:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        step = self.state.global_step + 1
+        check_loss(float(loss), "loss", step)
+        check_gradients(model.parameters(), step)
         return loss
 
     def _overlapped_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> torch.Tensor:
@@ -71,6 +98,8 @@ class ProtectedTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *more: Any, **named: Any) -> None:
         """Add the measures of the interval since the last log to those of a training step."""
+        if "eval_loss" in logs:
+            check_loss(logs["eval_loss"], "loss of the evaluation", self.state.global_step)
         if "loss" in logs and self._last is not None:
             now = self._counts()
             seconds, tokens, calls, bytes_moved, waiting = (a - b for a, b in zip(now, self._last, strict=True))
@@ -93,12 +122,25 @@ class ProtectedTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         path = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        try:
+            self._write_checkpoint(path, model, trial)
+        except ObfuscatuneError as error:
+            if self.state.global_step < self.state.max_steps:
+                raise
+            # Nothing is left to be trained from it, and the adapter may still find room.
+            if not self._quiet:
+                tqdm.write(f"warning: {error.what}, the last one: got {error.got}", file=sys.stderr)
+
+    def _write_checkpoint(self, path: Path, model: Any, trial: Any) -> None:
         if self.is_world_process_zero():
-            with whole_checkpoint(path, self._protected.secret, self._protected.profile):
+            with new_checkpoint(path, self._protected.secret):
                 super()._save_checkpoint(model, trial)
         else:  # its state of the random generators, and its own keys
             super()._save_checkpoint(model, trial)
             self._protected.secret.save(secret_file(path, self.args.process_index))
+        self.accelerator.wait_for_everyone()  # all files are there
+        if self.is_world_process_zero():
+            finish_checkpoint(path, self._protected.profile, self._made_with)
         self.accelerator.wait_for_everyone()  # whoever goes on finds a whole checkpoint
 
 

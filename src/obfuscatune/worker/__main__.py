@@ -55,8 +55,9 @@ def _serve_enclave(fd: int, device: str, threads: int | None) -> None:
     if threads is not None:
         torch.set_num_threads(threads)
     _free(device)
-    # The terminal's Ctrl-C goes to the whole process group. The enclave decides; the worker leaves when it closes.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C and a scheduler's SIGTERM go to the whole group. The enclave decides; the worker leaves when it closes.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     serve_connection(Connection(socket.socket(fileno=fd), peer="enclave"), torch.device(device))
 
 

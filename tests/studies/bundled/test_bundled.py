@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import obfuscatune.studies.bundled as bundled
 from obfuscatune.errors import UsageError
 from obfuscatune.studies.bundled.records import company_records, write_records
-from obfuscatune.training.data import IGNORED_LABEL, Collator, Row, encode_rows, read_rows
+from obfuscatune.training.data import Row, read_rows
+from obfuscatune.training.encoding import IGNORED_LABEL, Collator, encode_rows
 from obfuscatune.training.scoring import accuracy, read_questions, score_choices
 
 FAMILIES = bundled.BUNDLED_FAMILIES

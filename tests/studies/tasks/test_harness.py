@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrain
 from obfuscatune.errors import UsageError
 from obfuscatune.studies.tasks.catalogue import TASKS
 from obfuscatune.studies.tasks.harness import ProtectedLM, TaskResult, evaluate, load_tasks, training_rows
-from obfuscatune.training.data import IGNORED_LABEL, encode_rows
+from obfuscatune.training.encoding import IGNORED_LABEL, encode_rows
 
 # Of log-likelihoods summed over a choice, in float32; measured 2e-5 on the tiny model and 6e-5 on the real one.
 LIKELIHOOD_TOLERANCE = 5e-4
@@ -186,6 +186,13 @@ def test_generation_and_rolling_likelihood_are_those_of_hf(protected: ProtectedL
     assert protected.loglikelihood_rolling(rolling) == pytest.approx(
         theirs.loglikelihood_rolling(rolling), abs=LIKELIHOOD_TOLERANCE
     )
+
+
+def test_prompts_beyond_the_context_get_a_warning(protected: ProtectedLM) -> None:
+    fits, beyond = (("", ""), [1] * 192, [2]), (("", ""), [1] * 193, [2])
+    with pytest.warns(UserWarning, match="1 of 2 prompts with a choice are beyond the model's 192 positions"):
+        assert len(protected._loglikelihood_tokens([fits, beyond])) == 2
+    protected._loglikelihood_tokens([fits])
 
 
 def test_the_prompts_are_the_published_ones(data_dir: Path) -> None:

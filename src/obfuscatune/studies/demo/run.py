@@ -22,7 +22,8 @@ from obfuscatune.enclave.protect import protect
 from obfuscatune.enclave.report import Report
 from obfuscatune.studies.bundled import DemoSettings, model_directory
 from obfuscatune.studies.bundled.records import write_records
-from obfuscatune.training.data import Collator, encode_rows, read_rows
+from obfuscatune.training.data import read_rows
+from obfuscatune.training.encoding import Collator, encode_rows
 from obfuscatune.training.scoring import Question, accuracy, read_questions, score_choices
 
 

@@ -20,7 +20,7 @@ from obfuscatune.profiles import PROFILES, Profile
 from obfuscatune.studies.bench.run import parse_profile
 from obfuscatune.studies.bundled import model_directory
 from obfuscatune.studies.bundled.records import company_records
-from obfuscatune.training.data import IGNORED_LABEL
+from obfuscatune.training.encoding import IGNORED_LABEL
 from obfuscatune.training.loading import load_config, load_model, load_tokenizer
 
 Row = dict[str, Any]

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers import get_linear_schedule_with_warmup
 
 from obfuscatune.studies.bundled.records import company_records
-from obfuscatune.training.data import IGNORED_LABEL, Collator, Row, encode_rows
+from obfuscatune.training.data import Row
+from obfuscatune.training.encoding import IGNORED_LABEL, Collator, encode_rows
 from obfuscatune.training.scoring import Question, accuracy, score_choices
 
 # float16 has no numbers below 6e-8, and gradients of a mean over tokens do. Mixed-precision training multiplies the

@@ -23,7 +23,8 @@ from obfuscatune.settings import TrainingSettings
 from obfuscatune.studies.bench.run import parse_profile
 from obfuscatune.studies.tasks.harness import ProtectedLM, TaskResult, evaluate, training_rows
 from obfuscatune.training.arguments import add_adapter, training_arguments
-from obfuscatune.training.data import Collator, Row, encode_rows
+from obfuscatune.training.data import Row
+from obfuscatune.training.encoding import Collator, encode_rows
 from obfuscatune.training.loading import load_model, load_tokenizer
 from obfuscatune.training.trainer import ProtectedTrainer
 

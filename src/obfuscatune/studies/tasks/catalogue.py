@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from obfuscatune.errors import DataError, UsageError
-from obfuscatune.training.data import check_keys, check_text, read_objects
+from obfuscatune.training.jsonl import check_keys, check_text, read_objects
 
 Document = dict[str, Any]
 

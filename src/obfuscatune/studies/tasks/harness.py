@@ -2,6 +2,7 @@
 
 import logging
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -105,6 +106,15 @@ class ProtectedLM(HFLM):  # type: ignore[misc]
             "profile": report.profile.name,
             "worker_parameters": report.worker_parameters,
         }
+
+    def _loglikelihood_tokens(self, requests: Any, *more: Any, **named: Any) -> Any:
+        """As the harness does it, which cuts what is too long and says so in a log that nobody reads."""
+        requests = list(requests)
+        long = sum(len(context) + len(continuation) > self.max_length + 1 for _, context, continuation in requests)
+        if long:
+            lost = f"beyond the model's {self.max_length:,} positions, and lost their beginning"
+            warnings.warn(f"{long:,} of {len(requests):,} prompts with a choice are {lost}", stacklevel=2)
+        return super()._loglikelihood_tokens(requests, *more, **named)
 
     def close(self) -> None:
         """End the session with the worker."""

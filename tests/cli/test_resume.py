@@ -1,0 +1,90 @@
+"""A resumed run is the run that it resumes: what differs is refused by name, and what is damaged by file."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from obfuscatune.training.checkpoints import checkpoints
+
+
+@pytest.fixture(scope="module")
+def options(model_dir: Path, train_file: Path) -> list[object]:
+    return [
+        *("finetune", "--model_name_or_path", model_dir, "--train_file", train_file, "--profile", "enclave"),
+        *("--max_steps", 4, "--save_steps", 2, "--lora_r", 2, "--lora_dropout", 0.1),
+    ]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(options: list[object], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from obfuscatune.cli import main
+
+    output = tmp_path_factory.mktemp("run") / "out"
+    assert main([str(option) for option in [*options, "--output_dir", output]]) == 0
+    return output / "checkpoint-2"
+
+
+@pytest.fixture
+def resume(options: list[object], checkpoint: Path, tmp_path: Path) -> list[object]:
+    """The command that goes on from a copy of the checkpoint, ``out/checkpoint-2``."""
+    shutil.copytree(checkpoint, tmp_path / "out" / checkpoint.name)
+    return [*options, "--output_dir", tmp_path / "out", "--resume_from_checkpoint", "last"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("learning_rate", 1e-5), ("weight_decay", 0.5), ("lora_alpha", 64), ("lora_r", 4), ("optim", "sgd")),
+        *(("lora_target_modules", "c_attn"), ("dtype", "float64"), ("warmup_steps", 1)),
+        *(("seed", 7), ("max_length", 12), ("per_device_train_batch_size", 2), ("lora_dropout", 0.0)),
+    ],
+)
+def test_another_setting_is_refused_by_its_name(name: str, value: object, resume: list[object], run) -> None:
+    outcome = run(*resume, f"--{name}", value)
+    assert outcome.code == 2
+    assert f"the checkpoint is of another run: got {name}=" in outcome.err
+    free = name in ("seed", "max_length", "per_device_train_batch_size", "lora_dropout")
+    assert (f"--allow_changed {name}" if free else f"another {name} needs a new run") in outcome.err
+
+
+def test_other_rows_and_another_model_are_refused(resume: list[object], model_dir: Path, tmp_path: Path, run) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "zebra"}\n' * 24)
+    outcome = run(*resume, "--train_file", rows)
+    assert outcome.code == 2 and "another run: got data=" in outcome.err and "zebra" not in outcome.err
+
+    from transformers import GPT2LMHeadModel
+
+    other = shutil.copytree(model_dir, tmp_path / "other")
+    model = GPT2LMHeadModel.from_pretrained(other)
+    model.transformer.ln_f.bias.data += 1
+    model.save_pretrained(other)
+    outcome = run(*resume, "--model_name_or_path", other)
+    assert outcome.code == 2 and "another model needs a new run" in outcome.err
+
+
+def test_what_is_allowed_by_name_may_differ(resume: list[object], tmp_path: Path, run) -> None:
+    outcome = run(*resume, "--max_steps", 6, "--allow_changed", "max_steps", "--logging_steps", 1)
+    assert outcome.code == 0, outcome.err
+    assert [path.name for path in checkpoints(tmp_path / "out")] == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+    outcome = run(*resume, "--allow_changed", "learning_rate")
+    assert outcome.code == 2 and "cannot be changed in a resumed run: got learning_rate" in outcome.err
+
+
+def test_every_file_of_a_checkpoint_is_checked(resume: list[object], tmp_path: Path, run) -> None:
+    directory = tmp_path / "out" / "checkpoint-2"
+    names = {path.name for path in directory.iterdir()} - {"obfuscatune.json"}
+    assert {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "master_secret"} < names
+    for name in sorted(names):
+        content = (directory / name).read_bytes()
+        for damaged, message in ((content[: len(content) // 2], "is damaged"), (None, "is missing")):
+            (directory / name).unlink()
+            if damaged is not None:
+                (directory / name).write_bytes(damaged)
+            outcome = run(*resume)
+            assert outcome.code == 2 and f"a file of the checkpoint {message}: got {name}" in outcome.err
+            (directory / name).write_bytes(content)
+    (directory / "pytorch_model.bin").write_bytes(b"")
+    outcome = run(*resume)
+    assert outcome.code == 2 and "is none of its own: got pytorch_model.bin" in outcome.err
