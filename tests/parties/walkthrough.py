@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -115,13 +114,10 @@ class Machines:
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = free.getsockname()[1]
         self.tap = Tap(self.port)
-        # The directory's own path may be longer than a socket's can be.
-        self._sockets = tempfile.TemporaryDirectory(prefix="walk-")
-        (Path(self._sockets.name) / "operator").symlink_to(root / "operator")
-        self.worker_tap = Tap(f"{self._sockets.name}/operator/worker.sock", f"{self._sockets.name}/tap.sock")
         self.processes: dict[str, subprocess.Popen[str]] = {}
         self.started: dict[str, str] = {}
         self.output: list[str] = []
+        self.kept: list[Path] = []
         self._said = threading.Event()
         self.readers: list[tuple[subprocess.Popen[str], threading.Thread]] = []
 
@@ -132,27 +128,39 @@ class Machines:
             self.started[kind] = command
             self.start(kind)
             return ""
-        # The parties reach the enclave through the tap.
-        command = command.replace(_PORT, str(self.tap.address[1])).replace(
-            "--max_steps 60", f"--max_steps {self.max_steps}"
-        )
         done = subprocess.run(
-            command,
+            self.here(command),
             shell=True,
             cwd=self.root / machine,
             env=self.environment,
             capture_output=True,
+            input="y\n",  # to `job sign`, which asks
             text=True,
             timeout=240,
         )
         assert done.returncode == 0, f"{machine}$ {command}\n{done.stdout}{done.stderr}"
         return done.stdout
 
+    def here(self, command: str) -> str:
+        """A party's command as it is run here: parties reach the enclave through the tap."""
+        shorter = command.replace("--max_steps 60", f"--max_steps {self.max_steps}")
+        return shorter.replace(_PORT, str(self.tap.address[1]))
+
+    def begin(self, machine: str, command: str) -> "subprocess.Popen[str]":
+        """Start a command of a party that something is to happen to meanwhile."""
+        return subprocess.Popen(
+            f"exec {self.here(command)}",
+            shell=True,
+            cwd=self.root / machine,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
     def start(self, kind: str) -> None:
         """Start a process of the operator, and wait until it says that it listens."""
         command = self.started[kind].rstrip("& ").replace(_PORT, str(self.port))
-        if kind == "enclave":
-            command = command.replace("unix://worker.sock", f"unix://{self.worker_tap.address}")
         process = subprocess.Popen(
             f"exec {command}",
             shell=True,
@@ -234,5 +242,3 @@ class Machines:
             reader.join(30)
             process.stdout.close()
         self.tap.close()
-        self.worker_tap.close()
-        self._sockets.cleanup()

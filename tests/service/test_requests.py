@@ -16,8 +16,8 @@ from obfuscatune.service.requests import MAX_PROMPT_BYTES, MAX_WAITING, Query
 
 from .jobs import CANARY, CLINIC, LAB, STRANGER, Enclave, job_fields, open_enclave, sign
 
-OPERATIONS = ["submit", "resume_upload", "upload", "status", "download", "log", "generate"]
-OF_A_JOB = [name for name in OPERATIONS if name not in ("submit", "log")]
+OPERATIONS = ["submit", "resume_upload", "upload", "status", "download", "log", "generate", "list", "cancel", "delete"]
+OF_A_JOB = [name for name in OPERATIONS if name not in ("submit", "log", "list")]
 PROMPTS = json.dumps(["the colour is"]).encode()
 values: st.SearchStrategy[Any] = st.recursive(
     st.none() | st.booleans() | st.integers(-2, 1 << 64) | st.floats(allow_nan=False) | st.text(max_size=5),

@@ -19,13 +19,16 @@ from obfuscatune.parties.sealed.archive import SealedArchive, seal_files
 from obfuscatune.parties.sealed.header import read_header
 from obfuscatune.parties.sealed.models import model_files
 from obfuscatune.parties.sealed.reader import SealedReader
+from obfuscatune.service.placement import Workers
 from obfuscatune.service.runner import Hooks, Runner
 from obfuscatune.service.store import Store
+
+from .jobs import terms_of
 
 LAB, CLINIC, ENCLAVE = (Identity.generate(name, "x25519") for name in ("lab", "clinic", "enclave"))
 ROWS = "".join(json.dumps({"prompt": f"row {i} is", "completion": f" {i}"}) + "\n" for i in range(4))
 PROMPTS = "".join(json.dumps({"prompt": f"row {i} is"}) + "\n" for i in range(3))
-SILENT = Hooks(progress=lambda step, steps: None, checkpoint=lambda step, digest: None)
+SILENT = Hooks(progress=lambda step, steps: None, checkpoint=lambda step, digest: None, placed=lambda parts: None)
 CONFIG = {"vocab_size": 258, "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 32, "eos_token_id": 256}
 
 
@@ -55,7 +58,7 @@ class Place:
             provider=LAB.public.fingerprint,
             owner=CLINIC.public.fingerprint,
             enclave=ENCLAVE.public.fingerprint,
-            model=self.put("model", model_files(self.model), LAB, terms=terms),
+            model=self.put("model", model_files(self.model), LAB, terms=terms or terms_of()),
             data=self.put("data", {"data.jsonl": ROWS.encode()}, CLINIC),
             prompts=self.put("prompts", {"prompts.jsonl": PROMPTS.encode()}, CLINIC),
             expires=int(time.time()) + 3600,
@@ -64,7 +67,7 @@ class Place:
         return SignedJob(job).sign(LAB).sign(CLINIC)
 
     def run(self, signed: SignedJob, checkpoint: str | None = None, hooks: Hooks = SILENT) -> dict[str, str]:
-        runner = Runner(ENCLAVE, self.store, worker="none")
+        runner = Runner(ENCLAVE, self.store, workers=Workers.parse(["spawn"]))
         try:
             return runner.run(signed, checkpoint, hooks)
         finally:
@@ -155,9 +158,9 @@ def test_no_weight_of_the_model_leaves_for_a_file_in_the_operators_directory(
 def test_a_checkpoint_put_in_by_the_operator_is_not_resumed(place: Place) -> None:
     """He seals to the enclave, as anybody can, and would know the keys of what goes on from there."""
     saved: list[str] = []
-    place.run(place.signed(), hooks=Hooks(SILENT.progress, lambda step, digest: saved.append(digest)))
+    place.run(place.signed(), hooks=replace(SILENT, checkpoint=lambda step, digest: saved.append(digest)))
     signed = place.signed()
-    assert len(saved) == 2 and sorted(place.run(signed, saved[0])) == ["adapter", "output"]
+    assert len(saved) == 2 and sorted(place.run(signed, saved[0])) == ["adapter", "output", "report"]
     forged = place.put("checkpoint", {"master_secret": b"known"}, Identity.generate("operator", "x25519"))
     place.store.path(forged).replace(place.store.path(saved[0]))
     with pytest.raises(SealError, match="exchanged"):
@@ -174,9 +177,9 @@ def test_an_input_exchanged_after_consent_is_refused(place: Place, kind: str) ->
 
 @pytest.mark.parametrize(("allowed", "later"), [(2, 0), (3, 0), (4, 2), (5, 2)])
 def test_prompts_of_the_file_count_among_those_that_the_model_allows(place: Place, allowed: int, later: int) -> None:
-    signed = place.signed(terms={"max_queries": allowed, "profiles": ["enclave"]}, max_queries=later)
+    signed = place.signed(terms=terms_of("enclave", max_queries=allowed), max_queries=later)
     if 3 + later <= allowed:
-        assert sorted(place.run(signed)) == ["adapter", "output"]
+        assert sorted(place.run(signed)) == ["adapter", "output", "report"]
     else:
         with pytest.raises(ConsentError, match=f"3 in the file and {later} later"):
             place.run(signed)

@@ -29,6 +29,8 @@ class Server:
 class FakeRunner:
     """Does what it is told to instead of a job or an answer."""
 
+    kept: str | None = None
+
     def __init__(self, act: Callable[[], Any]) -> None:
         self.act = act
 

@@ -58,12 +58,18 @@ class FetchOptions(EnclaveOptions):
     """Options of ``obfuscatune log fetch``."""
 
     file: Path = argument("where the copy goes; must not exist")
+    earlier: Path | None = option("an earlier copy, which must be the beginning of this one", None)
 
 
 @takes(FetchOptions)
 def fetch(options: FetchOptions) -> None:
-    """Fetch the whole log from an enclave, check it, and keep it; compare it later with `log check --earlier`."""
+    """Fetch the whole log from an enclave, check it, print it, and keep it for later comparisons (--earlier)."""
+    from obfuscatune.parties.identity import read_small
     from obfuscatune.service import log
+
+    before = None
+    if options.earlier is not None:
+        before, _ = log.split_copy(read_small(options.earlier, log.MAX_COPY_BYTES, "earlier copy"))
 
     with options.connect() as channel:
         reply, page = channel.request({"op": "log", "start": 0})
@@ -74,12 +80,13 @@ def fetch(options: FetchOptions) -> None:
         head = reply.get("head")
         if not isinstance(head, dict):
             raise ProtocolError("enclave's log without a head")
-        checked = log.check(lines, head, channel.enclave)
+        checked = log.check(lines, head, channel.enclave, before)
     try:
         write_new(options.file, log.join_copy(lines, head))
     except OSError as error:
         raise UsageError("cannot write the copy", got=error.strerror, where=str(options.file)) from None
-    print(f"{options.file}  {len(checked.entries)} entries, signed by {channel.enclave.fingerprint}")
+    _show(checked, options.earlier)
+    print(f"kept as {options.file}")
 
 
 def _load_enclave(path: Path) -> "PublicIdentity":
@@ -119,7 +126,7 @@ def _show(checked: "CheckedLog", earlier: Path | None) -> None:
 COMMANDS = {
     "fetch": (
         fetch,
-        "Examples:\n\nobfuscatune log fetch monday.log --enclave tls://HOST:7443 --identity lab.key --policy lab.toml",
+        "Examples:\n\nobfuscatune log fetch monday.log --earlier sunday.log",
     ),
     "check": (
         check,

@@ -6,6 +6,9 @@
                       |
                    refused
 
+    waiting, queued, running  --a party cancels-->  cancelled
+    waiting, done, failed, refused, cancelled  --a party deletes-->  deleted: no sealed file of it is left here
+
 A job runs once: whoever submits it again after that is refused, as its digest stays in the book. What is entered here
 is in the audit log too, the entry first, and both are committed before anything is done about it. Where the disk
 refuses either, the book stays as it was.
@@ -15,6 +18,7 @@ import base64
 import threading
 import time
 from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 from obfuscatune.errors import ConsentError, ObfuscatuneError, UsageError
 from obfuscatune.parties.job import Job, SignedJob
@@ -27,6 +31,8 @@ from obfuscatune.service.store import Store
 MAX_STARTS = 5  # without a checkpoint in between: a job that brings the enclave down must not do so for ever
 # Both halves of a job's parties may be one party's invention, so one may not fill the state, which ends everything.
 MAX_BYTES, MAX_PARTY_BYTES = 8 << 20, 2 << 20
+# Of a job that runs no more. One that has failed may be submitted again, and resumes.
+ENDED = ("done", "refused", "cancelled", "deleted")
 _RECORD_BYTES = 4096  # of a record, beside its job
 _MAX_NOTED = 10_000  # refusals that the log tells of, in one life of the enclave: it must not be flooded
 _MAX_STEPS = 1 << 53
@@ -41,7 +47,8 @@ class Record:
         status: as in the drawing above. reason: why it was refused or failed: the class of the error, no message.
         step, steps: how far the training is, and where it ends. checkpoint: digest of the last one.
         results: digests of sealed results, by kind. queries: prompts answered so far. starts: since the last
-            checkpoint.
+            checkpoint. workers: what each has got of the model, as `placement` tells. cancelled: whether a party has
+            asked for the end of a running job.
     """
 
     signed: str
@@ -54,6 +61,8 @@ class Record:
     results: dict[str, str] = field(default_factory=dict)
     queries: int = 0
     starts: int = 0
+    workers: list[dict[str, Any]] = field(default_factory=list)
+    cancelled: bool = False
 
 
 class Book:
@@ -90,7 +99,7 @@ class Book:
             record = self._records.get(digest)
             try:
                 check_job(signed, enclave=self.state.identity.public.fingerprint, now=time.time())
-                if record is not None and record.status in ("done", "refused"):
+                if record is not None and record.status in ENDED:
                     raise ConsentError("job is used up", got=record.status, hint="make a new one, and let both sign it")
             except ConsentError as error:
                 if (digest, party) not in self._noted and len(self._noted) < _MAX_NOTED:
@@ -172,6 +181,61 @@ class Book:
         with self.state.lock:
             return any(record.status == "queued" for record in self._records.values())
 
+    def placed(self, digest: str, workers: list[dict[str, Any]]) -> None:
+        """Enter which worker has got what of the model; an entry of the log for each."""
+        with self.state.lock:
+            self._records[digest] = replace(self._records[digest], workers=workers)
+            for part in workers:
+                counts = {name: part[name] for name in ("blocks", "parameters", "form")}
+                self.log.append("placed", job=digest, worker=part["worker"] or "unnamed", **counts)
+            self.commit()
+
+    def cancel(self, digest: str, party: str) -> None:
+        """End a job that is not done, for good: at once where it waits, at its next step where it runs.
+
+        Raises:
+            UsageError: it has ended.
+        """
+        with self.state.lock:
+            record = self.record(digest)
+            if record.status in ENDED or record.status == "failed":
+                raise UsageError("the job has ended", got=record.status, hint="obfuscatune job delete")
+            if record.cancelled:
+                return
+            self.note("cancel", digest, party)
+            if record.status == "running":
+                self._records[digest] = replace(record, cancelled=True)
+                self.commit()
+            else:
+                self._end(digest, replace(record, status="cancelled"))
+
+    def is_cancelled(self, digest: str) -> bool:
+        """Return whether a party has asked for the end of a running job."""
+        return self.record(digest).cancelled
+
+    def delete(self, digest: str, party: str) -> None:
+        """Remove what is kept of a job: results, checkpoint, and the inputs that no other job needs.
+
+        Raises:
+            UsageError: it is queued or runs.
+        """
+        with self.state.lock:
+            record = self.record(digest)
+            if record.status in ("queued", "running"):
+                raise UsageError("the job has not ended", got=record.status, hint="obfuscatune job cancel")
+            if record.status == "deleted":
+                return
+            needed = {
+                file
+                for other, kept in self._records.items()
+                if other != digest and kept.status != "deleted"
+                for file in (*self._signed[other].job.inputs.values(), *kept.results.values())
+            }
+            files = {*record.results.values(), *self._signed[digest].job.inputs.values()} - needed
+            self._end(digest, replace(record, status="deleted", results={}), by=party)
+            for file in files:
+                self.store.remove(file)
+
     def progress(self, digest: str, step: int, steps: int) -> None:
         """Note how far a running job is; kept in memory until the next commit."""
         with self.state.lock:  # bounded: a number that the state cannot hold would stop all jobs
@@ -194,12 +258,17 @@ class Book:
             self._end(digest, replace(self._records[digest], status="done", results=results), **files)
 
     def failed(self, digest: str, error: BaseException) -> None:
-        """Enter that a job failed; who submits it again resumes it.
+        """Enter that a job failed, or was cancelled; who submits one that failed again resumes it.
 
-        Of the error its class only: the text may name columns of one owner's data, or layers of the other's model.
+        Of the error its class only: the text may name columns of one owner's data, or layers of the other's model. Of
+        a refusal what it is about, too, which is a sentence of the enclave's own.
         """
         with self.state.lock:
-            record = replace(self._records[digest], status="failed", reason=_reason(error))
+            if self._records[digest].cancelled:
+                self._end(digest, replace(self._records[digest], status="cancelled"))
+                return
+            reason = error.what if isinstance(error, ConsentError) else _reason(error)
+            record = replace(self._records[digest], status="failed", reason=reason)
             self._enter(digest, record, "failed", cause=_reason(error))
 
     def check_query(self, digest: str, party: str, prompts: int, tokens: int) -> None:
@@ -265,6 +334,12 @@ class Book:
         if signed is None or signed.job.role_of(party) is None:
             raise UsageError("no such job of this party", hint="obfuscatune job submit")
         return signed.job
+
+    def jobs_of(self, party: str) -> list[str]:
+        """Return the jobs in which an identity has a role, oldest first: no more than `MAX_PARTY_BYTES` holds."""
+        with self.state.lock:
+            found = [(r.order, d) for d, r in self._records.items() if self._signed[d].job.role_of(party) is not None]
+        return [digest for _, digest in sorted(found)]
 
     def missing(self, digest: str) -> dict[str, str]:
         """Return the inputs that are not there yet, digest by kind."""

@@ -8,7 +8,7 @@ So neither a stolen job file nor a careless signature gives away more than the o
 from obfuscatune.errors import ConsentError
 from obfuscatune.parties.job import Job, SignedJob
 from obfuscatune.parties.sealed.fields import Header
-from obfuscatune.parties.terms import Terms
+from obfuscatune.parties.terms import VERSION, Terms
 from obfuscatune.parties.vocabulary import Role
 
 # Who makes which input.
@@ -52,6 +52,11 @@ def check_input(signed: SignedJob, kind: str, digest: str, header: Header, *, no
         raise ConsentError(f"not the {kind} of the job", got=f"{header.kind} {digest[:16]}")
     if header.sender != signed.party(role):
         raise ConsentError(f"{kind} was not sealed by the job's {role}", got=header.sender.fingerprint[:16])
+    version = (header.terms or {}).get("version")
+    if version != VERSION or type(version) is not int:
+        what = f"no terms of the {kind}" if header.terms is None else f"terms of the {kind} are of another version"
+        hint = "what is left out used to be given: seal it again, with terms (obfuscatune seal terms)"
+        raise ConsentError(what, expected=f"version {VERSION}", hint=hint)
     faults = Terms.from_dict(header.terms, f"terms of the {kind}").faults(job, role, now)
     if faults:
         raise ConsentError(f"terms of the {kind} do not allow", got="; ".join(faults))

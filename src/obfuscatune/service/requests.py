@@ -14,6 +14,7 @@ from obfuscatune.parties.channel.transfer import Piece, serve_piece
 from obfuscatune.parties.identity import PublicIdentity
 from obfuscatune.parties.job import Job, SignedJob
 from obfuscatune.parties.sealed.header import open_file
+from obfuscatune.parties.vocabulary import Role
 from obfuscatune.service.book import Book
 from obfuscatune.service.consent import OWNERS
 
@@ -21,7 +22,6 @@ MAX_PROMPTS = 256
 MAX_PROMPT_BYTES = 1 << 20
 MAX_WAITING = 4  # queries of one party at a time: each holds a connection and its prompts
 _MAX_TOKENS = 65_536
-_RESULT_ROLES = {"adapter": "adapter_to", "output": "generations_to"}
 
 Reply = tuple[dict[str, Any], bytes]
 
@@ -74,6 +74,9 @@ class Requests:
             "download": self._download,
             "log": self._log,
             "generate": self._generate,
+            "list": self._list,
+            "cancel": self._cancel,
+            "delete": self._delete,
         }
 
     def handle(self, party: PublicIdentity, fields: dict[str, Any], payload: bytes) -> Reply:
@@ -135,9 +138,24 @@ class Requests:
             "step": record.step,
             "steps": record.steps,
             "missing": self._book.missing(digest) if record.status == "waiting" else {},
-            "results": {k: d for k, d in record.results.items() if role in getattr(job, _RESULT_ROLES[k])},
+            "results": {k: d for k, d in record.results.items() if role in _roles_of(k, job)},
             "queries": record.queries,
+            "workers": record.workers,
         }
+
+    def _list(self, party: PublicIdentity, fields: dict[str, Any], payload: bytes) -> Reply:
+        found = [self._tell(digest, party) for digest in self._book.jobs_of(party.fingerprint)]
+        return {}, json.dumps(found).encode()
+
+    def _cancel(self, party: PublicIdentity, fields: dict[str, Any], payload: bytes) -> Reply:
+        digest, _ = self._own(party, fields)
+        self._book.cancel(digest, party.fingerprint)
+        return self._tell(digest, party), b""
+
+    def _delete(self, party: PublicIdentity, fields: dict[str, Any], payload: bytes) -> Reply:
+        digest, _ = self._own(party, fields)
+        self._book.delete(digest, party.fingerprint)
+        return self._tell(digest, party), b""
 
     def _download(self, party: PublicIdentity, fields: dict[str, Any], payload: bytes) -> Reply:
         job, kind = self._own(party, fields)[0], fields.get("kind")
@@ -196,6 +214,11 @@ class Requests:
         """Return the job that a request names, and its digest, if the party has a role in it."""
         job = self._book.job_of(fields.get("job"), party.fingerprint)
         return job.digest, job
+
+
+def _roles_of(kind: str, job: Job) -> tuple[Role, ...]:
+    """Who gets a result: as the job says; what tells how the training went, the owner of the data alone."""
+    return {"adapter": job.adapter_to, "output": job.generations_to, "report": ("owner",)}[kind]
 
 
 def _told(error: BaseException) -> ObfuscatuneError:

@@ -8,18 +8,19 @@ directory/store/          inputs, checkpoints, results                 sealed to
 import collections
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from obfuscatune.durable import write_new
-from obfuscatune.errors import UsageError
+from obfuscatune.errors import ConsentError, UsageError
 from obfuscatune.parties.attestation.platform import Platform
 from obfuscatune.parties.canonical import encode
 from obfuscatune.parties.channel.server import AttestedServer
 from obfuscatune.parties.identity import Identity, PublicIdentity
 from obfuscatune.service.book import Book
 from obfuscatune.service.log import AuditLog
+from obfuscatune.service.placement import Workers
 from obfuscatune.service.requests import Query, Requests
 from obfuscatune.service.runner import RAM_PREFIX, Hooks, Runner
 from obfuscatune.service.scratch import ram_directory
@@ -55,10 +56,13 @@ class Service:
         self._thread.start()
         while True:
             with self._book.changed:
-                while not (self._stopped or self._queries or self._book.has_queued()):
+                while not (self._stopped or self._queries or self._book.has_queued() or self._holds_deleted()):
                     self._book.changed.wait()
                 if self._stopped:
                     return
+                if self._holds_deleted():
+                    self._runner.close()
+                    continue
                 query = self._queries.popleft() if self._queries else None
                 digest = self._book.next() if query is None else None
             if query is not None:
@@ -76,6 +80,10 @@ class Service:
         """Stop listening and forget the model. What was committed is on the disk."""
         self._server.close()
         self._runner.close()
+
+    def _holds_deleted(self) -> bool:
+        """Whether the model that is kept for queries is of a job that a party has deleted."""
+        return self._runner.kept is not None and self._book.record(self._runner.kept).status == "deleted"
 
     def _ask(self, query: Query) -> None:
         with self._book.changed:
@@ -101,9 +109,16 @@ class Service:
 
     def _run(self, digest: str) -> None:
         book = self._book
+
+        def progress(step: int, steps: int) -> None:
+            book.progress(digest, step, steps)
+            if book.is_cancelled(digest):
+                raise ConsentError("a party has cancelled the job")
+
         hooks = Hooks(
-            progress=lambda step, steps: book.progress(digest, step, steps),
+            progress=progress,
             checkpoint=lambda step, checkpoint: book.checkpointed(digest, step, checkpoint),
+            placed=lambda parts: book.placed(digest, [part.to_dict() for part in parts]),
         )
         logger.info("job %s starts", digest[:16])
         try:
@@ -126,7 +141,7 @@ def open_service(
     *,
     listen: str,
     parties: Path,
-    worker: str,
+    worker: str | Sequence[str],
     timeout: float = 600.0,
     worker_identity: Identity | None = None,
     insecure: bool = False,
@@ -137,7 +152,8 @@ def open_service(
     Args:
         directory: of state, log and store; on any disk. platform: the TEE. listen: ``tls://HOST:PORT``.
         parties: directory of the ``.pub`` files of who may connect; read anew for each connection.
-        worker, timeout, insecure: as of `protect`. worker_identity: what the worker knows the enclave by; default: the
+        worker: one or several, as of `protect`; those at ``tls://`` are known by their identities, which jobs can name.
+        timeout, insecure: as of `protect`. worker_identity: what the worker knows the enclave by; default: the
             enclave's own, whose public half is written to ``directory/enclave.pub`` for it.
         max_store_bytes: that uploads may take.
 
@@ -145,7 +161,9 @@ def open_service(
         RollbackError, SealError: a state that is not the last one, or not of this code on this platform.
         AttestationError: the platform gives no evidence. UsageError: an address or directory that cannot be used.
     """
+    parties.mkdir(parents=True, exist_ok=True)
     load_parties(parties)
+    workers = Workers.parse([worker] if isinstance(worker, str) else worker, insecure=insecure)
     with ram_directory(RAM_PREFIX):
         pass  # removes what an enclave that was killed has left in memory
     with State.open(directory, platform) as state:
@@ -154,7 +172,7 @@ def open_service(
         runner = Runner(
             state.identity,
             book.store,
-            worker=worker,
+            workers=workers,
             timeout=timeout,
             insecure=insecure,
             worker_identity=worker_identity,
