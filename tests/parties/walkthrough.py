@@ -40,6 +40,21 @@ def _family(pid: int) -> list[int]:
     return found
 
 
+def memory_of(pid: int) -> Iterator[bytes]:
+    """Everything readable in the memory of a process and of its children (the sandbox is one's parent)."""
+    for each in _family(pid):
+        with open(f"/proc/{each}/maps") as maps, open(f"/proc/{each}/mem", "rb", buffering=0) as memory:
+            for line in maps:
+                area, permissions = line.split()[:2]
+                start, end = (int(part, 16) for part in area.split("-"))
+                if permissions.startswith("r") and not line.rstrip().endswith(("[vvar]", "[vsyscall]")):
+                    try:
+                        memory.seek(start)
+                        yield memory.read(end - start)
+                    except (OSError, ValueError, OverflowError):
+                        continue  # an area that even its owner cannot read
+
+
 class Tap:
     """A relay that keeps every byte: what the operator sees on the way. ``target`` is a port, or a socket's path."""
 
@@ -214,20 +229,6 @@ class Machines:
         while not ready():
             assert time.monotonic() < deadline, f"{what} did not come\n{''.join(self.output[-20:])}"
             self._said.wait(0.05)
-
-    def memory_of(self, kind: str) -> Iterator[bytes]:
-        """Everything readable in the memory of a process and of its children (the sandbox is one's parent)."""
-        for pid in _family(self.processes[kind].pid):
-            with open(f"/proc/{pid}/maps") as maps, open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
-                for line in maps:
-                    area, permissions = line.split()[:2]
-                    start, end = (int(part, 16) for part in area.split("-"))
-                    if permissions.startswith("r") and not line.rstrip().endswith(("[vvar]", "[vsyscall]")):
-                        try:
-                            memory.seek(start)
-                            yield memory.read(end - start)
-                        except (OSError, ValueError, OverflowError):
-                            continue  # an area that even its owner cannot read
 
     def close(self) -> None:
         for process in self.processes.values():

@@ -48,6 +48,14 @@ def test_a_job_for_another_enclave_and_one_that_is_over() -> None:
         check_job(signed, enclave=HERE, now=signed.job.expires)
 
 
+@pytest.mark.parametrize(("party", "role"), [(LAB, "provider"), (CLINIC, "owner")])
+def test_a_job_of_an_identity_that_has_ended(party: Any, role: str) -> None:
+    signed = sign(Job(**job_fields()))
+    check_job(signed, enclave=HERE, now=NOW, ended=frozenset({STRANGER.public.fingerprint}))
+    with pytest.raises(ConsentError, match=f"identity of the {role} has ended"):
+        check_job(signed, enclave=HERE, now=NOW, ended=frozenset({party.public.fingerprint}))
+
+
 @pytest.mark.parametrize("kind", sorted(OWNERS))
 def test_an_input_is_its_owners(tmp_path: Path, kind: str) -> None:
     maker, other = (LAB, CLINIC) if kind == "model" else (CLINIC, LAB)

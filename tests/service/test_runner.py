@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from obfuscatune.errors import ConsentError, SealError, UsageError
+from obfuscatune.errors import ConsentError, FormatError, SealError, UsageError
 from obfuscatune.parties.identity import Identity
 from obfuscatune.parties.job import Job, SignedJob
 from obfuscatune.parties.sealed.archive import SealedArchive, seal_files
@@ -45,7 +45,9 @@ class Place:
             lambda path: seal_files(path, files, kind=kind, sender=sender, recipients=[ENCLAVE.public], **more),
         )
 
-    def signed(self, *, terms: dict[str, Any] | None = None, **changes: Any) -> SignedJob:
+    def signed(
+        self, *, terms: dict[str, Any] | None = None, held_out: dict[str, bytes] | None = None, **changes: Any
+    ) -> SignedJob:
         fields = {
             "training": {"max_steps": 2, "save_steps": 1, "lora_r": 2, "max_length": 24},
             "profile": "enclave",
@@ -59,7 +61,7 @@ class Place:
             owner=CLINIC.public.fingerprint,
             enclave=ENCLAVE.public.fingerprint,
             model=self.put("model", model_files(self.model), LAB, terms=terms or terms_of()),
-            data=self.put("data", {"data.jsonl": ROWS.encode()}, CLINIC),
+            data=self.put("data", {"data.jsonl": ROWS.encode(), **(held_out or {})}, CLINIC),
             prompts=self.put("prompts", {"prompts.jsonl": PROMPTS.encode()}, CLINIC),
             expires=int(time.time()) + 3600,
             **fields,
@@ -112,6 +114,42 @@ def test_a_job_gives_adapter_and_generations(place: Place) -> None:
     assert [json.loads(row)["prompt"] for row in rows] == [json.loads(line)["prompt"] for line in PROMPTS.splitlines()]
     assert weights_in(place, results["adapter"]) == []
     assert json.loads(place.files(results["adapter"])["adapter_config.json"])["base_model_name_or_path"] is None
+
+
+def test_the_owner_alone_is_told_whether_the_training_worked(place: Place) -> None:
+    """By rows that were held out, before the first step and after the last, and by the losses."""
+    training = {
+        "max_steps": 6,
+        "save_steps": 2,
+        "logging_steps": 2,
+        "lora_r": 2,
+        "max_length": 24,
+        "learning_rate": 0.1,
+    }
+    saved: list[str] = []
+    hooks = replace(SILENT, checkpoint=lambda step, digest: saved.append(digest))
+    signed = place.signed(held_out={"held_out.jsonl": ROWS.encode()}, training=training)
+    whole = place.run(signed, hooks=hooks)
+    assert recipients(place, whole["report"]) == {CLINIC.public.fingerprint}
+    report = json.loads(place.files(whole["report"])["report.json"])
+    assert [entry["step"] for entry in report["loss"]] == [2, 4, 6] and report["steps"] == 6
+    assert report["held_out"]["loss_after"] < report["held_out"]["loss_before"]
+    assert report["workers"] == [] and report["job"] == signed.job.digest and report["profile"] == "enclave"
+    # One that was killed goes on from a checkpoint, which holds what was measured before.
+    resumed = json.loads(place.files(place.run(signed, saved[0])["report"])["report.json"])
+    assert resumed["loss"] == report["loss"] and resumed["held_out"] == report["held_out"]
+    without = json.loads(place.files(place.run(place.signed())["report"])["report.json"])
+    assert without["held_out"] is None
+
+
+def test_rows_that_are_held_out_are_not_trained_on(place: Place) -> None:
+    def weights(**more: Any) -> bytes:
+        return place.files(place.run(place.signed(**more))["adapter"])["adapter_model.safetensors"]
+
+    other = b'{"prompt": "other", "completion": " thing"}\n'
+    assert weights(held_out={"held_out.jsonl": ROWS.encode()}) == weights(held_out={"held_out.jsonl": other})
+    with pytest.raises(FormatError, match="of several files"):
+        weights(held_out={"more.jsonl": ROWS.encode()})
 
 
 @pytest.mark.parametrize("who", [("provider",), ("owner",), ("provider", "owner"), ()])

@@ -26,6 +26,7 @@ class InitOptions:
     folder: Path = option("where it is made", Path("."))
     partner: Path | None = option("NAME.pub of the other party", None)
     policy: Path | None = option("TOML file of which enclaves you accept; default: a template to fill", None)
+    passphrase: bool = option("ask for a passphrase, under which NAME.key is kept", False, flag="--passphrase")
     simulation: Path | None = option("root certificate of a simulator, to accept it: it protects nothing", None)
 
 
@@ -33,6 +34,7 @@ class InitOptions:
 def init(options: InitOptions) -> None:
     """Make a folder: your identity, party.toml, a policy, and terms that show a worker nothing. Read the last two."""
     from obfuscatune.parties.party import Party
+    from obfuscatune.parties.passphrase import new_passphrase
 
     party = Party.init(
         options.name,
@@ -42,6 +44,7 @@ def init(options: InitOptions) -> None:
         partner=options.partner,
         policy=options.policy,
         simulation=options.simulation,
+        passphrase=new_passphrase(f"{options.name}.key") if options.passphrase else None,
     )
     public = party.identity.public
     print(f"you      {public.name}  {public.fingerprint}")
@@ -55,7 +58,7 @@ def init(options: InitOptions) -> None:
 class VerifyOptions(PartyOptions):
     """Options of ``obfuscatune party verify``."""
 
-    partner: Path | None = option("NAME.pub of the other party, to be kept", None)
+    partner: Path | None = option("NAME.pub of the other party, or NAME.succession of its identity, to be kept", None)
 
 
 @takes(VerifyOptions)
@@ -119,6 +122,28 @@ def seal(options: SealOptions) -> None:
         print(f"{path.with_suffix('.card')}  for your partner")
 
 
+@dataclass(frozen=True, kw_only=True)
+class RotateOptions(PartyOptions):
+    """Options of ``obfuscatune party rotate``."""
+
+    name: str = argument("of the new identity, for instance clinic-2027")
+    passphrase: bool = option("ask for a passphrase, under which NAME.key is kept", False, flag="--passphrase")
+
+
+@takes(RotateOptions)
+def rotate(options: RotateOptions) -> None:
+    """Take a new identity, which the old one names its successor. What is sealed and signed must be done anew.
+
+    If the old key may be in other hands, revoke it instead (`identity revoke`), and make a new folder.
+    """
+    from obfuscatune.parties.passphrase import new_passphrase
+
+    passphrase = new_passphrase(f"{options.name}.key") if options.passphrase else None
+    party, statement = open_party(options.party).rotate(options.name, passphrase=passphrase)
+    print(f"you      {party.name}  {party.identity.public.fingerprint}")
+    print(f"give     {statement} to your partner (party verify --partner) and to the operator (parties/)")
+
+
 def _show_partner(name: str, fingerprint: str) -> None:
     print(f"partner  {name}  {fingerprint}")
     print("compare this fingerprint with your partner over another channel", file=sys.stderr)
@@ -131,6 +156,7 @@ COMMANDS = {
         "--partner lab.pub",
     ),
     "verify": (verify, "Examples:\n\nobfuscatune party verify --partner lab.pub"),
+    "rotate": (rotate, "Examples:\n\nobfuscatune party rotate clinic-2027"),
     "seal": (
         seal,
         "Examples:\n\nobfuscatune party seal --model DIR\n\n"

@@ -17,6 +17,7 @@ refuses either, the book stays as it was.
 import base64
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -70,9 +71,13 @@ class Book:
 
     Args:
         state: where it is kept, under its lock. log: of all that happens. store: of the inputs and results.
+        ended: gives the fingerprints of identities that their owners have ended; asked whenever consent is checked.
     """
 
-    def __init__(self, state: State, log: AuditLog, store: Store) -> None:
+    def __init__(
+        self, state: State, log: AuditLog, store: Store, *, ended: Callable[[], frozenset[str]] = frozenset
+    ) -> None:
+        self._ended = ended
         self.state, self.log, self.store = state, log, store
         self.changed = threading.Condition(state.lock)
         self._records = {digest: Record(**fields) for digest, fields in state.jobs.items()}
@@ -98,7 +103,8 @@ class Book:
         with self.state.lock:
             record = self._records.get(digest)
             try:
-                check_job(signed, enclave=self.state.identity.public.fingerprint, now=time.time())
+                fingerprint = self.state.identity.public.fingerprint
+                check_job(signed, enclave=fingerprint, now=time.time(), ended=self._ended())
                 if record is not None and record.status in ENDED:
                     raise ConsentError("job is used up", got=record.status, hint="make a new one, and let both sign it")
             except ConsentError as error:
@@ -143,7 +149,7 @@ class Book:
     def _check(self, digest: str) -> None:
         """Check a job and its inputs against what both owners have agreed to, as of now."""
         signed, now = self._signed[digest], time.time()
-        check_job(signed, enclave=self.state.identity.public.fingerprint, now=now)
+        check_job(signed, enclave=self.state.identity.public.fingerprint, now=now, ended=self._ended())
         for kind, file in signed.job.inputs.items():
             found = read_header(self.store.path(file))
             check_input(signed, kind, found.digest, found.header, now=now)

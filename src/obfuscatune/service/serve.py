@@ -18,6 +18,7 @@ from obfuscatune.parties.attestation.platform import Platform
 from obfuscatune.parties.canonical import encode
 from obfuscatune.parties.channel.server import AttestedServer
 from obfuscatune.parties.identity import Identity, PublicIdentity
+from obfuscatune.parties.succession import load_successions, successors
 from obfuscatune.service.book import Book
 from obfuscatune.service.log import AuditLog
 from obfuscatune.service.placement import Workers
@@ -168,7 +169,7 @@ def open_service(
         pass  # removes what an enclave that was killed has left in memory
     with State.open(directory, platform) as state:
         log = AuditLog.open(directory / "log.jsonl", state.log_head, state.log_length)
-        book = Book(state, log, Store(directory / "store", max_store_bytes))
+        book = Book(state, log, Store(directory / "store", max_store_bytes), ended=lambda: ended(parties))
         runner = Runner(
             state.identity,
             book.store,
@@ -208,11 +209,25 @@ def _publish(identity: PublicIdentity, path: Path) -> None:
 
 
 def load_parties(directory: Path) -> list[PublicIdentity]:
-    """Return the identities of a directory's ``.pub`` files.
+    """Return the identities of a directory's ``.pub`` files, without those that have ended, and their successors.
 
     Raises:
-        UsageError: it cannot be read. FormatError: a file in it that is no identity.
+        UsageError: it cannot be read. FormatError: a file in it that is none. SealError: a forged succession.
     """
     if not directory.is_dir():
         raise UsageError("no such directory of parties", where=str(directory), hint="put their NAME.pub files there")
-    return [PublicIdentity.load(path) for path in sorted(directory.glob("*.pub"))]
+    ends = successors(load_successions(directory))
+    found: list[PublicIdentity] = []
+    for path in sorted(directory.glob("*.pub")):
+        current: PublicIdentity | None = PublicIdentity.load(path)
+        for _ in range(len(ends)):  # a chain of successions, which may be a circle
+            if current is not None:
+                current = ends.get(current.fingerprint, current)
+        if current is not None and current.fingerprint not in ends and current not in found:
+            found.append(current)
+    return found
+
+
+def ended(directory: Path) -> frozenset[str]:
+    """Return the fingerprints of the identities that have ended; raises as `load_parties`."""
+    return frozenset(each.identity.fingerprint for each in load_successions(directory))
