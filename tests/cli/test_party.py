@@ -173,6 +173,27 @@ def test_a_job_beyond_terms_is_neither_proposed_nor_signed(sealed: tuple[Path, P
     assert (clinic / "job.json").read_bytes() == before
 
 
+def test_workers_that_are_trusted_are_those_of_a_job_that_shares(sealed: tuple[Path, Path], run: Run) -> None:
+    lab, clinic = sealed
+    for number in range(3):
+        name = f"gpu{number}"
+        assert run("identity", "new", name, "--output_dir", clinic, "--suite", "x25519").code == 0
+        for folder in (lab, clinic):
+            trusting = ("party", "trust", clinic / f"{name}.pub", "--operator", f"Cloud {number}", "--party", folder)
+            assert run(*trusting).code == 0
+    assert run(*trusting).code == 2  # twice
+    for folder, kind in ((lab, "model"), (clinic, "data"), (clinic, "prompts")):
+        (folder / f"{kind}.sealed").unlink()
+        (folder / f"{kind}.card").unlink()
+    party = Party.open(lab)
+    party.seal("model", {"config.json": b"{}"})
+    Party.open(clinic).seal("data", {"data.jsonl": ROWS.encode()})
+    assert propose(lab, clinic, run, "--profile", "shared").code == 0
+    job = SignedJob.load(clinic / "job.json").job
+    assert [worker.operator for worker in job.workers] == ["Cloud 0", "Cloud 1", "Cloud 2"]
+    assert party.sign(Party.open(clinic).sign(SignedJob(job))).missing() == []
+
+
 def test_a_job_with_another_partner_is_not_signed(sealed: tuple[Path, Path]) -> None:
     lab, clinic = map(Party.open, sealed)
     stranger = Identity.generate("stranger", "x25519").public.fingerprint

@@ -30,7 +30,7 @@ from obfuscatune.settings import TrainingSettings
 from .walkthrough import ROOT, Tap, memory_of
 
 pytestmark = pytest.mark.slow
-ROWS = [{"prompt": f"the secret of room {i} is", "completion": f" colour number {i * 37}"} for i in range(8)]
+ROWS = [{"prompt": f"the secret of room {i} is", "completion": f" colour number {i * 37}"} for i in range(4)]
 OPERATORS = ("lab", "clinic", "cloud")
 CONFIG = {"vocab_size": 258, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64, "eos_token_id": 256}
 
@@ -89,23 +89,20 @@ def place(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokeniz
         torch.manual_seed(0)
         GPT2LMHeadModel(GPT2Config(**CONFIG)).save_pretrained(place.root / "model")
         tokenizer.save_pretrained(place.root / "model")
-        # An enclave that has no worker yet writes the identity that the workers must know.
         serve = ("enclave", "serve", "--platform", "simulation:platform", "--state", "state", "--parties", "parties")
-        place.start("first", *serve, "--listen", "tls://127.0.0.1:0")
-        place.ready("first")
-        place.processes["first"].terminate()
-        assert place.processes["first"].wait(60) == 0
+        identity(place, "enclave-of-workers")  # known before the enclave has started for the first time
         addresses = []
         publics = {operator: identity(place, f"gpu-{operator}") for operator in (*OPERATORS, "stranger")}
         for operator in publics:  # they start at the same time
             where = ("--listen", "tls://127.0.0.1:0", "--identity", f"gpu-{operator}.key", "--sandbox", "none")
-            place.start(operator, "worker", *where, "--allow", "state/enclave.pub", "--threads", 1)
+            place.start(operator, "worker", *where, "--allow", "enclave-of-workers.pub", "--threads", 1)
         for operator, public in publics.items():
             said = place.ready(operator)
             tap = Tap(int(said.split(":")[2].split("#")[0]))
             place.taps.append(tap)
             addresses += ["--worker", f"tls://127.0.0.1:{tap.address[1]}#{public.fingerprint}"]
-        place.start("enclave", *serve, "--listen", "tls://127.0.0.1:0", *addresses)
+        known_as = ("--worker_identity", "enclave-of-workers.key")
+        place.start("enclave", *serve, "--listen", "tls://127.0.0.1:0", *known_as, *addresses)
         listens = place.ready("enclave")
         made = {"enclave": listens, "simulation": place.root / "platform" / "simulation-root.pem"}
         lab = Party.init("lab", role="provider", folder=place.root / "lab", **made)
@@ -116,11 +113,8 @@ def place(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokeniz
         for party in (lab, clinic):
             public = party.identity_file.with_suffix(".pub")
             (place.root / "parties" / public.name).write_bytes(public.read_bytes())
-            tables = "".join(
-                f'[[workers]]\nfingerprint = "{worker.fingerprint}"\noperator = "{worker.operator}"\n'
-                for worker in named(place, OPERATORS)
-            )
-            party.terms_file.write_text(party.terms_file.read_text() + tables)
+            for operator in OPERATORS:
+                party.trust(place.root / f"gpu-{operator}.pub", operator)
         rows = place.root / "rows.jsonl"
         rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
         lab.seal("model", dict(model_files(place.root / "model")))
@@ -139,8 +133,8 @@ def named(place: Place, operators: tuple[str, ...]) -> tuple[Worker, ...]:
 def agreed(place: Place, **changes: object) -> SignedJob:
     """A job that both have signed."""
     lab, clinic = place.party("lab"), place.party("clinic")
-    settings = TrainingSettings(max_steps=4, logging_steps=1, lora_r=2, max_length=48, learning_rate=1e-2)
-    fields = {"profile": "shared", "workers": named(place, OPERATORS), "adapter_to": ("owner",), **changes}
+    settings = TrainingSettings(max_steps=3, logging_steps=1, lora_r=2, max_length=48, learning_rate=1e-2)
+    fields = {"profile": "shared", "adapter_to": ("owner",), **changes}
     signed = clinic.propose(partner_inputs=[lab.folder / "model.card"], settings=settings, **fields)
     return lab.sign(clinic.sign(signed))
 
@@ -160,6 +154,7 @@ def done(place: Place) -> Iterator[tuple[SignedJob, Path]]:
 def test_the_job_ran_on_the_workers_that_it_names(place: Place, done: tuple[SignedJob, Path]) -> None:
     signed, results = done
     status = place.party("lab").enclave.status(signed)  # the provider is told too: its weights are there
+    assert signed.job.workers == named(place, OPERATORS)
     assert [(part["worker"], part["operator"], part["form"]) for part in status.workers] == [
         (worker.fingerprint, worker.operator, "shared") for worker in signed.job.workers
     ]
@@ -170,7 +165,7 @@ def test_the_job_ran_on_the_workers_that_it_names(place: Place, done: tuple[Sign
     used = [len(tap.captured) for tap in place.taps]
     assert min(used[:3]) > 100_000 and used[3] == 0, used
     report = json.loads((results / "report" / "report.json").read_text())
-    assert report["workers"] == list(status.workers) and len(report["loss"]) == 4
+    assert report["workers"] == list(status.workers) and len(report["loss"]) == 3
     assert report["held_out"]["loss_after"] < report["held_out"]["loss_before"]
     assert set(status.results) == set()  # nothing of it is the provider's
 

@@ -36,7 +36,7 @@ class ProposeOptions(TrainingSettings, PartyOptions, ConfigOptions):
     output: Path | None = option("the job file, which must not exist; default: job.json in your folder", None)
     profile: str = option(f"what the worker may see: one of {', '.join(PROFILES)}", "enclave")
     worker: list[str] | None = option(
-        "FINGERPRINT=OPERATOR of a worker that takes part, as in the terms; repeatable", None
+        "FINGERPRINT=OPERATOR of a worker that takes part, repeatable; of shared default: those of your terms", None
     )
     dtype: Literal["float32", "float64", "bfloat16"] = option("of the weights", "float32")
     max_new_tokens: int = option("longest completion of a prompt", 32, min=1)
@@ -365,8 +365,7 @@ COMMANDS = {
     "propose": (
         propose,
         "Examples:\n\nobfuscatune job propose --partner_input model.card --max_steps 500 --learning_rate 1e-4\n\n"
-        "obfuscatune job propose --partner_input model.card --profile shared --worker FINGERPRINT=lab "
-        "--worker FINGERPRINT=clinic --worker FINGERPRINT=cloud",
+        "obfuscatune job propose --partner_input model.card --profile shared",
     ),
     "review": (review, "Examples:\n\nobfuscatune job review job.json"),
     "sign": (sign, "Examples:\n\nobfuscatune job sign\n\nobfuscatune job sign from-clinic/job.json"),

@@ -123,6 +123,24 @@ def seal(options: SealOptions) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrustOptions(PartyOptions):
+    """Options of ``obfuscatune party trust``."""
+
+    worker: Path = argument("NAME.pub of a worker")
+    operator: str = option("who operates it, as you and your partner call them")
+
+
+@takes(TrustOptions)
+def trust(options: TrustOptions) -> None:
+    """Add a worker and its operator to your terms, for jobs that name workers; those of `shared` must not collude.
+
+    What is sealed already keeps its terms.
+    """
+    added = open_party(options.party).trust(options.worker, options.operator)
+    print(f"worker   {added.operator}  {added.fingerprint}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RotateOptions(PartyOptions):
     """Options of ``obfuscatune party rotate``."""
 
@@ -156,6 +174,7 @@ COMMANDS = {
         "--partner lab.pub",
     ),
     "verify": (verify, "Examples:\n\nobfuscatune party verify --partner lab.pub"),
+    "trust": (trust, "Examples:\n\nobfuscatune party trust gpu1.pub --operator 'A cloud'"),
     "rotate": (rotate, "Examples:\n\nobfuscatune party rotate clinic-2027"),
     "seal": (
         seal,

@@ -20,20 +20,20 @@ from obfuscatune.durable import write_new
 from obfuscatune.errors import ConsentError, UsageError
 from obfuscatune.parties.attestation.verdict import Verdict
 from obfuscatune.parties.enclave import Enclave
-from obfuscatune.parties.folder import Folder
 from obfuscatune.parties.job import Job, SignedJob
+from obfuscatune.parties.relations import Relations
 from obfuscatune.parties.sealed.archive import seal_files
 from obfuscatune.parties.sealed.card import make_card, read_card
 from obfuscatune.parties.sealed.fields import Kind
 from obfuscatune.parties.sealed.header import read_header
 from obfuscatune.parties.terms import Terms
-from obfuscatune.parties.vocabulary import Role
+from obfuscatune.parties.vocabulary import Role, Worker, profile_of
 from obfuscatune.settings import TrainingSettings
 
 KINDS: dict[Role, tuple[Kind, ...]] = {"provider": ("model",), "owner": ("data", "prompts")}
 
 
-class Party(Folder):
+class Party(Relations):
     """One party of a job, in its folder: made by :meth:`init`, read by :meth:`open`."""
 
     @property
@@ -80,7 +80,8 @@ class Party(Folder):
 
         Args:
             partner_inputs: cards, or sealed files, of the partner. settings: of the training. days: until it expires.
-            fields: of `Job`: profile, switches, workers, dtype, adapter_to, ...
+            fields: of `Job`: profile, switches, workers, dtype, adapter_to, ... Without workers, a profile that shares
+                gets those of this party's terms, if they are as many as it takes.
 
         Raises:
             UsageError: an input lacks. ConsentError: the terms of an input do not allow the job; all of it named.
@@ -101,6 +102,9 @@ class Party(Folder):
             if enclave.fingerprint not in {recipient.fingerprint for recipient in card.header.recipients}:
                 hint = "seal it again: obfuscatune party seal"
                 raise ConsentError(f"{kind} is sealed to another enclave", expected=enclave.fingerprint[:16], hint=hint)
+        profile, workers = profile_of(fields.get("profile", "enclave"), fields.get("switches", {})), self._trusted()
+        if profile.share_workers == len(workers) and not fields.get("workers"):
+            fields["workers"] = workers
         provider, owner = (mine, partner) if self.role == "provider" else (partner, mine)
         now = int(time.time())
         job = Job(
@@ -119,6 +123,10 @@ class Party(Folder):
             side: Role = "provider" if kind == "model" else "owner"
             _require(Terms.from_dict(card.header.terms, f"terms of the {kind}"), job, side, f"terms of the {kind}")
         return SignedJob(job)
+
+    def _trusted(self) -> tuple[Worker, ...]:
+        workers = Terms.from_dict(self.terms, "your terms").workers
+        return () if workers == "any" else workers
 
     def sign(self, signed: SignedJob) -> SignedJob:
         """Return the job with this party's signature.

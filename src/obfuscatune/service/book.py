@@ -190,10 +190,10 @@ class Book:
     def placed(self, digest: str, workers: list[dict[str, Any]]) -> None:
         """Enter which worker has got what of the model; an entry of the log for each."""
         with self.state.lock:
-            self._records[digest] = replace(self._records[digest], workers=workers)
-            for part in workers:
-                counts = {name: part[name] for name in ("blocks", "parameters", "form")}
-                self.log.append("placed", job=digest, worker=part["worker"] or "unnamed", **counts)
+            kept = [{name: part[name] for name in ("worker", "blocks", "parameters", "form")} for part in workers]
+            self._records[digest] = replace(self._records[digest], workers=kept)  # the job has the operators' names
+            for part in kept:
+                self.log.append("placed", job=digest, **{**part, "worker": part["worker"] or "unnamed"})
             self.commit()
 
     def cancel(self, digest: str, party: str) -> None:

@@ -130,7 +130,7 @@ class Requests:
     def _tell(self, digest: str, party: PublicIdentity) -> dict[str, Any]:
         """Return what a party may know of a job: progress, no content."""
         record, job = self._book.record(digest), self._book.signed(digest).job
-        role = job.role_of(party.fingerprint)
+        role, operators = job.role_of(party.fingerprint), {each.fingerprint: each.operator for each in job.workers}
         return {
             "job": digest,
             "status": record.status,
@@ -140,7 +140,7 @@ class Requests:
             "missing": self._book.missing(digest) if record.status == "waiting" else {},
             "results": {k: d for k, d in record.results.items() if role in _roles_of(k, job)},
             "queries": record.queries,
-            "workers": record.workers,
+            "workers": [{**part, "operator": operators.get(part["worker"], "")} for part in record.workers],
         }
 
     def _list(self, party: PublicIdentity, fields: dict[str, Any], payload: bytes) -> Reply:
