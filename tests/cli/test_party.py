@@ -129,6 +129,14 @@ def test_a_simulator_is_accepted_only_where_the_folder_says_so(
     assert replace(party, allow_simulation=True).policy.allow_simulation
 
 
+def test_nothing_is_sealed_before_there_is_a_partner(tmp_path: Path, run: Run) -> None:
+    (tmp_path / "rows.jsonl").write_text(ROWS)
+    folder = tmp_path / "alone"
+    assert run("party", "init", "alone", "--role", "owner", "--enclave", ADDRESS, "--folder", folder).code == 0
+    done = run("party", "seal", "--party", folder, "--data", tmp_path / "rows.jsonl")
+    assert done.code == 2 and "name no partner" in done.err and not list(folder.glob("*.sealed"))
+
+
 def test_another_identity_of_the_partners_name_is_refused(folders: tuple[Path, Path], tmp_path: Path, run: Run) -> None:
     assert run("identity", "new", "clinic", "--output_dir", tmp_path / "false").code == 0
     done = run("party", "verify", "--party", folders[0], "--partner", tmp_path / "false" / "clinic.pub")

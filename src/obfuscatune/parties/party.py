@@ -63,6 +63,9 @@ class Party(Relations):
         for each in (path, card):
             if each.exists():
                 raise UsageError("file is there already", where=str(each), hint="nothing is ever overwritten")
+        if not Terms.from_dict(self.terms, "your terms").partners:
+            hint = "obfuscatune party verify --partner NAME.pub"
+            raise UsageError("the terms name no partner: no job could use it", where=str(self.terms_file), hint=hint)
         terms, recipient = self.terms, self.verify().require().identity
         seal_files(path, files, kind=kind, sender=self.identity, recipients=[recipient], terms=terms)
         write_new(card, make_card(path) + b"\n", mode=0o644)

@@ -162,8 +162,12 @@ def open_service(
         RollbackError, SealError: a state that is not the last one, or not of this code on this platform.
         AttestationError: the platform gives no evidence. UsageError: an address or directory that cannot be used.
     """
-    parties.mkdir(parents=True, exist_ok=True)
-    load_parties(parties)
+    try:
+        parties.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError("cannot make the directory of parties", got=error.strerror, where=str(parties)) from None
+    if not load_parties(parties):
+        logger.warning("nobody may connect yet: put the parties' NAME.pub files into %s", parties)
     workers = Workers.parse([worker] if isinstance(worker, str) else worker, insecure=insecure)
     with ram_directory(RAM_PREFIX):
         pass  # removes what an enclave that was killed has left in memory
