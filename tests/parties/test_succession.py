@@ -1,6 +1,7 @@
 """The end of an identity: by its own word, with a successor who has agreed, or for good; nothing undoes it."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from obfuscatune.errors import ConsentError, FormatError, SealError, UsageError
 from obfuscatune.parties import Party
 from obfuscatune.parties.canonical import encode
 from obfuscatune.parties.identity import Identity, PublicIdentity
-from obfuscatune.parties.succession import read_succession, succeed
+from obfuscatune.parties.succession import load_successions, read_succession, succeed
 from obfuscatune.parties.terms import Terms
 from obfuscatune.service.serve import ended, load_parties
 
@@ -63,6 +64,12 @@ def test_an_enclave_lets_the_successor_in_and_the_old_one_no_more(tmp_path: Path
     assert load_parties(directory) == [THIEF.public]
 
 
+def test_one_whose_time_is_to_come_is_an_expiry(tmp_path: Path) -> None:
+    directory = put(tmp_path / "parties", OLD, later=succeed(OLD, None, now=time.time() + 1000))
+    assert load_parties(directory) == [OLD.public] and ended(directory) == frozenset()
+    assert [each.identity for each in load_successions(directory, time.time() + 1001)] == [OLD.public]
+
+
 @pytest.mark.parametrize("other", [succeed(OLD, THIEF), succeed(OLD, None)])
 def test_of_two_statements_that_differ_nobody_succeeds(tmp_path: Path, other: bytes) -> None:
     for first, second in ((STATEMENT, other), (other, STATEMENT)):
@@ -95,6 +102,18 @@ def test_a_party_rotates_and_its_partner_follows(folders: tuple[Party, Party]) -
         lab.with_partner(clinic.folder / "clinic.pub")
     with pytest.raises(UsageError, match="not the end of your partner's identity"):
         lab.with_partner(clinic.folder / "clinic.succession")
+
+
+def test_a_partner_until_a_day(folders: tuple[Party, Party]) -> None:
+    lab, clinic = folders
+    key, statement = str(clinic.identity_file), clinic.folder / "clinic.succession"
+    assert main(["identity", "revoke", key, "--on", "soon"]) == 2
+    assert main(["identity", "revoke", key, "--on", "2999-01-01"]) == 0
+    assert lab.with_partner(statement).partner == clinic.identity.public
+    kept = next(lab.folder.glob("*.succession"))
+    kept.write_bytes(succeed(clinic.identity, None, now=time.time() - 1))  # the day has come
+    with pytest.raises(ConsentError, match="your partner's identity has ended"):
+        _ = Party.open(lab.folder).partner
 
 
 def test_an_identity_that_was_revoked_is_nobodys_partner(folders: tuple[Party, Party]) -> None:

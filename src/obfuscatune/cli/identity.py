@@ -2,6 +2,7 @@
 
 # ruff: noqa: RUF009 - option() makes a field, which is what the rule wants there
 
+import datetime
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,12 +81,15 @@ class RevokeOptions:
     """Options of ``obfuscatune identity revoke``."""
 
     file: Path = argument("the NAME.key file of the identity that ends")
+    on: str | None = option("day of its end (UTC), as 2027-06-30; default: now", None)
     output: Path | None = option("the statement; default: NAME.succession beside the key", None)
 
 
 @takes(RevokeOptions)
 def revoke(options: RevokeOptions) -> None:
     """Write that an identity has ended, signed by it. There is no way back. Make one in time, and keep it elsewhere.
+
+    With --on it is an expiry, to be handed around with NAME.pub.
 
     The operator puts it into parties/: the enclave then lets nobody in by this identity and starts no job of it. A
     partner takes it with `party verify --partner NAME.succession`.
@@ -94,9 +98,14 @@ def revoke(options: RevokeOptions) -> None:
     from obfuscatune.parties.succession import SUFFIX, succeed
 
     identity = Identity.load(options.file)
-    path = options.output or options.file.with_suffix(SUFFIX)
+    path, end = options.output or options.file.with_suffix(SUFFIX), None
+    if options.on is not None:
+        try:
+            end = datetime.datetime.fromisoformat(options.on).replace(tzinfo=datetime.UTC).timestamp()
+        except ValueError:
+            raise UsageError("not a day", got=repr(options.on), expected="--on 2027-06-30") from None
     try:
-        write_new(path, succeed(identity, None) + b"\n", mode=0o644)
+        write_new(path, succeed(identity, None, now=end) + b"\n", mode=0o644)
     except FileExistsError:
         raise UsageError("file is there already", where=str(path)) from None
     except OSError as error:
@@ -123,6 +132,10 @@ def show(options: ShowOptions) -> None:
 COMMANDS = {
     "new": (new, "Examples:\n\nobfuscatune identity new clinic --output_dir clinic --passphrase"),
     "lock": (lock, "Examples:\n\nobfuscatune identity lock clinic.key"),
-    "revoke": (revoke, "Examples:\n\nobfuscatune identity revoke clinic.key --output safe/clinic.succession"),
+    "revoke": (
+        revoke,
+        "Examples:\n\nobfuscatune identity revoke clinic.key --output safe/clinic.succession\n\n"
+        "obfuscatune identity revoke clinic.key --on 2027-06-30",
+    ),
     "show": (show, "Examples:\n\nobfuscatune identity show clinic.pub"),
 }

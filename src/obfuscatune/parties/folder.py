@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from obfuscatune.errors import FormatError, UsageError
+from obfuscatune.errors import ConsentError, FormatError, UsageError
 from obfuscatune.parties.attestation.policy import Policy
 from obfuscatune.parties.identity import Identity, PublicIdentity, read_small
+from obfuscatune.parties.succession import load_successions
 from obfuscatune.parties.terms import load_terms
 from obfuscatune.parties.vocabulary import ROLES, Role
 
@@ -112,11 +113,15 @@ class Folder:
 
     @property
     def partner(self) -> PublicIdentity:
-        """The other party; raises UsageError where none is named yet."""
+        """The other party; raises UsageError where none is named yet, ConsentError where its identity has ended."""
         if self.partner_file is None:
             hint = "obfuscatune party verify --partner NAME.pub"
             raise UsageError("no partner yet", where=str(self.folder / FILE), hint=hint)
-        return PublicIdentity.load(self.partner_file)
+        public = PublicIdentity.load(self.partner_file)
+        if any(each.identity == public for each in load_successions(self.folder)):
+            hint = "ask for its new identity: obfuscatune party verify --partner"
+            raise ConsentError("your partner's identity has ended", got=f"{public.name}", hint=hint)
+        return public
 
     @property
     def policy(self) -> Policy:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+import time
 from pathlib import Path
 from typing import Self
 
@@ -110,7 +111,7 @@ class Relations(Folder):
         Compare the fingerprint with its owner over another channel: everything later rests on it.
 
         A ``.succession`` of the partner's identity is taken too: its successor becomes the partner, in the terms as
-        well, or, where it was revoked, there is none.
+        well, or, where it was revoked, there is none. One whose time is still to come is kept until then.
 
         Raises:
             UsageError, FormatError: no public identity; or another one of the same name is there.
@@ -138,6 +139,8 @@ class Relations(Folder):
                 write_new(kept, data, mode=0o644)
         except OSError as error:
             raise ObfuscatuneError("cannot write the folder", got=error.strerror, where=str(self.folder)) from None
+        if found.time > time.time():  # it expires then: until then the partner is the partner
+            return self
         if found.successor is not None:
             return self._keep(found.successor, instead_of=found.identity)
         party = dataclasses.replace(self, partner_file=None)

@@ -6,8 +6,8 @@
 Both sign ``{format, identity, successor, time}``, each for context "succession": the old identity that it is at its
 end, the new one that it has its own key. Whoever trusts the old identity can take the new one without another telephone
 call, where the old key was in the right hands; who has lost the key to somebody else revokes it, and hands a new
-identity around anew. There is no way back: of two statements that differ, as a thief and an owner make them, nobody
-succeeds.
+identity around anew. A statement whose time is still to come is an expiry. There is no way back: of two statements that
+differ, as a thief and an owner make them, nobody succeeds.
 """
 
 import base64
@@ -30,7 +30,7 @@ _NAMES = {"format", "identity", "signature", "successor", "successor_signature",
 
 @dataclass(frozen=True)
 class Succession:
-    """``identity`` has ended at ``time`` (Unix seconds, its own clock); ``successor`` is None where it is revoked."""
+    """``identity`` ends at ``time`` (Unix seconds, its own clock); ``successor`` is None where it is revoked."""
 
     identity: PublicIdentity
     successor: PublicIdentity | None
@@ -76,12 +76,16 @@ def read_succession(data: bytes, what: str = "succession") -> Succession:
     return Succession(identity, successor, fields["time"])
 
 
-def load_successions(directory: Path) -> list[Succession]:
-    """Return the statements in a directory's ``.succession`` files; raises UsageError, and as `read_succession`."""
-    return [
+def load_successions(directory: Path, now: float | None = None) -> list[Succession]:
+    """Return the statements in a directory's ``.succession`` files whose time has come, by the clock if not given.
+
+    Raises: UsageError where one cannot be read, and as `read_succession`.
+    """
+    found = [
         read_succession(read_small(path, MAX_BYTES, "succession"), f"succession {path}")
         for path in sorted(directory.glob(f"*{SUFFIX}"))
     ]
+    return [each for each in found if each.time <= (time.time() if now is None else now)]
 
 
 def successors(statements: Iterable[Succession]) -> dict[str, PublicIdentity | None]:
