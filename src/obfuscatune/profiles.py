@@ -90,6 +90,12 @@ class Profile:
         """Whether rows go to several workers as secret shares."""
         return self.weights != "keyed"
 
+    @property
+    def share_workers(self) -> int:
+        """How many workers a sharing takes, spares included; 0 where rows are not shared."""
+        degree = self.threshold * (2 if self.weights == "shared" else 1)
+        return degree + 1 + self.spares if self.remote and self.shares else 0
+
     def switches(self) -> dict[str, str | int | float | bool]:
         """Return what the profile does, as plain values by name: equal exactly where two profiles do the same."""
         names = SWITCHES if self.shares else [name for name in SWITCHES if name not in OF_SHARES]

@@ -107,5 +107,5 @@ def test_messages_without_a_template_are_refused_before_the_worker_is_asked(
 
 
 def test_an_enclave_is_not_asked_with_messages(tmp_path: Path, run) -> None:
-    outcome = run("generate", "--enclave", "tls://host:1", "--chat", "--prompt", "zebra")
+    outcome = run("generate", "--job", "job.json", "--chat", "--prompt", "zebra")
     assert outcome.code == 2 and "an enclave is asked with texts: got messages" in outcome.err

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from obfuscatune.cli.connecting import EnclaveOptions
+from obfuscatune.errors import AttestationError, ConnectionClosedError, UsageError
+from obfuscatune.parties.enclave import Enclave
 from obfuscatune.parties.identity import Identity
 from obfuscatune.parties.job import Job, SignedJob
 from obfuscatune.parties.sealed.archive import seal_files
@@ -25,14 +26,20 @@ class Channel:
 
     def __init__(self, path: Path, digest: str) -> None:
         self.data, self.digest = path.read_bytes(), digest
+        self.states: list[str] = []  # of the job, one a question
 
     def request(self, fields: dict[str, Any], payload: bytes = b"", **_: Any) -> tuple[dict[str, Any], bytes]:
         if fields["op"] == "download":
             return {"size": len(self.data)}, self.data[fields["offset"] :]
         if fields["op"] == "generate":
             return {}, json.dumps(["red"] * len(json.loads(payload))).encode()
-        done = {"status": "done", "reason": "", "step": 1, "steps": 1, "missing": {}, "queries": 0}
-        return {**done, "job": fields.get("job", ""), "results": {"output": self.digest}}, b""
+        if fields["op"] == "list":
+            return {}, json.dumps([self.told("done")]).encode()
+        return self.told(self.states.pop(0) if self.states else "done", str(fields.get("job"))), b""
+
+    def told(self, state: str, job: str = "aa" * 32) -> dict[str, Any]:
+        known = {"reason": "", "step": 1, "steps": 1, "missing": {}, "queries": 0, "workers": []}
+        return {**known, "status": state, "job": job, "results": {"output": self.digest} if state == "done" else {}}
 
     def __enter__(self) -> "Channel":
         return self
@@ -47,6 +54,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
     Path("clinic.key").write_bytes(CLINIC.to_bytes())
     Path("clinic.key").chmod(0o600)
     Path("policy.toml").touch()
+    monkeypatch.setattr("obfuscatune.cli.connecting.load_policy", lambda *_: None)
     job = Job(
         provider=LAB.public.fingerprint,
         owner=CLINIC.public.fingerprint,
@@ -67,7 +75,7 @@ def seal(name: str, *, sender: Identity = ENCLAVE, kind: Any = "output") -> tupl
 
 def test_a_result_of_the_enclave_is_opened(job: Job, monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
     channel = Channel(*seal("true"))
-    monkeypatch.setattr(EnclaveOptions, "connect", lambda *_: channel)
+    monkeypatch.setattr(Enclave, "connect", lambda *_: channel)
     assert run("job", "fetch", "job.json", "--output_dir", "results", *CONNECT).code == 0
     assert Path("results/output/generations.jsonl").read_bytes() == b"{}\n"
 
@@ -77,7 +85,7 @@ def test_a_result_of_somebody_else_is_not(job: Job, what: str, monkeypatch: pyte
     more = {"sender": {"sender": Identity.generate("enclave", "x25519")}, "kind": {"kind": "adapter"}}.get(what, {})
     path, digest = seal("other", **more)
     channel = Channel(path, "cc" * 32 if what == "digest" else digest)
-    monkeypatch.setattr(EnclaveOptions, "connect", lambda *_: channel)
+    monkeypatch.setattr(Enclave, "connect", lambda *_: channel)
     done = run("job", "fetch", "job.json", "--output_dir", "results", *CONNECT)
     assert done.code == 2 and "not the result that the enclave has sealed" in done.err
     assert not Path("results/output").exists()
@@ -89,6 +97,8 @@ def test_a_result_of_somebody_else_is_not(job: Job, what: str, monkeypatch: pyte
         ("job", "submit", "job.json"),
         ("job", "watch", "job.json", "--once"),
         ("job", "fetch", "job.json", "--output_dir", "results"),
+        ("job", "cancel", "job.json"),
+        ("job", "delete", "job.json"),
         ("generate", "--job", "job.json", "--prompt", "the colour is"),
     ],
 )
@@ -96,20 +106,62 @@ def test_every_verb_talks_to_the_enclave_of_the_job_only(
     job: Job, verb: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, run: Run
 ) -> None:
     channel, asked = Channel(*seal("true")), []
-    monkeypatch.setattr("obfuscatune.cli.connecting.load_policy", lambda *_: None)
     monkeypatch.setattr(
-        "obfuscatune.parties.channel.client.connect_attested",
+        "obfuscatune.parties.enclave.connect_attested",
         lambda *_, enclave, **__: asked.append(enclave) or channel,
     )
     assert run(*verb, *CONNECT).code == 0
     assert asked == [job.enclave]
 
 
-def test_a_job_beyond_ones_terms_is_not_signed(job: Job, run: Run) -> None:
-    Path("terms.toml").write_text('profiles = ["enclave"]\n')
-    before = Path("job.json").read_bytes()
-    done = run("job", "sign", "job.json", "--identity", "clinic.key", "--terms", "terms.toml")
-    assert done.code == 1 and "your terms do not allow this job" in done.err and "balanced" in done.err
-    assert Path("job.json").read_bytes() == before
-    Path("terms.toml").write_text('profiles = ["balanced"]\n')
-    assert run("job", "sign", "job.json", "--identity", "clinic.key", "--terms", "terms.toml").code == 0
+def test_a_list_of_jobs(job: Job, monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
+    monkeypatch.setattr(Enclave, "connect", lambda *_: Channel(*seal("true")))
+    done = run("job", "list", *CONNECT)
+    assert done.code == 0 and done.out == f"job {'aa' * 8}  done  step 1 of 1\n"
+
+
+@pytest.mark.parametrize(("ends", "code"), [("done", 0), ("failed", 1), ("refused", 1), ("cancelled", 1)])
+def test_a_watch_connects_anew_and_tells_how_the_job_ended(
+    job: Job, ends: str, code: int, monkeypatch: pytest.MonkeyPatch, run: Run
+) -> None:
+    """The enclave is not there, is there, breaks off, is there again."""
+    channel = Channel(*seal("true"))
+    channel.states = ["running", "running", ends]
+    faults: list[Any] = [UsageError("no enclave answers"), None, ConnectionClosedError("closed"), OSError(), None]
+    asked = channel.request
+
+    def connect(*_: Any) -> Channel:
+        if (fault := faults.pop(0)) is not None:
+            raise fault
+        return channel
+
+    def request(fields: dict[str, Any], payload: bytes = b"", **_: Any) -> tuple[dict[str, Any], bytes]:
+        if len(channel.states) == 2 and len(faults) == 3:  # after the first answer
+            raise ConnectionClosedError("closed")
+        return asked(fields, payload)
+
+    monkeypatch.setattr(Enclave, "connect", connect)
+    monkeypatch.setattr(channel, "request", request)
+    done = run("job", "watch", "job.json", "--interval", 0.05, *CONNECT)
+    assert done.code == code and ends in done.out and faults == []
+
+
+def test_a_lost_connection_is_another_exit_code_than_a_failed_job(
+    job: Job, monkeypatch: pytest.MonkeyPatch, run: Run
+) -> None:
+    faults: list[Exception] = []
+
+    def connect(*_: Any) -> Channel:
+        raise faults[0]
+
+    monkeypatch.setattr(Enclave, "connect", connect)
+    watch = ("job", "watch", "job.json", "--interval", 0.05, "--patience", 0, *CONNECT)
+    for fault, code, text in (
+        (UsageError("no enclave answers"), 3, "LOST: the connection is lost"),
+        (ConnectionClosedError("closed"), 3, "LOST: the connection is lost"),
+        (AttestationError("refused by the policy"), 1, "refused by the policy"),  # waiting does not help
+        (UsageError("no such job of this party"), 2, "no such job"),
+    ):
+        faults[:] = [fault]
+        done = run(*watch)
+        assert done.code == code and text in done.err, (fault, done.err)

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from obfuscatune.parties.exposure import line
 from obfuscatune.parties.identity import Identity, PublicIdentity
 from obfuscatune.parties.sealed import read_header
+from obfuscatune.parties.terms import Terms, load_terms
+from obfuscatune.profiles import PROFILES
 
 ROWS = '{"prompt": "canary question", "completion": "canary answer"}\n'
 
@@ -17,6 +20,7 @@ ROWS = '{"prompt": "canary question", "completion": "canary answer"}\n'
 def parties(tmp_path: Path, run: Callable) -> Path:
     for name in ("lab", "clinic", "enclave"):
         assert run("identity", "new", name, "--output_dir", tmp_path, "--suite", "x25519").code == 0
+    (tmp_path / "terms.toml").write_text("version = 2\n")
     return tmp_path
 
 
@@ -30,12 +34,13 @@ def rows(tmp_path: Path) -> Path:
 def common(parties: Path, output: str = "out.sealed", recipient: str = "enclave") -> list[object]:
     return [
         *("--identity", parties / "lab.key", "--recipient", parties / f"{recipient}.pub"),
-        *("--output", parties / output),
+        *("--output", parties / output, "--terms", parties / "terms.toml"),
     ]
 
 
 @pytest.mark.parametrize(
-    "verb", ["seal", "seal model", "seal data", "seal prompts", "sealed inspect", "sealed open", "sealed bench"]
+    "verb",
+    ["seal", "seal model", "seal data", "seal prompts", "seal terms", "sealed inspect", "sealed open", "sealed bench"],
 )
 def test_every_help_ends_with_examples_of_options_that_exist(
     verb: str, run: Callable, monkeypatch: pytest.MonkeyPatch
@@ -51,9 +56,9 @@ def test_every_help_ends_with_examples_of_options_that_exist(
 
 
 def test_a_model_there_and_back(parties: Path, model_dir: Path, run: Callable) -> None:
-    terms = parties / "terms.toml"
-    terms.write_text('profiles = ["balanced"]\nmax_queries = 7\n')
-    more = ["--recipient", parties / "clinic.pub", "--terms", terms]
+    shows = f'[shows]\nbalanced = "{line(PROFILES["balanced"])}"\n'
+    (parties / "terms.toml").write_text(f'version = 2\nprofiles = ["balanced"]\nmax_queries = 7\n{shows}')
+    more = ["--recipient", parties / "clinic.pub"]
     outcome = run("seal", "model", model_dir, *common(parties), *more)
     assert outcome.code == 0, outcome.err
     signed = read_header(parties / "out.sealed")
@@ -110,18 +115,22 @@ def test_bad_rows_are_not_sealed(verb: str, text: str, parties: Path, rows: Path
 
 
 def test_misuse_writes_nothing(parties: Path, rows: Path, model_dir: Path, run: Callable) -> None:
-    (parties / "bad.toml").write_text("profiles = 3\n")
+    (parties / "bad.toml").write_text("version = 2\nprofiles = 3\n")
+    (parties / "old.toml").write_text('profiles = ["balanced"]\n')
+    terms = ["--terms", parties / "terms.toml"]
     identity, output = ["--identity", parties / "lab.key"], ["--output", parties / "out.sealed"]
     recipient = ["--recipient", parties / "enclave.pub"]
     for arguments, message in [
-        ([*identity, *output], "no recipient"),
-        ([*identity, *output, *recipient, *recipient], "there twice"),
-        ([*identity, *output, "--recipient", parties / "enclave.key"], "no public identity"),
-        (["--identity", parties / "lab.pub", *output, *recipient], "readable by others"),
-        ([*identity, *output, *recipient, "--evidence", rows], "belong together"),
-        ([*identity, *output, *recipient, "--policy", rows], "belong together"),
+        ([*identity, *output, *terms], "no recipient"),
+        ([*identity, *output, *terms, *recipient, *recipient], "there twice"),
+        ([*identity, *output, *terms, "--recipient", parties / "enclave.key"], "no public identity"),
+        (["--identity", parties / "lab.pub", *terms, *output, *recipient], "readable by others"),
+        ([*identity, *output, *terms, *recipient, "--evidence", rows], "belong together"),
+        ([*identity, *output, *terms, *recipient, "--policy", rows], "belong together"),
         ([*identity, *output, *recipient, "--terms", parties / "bad.toml"], "terms"),
         ([*identity, *output, *recipient, "--terms", parties / "nowhere"], "cannot read the terms"),
+        ([*identity, *output, *recipient, "--terms", parties / "old.toml"], "another version"),
+        ([*identity, *output, *recipient], "no terms"),
     ]:
         outcome = run("seal", "data", rows, *arguments)
         assert outcome.code == 2 and message in outcome.err, outcome.err
@@ -145,9 +154,17 @@ def test_inspect_needs_no_key(parties: Path, rows: Path, run: Callable) -> None:
     assert (facts["kind"], facts["digest"], facts["signature"]) == ("data", signed.digest, "valid")
     assert facts["sender"]["fingerprint"] == PublicIdentity.load(parties / "lab.pub").fingerprint
     assert facts["recipients"] == [PublicIdentity.load(parties / "enclave.pub").fingerprint]
-    assert (facts["payload_bytes"], facts["terms"]) == (signed.header.payload_bytes, None)
+    assert (facts["payload_bytes"], facts["terms"]) == (signed.header.payload_bytes, Terms().to_dict())
     outcome = run("sealed", "inspect", parties / "out.sealed")
     assert all(str(facts[name]) in outcome.out for name in ("kind", "digest", "payload_bytes"))
+
+
+@pytest.mark.parametrize("role", ["provider", "owner"])
+def test_terms_are_printed_to_be_filled(role: str, parties: Path, run: Callable) -> None:
+    outcome = run("seal", "terms", "--role", role, "--partner", parties / "lab.pub")
+    (parties / "mine.toml").write_text(outcome.out)
+    assert Terms.from_dict(load_terms(parties / "mine.toml")).profiles == ("enclave", "shared")
+    assert PublicIdentity.load(parties / "lab.pub").fingerprint in outcome.out
 
 
 def test_a_changed_file_is_refused_and_nothing_is_written(parties: Path, rows: Path, run: Callable) -> None:
@@ -200,7 +217,7 @@ def test_an_enclave_becomes_a_recipient_only_by_a_verdict(
     monkeypatch.setattr("obfuscatune.cli.seal.attested_identity", attested)
     outcome = run(
         *("seal", "data", rows, "--identity", parties / "lab.key", "--output", parties / "out.sealed"),
-        *("--evidence", "e", "--policy", "p", "--allow-simulation"),
+        *("--evidence", "e", "--policy", "p", "--allow-simulation", "--terms", parties / "terms.toml"),
     )
     assert outcome.code == 0, outcome.err
     assert asked == [(Path("e"), Path("p"), True)]

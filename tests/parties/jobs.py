@@ -3,8 +3,10 @@
 import time
 from typing import Any
 
+from obfuscatune.parties.exposure import line
 from obfuscatune.parties.identity import Identity
 from obfuscatune.parties.job import Job, SignedJob
+from obfuscatune.parties.vocabulary import profile_named
 
 LAB, CLINIC = Identity.generate("lab", "x25519"), Identity.generate("clinic", "x25519")
 STRANGER = Identity.generate("stranger", "x25519")
@@ -20,6 +22,7 @@ def job_fields(enclave: str = "ee" * 32, **changes: Any) -> dict[str, Any]:
         "model": "aa" * 32,
         "data": "bb" * 32,
         "prompts": "cc" * 32,
+        "profile": "balanced",
         "switches": {"mlp": "enclave"},
         "training": {"learning_rate": 1e-3, "max_steps": 4, "lora_target_modules": ["c_attn"]},
         "adapter_to": ("owner",),
@@ -28,6 +31,27 @@ def job_fields(enclave: str = "ee" * 32, **changes: Any) -> dict[str, Any]:
         "max_queries": 10,
         "created": now - 1,
         "expires": now + 3600,
+        **changes,
+    }
+
+
+WEAK = ("balanced", "balanced+mlp=enclave")
+
+
+def terms(*profiles: str, **changes: Any) -> dict[str, Any]:
+    """Terms that give all that a job of `job_fields` asks for, under these profiles, with the lines that they need."""
+    given = profiles or ("enclave", *WEAK)
+    return {
+        "version": 2,
+        "profiles": list(given),
+        "shows": {name: text for name in given if (text := line(profile_named(name)))},
+        "adapter_to": ["provider", "owner"],
+        "generations_to": ["provider", "owner"],
+        "queries_by": ["provider", "owner"],
+        "max_queries": 1000,
+        "partners": "any",
+        "expires": "never",
+        "workers": "any",
         **changes,
     }
 

@@ -2,8 +2,10 @@
 
 import contextlib
 import json
+import re
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +13,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from obfuscatune.enclave.sharing.scheme import Scheme
 from obfuscatune.errors import FormatError, ObfuscatuneError, UsageError
 from obfuscatune.parties.canonical import encode
+from obfuscatune.parties.exposure import hides_all, line, statement
 from obfuscatune.parties.job import Job
-from obfuscatune.parties.terms import DEFAULT_PROFILES, Terms, load_terms
-from obfuscatune.parties.vocabulary import MAX_QUERIES, ROLES, Role, profile_name
+from obfuscatune.parties.terms import Terms, load_terms, template
+from obfuscatune.parties.vocabulary import MAX_QUERIES, ROLES, Role, Worker, profile_name, profile_named
 from obfuscatune.profiles import PROFILES, SWITCHES
 
 from .jobs import CLINIC, LAB, job_fields
+from .jobs import terms as terms_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 NOW = time.time()
@@ -52,21 +57,36 @@ NEEDS = {
     "rotate_stream": {"lora_placement": "split"},
 }
 roles = st.sampled_from([(), ("provider",), ("owner",), ("provider", "owner")])
+digests = st.binary(min_size=32, max_size=32).map(bytes.hex)
+workers = st.lists(
+    st.builds(Worker, digests, st.sampled_from(["a", "b c"])), max_size=4, unique_by=lambda w: w.fingerprint
+)
 terms = st.builds(
-    Terms,
-    profiles=st.lists(st.sampled_from(["balanced", "enclave", "balanced+mlp=enclave"])).map(tuple),
+    lambda profiles, **fields: Terms(profiles=tuple(profiles), shows=lines(profiles), **fields),
+    profiles=st.lists(st.sampled_from(["balanced", "enclave", "shared", "balanced+mlp=enclave"])),
     adapter_to=roles,
     generations_to=roles,
     queries_by=roles,
     max_queries=st.integers(0, MAX_QUERIES),
-    partners=st.lists(st.binary(min_size=32, max_size=32).map(bytes.hex), max_size=3).map(tuple),
-    expires=st.integers(0, 1 << 53),
+    partners=st.lists(digests, max_size=3).map(tuple) | st.just("any"),
+    expires=st.integers(0, 1 << 53) | st.just("never"),
+    workers=workers.map(tuple) | st.just("any"),
+    min_operators=st.integers(2, 16),
 )
 values: st.SearchStrategy[Any] = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(ROLES),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=6,
 )
+
+
+def lines(names: Any) -> dict[str, str]:
+    """The lines that terms hold for the profiles that show something."""
+    return {name: text for name in names if (text := line(profile_named(name)))}
+
+
+def given_all(*profiles: str, **changes: Any) -> Terms:
+    return Terms.from_dict(terms_of(*profiles, **changes))
 
 
 def job(**changes: Any) -> Job:
@@ -85,28 +105,111 @@ def test_round_trip(given_terms: Terms) -> None:
     assert Terms.from_dict(json.loads(encode(fields))) == given_terms
 
 
-def test_defaults_show_nothing_in_plain_coordinates() -> None:
-    assert Terms.from_dict(None) == Terms.from_dict({}) == Terms()
-    assert Terms().faults(job(), "owner", NOW) == []
-    assert DEFAULT_PROFILES == ("balanced", "enclave")
+def test_what_is_left_out_is_refused() -> None:
+    left_out = Terms.from_dict({"version": 2})
+    assert left_out == Terms()
+    faults = left_out.faults(job(), "owner", NOW)
+    for name in ("profile", "adapter_to", "generations_to", "queries_by", "10 queries", "partner", "date", "workers"):
+        assert any(name in fault for fault in faults), (name, faults)
+    assert given_all().faults(job(), "owner", NOW) == []
+    for name in terms_of():
+        if name not in ("version", "shows"):
+            fields = {key: value for key, value in terms_of().items() if key != name}
+            fields |= {"shows": {}} if name == "profiles" else {}
+            assert Terms.from_dict(fields).faults(job(), "owner", NOW) != [], f"{name} is left out, and given"
+
+
+@pytest.mark.parametrize("fields", [None, {}, {"version": 1}, {"version": True}, {"profiles": ["balanced"]}])
+def test_terms_of_an_older_version_are_refused_by_name(fields: Any) -> None:
+    with pytest.raises(FormatError, match="sealed without" if fields is None else "are of another version"):
+        Terms.from_dict(fields)
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_the_template_shows_no_worker_anything(role: Role, tmp_path: Path) -> None:
+    """Who fills in the partner and nothing else has allowed what shows the operator of a worker nothing."""
+    found = Terms.from_dict(load_terms(write(tmp_path / "terms.toml", template(role, [LAB.public.fingerprint]))))
+    assert [profile_named(name) for name in found.profiles if not hides_all(profile_named(name))] == []
+    asked = {"adapter_to": ("owner",), "generations_to": ("owner",), "queries_by": ("owner",)}
+    for name in PROFILES:
+        faults = found.faults(
+            job(profile=name, workers=OPERATORS[:3] if name == "shared" else (), **asked), "owner", NOW
+        )
+        assert (faults == []) == (name == "enclave"), (name, faults)  # shared: no worker is trusted yet
+
+
+def test_a_weaker_profile_needs_its_line() -> None:
+    for name in ("balanced", "plain", "balanced+mlp=enclave", "shared+weights=open"):
+        with pytest.raises(FormatError, match="needs its line"):
+            Terms.from_dict({"version": 2, "profiles": [name]})
+        with pytest.raises(FormatError, match="needs its line"):
+            Terms.from_dict({"version": 2, "profiles": [name], "shows": {name: "shows nothing"}})
+        assert given_all(name).profiles == (name,)
+    assert Terms.from_dict({"version": 2, "profiles": ["enclave", "shared", "shared+spares=1"]}).shows == {}
+    with pytest.raises(FormatError, match="not allowed: plain"):
+        Terms.from_dict({"version": 2, "shows": lines(["plain"])})
+
+
+def test_every_profile_says_what_it_shows() -> None:
+    assert [name for name in PROFILES if hides_all(PROFILES[name])] == ["shared", "enclave"]
+    for profile in PROFILES.values():
+        assert hides_all(profile) or "shows" in line(profile) or "hands" in line(profile)
+        assert len(statement(profile)) >= 2
 
 
 @pytest.mark.parametrize("role", ROLES)
 @pytest.mark.parametrize("profile", sorted(set(PROFILES) - {"shared"}))
 def test_each_profile_by_its_name(profile: str, role: Role) -> None:
     asked = job(profile=profile)
-    assert Terms(profiles=(profile,)).faults(asked, role, NOW) == []
-    others = Terms(profiles=tuple(name for name in PROFILES if name != profile))
+    assert given_all(profile).faults(asked, role, NOW) == []
+    others = given_all(*(name for name in PROFILES if name != profile))
     assert [fault.split()[:2] for fault in others.faults(asked, role, NOW)] == [["profile", profile]]
 
 
-@pytest.mark.parametrize("switches", [{}, {"spares": 1}, {"weights": "open"}])
-def test_shares_are_not_for_jobs(switches: dict[str, Any]) -> None:
-    """The operator would name the workers, all three of them his own."""
-    with pytest.raises(FormatError, match="secret shares, whose workers' operators no terms can name yet"):
-        job(profile="shared", switches=switches)
-    with pytest.raises(FormatError):
-        Terms.from_dict({"profiles": ["shared"]})
+OPERATORS = tuple(Worker(f"{number:02x}" * 32, f"operator {number}") for number in range(1, 5))
+
+
+@pytest.mark.parametrize("switches", [{}, {"spares": 1}, {"threshold": 2}, {"weights": "open"}])
+def test_a_sharing_names_its_workers_each_of_another_operator(switches: dict[str, Any]) -> None:
+    scheme = Scheme.make(**{"weights": "shared", **switches})
+    count = len(scheme.points)
+    named = tuple(Worker(f"{number:02x}" * 32, f"operator {number}") for number in range(count))
+    asked = job(profile="shared", switches=switches, workers=named)
+    assert asked.resolved.share_workers == count == len(asked.workers)
+    assert Job.from_dict(asked.to_dict()) == asked
+    same = (replace(named[0], operator=named[1].operator), *named[1:])
+    for workers, text in (((), "workers of a job"), (named[1:], "workers of a job"), (same, "have one operator")):
+        with pytest.raises(FormatError, match=text):
+            job(profile="shared", switches=switches, workers=workers)
+    with pytest.raises(FormatError, match="names a worker twice"):
+        job(profile="shared", switches=switches, workers=(*named[:-1], named[0]))
+    with pytest.raises(FormatError, match="workers of a job that has none"):
+        job(profile="enclave", workers=named)
+
+
+def test_terms_name_workers_and_their_operators() -> None:
+    three = OPERATORS[:3]
+    asked, fields = job(profile="shared", workers=three), [worker.to_dict() for worker in three]
+    assert given_all("shared", workers=fields).faults(asked, "owner", NOW) == []
+    for changes, text in (
+        ({"workers": "any"}, "the terms name each"),
+        ({"workers": fields[:2]}, "the worker 0303030303030303 of operator 3"),
+        ({"workers": [{**fields[0], "operator": "another"}, *fields[1:]]}, "as operator 1's: it is another's"),
+        ({"workers": fields, "min_operators": 4}, r"workers of 3 operators \(asked for: 4\)"),
+        ({}, "the terms name each"),
+    ):
+        faults = given_all("shared", **changes).faults(asked, "owner", NOW)
+        assert len(faults) == 1 and re.search(text, faults[0]), faults
+    # Two operators are fewer than terms ask for unless they say so.
+    pair = job(profile="shared", switches={"weights": "open"}, workers=OPERATORS[:2])
+    openly = given_all("shared+weights=open", workers=fields)
+    assert openly.faults(pair, "owner", NOW) == ["workers of 2 operators (asked for: 3)"]
+    assert replace(openly, min_operators=2).faults(pair, "owner", NOW) == []
+    # Keyed profiles too: who names workers wants no others.
+    keyed = given_all("balanced", workers=fields)
+    assert keyed.faults(job(), "owner", NOW) == ["workers that the job does not name"]
+    assert keyed.faults(job(workers=three[:1]), "owner", NOW) == []
+    assert keyed.faults(job(workers=OPERATORS[3:]), "owner", NOW) != []
 
 
 @pytest.mark.parametrize("switch", sorted(set(SWITCHES) - {"weights", "primes", "threshold", "spares"}))
@@ -114,9 +217,9 @@ def test_each_switch_is_another_profile(switch: str) -> None:
     base = NEEDS.get(switch, {})
     without, with_it = job(switches=base), job(switches={**base, switch: CHANGED[switch]})
     assert with_it.profile_name != without.profile_name
-    assert Terms(profiles=(without.profile_name,)).faults(without, "owner", NOW) == []
-    assert Terms(profiles=(without.profile_name,)).faults(with_it, "owner", NOW) != []
-    assert Terms.from_dict({"profiles": [with_it.profile_name]}).faults(with_it, "owner", NOW) == []
+    assert given_all(without.profile_name).faults(without, "owner", NOW) == []
+    assert given_all(without.profile_name).faults(with_it, "owner", NOW) != []
+    assert given_all(with_it.profile_name).faults(with_it, "owner", NOW) == []
 
 
 @pytest.mark.parametrize("role", ROLES)
@@ -124,24 +227,22 @@ def test_each_switch_is_another_profile(switch: str) -> None:
 def test_who_gets_what(name: str, role: Role) -> None:
     for allowed in ((), ("provider",), ("owner",), ROLES):
         for asked in ((), ("provider",), ("owner",), ROLES):
-            faults = Terms(**{name: allowed}).faults(job(**{name: asked}), role, NOW)
+            faults = replace(given_all(), **{name: allowed}).faults(job(**{name: asked}), role, NOW)
             assert bool(faults) == (not set(asked) <= set(allowed))
             assert all(name in fault for fault in faults)
 
 
 def test_queries_partners_and_the_date() -> None:
     asked = job(max_queries=10)
-    assert Terms(max_queries=10).faults(asked, "owner", NOW) == []
-    assert Terms(max_queries=9).faults(asked, "owner", NOW) == ["10 queries (allowed: 9)"]
+    assert given_all(max_queries=10).faults(asked, "owner", NOW) == []
+    assert given_all(max_queries=9).faults(asked, "owner", NOW) == ["10 queries (allowed: 9)"]
     lab, clinic = LAB.public.fingerprint, CLINIC.public.fingerprint
-    assert Terms(partners=(lab,)).faults(asked, "owner", NOW) == []
-    assert Terms(partners=(clinic,)).faults(asked, "provider", NOW) == []
-    assert Terms(partners=(clinic,)).faults(asked, "owner", NOW) == [f"the partner {lab[:16]}"]
-    assert Terms(partners=(lab,)).faults(asked, "provider", NOW) == [f"the partner {clinic[:16]}"]
-    assert Terms(expires=100).faults(asked, "owner", 100) == []
-    assert Terms(expires=100).faults(asked, "owner", 100.5) == ["the date"]
-    everything = Terms(profiles=(), adapter_to=(), generations_to=(), queries_by=(), max_queries=0, partners=(clinic,))
-    assert len(everything.faults(asked, "owner", NOW)) == 6
+    assert given_all(partners=[lab]).faults(asked, "owner", NOW) == []
+    assert given_all(partners=[clinic]).faults(asked, "provider", NOW) == []
+    assert given_all(partners=[clinic]).faults(asked, "owner", NOW) == [f"the partner {lab[:16]}"]
+    assert given_all(partners=[lab]).faults(asked, "provider", NOW) == [f"the partner {clinic[:16]}"]
+    assert given_all(expires=100).faults(asked, "owner", 100) == []
+    assert given_all(expires=100).faults(asked, "owner", 100.5) == ["the date"]
 
 
 @pytest.mark.parametrize(
@@ -167,23 +268,32 @@ def test_queries_partners_and_the_date() -> None:
         ({"max_queries": True}, "max_queries is not"),
         ({"max_queries": MAX_QUERIES + 1}, "max_queries is not"),
         ({"expires": 1.5}, "expires is not"),
+        ({"expires": "later"}, "expires is not"),
+        ({"partners": "anybody"}, "partners is not"),
+        ({"workers": "all"}, "workers is not a list"),
+        ({"workers": [{}]}, "a worker with other fields"),
+        ({"workers": [{"fingerprint": "00", "operator": "a"}]}, "a worker's fingerprint"),
+        ({"workers": [{"fingerprint": "00" * 32, "operator": " a"}]}, "a worker's operator"),
+        ({"workers": [{"fingerprint": "00" * 32, "operator": "a\x1b"}]}, "a worker's operator"),
+        ({"min_operators": 1}, "min_operators is not"),
+        ({"shows": {"balanced": 1}}, "shows is not"),
         ([], "not a map"),
     ],
 )
 def test_terms_that_do_not_fit(fields: Any, text: str) -> None:
     with pytest.raises(FormatError, match=text):
-        Terms.from_dict(fields)
+        Terms.from_dict({"version": 2, **fields} if isinstance(fields, dict) else fields)
 
 
 def test_all_faults_are_told_at_once() -> None:
     with pytest.raises(FormatError, match=r"unknown 'x'; queries_by .*; partners .*; expires"):
-        Terms.from_dict({"x": 1, "queries_by": 1, "partners": 1, "expires": -1})
+        Terms.from_dict({"version": 2, "x": 1, "queries_by": 1, "partners": 1, "expires": -1})
 
 
 @given(st.dictionaries(st.sampled_from(sorted(Terms.__dataclass_fields__)) | st.text(max_size=5), values, max_size=4))
 def test_arbitrary_fields(fields: dict[str, Any]) -> None:
     try:
-        found = Terms.from_dict(fields)
+        found = Terms.from_dict({"version": 2, **fields})
     except FormatError:
         return
     assert Terms.from_dict(found.to_dict()) == found
@@ -192,7 +302,7 @@ def test_arbitrary_fields(fields: dict[str, Any]) -> None:
 @given(st.text(max_size=30) | st.text("+=balancedmlp_kys.0123456789", max_size=30).map("balanced+".__add__))
 def test_arbitrary_names_of_profiles(name: str) -> None:
     try:
-        Terms.from_dict({"profiles": [name]})
+        given_all(profiles=[name], shows={})
     except FormatError:
         return
     assert name.split("+")[0] in PROFILES
@@ -200,12 +310,14 @@ def test_arbitrary_names_of_profiles(name: str) -> None:
 
 def test_a_file(tmp_path: Path) -> None:
     text = (
-        'profiles = ["enclave", "balanced+mlp=enclave"]\nadapter_to = ["owner"]\nmax_queries = 5\nexpires = 2027-06-30'
+        'version = 2\nprofiles = ["enclave"]\nadapter_to = ["owner"]\nmax_queries = 5\nexpires = 2027-06-30\n'
+        f'[[workers]]\nfingerprint = "{"00" * 32}"\noperator = "a cloud"\n'
     )
     fields = load_terms(write(tmp_path / "terms.toml", text))
     found = Terms.from_dict(fields)
-    assert found.profiles == ("enclave", "balanced+mlp=enclave") and found.max_queries == 5
-    assert found.adapter_to == ("owner",) and found.queries_by == ROLES
+    assert found.profiles == ("enclave",) and found.max_queries == 5
+    assert found.adapter_to == ("owner",) and found.queries_by == ()
+    assert found.workers == (Worker("00" * 32, "a cloud"),)
     assert found.expires == 1814399999  # the last second of that day, UTC
     assert encode(fields)
 

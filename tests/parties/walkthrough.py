@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -39,6 +38,21 @@ def _family(pid: int) -> list[int]:
         for task in Path(f"/proc/{process}/task").iterdir():
             found += [int(child) for child in (task / "children").read_text().split()]
     return found
+
+
+def memory_of(pid: int) -> Iterator[bytes]:
+    """Everything readable in the memory of a process and of its children (the sandbox is one's parent)."""
+    for each in _family(pid):
+        with open(f"/proc/{each}/maps") as maps, open(f"/proc/{each}/mem", "rb", buffering=0) as memory:
+            for line in maps:
+                area, permissions = line.split()[:2]
+                start, end = (int(part, 16) for part in area.split("-"))
+                if permissions.startswith("r") and not line.rstrip().endswith(("[vvar]", "[vsyscall]")):
+                    try:
+                        memory.seek(start)
+                        yield memory.read(end - start)
+                    except (OSError, ValueError, OverflowError):
+                        continue  # an area that even its owner cannot read
 
 
 class Tap:
@@ -115,13 +129,10 @@ class Machines:
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = free.getsockname()[1]
         self.tap = Tap(self.port)
-        # The directory's own path may be longer than a socket's can be.
-        self._sockets = tempfile.TemporaryDirectory(prefix="walk-")
-        (Path(self._sockets.name) / "operator").symlink_to(root / "operator")
-        self.worker_tap = Tap(f"{self._sockets.name}/operator/worker.sock", f"{self._sockets.name}/tap.sock")
         self.processes: dict[str, subprocess.Popen[str]] = {}
         self.started: dict[str, str] = {}
         self.output: list[str] = []
+        self.kept: list[Path] = []
         self._said = threading.Event()
         self.readers: list[tuple[subprocess.Popen[str], threading.Thread]] = []
 
@@ -132,27 +143,39 @@ class Machines:
             self.started[kind] = command
             self.start(kind)
             return ""
-        # The parties reach the enclave through the tap.
-        command = command.replace(_PORT, str(self.tap.address[1])).replace(
-            "--max_steps 60", f"--max_steps {self.max_steps}"
-        )
         done = subprocess.run(
-            command,
+            self.here(command),
             shell=True,
             cwd=self.root / machine,
             env=self.environment,
             capture_output=True,
+            input="y\n",  # to `job sign`, which asks
             text=True,
             timeout=240,
         )
         assert done.returncode == 0, f"{machine}$ {command}\n{done.stdout}{done.stderr}"
         return done.stdout
 
+    def here(self, command: str) -> str:
+        """A party's command as it is run here: parties reach the enclave through the tap."""
+        shorter = command.replace("--max_steps 60", f"--max_steps {self.max_steps}")
+        return shorter.replace(_PORT, str(self.tap.address[1]))
+
+    def begin(self, machine: str, command: str) -> "subprocess.Popen[str]":
+        """Start a command of a party that something is to happen to meanwhile."""
+        return subprocess.Popen(
+            f"exec {self.here(command)}",
+            shell=True,
+            cwd=self.root / machine,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
     def start(self, kind: str) -> None:
         """Start a process of the operator, and wait until it says that it listens."""
         command = self.started[kind].rstrip("& ").replace(_PORT, str(self.port))
-        if kind == "enclave":
-            command = command.replace("unix://worker.sock", f"unix://{self.worker_tap.address}")
         process = subprocess.Popen(
             f"exec {command}",
             shell=True,
@@ -207,20 +230,6 @@ class Machines:
             assert time.monotonic() < deadline, f"{what} did not come\n{''.join(self.output[-20:])}"
             self._said.wait(0.05)
 
-    def memory_of(self, kind: str) -> Iterator[bytes]:
-        """Everything readable in the memory of a process and of its children (the sandbox is one's parent)."""
-        for pid in _family(self.processes[kind].pid):
-            with open(f"/proc/{pid}/maps") as maps, open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
-                for line in maps:
-                    area, permissions = line.split()[:2]
-                    start, end = (int(part, 16) for part in area.split("-"))
-                    if permissions.startswith("r") and not line.rstrip().endswith(("[vvar]", "[vsyscall]")):
-                        try:
-                            memory.seek(start)
-                            yield memory.read(end - start)
-                        except (OSError, ValueError, OverflowError):
-                            continue  # an area that even its owner cannot read
-
     def close(self) -> None:
         for process in self.processes.values():
             if process.poll() is None:
@@ -234,5 +243,3 @@ class Machines:
             reader.join(30)
             process.stdout.close()
         self.tap.close()
-        self.worker_tap.close()
-        self._sockets.cleanup()

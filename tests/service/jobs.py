@@ -27,7 +27,7 @@ assert _spec is not None and _spec.loader is not None
 _jobs = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_jobs)
 LAB, CLINIC, STRANGER = _jobs.LAB, _jobs.CLINIC, _jobs.STRANGER
-job_fields, sign = _jobs.job_fields, _jobs.sign
+job_fields, sign, terms_of = _jobs.job_fields, _jobs.sign, _jobs.terms
 
 CANARY = "the patient Zebediah Quux"
 SENDERS = {"model": LAB, "data": CLINIC, "prompts": CLINIC}
@@ -52,6 +52,7 @@ class Enclave:
     def seal(self, kind: str, sender: Identity | None = None, **more: Any) -> tuple[str, Path]:
         """Seal an input to this enclave; returns its digest and where it is."""
         path = self.directory / f"{kind}-{time.monotonic_ns()}.sealed"
+        more.setdefault("terms", terms_of())
         digest = seal_files(
             path,
             {"rows.jsonl": CANARY.encode() * 300},
@@ -76,7 +77,7 @@ class Enclave:
         given = {"profile": "balanced", "switches": {}, **changes}
         for kind in ("model", "data", "prompts"):
             if kind not in given:
-                given[kind], path = self.seal(kind, terms=(terms or {}).get(kind))
+                given[kind], path = self.seal(kind, terms=(terms or {}).get(kind, terms_of()))
                 if stored:
                     self.store(given[kind], path)
         return sign(Job(**job_fields(self.fingerprint, **given)))

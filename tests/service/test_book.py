@@ -16,7 +16,7 @@ from obfuscatune.service.book import MAX_STARTS, Book
 from obfuscatune.service.log import check
 from obfuscatune.service.records import RECORD_BYTES
 
-from .jobs import CANARY, CLINIC, LAB, STRANGER, Enclave, open_enclave, sign
+from .jobs import CANARY, CLINIC, LAB, STRANGER, Enclave, open_enclave, sign, terms_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 OWNER = CLINIC.public.fingerprint
@@ -122,8 +122,7 @@ def test_nothing_is_acted_upon_that_is_not_committed(
 
 @pytest.mark.parametrize("status", ["done", "refused"])
 def test_a_used_up_job_is_refused_for_ever(enclave: Enclave, status: str) -> None:
-    terms = {"data": {"profiles": ["enclave"]}} if status == "refused" else None
-    signed = enclave.signed_job(terms)
+    signed = enclave.signed_job({"data": terms_of("enclave")} if status == "refused" else None)
     digest = enclave.submit(signed)
     if status == "done":
         enclave.book.next()
@@ -161,9 +160,9 @@ def test_an_input_of_somebody_else(enclave: Enclave, kind: str) -> None:
 
 
 def test_a_refusals_text_is_for_the_parties_and_not_for_the_log(enclave: Enclave) -> None:
-    job = enclave.submit(enclave.signed_job({"model": {"max_queries": 1}, "data": {"adapter_to": []}}))
+    job = enclave.submit(enclave.signed_job({"model": terms_of(max_queries=1), "data": terms_of(adapter_to=[])}))
     assert "terms of the model do not allow: got 10 queries" in enclave.book.record(job).reason
-    odd = enclave.submit(enclave.signed_job({"data": {"profiles": [CANARY]}}))
+    odd = enclave.submit(enclave.signed_job({"data": terms_of() | {"profiles": [CANARY]}}))
     assert enclave.book.record(odd).reason == "FormatError"
     assert "Zebediah" not in str(enclave.events())
 
@@ -171,10 +170,10 @@ def test_a_refusals_text_is_for_the_parties_and_not_for_the_log(enclave: Enclave
 def test_one_bad_job_does_not_hold_up_others(enclave: Enclave) -> None:
     switches = dict.fromkeys(("attention", "mlp"), "enclave") | {"keys": "conditioned", "inner_keys": "haar"}
     switches |= {"kappa": 12345.678, "enclave_blocks": 1}
-    long = enclave.signed_job({k: {"profiles": []} for k in ("model", "data")}, switches=switches)
+    long = enclave.signed_job({k: terms_of(profiles=[], shows={}) for k in ("model", "data")}, switches=switches)
     assert len(long.job.profile_name) > 80  # more than a word of the log
     name = [long.job.profile_name]
-    allowed = enclave.signed_job({k: {"profiles": name} for k in ("model", "data", "prompts")}, switches=switches)
+    allowed = enclave.signed_job({k: terms_of(*name) for k in ("model", "data", "prompts")}, switches=switches)
     digests = [enclave.submit(signed) for signed in (long, allowed, enclave.signed_job())]
     assert [enclave.book.record(d).status for d in digests] == ["refused", "queued", "queued"]
     words = [e.details["profile"] for e in enclave.events() if e.event == "queued"]
@@ -182,7 +181,7 @@ def test_one_bad_job_does_not_hold_up_others(enclave: Enclave) -> None:
 
 
 def test_a_profile_with_a_switch_is_a_word_of_the_log(enclave: Enclave) -> None:
-    allowed = {"profiles": ["balanced+mlp=enclave"]}
+    allowed = terms_of("balanced+mlp=enclave")
     enclave.submit(
         enclave.signed_job(dict.fromkeys(("model", "data", "prompts"), allowed), switches={"mlp": "enclave"})
     )
@@ -205,7 +204,7 @@ def test_expiry(enclave: Enclave, later: Any) -> None:
 
 
 def test_terms_hold_when_a_job_starts_and_not_only_when_it_is_queued(enclave: Enclave, later: Any) -> None:
-    signed = enclave.signed_job({"data": {"expires": int(time.time()) + 100}})
+    signed = enclave.signed_job({"data": terms_of(expires=int(time.time()) + 100)})
     digest = enclave.submit(signed)
     assert enclave.book.record(digest).status == "queued"
     later(200)
@@ -429,3 +428,57 @@ def test_submissions_from_many_threads(enclave: Enclave) -> None:
     assert sorted(map(str, started)) == sorted([*[signed.job.digest for signed in jobs], "None"])
     head, lines = enclave.book.committed_log(0)
     check(lines, head, enclave.state.identity.public)
+
+
+@pytest.mark.parametrize("party", [LAB, CLINIC])
+def test_a_party_cancels_what_waits_or_is_queued(enclave: Enclave, party: Any) -> None:
+    waiting, queued = enclave.submit(enclave.signed_job(stored=False)), enclave.submit(enclave.signed_job())
+    for job in (waiting, queued):
+        enclave.book.cancel(job, party.public.fingerprint)
+        assert enclave.book.record(job).status == "cancelled"
+        with pytest.raises(UsageError, match="has ended"):
+            enclave.book.cancel(job, party.public.fingerprint)
+        with pytest.raises(ConsentError, match="used up"):
+            enclave.submit(enclave.book.signed(job))
+    assert enclave.book.next() is None and enclave.told().count("cancelled") == enclave.told().count("cancel") == 2
+
+
+def test_a_running_job_that_is_cancelled_ends_at_its_next_step(enclave: Enclave) -> None:
+    job = enclave.submit(enclave.signed_job())
+    enclave.book.next()
+    enclave.book.checkpointed(job, 1, enclave.result("checkpoint"))
+    assert not enclave.book.is_cancelled(job)
+    for _ in range(2):  # asked twice, noted once
+        enclave.book.cancel(job, OWNER)
+    assert enclave.book.is_cancelled(job)
+    enclave.book.failed(job, ConsentError("a party has cancelled the job"))
+    assert enclave.book.record(job).status == "cancelled" and enclave.book.record(job).checkpoint is None
+    assert enclave.told()[-2:] == ["cancel", "cancelled"]
+
+
+def test_what_is_deleted_leaves_no_sealed_file(enclave: Enclave) -> None:
+    data, path = enclave.seal("data")
+    enclave.store(data, path)
+    first, second = enclave.done_job(data=data), enclave.submit(enclave.signed_job(data=data))
+    with pytest.raises(UsageError, match="has not ended"):
+        enclave.book.delete(second, OWNER)
+    files = [*enclave.book.record(first).results.values(), *enclave.book.signed(first).job.inputs.values()]
+    enclave.book.delete(first, OWNER)
+    assert [file for file in files if enclave.book.store.has(file)] == [data]  # the other job needs it
+    record = enclave.book.record(first)
+    assert record.status == "deleted" and record.results == {}
+    with pytest.raises(ConsentError, match="used up"):
+        enclave.submit(enclave.book.signed(first))
+    enclave.book.cancel(second, OWNER)
+    enclave.book.delete(second, OWNER)
+    enclave.book.delete(second, OWNER)
+    assert not enclave.book.store.has(data) and enclave.told()[-1] == "deleted"
+
+
+def test_the_parties_are_told_which_worker_has_what(enclave: Enclave) -> None:
+    job = enclave.submit(enclave.signed_job())
+    enclave.book.next()
+    parts = [{"worker": "ab" * 32, "operator": "A cloud", "blocks": 2, "parameters": 100, "form": "keyed"}]
+    enclave.book.placed(job, parts)
+    kept = {"worker": "ab" * 32, "blocks": 2, "parameters": 100, "form": "keyed"}
+    assert enclave.book.record(job).workers == [kept] and enclave.events()[-1].details == kept

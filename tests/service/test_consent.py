@@ -11,19 +11,19 @@ from obfuscatune.parties.job import Job
 from obfuscatune.parties.sealed.archive import seal_files
 from obfuscatune.parties.sealed.fields import Header
 from obfuscatune.parties.sealed.header import read_header
-from obfuscatune.parties.terms import DEFAULT_PROFILES
 from obfuscatune.profiles import PROFILES
 from obfuscatune.service.consent import OWNERS, check_input, check_job, check_query
 
-from .jobs import CLINIC, LAB, STRANGER, job_fields, sign
+from .jobs import CLINIC, LAB, STRANGER, job_fields, sign, terms_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 NOW = time.time()
 HERE = "ee" * 32
 
 
-def seal(directory: Path, kind: Any, sender: Any, terms: dict[str, Any] | None = None) -> tuple[str, Header]:
+def seal(directory: Path, kind: Any, sender: Any, terms: Any = "all") -> tuple[str, Header]:
     files: dict[str, Any] = {"x": b"x"}
+    terms = terms_of() if terms == "all" else terms
     path = directory / f"{time.monotonic_ns()}"
     digest = seal_files(path, files, kind=kind, sender=sender, recipients=[LAB.public], terms=terms, chunk_bytes=4096)
     return digest, read_header(path).header
@@ -46,6 +46,14 @@ def test_a_job_for_another_enclave_and_one_that_is_over() -> None:
     check_job(signed, enclave=HERE, now=signed.job.expires - 1)
     with pytest.raises(ConsentError, match="expired"):
         check_job(signed, enclave=HERE, now=signed.job.expires)
+
+
+@pytest.mark.parametrize(("party", "role"), [(LAB, "provider"), (CLINIC, "owner")])
+def test_a_job_of_an_identity_that_has_ended(party: Any, role: str) -> None:
+    signed = sign(Job(**job_fields()))
+    check_job(signed, enclave=HERE, now=NOW, ended=frozenset({STRANGER.public.fingerprint}))
+    with pytest.raises(ConsentError, match=f"identity of the {role} has ended"):
+        check_job(signed, enclave=HERE, now=NOW, ended=frozenset({party.public.fingerprint}))
 
 
 @pytest.mark.parametrize("kind", sorted(OWNERS))
@@ -74,20 +82,17 @@ def test_an_input_of_another_kind_or_digest(tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize(
     ("terms", "asked", "text"),
     [
-        ({"profiles": ["enclave"]}, {"profile": "balanced"}, "profile balanced"),
-        ({"profiles": ["balanced"]}, {"switches": {"attention": "enclave"}}, r"profile balanced\+attention=enclave"),
-        ({"adapter_to": ["provider"]}, {"adapter_to": ("provider", "owner")}, "adapter_to provider and owner"),
-        ({"generations_to": []}, {"generations_to": ("owner",)}, "generations_to owner"),
-        ({"queries_by": []}, {"queries_by": ("owner",)}, "queries_by owner"),
-        ({"max_queries": 9}, {"max_queries": 10}, "10 queries"),
-        ({"partners": ["00" * 32]}, {}, "the partner"),
-        ({"expires": int(NOW) - 1}, {}, "the date"),
-        *[
-            (None, {"profile": name}, f"profile {name}")
-            for name in PROFILES
-            if name not in (*DEFAULT_PROFILES, "shared")
-        ],
-        (None, {"switches": {"permute_mlp": False}}, "permute_mlp=False"),
+        (terms_of("enclave"), {"profile": "balanced"}, "profile balanced"),
+        (terms_of("balanced"), {"switches": {"attention": "enclave"}}, r"profile balanced\+attention=enclave"),
+        (terms_of(adapter_to=["provider"]), {"adapter_to": ("provider", "owner")}, "adapter_to provider and owner"),
+        (terms_of(generations_to=[]), {"generations_to": ("owner",)}, "generations_to owner"),
+        (terms_of(queries_by=[]), {"queries_by": ("owner",)}, "queries_by owner"),
+        (terms_of(max_queries=9), {"max_queries": 10}, "10 queries"),
+        (terms_of(partners=["00" * 32]), {}, "the partner"),
+        (terms_of(expires=int(NOW) - 1), {}, "the date"),
+        (terms_of(workers=[]), {}, "workers that the job does not name"),
+        *[({"version": 2}, {"profile": name}, f"profile {name}") for name in PROFILES if name != "shared"],
+        (terms_of(), {"switches": {"permute_mlp": False}}, "permute_mlp=False"),
     ],
 )
 def test_a_job_beyond_an_owners_terms(tmp_path: Path, kind: str, terms: Any, asked: Any, text: str) -> None:
@@ -99,9 +104,15 @@ def test_a_job_beyond_an_owners_terms(tmp_path: Path, kind: str, terms: Any, ask
 
 
 def test_terms_that_are_none(tmp_path: Path) -> None:
-    digest, header = seal(tmp_path, "data", CLINIC, {"profiles": "all of them"})
-    with pytest.raises(FormatError, match="terms of the data do not fit"):
-        check_input(sign(Job(**job_fields(data=digest))), "data", digest, header, now=NOW)
+    for terms, error, text in (
+        (terms_of(profiles="all of them"), FormatError, "terms of the data do not fit"),
+        (None, ConsentError, "no terms of the data"),
+        ({"profiles": ["balanced"]}, ConsentError, "are of another version"),  # which gave what it left out
+        ({"version": 2.0}, ConsentError, "are of another version"),
+    ):
+        digest, header = seal(tmp_path, "data", CLINIC, terms)
+        with pytest.raises(error, match=text):
+            check_input(sign(Job(**job_fields(data=digest))), "data", digest, header, now=NOW)
 
 
 def test_queries() -> None:

@@ -113,7 +113,7 @@ class WritingRunner:
     """Writes a checkpoint and a result as a job does; ``before(point)`` is called at each."""
 
     def __init__(self, enclave: Enclave, before: Callable[[str], None]) -> None:
-        self.enclave, self.before, self.kept = enclave, before, True
+        self.enclave, self.before, self.kept, self.closed = enclave, before, None, False
 
     def run(self, signed: Any, checkpoint: str | None, hooks: Hooks) -> dict[str, str]:
         self.before("checkpoint")
@@ -130,7 +130,7 @@ class WritingRunner:
         return ["red"]
 
     def close(self) -> None:
-        self.kept = False
+        self.closed = True
 
 
 @pytest.mark.parametrize("point", ["start", "checkpoint", "commit of a checkpoint", "result", "end"])

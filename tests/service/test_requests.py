@@ -10,7 +10,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from obfuscatune.cli.job import _line
 from obfuscatune.errors import (
     BusyError,
     ConsentError,
@@ -21,13 +20,14 @@ from obfuscatune.errors import (
     UsageError,
     WorkerFault,
 )
+from obfuscatune.parties.enclave import Status
 from obfuscatune.parties.job import Job
 from obfuscatune.service.requests import MAX_PROMPT_BYTES, MAX_WAITING, Query
 
 from .jobs import CANARY, CLINIC, LAB, STRANGER, Enclave, job_fields, open_enclave, sign
 
-OPERATIONS = ["submit", "resume_upload", "upload", "status", "download", "log", "generate"]
-OF_A_JOB = [name for name in OPERATIONS if name not in ("submit", "log")]
+OPERATIONS = ["submit", "resume_upload", "upload", "status", "download", "log", "generate", "list", "cancel", "delete"]
+OF_A_JOB = [name for name in OPERATIONS if name not in ("submit", "log", "list")]
 PROMPTS = json.dumps(["the colour is"]).encode()
 values: st.SearchStrategy[Any] = st.recursive(
     st.none() | st.booleans() | st.integers(-2, 1 << 64) | st.floats(allow_nan=False) | st.text(max_size=5),
@@ -366,9 +366,9 @@ def test_a_job_whose_worker_crashed_goes_on_when_it_is_submitted_again(enclave: 
     enclave.book.failed(job, WorkerFault("the worker is gone", worker="spawn", layer="h.0", call=3))
     told = ask(enclave, CLINIC, "status", job=job)[0]
     assert (told["status"], told["reason"], told["resumes_from"]) == ("failed", "WorkerFault", 7)
-    assert _line(told).endswith("hint: obfuscatune job submit, once more, goes on from step 7")
+    assert str(Status.from_dict(told)).endswith("hint: obfuscatune job submit, once more, goes on from step 7")
     told = ask(enclave, CLINIC, "submit", signed.to_bytes())[0]
-    assert _line(told).endswith("queued  step 9 of 20  goes on from step 7")
+    assert str(Status.from_dict(told)).endswith("queued  step 9 of 20  goes on from step 7")
     assert enclave.events()[-2].details == {"step": 7}
     enclave.book.next()
     assert ask(enclave, CLINIC, "status", job=job)[0]["resumes_from"] == 0

@@ -13,20 +13,23 @@ import safetensors.torch
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from obfuscatune.errors import ConsentError, ObfuscatuneError, SealError, UsageError
+from obfuscatune.errors import ConsentError, FormatError, ObfuscatuneError, SealError, UsageError
 from obfuscatune.parties.identity import Identity
 from obfuscatune.parties.job import Job, SignedJob
 from obfuscatune.parties.sealed.archive import SealedArchive, seal_files
 from obfuscatune.parties.sealed.header import read_header
 from obfuscatune.parties.sealed.models import model_files
 from obfuscatune.parties.sealed.reader import SealedReader
+from obfuscatune.service.placement import Workers
 from obfuscatune.service.runner import Hooks, Runner
 from obfuscatune.service.store import Store
+
+from .jobs import terms_of
 
 LAB, CLINIC, ENCLAVE = (Identity.generate(name, "x25519") for name in ("lab", "clinic", "enclave"))
 ROWS = "".join(json.dumps({"prompt": f"row {i} is", "completion": f" {i}"}) + "\n" for i in range(4))
 PROMPTS = "".join(json.dumps({"prompt": f"row {i} is"}) + "\n" for i in range(3))
-SILENT = Hooks(progress=lambda step, steps: None, checkpoint=lambda step, digest: None)
+SILENT = Hooks(progress=lambda step, steps: None, checkpoint=lambda step, digest: None, placed=lambda parts: None)
 CONFIG = {"vocab_size": 258, "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 32, "eos_token_id": 256}
 
 
@@ -43,7 +46,9 @@ class Place:
             lambda path: seal_files(path, files, kind=kind, sender=sender, recipients=[ENCLAVE.public], **more),
         )
 
-    def signed(self, *, terms: dict[str, Any] | None = None, **changes: Any) -> SignedJob:
+    def signed(
+        self, *, terms: dict[str, Any] | None = None, held_out: dict[str, bytes] | None = None, **changes: Any
+    ) -> SignedJob:
         fields = {
             "training": {"max_steps": 2, "save_steps": 1, "lora_r": 2, "max_length": 24},
             "profile": "enclave",
@@ -56,8 +61,8 @@ class Place:
             provider=LAB.public.fingerprint,
             owner=CLINIC.public.fingerprint,
             enclave=ENCLAVE.public.fingerprint,
-            model=self.put("model", model_files(self.model), LAB, terms=terms),
-            data=self.put("data", {"data.jsonl": ROWS.encode()}, CLINIC),
+            model=self.put("model", model_files(self.model), LAB, terms=terms or terms_of()),
+            data=self.put("data", {"data.jsonl": ROWS.encode(), **(held_out or {})}, CLINIC),
             prompts=self.put("prompts", {"prompts.jsonl": PROMPTS.encode()}, CLINIC),
             expires=int(time.time()) + 3600,
             **fields,
@@ -65,7 +70,7 @@ class Place:
         return SignedJob(job).sign(LAB).sign(CLINIC)
 
     def run(self, signed: SignedJob, checkpoint: str | None = None, hooks: Hooks = SILENT) -> dict[str, str]:
-        runner = Runner(ENCLAVE, self.store, worker="none")
+        runner = Runner(ENCLAVE, self.store, workers=Workers.parse(["spawn"]))
         try:
             return runner.run(signed, checkpoint, hooks)
         finally:
@@ -114,6 +119,42 @@ def test_a_job_gives_adapter_and_generations(place: Place) -> None:
     assert named == f"sealed:{signed.job.model}"
 
 
+def test_the_owner_alone_is_told_whether_the_training_worked(place: Place) -> None:
+    """By rows that were held out, before the first step and after the last, and by the losses."""
+    training = {
+        "max_steps": 6,
+        "save_steps": 2,
+        "logging_steps": 2,
+        "lora_r": 2,
+        "max_length": 24,
+        "learning_rate": 0.1,
+    }
+    saved: list[str] = []
+    hooks = replace(SILENT, checkpoint=lambda step, digest: saved.append(digest))
+    signed = place.signed(held_out={"held_out.jsonl": ROWS.encode()}, training=training)
+    whole = place.run(signed, hooks=hooks)
+    assert recipients(place, whole["report"]) == {CLINIC.public.fingerprint}
+    report = json.loads(place.files(whole["report"])["report.json"])
+    assert [entry["step"] for entry in report["loss"]] == [2, 4, 6] and report["steps"] == 6
+    assert report["held_out"]["loss_after"] < report["held_out"]["loss_before"]
+    assert report["workers"] == [] and report["job"] == signed.job.digest and report["profile"] == "enclave"
+    # One that was killed goes on from a checkpoint, which holds what was measured before.
+    resumed = json.loads(place.files(place.run(signed, saved[0])["report"])["report.json"])
+    assert resumed["loss"] == report["loss"] and resumed["held_out"] == report["held_out"]
+    without = json.loads(place.files(place.run(place.signed())["report"])["report.json"])
+    assert without["held_out"] is None
+
+
+def test_rows_that_are_held_out_are_not_trained_on(place: Place) -> None:
+    def weights(**more: Any) -> bytes:
+        return place.files(place.run(place.signed(**more))["adapter"])["adapter_model.safetensors"]
+
+    other = b'{"prompt": "other", "completion": " thing"}\n'
+    assert weights(held_out={"held_out.jsonl": ROWS.encode()}) == weights(held_out={"held_out.jsonl": other})
+    with pytest.raises(FormatError, match="of several files"):
+        weights(held_out={"more.jsonl": ROWS.encode()})
+
+
 @pytest.mark.parametrize("who", [("provider",), ("owner",), ("provider", "owner"), ()])
 def test_results_are_sealed_to_those_whom_the_job_names_and_to_nobody_else(place: Place, who: tuple[Any, ...]) -> None:
     named = {{"provider": LAB, "owner": CLINIC}[role].public.fingerprint for role in who}
@@ -159,8 +200,8 @@ def test_a_checkpoint_put_in_by_the_operator_is_not_resumed(place: Place) -> Non
     """He seals to the enclave, as anybody can, and would know the keys of what goes on from there."""
     saved: list[str] = []
     signed = place.signed()
-    place.run(signed, hooks=Hooks(SILENT.progress, lambda step, digest: saved.append(digest)))
-    assert len(saved) == 2 and sorted(place.run(signed, saved[0])) == ["adapter", "output"]
+    place.run(signed, hooks=replace(SILENT, checkpoint=lambda step, digest: saved.append(digest)))
+    assert len(saved) == 2 and sorted(place.run(signed, saved[0])) == ["adapter", "output", "report"]
     with pytest.raises(UsageError, match="the checkpoint is of another run"):
         place.run(place.signed(), saved[0])
     forged = place.put("checkpoint", {"master_secret": b"known"}, Identity.generate("operator", "x25519"))
@@ -198,9 +239,9 @@ def test_an_input_exchanged_after_consent_is_refused(place: Place, kind: str) ->
 
 @pytest.mark.parametrize(("allowed", "later"), [(2, 0), (3, 0), (4, 2), (5, 2)])
 def test_prompts_of_the_file_count_among_those_that_the_model_allows(place: Place, allowed: int, later: int) -> None:
-    signed = place.signed(terms={"max_queries": allowed, "profiles": ["enclave"]}, max_queries=later)
+    signed = place.signed(terms=terms_of("enclave", max_queries=allowed), max_queries=later)
     if 3 + later <= allowed:
-        assert sorted(place.run(signed)) == ["adapter", "output"]
+        assert sorted(place.run(signed)) == ["adapter", "output", "report"]
     else:
         with pytest.raises(ConsentError, match=f"3 in the file and {later} later"):
             place.run(signed)

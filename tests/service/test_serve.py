@@ -29,6 +29,8 @@ class Server:
 class FakeRunner:
     """Does what it is told to instead of a job or an answer."""
 
+    kept: str | None = None
+
     def __init__(self, act: Callable[[], Any]) -> None:
         self.act = act
 
@@ -107,6 +109,36 @@ def test_a_query_that_fails_in_any_way_costs_nothing(enclave: Enclave, act: Call
     serving.stop()
     thread.join(30)
     assert not thread.is_alive()
+
+
+def test_a_model_that_is_kept_is_forgotten_when_its_job_is_deleted(enclave: Enclave) -> None:
+    job, closed = enclave.done_job(), threading.Event()
+    serving = service(enclave, fail)
+    serving._runner.kept = job  # type: ignore[misc]
+    serving._runner.close = lambda: (setattr(serving._runner, "kept", None), closed.set())  # type: ignore[assignment, method-assign]
+    thread = threading.Thread(target=serving.work)
+    thread.start()
+    enclave.book.delete(job, CLINIC.public.fingerprint)
+    assert closed.wait(30)
+    serving.stop()
+    thread.join(30)
+    assert not thread.is_alive()
+
+
+def test_a_job_that_runs_is_cancelled_at_its_next_step(enclave: Enclave) -> None:
+    job = enclave.submit(enclave.signed_job())
+
+    class Stepping(FakeRunner):
+        def run(self, signed: Any, checkpoint: Any, hooks: Any) -> dict[str, str]:
+            hooks.progress(1, 10)
+            enclave.book.cancel(job, CLINIC.public.fingerprint)
+            serving.stop()
+            hooks.progress(2, 10)
+            raise AssertionError("it went on")
+
+    serving = Service(enclave.book, Stepping(fail), lambda _: Server(), max_file_bytes=1 << 20)  # type: ignore[arg-type, return-value]
+    serving.work()
+    assert enclave.book.record(job).status == "cancelled" and enclave.book.record(job).step == 2
 
 
 def test_the_operators_stop_ends_the_service_and_the_job_goes_on_later(enclave: Enclave) -> None:

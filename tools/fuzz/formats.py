@@ -139,10 +139,46 @@ def job(scratch: Path) -> Target:
 
 def terms(scratch: Path) -> Target:
     """An owner's terms, as a sealed header carries them."""
+    from obfuscatune.parties.exposure import line
     from obfuscatune.parties.terms import Terms
+    from obfuscatune.parties.vocabulary import Worker, profile_named
 
-    made = Terms(profiles=("balanced", "enclave"), partners=("0" * 64,), max_queries=5, expires=2**33)
-    return Target(lambda data: Terms.from_dict(decode(data, "terms")), (encode(made.to_dict()), b"{}"))
+    given = Terms(
+        profiles=("enclave", "shared", "balanced"),
+        partners=("0" * 64,),
+        max_queries=5,
+        expires=2**33,
+        workers=(Worker("0" * 64, "a cloud"),),
+        shows={"balanced": line(profile_named("balanced"))},
+    )
+    seeds = (encode(given.to_dict()), b'{"version":2}', b'{"version":2,"workers":"any"}')
+    return Target(lambda data: Terms.from_dict(decode(data, "terms")), seeds, refused=(b"{}", b'{"version":1}'))
+
+
+def succession(scratch: Path) -> Target:
+    """The end of an identity, by its own word."""
+    from obfuscatune.parties.succession import read_succession, succeed
+
+    provider, owner, _ = _identities()
+    seeds = (succeed(provider, owner, now=5), succeed(provider, None, now=5))
+    return Target(lambda data: read_succession(data), seeds, strict=True)
+
+
+def card(scratch: Path) -> Target:
+    """The card of a sealed file, from a partner."""
+    from obfuscatune.parties.sealed import seal_files
+    from obfuscatune.parties.sealed.card import make_card, read_card
+
+    provider, _, enclave = _identities()
+    path = scratch / "sealed"
+    seal_files(path, {"a": b"x"}, kind="data", sender=provider, recipients=[enclave.public], chunk_bytes=4096)
+    seed, file = make_card(path), scratch / "card"
+
+    def parse(data: bytes) -> None:
+        file.write_bytes(data)
+        read_card(file)
+
+    return Target(parse, (seed, seed + b"\n"))
 
 
 def channel_frame(scratch: Path) -> Target:

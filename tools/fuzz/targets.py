@@ -22,6 +22,8 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
         formats.tensor_header,
         formats.job,
         formats.terms,
+        formats.card,
+        formats.succession,
         formats.channel_frame,
         formats.protocol_frame,
         formats.drawn_tensors,

@@ -25,7 +25,7 @@ from obfuscatune.protocol.waiting import WAITING
 
 VERBS = ("demo", "finetune", "generate", "worker", "inspect", "doctor", "bench", "evaluate", "lm-eval", "audit")
 # Verbs with verbs of their own: modules with HELP and COMMANDS, a map of name to (function, epilog).
-GROUPS = ("identity", "enclave", "seal", "sealed", "job", "log", "attest", "reproduce")
+GROUPS = ("party", "identity", "enclave", "seal", "sealed", "job", "log", "attest", "reproduce")
 
 EPILOG = "Examples:\n\nobfuscatune demo\n\nobfuscatune finetune --help"
 

@@ -2,6 +2,7 @@
 
 # ruff: noqa: RUF009 - option() makes a field, which is what the rule wants there
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,37 +14,57 @@ if TYPE_CHECKING:
     from obfuscatune.parties.attestation.evidence import Evidence
     from obfuscatune.parties.attestation.policy import Policy
     from obfuscatune.parties.channel.client import AttestedChannel
+    from obfuscatune.parties.enclave import Enclave
     from obfuscatune.parties.identity import PublicIdentity
+    from obfuscatune.parties.party import Party
 
 SIMULATION_FLAG = "--allow-simulation"
 SIMULATION_HELP = "accept an enclave in a simulator, which protects nothing; the policy must allow it too"
 
 
 @dataclass(frozen=True, kw_only=True)
-class PolicyOptions:
-    """How an enclave is judged."""
+class PartyOptions:
+    """Whose folder."""
 
-    policy: Path = option("TOML file that says which enclaves you accept")
-    allow_simulation: bool = option(SIMULATION_HELP, False, flag=SIMULATION_FLAG)
+    party: Path = option("your folder, with the party.toml of `party init`", Path("."))
 
 
 @dataclass(frozen=True, kw_only=True)
-class EnclaveOptions(PolicyOptions):
-    """Which enclave, and who asks."""
+class EnclaveOptions(PartyOptions):
+    """Which enclave, and who asks; what is not given is what party.toml says."""
 
-    enclave: str = option("address of the enclave, tls://HOST:PORT")
-    identity: Path = option("your NAME.key")
+    enclave: str | None = option("address of the enclave, tls://HOST:PORT", None)
+    identity: Path | None = option("your NAME.key", None)
+    policy: Path | None = option("TOML file that says which enclaves you accept", None)
+    allow_simulation: bool = option(SIMULATION_HELP, False, flag=SIMULATION_FLAG)
     timeout: float = option("seconds for a connection, and for each reply", 60.0, min=1e-3, ceiling=1e6)
+
+    def client(self) -> "Enclave":
+        """Return the enclave, which is judged by the policy at each connection."""
+        from obfuscatune.parties.enclave import Enclave
+        from obfuscatune.parties.identity import Identity
+
+        if self.enclave is not None and self.identity is not None and self.policy is not None:
+            policy = load_policy(self.policy, self.allow_simulation)
+            return Enclave(self.enclave, policy, Identity.load(self.identity), self.timeout)
+        party = open_party(self.party)
+        policy = party.policy if self.policy is None else load_policy(self.policy, self.allow_simulation)
+        identity = party.identity if self.identity is None else Identity.load(self.identity)
+        return Enclave(self.enclave or party.enclave_address, policy, identity, self.timeout)
 
     def connect(self, fingerprint: str | None = None) -> "AttestedChannel":
         """Return a channel to the enclave if the policy accepts it, and to no other identity than ``fingerprint``."""
-        from obfuscatune.parties.channel.client import connect_attested
-        from obfuscatune.parties.identity import Identity
+        return self.client().connect(fingerprint)
 
-        identity, policy = Identity.load(self.identity), load_policy(self.policy, self.allow_simulation)
-        return connect_attested(
-            self.enclave, identity=identity, policy=policy, timeout=self.timeout, enclave=fingerprint
-        )
+
+def open_party(folder: Path) -> "Party":
+    """Return the party of a folder; says where it allows a simulator."""
+    from obfuscatune.parties.party import Party
+
+    party = Party.open(folder)
+    if party.allow_simulation:
+        print("SIMULATION: this party accepts a simulator, which protects nothing", file=sys.stderr)
+    return party
 
 
 def load_policy(path: Path, allow_simulation: bool) -> "Policy":

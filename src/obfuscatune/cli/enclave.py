@@ -26,7 +26,9 @@ class ServeOptions(ConfigOptions):
     state: Path = option("directory of sealed state, log and sealed files; on any disk")
     parties: Path = option("directory with the NAME.pub files of who may connect")
     listen: str = option("tls://HOST:PORT; port 0 for any", "tls://127.0.0.1:7443")
-    worker: str = option(WORKER_FORMS, "spawn")
+    worker: list[str] | None = option(
+        f"{WORKER_FORMS}; repeated, a job's workers are those that it names by fingerprint, or share the blocks", None
+    )
     worker_identity: Path | None = option("NAME.key that a tls:// worker knows; default: the enclave's own", None)
     insecure: bool = option(INSECURE_HELP, False, flag="--insecure")
     timeout: float = option("seconds to wait for each reply of the worker", 600.0)
@@ -61,7 +63,7 @@ def serve(options: ServeOptions) -> None:
         platform,
         listen=options.listen,
         parties=options.parties,
-        worker=options.worker,
+        worker=options.worker or ["spawn"],
         timeout=options.timeout,
         worker_identity=None if options.worker_identity is None else Identity.load(options.worker_identity),
         insecure=options.insecure,

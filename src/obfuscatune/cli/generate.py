@@ -21,8 +21,7 @@ EPILOG = CLAIMS + (
     "Examples:\n\nobfuscatune generate --model_name_or_path gpt2 --prompt 'The enclave said'\n\n"
     "obfuscatune generate --model_name_or_path gpt2 --adapter_name_or_path adapter --prompt_file prompts.jsonl\n\n"
     "obfuscatune generate --model_name_or_path DIR --chat --prompt 'Who wrote this letter?'\n\n"
-    "obfuscatune generate --enclave tls://HOST:7443 --job job.json --identity clinic.key --policy clinic.toml "
-    "--prompt '...'"
+    "obfuscatune generate --job job.json --prompt '...'"
 )
 _GENERATION: dict[str, Any] = {"rich_help_panel": "Generation"}
 _ENCLAVE: dict[str, Any] = {"rich_help_panel": "With the model of a job, in the enclave that has run it"}
@@ -52,8 +51,9 @@ class GenerateOptions(ProtectionOptions, ConfigOptions):
     top_p: float | None = option("of sampling, above 0 and at most 1", None, min=1e-6, ceiling=1, **_GENERATION)
     num_beams: int = option("beams of beam search", 1, min=1, ceiling=1024, **_GENERATION)
     seed: int = option("of sampling; keys are never seeded", 42, min=0, **_GENERATION)
-    enclave: str | None = option("its address, tls://HOST:PORT", None, **_ENCLAVE)
     job: Path | None = option("the job file", None, **_ENCLAVE)
+    party: Path = option("your folder, whose party.toml names enclave, identity and policy", Path("."), **_ENCLAVE)
+    enclave: str | None = option("its address, tls://HOST:PORT", None, **_ENCLAVE)
     policy: Path | None = option("TOML file that says which enclaves you accept", None, **_ENCLAVE)
     allow_simulation: bool = option(SIMULATION_HELP, False, flag=SIMULATION_FLAG, **_ENCLAVE)
 
@@ -64,8 +64,8 @@ def command(options: GenerateOptions) -> None:
     if (options.temperature is not None or options.top_p is not None) and not options.do_sample:
         raise UsageError("temperature and top_p are of sampling", hint="add --do_sample")
     check_new_file(options.output_file)
-    if (options.enclave is None) == (options.model_name_or_path is None):
-        raise UsageError("which model", expected="--model_name_or_path, or --enclave with --job")
+    if (options.job is None) == (options.model_name_or_path is None):
+        raise UsageError("which model", expected="--model_name_or_path, or --job of an enclave")
     prompts = _prompts(options)
     if options.model_name_or_path is None:
         completions = _ask_enclave(options, _texts(prompts))
@@ -107,20 +107,19 @@ def _complete_here(options: GenerateOptions, name: str, prompts: "list[tuple[str
 
 def _ask_enclave(options: GenerateOptions, prompts: list[str]) -> list[str]:
     """Let the enclave that has run a job complete the prompts, greedily; prints as it goes."""
-    if options.job is None or options.identity is None or options.policy is None:
-        raise UsageError("an enclave is asked with a job", expected="--job, --identity and --policy")
     if options.do_sample or options.num_beams > 1 or options.adapter_name_or_path is not None:
         raise UsageError("an enclave completes greedily, with the adapter of the job")
     from obfuscatune.parties.job import SignedJob
 
     connecting = EnclaveOptions(
-        enclave=options.enclave or "",
+        party=options.party,
+        enclave=options.enclave,
         identity=options.identity,
         policy=options.policy,
         allow_simulation=options.allow_simulation,
         timeout=options.timeout,
     )
-    job = SignedJob.load(options.job).job
+    job = SignedJob.load(options.job or Path()).job
     completions: list[str] = []
     with connecting.connect(job.enclave) as channel:
         for start in range(0, len(prompts), options.batch_size):

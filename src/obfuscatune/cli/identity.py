@@ -2,6 +2,8 @@
 
 # ruff: noqa: RUF009 - option() makes a field, which is what the rule wants there
 
+import datetime
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,6 +22,7 @@ class NewOptions:
     name: str = argument("how the others know you, for instance clinic")
     output_dir: Path = option("directory for NAME.key (secret, mode 0600) and NAME.pub", Path("."))
     suite: Literal["mlkem768-x25519", "x25519"] = option("of the key that others seal to", "mlkem768-x25519")
+    passphrase: bool = option("ask for a passphrase, under which NAME.key is kept", False, flag="--passphrase")
 
 
 @takes(NewOptions)
@@ -27,19 +30,87 @@ def new(options: NewOptions) -> None:
     """Make an identity: NAME.key stays with you, NAME.pub is for the others."""
     from obfuscatune.parties.canonical import encode
     from obfuscatune.parties.identity import Identity
+    from obfuscatune.parties.passphrase import new_passphrase
 
     identity = Identity.generate(options.name, options.suite)
     secret, public = (options.output_dir / f"{options.name}{suffix}" for suffix in (".key", ".pub"))
     for path in (secret, public):
         if path.exists():
             raise UsageError("file is there already", where=str(path), hint="an identity is never overwritten")
+    content = identity.lock(new_passphrase(f"{secret}")) if options.passphrase else identity.to_bytes()
     try:
         options.output_dir.mkdir(parents=True, exist_ok=True)
-        write_new(secret, identity.to_bytes())
+        write_new(secret, content)
         write_new(public, encode(identity.public.to_dict()) + b"\n", mode=0o644)
     except OSError as error:
         raise ObfuscatuneError("cannot write the identity", got=error.strerror, where=str(options.output_dir)) from None
     print(f"{public}  {identity.public.fingerprint}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LockOptions:
+    """Options of ``obfuscatune identity lock``."""
+
+    file: Path = argument("a NAME.key file, open or locked")
+
+
+@takes(LockOptions)
+def lock(options: LockOptions) -> None:
+    """Put a secret identity under a passphrase, or under another one; the file is replaced.
+
+    The passphrase is asked at the terminal. Without one, OBFUSCATUNE_PASSPHRASE_FILE names a file of mode 0600 that has
+    it, from a secret manager for instance; all verbs that use the key read it there too.
+    """
+    from obfuscatune.durable import rename, write_private
+    from obfuscatune.parties.identity import Identity
+    from obfuscatune.parties.passphrase import new_passphrase
+
+    identity = Identity.load(options.file)
+    content = identity.lock(new_passphrase(f"{options.file}, the new one"))
+    beside = options.file.with_name(f".{options.file.name}.new")
+    try:
+        write_private(beside, content)
+        rename(beside, options.file)
+    except OSError as error:
+        raise ObfuscatuneError("cannot write the identity", got=error.strerror, where=str(options.file)) from None
+    print(f"{options.file}  locked; what the open file was written on may still hold it", file=sys.stderr)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RevokeOptions:
+    """Options of ``obfuscatune identity revoke``."""
+
+    file: Path = argument("the NAME.key file of the identity that ends")
+    on: str | None = option("day of its end (UTC), as 2027-06-30; default: now", None)
+    output: Path | None = option("the statement; default: NAME.succession beside the key", None)
+
+
+@takes(RevokeOptions)
+def revoke(options: RevokeOptions) -> None:
+    """Write that an identity has ended, signed by it. There is no way back. Make one in time, and keep it elsewhere.
+
+    With --on it is an expiry, to be handed around with NAME.pub.
+
+    The operator puts it into parties/: the enclave then lets nobody in by this identity and starts no job of it. A
+    partner takes it with `party verify --partner NAME.succession`.
+    """
+    from obfuscatune.parties.identity import Identity
+    from obfuscatune.parties.succession import SUFFIX, succeed
+
+    identity = Identity.load(options.file)
+    path, end = options.output or options.file.with_suffix(SUFFIX), None
+    if options.on is not None:
+        try:
+            end = datetime.datetime.fromisoformat(options.on).replace(tzinfo=datetime.UTC).timestamp()
+        except ValueError:
+            raise UsageError("not a day", got=repr(options.on), expected="--on 2027-06-30") from None
+    try:
+        write_new(path, succeed(identity, None, now=end) + b"\n", mode=0o644)
+    except FileExistsError:
+        raise UsageError("file is there already", where=str(path)) from None
+    except OSError as error:
+        raise ObfuscatuneError("cannot write the statement", got=error.strerror, where=str(path)) from None
+    print(f"{path}  ends {identity.public.name}  {identity.public.fingerprint}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +130,12 @@ def show(options: ShowOptions) -> None:
 
 
 COMMANDS = {
-    "new": (new, "Examples:\n\nobfuscatune identity new clinic --output_dir clinic"),
+    "new": (new, "Examples:\n\nobfuscatune identity new clinic --output_dir clinic --passphrase"),
+    "lock": (lock, "Examples:\n\nobfuscatune identity lock clinic.key"),
+    "revoke": (
+        revoke,
+        "Examples:\n\nobfuscatune identity revoke clinic.key --output safe/clinic.succession\n\n"
+        "obfuscatune identity revoke clinic.key --on 2027-06-30",
+    ),
     "show": (show, "Examples:\n\nobfuscatune identity show clinic.pub"),
 }

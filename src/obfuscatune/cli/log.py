@@ -2,6 +2,7 @@
 
 # ruff: noqa: RUF009 - option() makes a field, which is what the rule wants there
 
+import contextlib
 import os
 import shutil
 from dataclasses import dataclass
@@ -60,11 +61,12 @@ class FetchOptions(EnclaveOptions):
     """Options of ``obfuscatune log fetch``."""
 
     file: Path = argument("where the copy goes; must not exist")
+    earlier: Path | None = option("an earlier copy, which must be the beginning of this one", None)
 
 
 @takes(FetchOptions)
 def fetch(options: FetchOptions) -> None:
-    """Fetch the whole log from an enclave, check it, and keep it; compare it later with `log check --earlier`."""
+    """Fetch the whole log from an enclave, check it, print it, and keep it for later comparisons (--earlier)."""
     from obfuscatune.service import log
     from obfuscatune.service.entries import MAX_LINE_BYTES
 
@@ -84,7 +86,10 @@ def fetch(options: FetchOptions) -> None:
             if not isinstance(head, dict):
                 raise ProtocolError("enclave's log without a head")
             pages.seek(0)
-            checked = log.check_lines(iter(lambda: pages.readline(MAX_LINE_BYTES + 1), b""), head, channel.enclave)
+            with contextlib.ExitStack() as stack:
+                before = None if options.earlier is None else stack.enter_context(log.open_copy(options.earlier))[1]
+                read = iter(lambda: pages.readline(MAX_LINE_BYTES + 1), b"")
+                checked = log.check_lines(read, head, channel.enclave, before)
             pages.seek(0)
             with copy_path.open("wb") as copy:
                 copy.write(log.join_copy(b"", head))
@@ -97,7 +102,8 @@ def fetch(options: FetchOptions) -> None:
     finally:
         pages_path.unlink(missing_ok=True)
         copy_path.unlink(missing_ok=True)
-    print(f"{options.file}  {checked.length} entries, signed by {channel.enclave.fingerprint}")
+    _show(options.file, checked, options.earlier)
+    print(f"kept as {options.file}")
 
 
 def _load_enclave(path: Path) -> "PublicIdentity":
@@ -142,7 +148,7 @@ def _show(path: Path, checked: "CheckedLog", earlier: Path | None) -> None:
 COMMANDS = {
     "fetch": (
         fetch,
-        "Examples:\n\nobfuscatune log fetch monday.log --enclave tls://HOST:7443 --identity lab.key --policy lab.toml",
+        "Examples:\n\nobfuscatune log fetch monday.log --earlier sunday.log",
     ),
     "check": (
         check,

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 from obfuscatune.cli.connecting import SIMULATION_FLAG, attested_identity
 from obfuscatune.cli.options import argument, option, takes
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from obfuscatune.parties.identity import PublicIdentity
     from obfuscatune.parties.sealed.fields import Kind
 
+_ROLES: dict[str, Literal["provider", "owner"]] = {"model": "provider", "data": "owner", "prompts": "owner"}
 HELP = "Seal a model, private text or prompts, so that only the recipients can open them."
 
 
@@ -31,7 +32,7 @@ class SealOptions:
     allow_simulation: bool = option(
         "accept evidence of a simulator, which protects nothing, if --policy does", False, flag=SIMULATION_FLAG
     )
-    terms: Path | None = option("TOML file of your conditions, signed with the file", None)
+    terms: Path | None = option("TOML file of your conditions, signed with the file; `seal terms` prints one", None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,11 +88,7 @@ def _seal(options: SealOptions, kind: "Kind", files: Mapping[str, Path | bytes])
 
     if options.output.exists():
         raise UsageError("file is there already", where=str(options.output), hint="a sealed file is never overwritten")
-    terms = None
-    if options.terms is not None:
-        from obfuscatune.parties.terms import load_terms
-
-        terms = load_terms(options.terms)
+    terms = _terms(options, kind)
     recipients = _recipients(options)
     digest = seal_files(
         options.output,
@@ -107,6 +104,36 @@ def _seal(options: SealOptions, kind: "Kind", files: Mapping[str, Path | bytes])
         print(f"  for {recipient.name}  {recipient.fingerprint}", file=sys.stderr)
 
 
+def _terms(options: SealOptions, kind: "Kind") -> "dict[str, Any]":
+    """The owner's conditions; without any, nothing is sealed, and a template is shown."""
+    from obfuscatune.parties.terms import load_terms, template
+
+    if options.terms is not None:
+        return load_terms(options.terms)
+    role = _ROLES[kind]
+    print(template(role), file=sys.stderr)
+    hint = f"above is a template, which gives no worker anything: obfuscatune seal terms --role {role} > terms.toml"
+    raise UsageError("no terms: what an enclave may do with it", expected="--terms FILE", hint=hint)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TermsOptions:
+    """Options of ``obfuscatune seal terms``."""
+
+    role: Literal["provider", "owner"] = option("whose terms: of the model, or of data and prompts", "owner")
+    partner: list[Path] | None = option("NAME.pub of who the other party may be; repeatable", None)
+
+
+@takes(TermsOptions)
+def terms(options: TermsOptions) -> None:
+    """Print terms to fill in: what they give shows no worker anything; what they do not give is refused."""
+    from obfuscatune.parties.identity import PublicIdentity
+    from obfuscatune.parties.terms import template
+
+    partners = [PublicIdentity.load(path).fingerprint for path in options.partner or ()]
+    print(template(options.role, partners), end="")
+
+
 def _recipients(options: SealOptions) -> "list[PublicIdentity]":
     from obfuscatune.parties.identity import PublicIdentity
 
@@ -120,14 +147,16 @@ def _recipients(options: SealOptions) -> "list[PublicIdentity]":
     return found
 
 
-_EXAMPLE = "--identity clinic.key --recipient enclave.pub --output clinic.sealed"
+_EXAMPLE = "--identity clinic.key --recipient enclave.pub --terms terms.toml --output clinic.sealed"
 COMMANDS = {
     "model": (
         model,
-        "Examples:\n\nobfuscatune seal model DIR --identity lab.key --recipient enclave.pub --output model.sealed\n\n"
+        "Examples:\n\nobfuscatune seal model DIR --identity lab.key --recipient enclave.pub --terms terms.toml "
+        "--output model.sealed\n\n"
         "obfuscatune seal model DIR --identity lab.key --evidence enclave.evidence --policy lab.toml "
         "--terms terms.toml --output model.sealed",
     ),
     "data": (data, f"Examples:\n\nobfuscatune seal data records.jsonl {_EXAMPLE}"),
+    "terms": (terms, "Examples:\n\nobfuscatune seal terms --role owner --partner lab.pub > terms.toml"),
     "prompts": (prompts, f"Examples:\n\nobfuscatune seal prompts questions.jsonl {_EXAMPLE}"),
 }

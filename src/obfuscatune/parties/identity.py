@@ -33,6 +33,8 @@ from cryptography.hazmat.primitives.hpke import (
 
 from obfuscatune.errors import FormatError, SealError, UsageError
 from obfuscatune.parties.canonical import decode, encode
+from obfuscatune.parties.passphrase import FORMAT as LOCKED
+from obfuscatune.parties.passphrase import known_passphrase, lock, unlock
 
 SuiteName = Literal["mlkem768-x25519", "x25519"]
 SUITES: tuple[SuiteName, ...] = ("mlkem768-x25519", "x25519")
@@ -166,9 +168,22 @@ class Identity:
 
     @classmethod
     def load(cls, path: Path) -> "Identity":
-        """Read a secret identity file; refuses one that others on this machine can read."""
-        data = read_small(path, _MAX_BYTES, "identity file", private=True)
-        return cls.from_bytes(data, f"identity file {path}")
+        """Read a secret identity file; refuses one that others on this machine can read.
+
+        Where it is locked, the passphrase is asked, or read: see `passphrase`, with what that raises.
+        """
+        data, what = read_small(path, _MAX_BYTES, "identity file", private=True), f"identity file {path}"
+        fields = decode(data.rstrip(b"\n"), what, max_bytes=_MAX_BYTES)
+        if fields.get("format") == LOCKED:
+            data = unlock(fields, known_passphrase(str(path)), what)
+        identity = cls.from_bytes(data, what)
+        if fields.get("format") == LOCKED and identity.public.to_dict() != fields["public"]:
+            raise FormatError(f"{what}: its public and its secret half do not belong together")
+        return identity
+
+    def lock(self, passphrase: str) -> bytes:
+        """Return the secret file's content under a passphrase; raises as `passphrase.lock`."""
+        return lock(self.to_bytes(), self.public.to_dict(), passphrase)
 
     def sign(self, context: str, message: bytes) -> bytes:
         """Return the Ed25519 signature (64 bytes) of ``message`` for ``context``."""

@@ -20,10 +20,11 @@ from typing import Any
 from obfuscatune.errors import ConsentError, FormatError
 from obfuscatune.parties.canonical import decode, encode
 from obfuscatune.parties.identity import Identity, PublicIdentity, read_small
-from obfuscatune.parties.vocabulary import MAX_QUERIES, ROLES, Role, is_digest, profile_name
+from obfuscatune.parties.vocabulary import MAX_QUERIES, ROLES, Role, Worker, is_digest, profile_of, workers_from
+from obfuscatune.profiles import Profile
 from obfuscatune.settings import TrainingSettings
 
-FORMAT = "obfuscatune job 1"
+FORMAT = "obfuscatune job 2"
 MAX_JOB_BYTES = 65_536
 _CONTEXT = "job"
 _DTYPES = ("float32", "float64", "bfloat16")
@@ -36,7 +37,9 @@ class Job:
     Attributes:
         provider, owner, enclave: fingerprints of the identities. model, data, prompts: digests of sealed files; without
             prompts there are no generations.
-        profile, switches: what the worker sees. dtype: of the weights. training: settings that are not the defaults.
+        profile, switches: what the worker sees. workers: who they are, by identity and operator; without them, whom the
+            enclave's operator chooses. A profile that shares names them all, each of another operator.
+        dtype: of the weights. training: settings that are not the defaults.
         max_new_tokens: longest completion, of the job's prompts and of queries.
         adapter_to, generations_to: roles whose identities the results are sealed to.
         queries_by, max_queries: roles who may ask the running enclave, and how many prompts in all.
@@ -49,8 +52,9 @@ class Job:
     model: str
     data: str
     prompts: str | None = None
-    profile: str = "balanced"
+    profile: str = "enclave"
     switches: dict[str, Any] = field(default_factory=dict)
+    workers: tuple[Worker, ...] = ()
     dtype: str = "float32"
     training: dict[str, Any] = field(default_factory=dict)
     max_new_tokens: int = 32
@@ -87,12 +91,19 @@ class Job:
             faults.append("provider and owner are the same identity")
         if faults:
             raise FormatError("job does not fit", got="; ".join(faults))
-        _ = self.profile_name, self.settings  # raise FormatError, too
+        workers_from(self.workers, "workers of the job")
+        _check_workers(self.workers, self.resolved)
+        _ = self.settings  # raises FormatError, too
+
+    @property
+    def resolved(self) -> Profile:
+        """The profile with its switches."""
+        return profile_of(self.profile, self.switches)
 
     @property
     def profile_name(self) -> str:
-        """The profile with its switches, as terms list it."""
-        return profile_name(self.profile, self.switches)
+        """The name of the profile with its switches, as terms list it."""
+        return self.resolved.name
 
     @property
     def settings(self) -> TrainingSettings:
@@ -118,12 +129,15 @@ class Job:
         """Return the canonical fields."""
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
         plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-        return {"format": FORMAT, **plain}
+        return {"format": FORMAT, **plain, "workers": [worker.to_dict() for worker in self.workers]}
 
     @classmethod
     def from_dict(cls, fields: Any) -> "Job":
         """Return the job of canonical fields; raises FormatError where one is missing, unknown or wrong."""
         names = {"format", *cls.__dataclass_fields__}
+        if isinstance(fields, dict) and fields.get("format") == "obfuscatune job 1":
+            hint = "propose it anew, and let both sign it: it now says which workers take part"
+            raise FormatError("a job of an older version", got="obfuscatune job 1", expected=FORMAT, hint=hint)
         if not isinstance(fields, dict) or set(fields) != names or fields["format"] != FORMAT:
             raise FormatError("not a job of this version", expected=FORMAT)
         values = {name: value for name, value in fields.items() if name != "format"}
@@ -131,6 +145,7 @@ class Job:
             if not isinstance(values[name], list) or not all(type(item) is str for item in values[name]):
                 raise FormatError(f"job's {name} is not a list")
             values[name] = tuple(values[name])
+        values["workers"] = workers_from(values["workers"], "workers of the job")
         return cls(**values)
 
 
@@ -141,6 +156,20 @@ _NUMBERS = (
     ("created", 0, 1 << 53),
     ("expires", 1, 1 << 53),
 )
+
+
+def _check_workers(workers: tuple[Worker, ...], profile: Profile) -> None:
+    """Refuse workers that the profile cannot have: none in an enclave alone, of a sharing each of another operator."""
+    if not profile.remote and workers:
+        raise FormatError("workers of a job that has none", got=len(workers), expected=f"none for {profile.name}")
+    if not profile.shares or not profile.remote:
+        return
+    if len(workers) != profile.share_workers:
+        what = "workers of a job with secret shares"
+        raise FormatError(what, got=len(workers), expected=f"{profile.share_workers} for {profile.name}")
+    if len({worker.operator for worker in workers}) != len(workers):
+        hint = "two shares at one operator may be all that is shared"
+        raise FormatError("workers of a job with secret shares have one operator", expected="one each", hint=hint)
 
 
 @dataclass(frozen=True)

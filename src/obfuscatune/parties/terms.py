@@ -1,52 +1,85 @@
 """Terms: what the owner of a model or of data allows to be done with it, sealed and signed together with it.
 
 They travel in the header of the sealed file, so the enclave reads them from the owner and from nobody else, and refuses
-a job that goes beyond them even if both parties have signed it. Written as TOML:
+a job that goes beyond them even if both parties have signed it. **What is left out is refused.** Written as TOML:
 
-    profiles = ["balanced", "enclave"]   # what the worker may be shown: exact names of profiles, with their switches
+    version = 2
+    profiles = ["enclave", "shared"]     # what a worker may be shown: exact names of profiles, with their switches
     adapter_to = ["provider"]            # who may get the trained adapter
     generations_to = ["owner"]           # who may get completions of the job's prompts
     queries_by = ["owner"]               # who may ask the running enclave for completions
     max_queries = 1000                   # prompts, in one job: those sealed with it and those asked later
-    partners = ["<fingerprint>"]         # who the other party may be; without it: anybody whose job this owner signs
-    expires = 2027-06-30                 # no job starts after this day (UTC)
+    partners = ["<fingerprint>"]         # who the other party may be; or "any": anybody whose job this owner signs
+    expires = 2027-06-30                 # no job starts after this day (UTC); or "never"
+    min_operators = 3                    # how many different operators the workers of secret shares have at least
+    workers = "any"                      # whom the enclave's operator chooses; or, one table each:
+    [[workers]]
+    fingerprint = "<fingerprint>"
+    operator = "who runs it"
+    [shows]                              # of each profile that shows something, the line that says what
+    balanced = "shows ..."
+
+The template for an owner, whose own results are the only ones it gives, is `template`.
 """
 
 import datetime
 import tomllib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from obfuscatune.errors import FormatError
+from obfuscatune.parties.exposure import hides_all, line
 from obfuscatune.parties.identity import read_small
 from obfuscatune.parties.job import Job
-from obfuscatune.parties.vocabulary import MAX_QUERIES, ROLES, Role, is_digest, profile_name
+from obfuscatune.parties.vocabulary import (
+    MAX_QUERIES,
+    MAX_WORKERS,
+    ROLES,
+    Role,
+    Worker,
+    is_digest,
+    profile_named,
+    workers_from,
+)
+from obfuscatune.profiles import PROFILES
 
-# Without terms: what hands over nothing in plain coordinates. Who gets what is in the job, which the owner signs too.
-DEFAULT_PROFILES = ("balanced", "enclave")
-_NAMES = {"profiles", "adapter_to", "generations_to", "queries_by", "max_queries", "partners", "expires"}
+VERSION = 2
+LEAST_OPERATORS = 3
+_DAYS = 90  # of the template
+_ROLES = ("adapter_to", "generations_to", "queries_by")
+_NAMES = {"version", "profiles", *_ROLES, "max_queries", "partners", "expires", "workers", "min_operators", "shows"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Terms:
-    """One owner's conditions, as at the head of this module; ``expires`` in Unix seconds, 0 for never."""
+    """One owner's conditions, as at the head of this module; ``expires`` in Unix seconds, 0 where it is not given."""
 
-    profiles: tuple[str, ...] = DEFAULT_PROFILES
-    adapter_to: tuple[Role, ...] = ROLES
-    generations_to: tuple[Role, ...] = ROLES
-    queries_by: tuple[Role, ...] = ROLES
-    max_queries: int = MAX_QUERIES
-    partners: tuple[str, ...] = ()
-    expires: int = 0
+    profiles: tuple[str, ...] = ()
+    adapter_to: tuple[Role, ...] = ()
+    generations_to: tuple[Role, ...] = ()
+    queries_by: tuple[Role, ...] = ()
+    max_queries: int = 0
+    partners: tuple[str, ...] | Literal["any"] = ()
+    expires: int | Literal["never"] = 0
+    workers: tuple[Worker, ...] | Literal["any"] = ()
+    min_operators: int = LEAST_OPERATORS
+    shows: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as the sealed header has them."""
-        lists = ("profiles", "adapter_to", "generations_to", "queries_by", "partners")
+        lists = ("profiles", *_ROLES)
+        workers = self.workers if self.workers == "any" else [worker.to_dict() for worker in self.workers]
         return {
+            "version": VERSION,
             **{name: list(getattr(self, name)) for name in lists},
-            "expires": self.expires,
             "max_queries": self.max_queries,
+            "partners": self.partners if self.partners == "any" else list(self.partners),
+            "expires": self.expires,
+            "workers": workers,
+            "min_operators": self.min_operators,
+            "shows": dict(self.shows),
         }
 
     def faults(self, job: Job, role: Role, now: float) -> list[str]:
@@ -54,46 +87,82 @@ class Terms:
         partner = job.owner if role == "provider" else job.provider
         faults = []
         if job.profile_name not in self.profiles:
-            faults.append(f"profile {job.profile_name} (allowed: {', '.join(self.profiles)})")
-        for name in ("adapter_to", "generations_to", "queries_by"):
+            faults.append(f"profile {job.profile_name} (allowed: {', '.join(self.profiles) or 'none'})")
+        for name in _ROLES:
             if not set(getattr(job, name)) <= set(getattr(self, name)):
                 faults.append(f"{name} {' and '.join(getattr(job, name))}")
         if job.max_queries > self.max_queries:
             faults.append(f"{job.max_queries} queries (allowed: {self.max_queries})")
-        if self.partners and partner not in self.partners:
+        if self.partners != "any" and partner not in self.partners:
             faults.append(f"the partner {partner[:16]}")
-        if self.expires and now > self.expires:
+        if self.expires == 0:
+            faults.append("any date: the terms give none")
+        elif self.expires != "never" and now > self.expires:
             faults.append("the date")
+        return faults + self._faults_of_workers(job)
+
+    def _faults_of_workers(self, job: Job) -> list[str]:
+        profile = job.resolved
+        if not profile.remote:
+            return []
+        if profile.shares and self.workers == "any":  # its claim rests on who runs them
+            return ["any workers: of secret shares the terms name each, with its operator"]
+        faults = []
+        if profile.shares and (count := len({worker.operator for worker in job.workers})) < self.min_operators:
+            faults.append(f"workers of {count} operators (asked for: {self.min_operators})")
+        if self.workers == "any":
+            return faults
+        if not job.workers:
+            return [*faults, "workers that the job does not name"]
+        named = {worker.fingerprint: worker for worker in self.workers}
+        for worker in job.workers:
+            known = named.get(worker.fingerprint)
+            if known is None:
+                faults.append(f"the worker {worker.fingerprint[:16]} of {worker.operator}")
+            elif known != worker:
+                faults.append(f"the worker {worker.fingerprint[:16]} as {worker.operator}'s: it is {known.operator}'s")
         return faults
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any] | None, what: str = "terms") -> "Terms":
-        """Return the terms of a sealed header; ``None`` are the defaults.
+        """Return the terms of a sealed header.
 
         Raises:
-            FormatError: unknown names, wrong types, unknown profiles or roles; all in one message.
+            FormatError: none at all, another version, unknown names, wrong types, unknown profiles or roles, a profile
+                without the line of what it shows; all faults in one message.
         """
         if fields is None:
-            return cls()
+            raise FormatError(f"no {what}: it was sealed without", hint="seal it again, with terms")
         if not isinstance(fields, dict):
             raise FormatError(f"{what} are not a map", got=type(fields).__name__)
+        if fields.get("version") != VERSION or type(fields["version"]) is not int:
+            hint = "version 1 gave what it left out: write what you give, then seal it again (obfuscatune seal terms)"
+            got = fields.get("version") if type(fields.get("version")) is int else "none"
+            raise FormatError(f"{what} are of another version", got=got, expected=f"version = {VERSION}", hint=hint)
         faults = [f"unknown {name[:40]!r}" for name in sorted(set(fields) - _NAMES)]
-        for name in ("adapter_to", "generations_to", "queries_by"):
+        for name in _ROLES:
             if name in fields:
                 faults += [] if _are_roles(fields[name]) else [f"{name} is not a list of {' and '.join(ROLES)}"]
-        for name, check, expected in (
-            ("profiles", _is_profile, "names of profiles"),
-            ("partners", is_digest, "fingerprints"),
-        ):
-            if name in fields and not (isinstance(fields[name], list) and all(map(check, fields[name]))):
-                faults.append(f"{name} is not a list of {expected}")
-        for name, greatest in (("max_queries", MAX_QUERIES), ("expires", 1 << 53)):
-            if name in fields and (type(fields[name]) is not int or not 0 <= fields[name] <= greatest):
-                faults.append(f"{name} is not a number from 0 to {greatest}")
+        partners = fields.get("partners", [])
+        if partners != "any" and not (isinstance(partners, list) and all(map(is_digest, partners))):
+            faults.append('partners is not a list of fingerprints, or "any"')
+        for name, least, greatest in (("max_queries", 0, MAX_QUERIES), ("min_operators", 2, MAX_WORKERS)):
+            if name in fields and (type(fields[name]) is not int or not least <= fields[name] <= greatest):
+                faults.append(f"{name} is not a number from {least} to {greatest}")
+        expires = fields.get("expires", 1)
+        if expires != "never" and (type(expires) is not int or not 0 <= expires <= 1 << 53):
+            faults.append('expires is not a time, or "never"')
+        faults += _faults_of_profiles(fields.get("profiles", []), fields.get("shows", {}))
+        workers: Any = fields.get("workers", [])
+        if workers != "any":
+            try:
+                workers = workers_from(workers, "workers")
+            except FormatError as error:
+                faults.append(error.what)
         if faults:
             raise FormatError(f"{what} do not fit", got="; ".join(faults))
         values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}
-        return cls(**values)
+        return cls(**{name: v for name, v in values.items() if name != "version"} | {"workers": workers})
 
 
 def load_terms(path: Path) -> dict[str, Any]:
@@ -115,29 +184,60 @@ def load_terms(path: Path) -> dict[str, Any]:
     return Terms.from_dict(fields, f"terms in {path}").to_dict()
 
 
+def template(role: Role, partners: Sequence[str] = (), today: datetime.date | None = None) -> str:
+    """Return terms to fill, as TOML: what shows a worker nothing, and results for the owner of the data alone.
+
+    Args:
+        role: whose terms. partners: fingerprints of who the other party may be. today: by the clock, if not given.
+    """
+    until = (today or datetime.datetime.now(datetime.UTC).date()) + datetime.timedelta(days=_DAYS)
+    weaker = [profile for profile in PROFILES.values() if not hides_all(profile)]
+    listed = ", ".join(f'"{partner}"' for partner in partners)
+    whose = "the model" if role == "provider" else "the data and the prompts"
+    return "\n".join(
+        [
+            f"# Terms of {whose}: what an enclave may do with what is sealed with them.",
+            "# What is not given here is refused, whatever anybody signs.",
+            f"version = {VERSION}",
+            'profiles = ["enclave", "shared"]  # these show the operator of a worker nothing',
+            'adapter_to = ["owner"]',
+            'generations_to = ["owner"]',
+            'queries_by = ["owner"]',
+            "max_queries = 100  # prompts in one job, those of the sealed file and those asked later",
+            f'partners = [{listed}]  # fingerprints of who the other party may be; or "any" whose job you sign',
+            f'expires = {until}  # no job starts after this day; or "never"',
+            f"min_operators = {LEAST_OPERATORS}  # of the workers of secret shares",
+            "",
+            "# The workers whom you trust not to collude, for the profile shared: one table each.",
+            "# [[workers]]",
+            '# fingerprint = "64 hex digits: obfuscatune identity show NAME.pub"',
+            '# operator = "the company that runs it"',
+            "",
+            "# A profile that shows a worker something is allowed by its name in `profiles` together with its line",
+            '# here; its workers are those above, or with workers = "any" whom the operator of the enclave takes.',
+            "# [shows]",
+            *[f'# {profile.name} = "{line(profile)}"' for profile in weaker],
+            "",
+        ]
+    )
+
+
+def _faults_of_profiles(profiles: Any, shows: Any) -> list[str]:
+    if not isinstance(shows, dict) or not all(type(text) is str for pair in shows.items() for text in pair):
+        return ["shows is not a table of lines"]
+    if not isinstance(profiles, list):
+        return ["profiles is not a list of names of profiles"]
+    faults = []
+    for name in profiles:
+        try:
+            needed = line(profile_named(name))
+        except FormatError:
+            return ["profiles is not a list of names of profiles"]
+        if needed and shows.get(name) != needed:
+            faults.append(f'{name} needs its line in [shows]: "{name}" = "{needed}"')
+    others = [name[:40] for name in sorted(set(shows) - set(profiles))]
+    return faults + ([f"shows speaks of profiles that are not allowed: {', '.join(others)}"] if others else [])
+
+
 def _are_roles(value: Any) -> bool:
     return isinstance(value, list) and all(item in ROLES for item in value) and len(set(value)) == len(value)
-
-
-def _is_profile(value: Any) -> bool:
-    """Whether it is a name as ``resolve`` gives it, with the switches behind it: ``balanced+mlp=enclave``."""
-    if not isinstance(value, str):
-        return False
-    name, *switches = value.split("+")
-    try:
-        given = dict(switch.split("=", 1) for switch in switches)
-        return profile_name(name, {key: _plain(text) for key, text in given.items()}) == value
-    except (FormatError, ValueError):
-        return False
-
-
-def _plain(text: str) -> Any:
-    """The value of a switch as it stands in a profile's name."""
-    if text in ("True", "False"):
-        return text == "True"
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text

@@ -6,6 +6,9 @@
                       |
                    refused
 
+    waiting, queued, running  --a party cancels-->  cancelled
+    waiting, done, failed, refused, cancelled  --a party deletes-->  deleted: no sealed file of it is left here
+
 A job runs once: whoever submits it again after that is refused, as its digest stays in the book until it has expired.
 What is entered here is in the audit log too, the entry first, and both are committed before anything is done about it.
 Where the disk refuses either, the book stays as it was.
@@ -20,13 +23,14 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from obfuscatune.errors import ConsentError, ObfuscatuneError, StorageError, UsageError
 from obfuscatune.parties.job import SignedJob
 from obfuscatune.parties.sealed.header import read_header
 from obfuscatune.service.consent import OWNERS, check_input, check_job, check_query
 from obfuscatune.service.log import AuditLog
-from obfuscatune.service.records import ENDED, RECORD_BYTES, JobFiles, Record, recipients, unfetched
+from obfuscatune.service.records import ENDED, RECORD_BYTES, USED_UP, JobFiles, Record, recipients, unfetched
 from obfuscatune.service.shares import Parties, room_for
 from obfuscatune.service.state import State
 from obfuscatune.service.store import Store
@@ -46,11 +50,20 @@ class Book:
 
     Args:
         state: where it is kept, under its lock. log: of all that happens. store: of the inputs and results.
-        parties: who shares it.
+        parties: who shares it. ended: gives the fingerprints of identities that their owners have ended; asked whenever
+            consent is checked.
     """
 
-    def __init__(self, state: State, log: AuditLog, store: Store, parties: Parties = tuple) -> None:
-        self.state, self.log, self.store, self._parties = state, log, store, parties
+    def __init__(
+        self,
+        state: State,
+        log: AuditLog,
+        store: Store,
+        parties: Parties = tuple,
+        *,
+        ended: Callable[[], frozenset[str]] = frozenset,
+    ) -> None:
+        self.state, self.log, self.store, self._parties, self._ended = state, log, store, parties, ended
         self.changed = threading.Condition(state.lock)
         self._files = JobFiles(store.directory / "jobs")
         self._records = {digest: Record.from_fields(fields) for digest, fields in state.jobs.items()}
@@ -84,8 +97,9 @@ class Book:
         with self.state.lock:
             record = self._records.get(digest)
             try:
-                check_job(signed, enclave=self.state.identity.public.fingerprint, now=time.time())
-                if record is not None and record.status in ("done", "refused"):
+                fingerprint = self.state.identity.public.fingerprint
+                check_job(signed, enclave=fingerprint, now=time.time(), ended=self._ended())
+                if record is not None and record.status in USED_UP:
                     raise ConsentError("job is used up", got=record.status, hint="make a new one, and let both sign it")
             except ConsentError as error:
                 if (digest, party) not in self._noted and self._noted_of[party] < _MAX_NOTED:
@@ -146,7 +160,7 @@ class Book:
     def _may_be_wanted(self, digest: str) -> bool:
         """Whether somebody may still want something of a job that has ended: results, queries, another start."""
         record, signed = self._records[digest], self._signed.get(digest)
-        if signed is None or record.status == "refused":
+        if signed is None or record.status not in ("done", "failed"):
             return False
         alive = time.time() < record.expires
         asks = bool(signed.job.queries_by) and record.queries < signed.job.max_queries
@@ -182,7 +196,8 @@ class Book:
     def _named(self) -> set[str]:
         """Return the digests of all files that some job needs."""
         named = {file for record in self._records.values() for file in (*record.results.values(), record.checkpoint)}
-        named |= {file for signed in self._signed.values() for file in signed.job.inputs.values()}
+        kept = [signed for digest, signed in self._signed.items() if self._records[digest].status != "deleted"]
+        named |= {file for signed in kept for file in signed.job.inputs.values()}
         return {file for file in named if file is not None}
 
     def _charge(self, digest: str) -> None:
@@ -220,7 +235,7 @@ class Book:
     def _check(self, digest: str) -> None:
         """Check a job and its inputs against what both owners have agreed to, as of now."""
         signed, now = self._signed[digest], time.time()
-        check_job(signed, enclave=self.state.identity.public.fingerprint, now=now)
+        check_job(signed, enclave=self.state.identity.public.fingerprint, now=now, ended=self._ended())
         for kind, file in signed.job.inputs.items():
             found = read_header(self.store.path(file))
             check_input(signed, kind, found.digest, found.header, now=now)
@@ -258,6 +273,63 @@ class Book:
         with self.state.lock:
             return any(record.status == "queued" for record in self._records.values())
 
+    def placed(self, digest: str, workers: list[dict[str, Any]]) -> None:
+        """Enter which worker has got what of the model; an entry of the log for each."""
+        with self.state.lock:
+            kept = [{name: part[name] for name in ("worker", "blocks", "parameters", "form")} for part in workers]
+            self._set(digest, replace(self._records[digest], workers=kept))  # the job has the operators' names
+            for part in kept:
+                self.log.append("placed", job=digest, **{**part, "worker": part["worker"] or "unnamed"})
+            self.commit()
+
+    def cancel(self, digest: str, party: str) -> None:
+        """End a job that is not done, for good: at once where it waits, at its next step where it runs.
+
+        Raises:
+            UsageError: it has ended.
+        """
+        with self.state.lock:
+            record = self.record(digest)
+            if record.status in ENDED:
+                raise UsageError("the job has ended", got=record.status, hint="obfuscatune job delete")
+            if record.cancelled:
+                return
+            self.note("cancel", digest, party)
+            if record.status == "running":
+                self._set(digest, replace(record, cancelled=True))
+                self.commit()
+            else:
+                self._end(digest, replace(record, status="cancelled"))
+
+    def is_cancelled(self, digest: str) -> bool:
+        """Return whether a party has asked for the end of a running job."""
+        return self.record(digest).cancelled
+
+    def is_gone(self, digest: str) -> bool:
+        """Return whether nothing of a job is kept any more."""
+        with self.state.lock:
+            record = self._records.get(digest)
+            return record is None or record.retired or record.status == "deleted"
+
+    def delete(self, digest: str, party: str) -> None:
+        """Remove what is kept of a job: results, checkpoint, and the inputs that no other job needs.
+
+        Raises:
+            UsageError: it is queued or runs.
+        """
+        with self.state.lock:
+            record = self.record(digest)
+            if record.status in ("queued", "running"):
+                raise UsageError("the job has not ended", got=record.status, hint="obfuscatune job cancel")
+            if record.status == "deleted":
+                return
+            files = set(record.results.values())
+            if digest in self._signed:
+                files |= set(self._signed[digest].job.inputs.values())
+            self._end(digest, replace(record, status="deleted", results={}), by=party)
+            for file in files - self._named():
+                self._drop(file)
+
     def progress(self, digest: str, step: int, steps: int) -> None:
         """Note how far a running job is; kept in memory until the next commit."""
         with self.state.lock:  # bounded: a number that the state cannot hold would stop all jobs
@@ -288,13 +360,17 @@ class Book:
             self._set(digest, replace(self._records[digest], reason=PAUSED if paused else ""))
 
     def failed(self, digest: str, error: BaseException) -> None:
-        """Enter that a job failed; who submits it again resumes it.
+        """Enter that a job failed, or was cancelled; who submits one that failed again resumes it.
 
-        Of the error its class only: the text may name columns of one owner's data, or layers of the other's model.
+        Of the error its class only: the text may name columns of one owner's data, or layers of the other's model. Of
+        a refusal what it is about, too, which is a sentence of the enclave's own.
         """
         with self.state.lock:
-            ended = int(time.time())
-            record = replace(self._records[digest], status="failed", reason=_reason(error), ended=ended)
+            if self._records[digest].cancelled:
+                self._end(digest, replace(self._records[digest], status="cancelled"))
+                return
+            reason = error.what if isinstance(error, ConsentError) else _reason(error)
+            record = replace(self._records[digest], status="failed", reason=reason, ended=int(time.time()))
             self._enter(digest, record, "failed", cause=_reason(error))
 
     def check_query(self, digest: str, party: str, prompts: int, tokens: int) -> None:
@@ -339,6 +415,12 @@ class Book:
             record, signed = self.record(digest), self._signed.get(digest)
             role = None if signed is None else signed.job.role_of(party)
             return {kind: file for kind, file in record.results.items() if signed and role in recipients(signed, kind)}
+
+    def operators_of(self, digest: str) -> dict[str, str]:
+        """Return the operators of a job's workers by fingerprint; none of a job whose files have made room."""
+        with self.state.lock:
+            signed = self._signed.get(digest)
+            return {} if signed is None else {each.fingerprint: each.operator for each in signed.job.workers}
 
     def note(self, event: str, job: str | None = None, party: str | None = None, **details: str | int) -> None:
         """Write an entry into the log and commit it."""
@@ -386,6 +468,12 @@ class Book:
             if record is None or party not in record.parties:
                 raise UsageError("no such job of this party", hint="obfuscatune job submit")
             return str(digest), record
+
+    def jobs_of(self, party: str) -> list[str]:
+        """Return the jobs in which an identity has a role, oldest first: no more than its share of the book holds."""
+        with self.state.lock:
+            found = [(record.order, digest) for digest, record in self._records.items() if party in record.parties]
+        return [digest for _, digest in sorted(found)]
 
     def missing(self, digest: str) -> dict[str, str]:
         """Return the inputs that are not there yet, digest by kind."""

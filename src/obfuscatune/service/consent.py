@@ -8,27 +8,32 @@ So neither a stolen job file nor a careless signature gives away more than the o
 from obfuscatune.errors import ConsentError
 from obfuscatune.parties.job import Job, SignedJob
 from obfuscatune.parties.sealed.fields import Header
-from obfuscatune.parties.terms import Terms
-from obfuscatune.parties.vocabulary import Role
+from obfuscatune.parties.terms import VERSION, Terms
+from obfuscatune.parties.vocabulary import ROLES, Role
 
 # Who makes which input.
 OWNERS: dict[str, Role] = {"model": "provider", "data": "owner", "prompts": "owner"}
 
 
-def check_job(signed: SignedJob, *, enclave: str, now: float) -> None:
+def check_job(signed: SignedJob, *, enclave: str, now: float, ended: frozenset[str] = frozenset()) -> None:
     """Check what the job itself tells; its signatures were verified when it was read.
 
     Args:
-        signed: the job. enclave: this enclave's fingerprint. now: Unix seconds.
+        signed: the job. enclave: this enclave's fingerprint. now: Unix seconds. ended: fingerprints of identities
+            that their owners have ended.
 
     Raises:
-        ConsentError: not signed by both, for another enclave, or expired.
+        ConsentError: not signed by both, for another enclave, expired, or of an identity that has ended.
     """
     job = signed.job
     missing = signed.missing()
     if missing:
         hint = "obfuscatune job sign"
         raise ConsentError("job is not signed by both", got=f"no signature of the {' and '.join(missing)}", hint=hint)
+    gone = [role for role in ROLES if getattr(job, role) in ended]
+    if gone:
+        hint = "make a new job, with the identity that succeeds it"
+        raise ConsentError(f"the identity of the {' and of the '.join(gone)} has ended", hint=hint)
     if job.enclave != enclave:
         raise ConsentError("job is for another enclave", got=job.enclave[:16], expected=enclave[:16])
     if now >= job.expires:
@@ -52,6 +57,11 @@ def check_input(signed: SignedJob, kind: str, digest: str, header: Header, *, no
         raise ConsentError(f"not the {kind} of the job", got=f"{header.kind} {digest[:16]}")
     if header.sender != signed.party(role):
         raise ConsentError(f"{kind} was not sealed by the job's {role}", got=header.sender.fingerprint[:16])
+    version = (header.terms or {}).get("version")
+    if version != VERSION or type(version) is not int:
+        what = f"no terms of the {kind}" if header.terms is None else f"terms of the {kind} are of another version"
+        hint = "what is left out used to be given: seal it again, with terms (obfuscatune seal terms)"
+        raise ConsentError(what, expected=f"version {VERSION}", hint=hint)
     faults = Terms.from_dict(header.terms, f"terms of the {kind}").faults(job, role, now)
     if faults:
         raise ConsentError(f"terms of the {kind} do not allow", got="; ".join(faults))

@@ -15,7 +15,8 @@ from obfuscatune.parties.vocabulary import Role
 
 # Of one record in the state, with room to grow, and of one whose job is retired: what a party's share is counted by.
 RECORD_BYTES, RETIRED_BYTES = 2048, 640
-ENDED = ("done", "failed", "refused")
+USED_UP = ("done", "refused", "cancelled", "deleted")  # nothing makes it run again
+ENDED = (*USED_UP, "failed")  # submitted again, this one resumes
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class Record:
         step, steps: how far the training is, and where it ends. checkpoint, checkpoint_step: digest and
             step of the last one.
         results: digests of sealed results, by kind. queries: prompts answered so far. starts: since the last
-            checkpoint.
+            checkpoint. workers: what each has got of the model, as `placement` tells. cancelled: whether a party has
+            asked for the end of a running job.
         ended: Unix second. fetched: "role kind" of results that were fetched whole.
         retired: its files have made room for others'; nothing but this record is left.
     """
@@ -46,6 +48,8 @@ class Record:
     results: dict[str, str] = field(default_factory=dict)
     queries: int = 0
     starts: int = 0
+    workers: list[dict[str, Any]] = field(default_factory=list)
+    cancelled: bool = False
     ended: int = 0
     fetched: tuple[str, ...] = ()
     retired: bool = False
@@ -80,8 +84,8 @@ _DEFAULTS = {
 
 
 def recipients(signed: SignedJob, kind: str) -> tuple[Role, ...]:
-    """Return the roles that a job gives a result to."""
-    return signed.job.adapter_to if kind == "adapter" else signed.job.generations_to
+    """Return the roles that a job gives a result to; what tells how the training went, the owner of the data alone."""
+    return {"adapter": signed.job.adapter_to, "output": signed.job.generations_to, "report": ("owner",)}[kind]
 
 
 def unfetched(record: Record, signed: SignedJob) -> list[str]:

@@ -82,6 +82,9 @@ class Requests:
             "download": self._download,
             "log": self._log,
             "generate": self._generate,
+            "list": self._list,
+            "cancel": self._cancel,
+            "delete": self._delete,
         }
 
     def handle(self, party: PublicIdentity, fields: dict[str, Any], payload: bytes) -> Reply:
@@ -150,6 +153,7 @@ class Requests:
     def _tell(self, digest: str, party: PublicIdentity) -> dict[str, Any]:
         """Return what a party may know of a job: progress, no content."""
         record = self._book.record(digest)
+        operators = self._book.operators_of(digest)
         return {
             "job": digest,
             "status": record.status,
@@ -160,7 +164,22 @@ class Requests:
             "missing": self._book.missing(digest) if record.status == "waiting" else {},
             "results": self._book.results_for(digest, party.fingerprint),
             "queries": record.queries,
+            "workers": [{**part, "operator": operators.get(part["worker"], "")} for part in record.workers],
         }
+
+    def _list(self, party: PublicIdentity, fields: dict[str, Any], payload: bytes) -> Reply:
+        found = [self._tell(digest, party) for digest in self._book.jobs_of(party.fingerprint)]
+        return {}, json.dumps(found).encode()
+
+    def _cancel(self, party: PublicIdentity, fields: dict[str, Any], payload: bytes) -> Reply:
+        digest, _ = self._own(party, fields)
+        self._book.cancel(digest, party.fingerprint)
+        return self._tell(digest, party), b""
+
+    def _delete(self, party: PublicIdentity, fields: dict[str, Any], payload: bytes) -> Reply:
+        digest, _ = self._own(party, fields)
+        self._book.delete(digest, party.fingerprint)
+        return self._tell(digest, party), b""
 
     def _download(self, party: PublicIdentity, fields: dict[str, Any], payload: bytes) -> Reply:
         job, kind = self._own(party, fields)[0], fields.get("kind")

@@ -26,8 +26,8 @@ from obfuscatune.parties.sealed.archive import SealedArchive, seal_files
 from obfuscatune.parties.sealed.fields import Kind
 from obfuscatune.parties.sealed.reader import SealedReader
 from obfuscatune.parties.terms import Terms
-from obfuscatune.profiles import resolve
 from obfuscatune.service.model import open_model
+from obfuscatune.service.placement import Placed, Workers, placed
 from obfuscatune.service.scratch import ram_directory
 from obfuscatune.service.store import Store
 from obfuscatune.training.arguments import add_adapter, training_arguments
@@ -39,19 +39,21 @@ from obfuscatune.training.origin import check_origin
 from obfuscatune.training.trainer import ProtectedTrainer
 
 MAX_DATA_BYTES = 4 << 30
+HELD_OUT_FILE = "held_out.jsonl"  # in sealed data: rows to evaluate on and not to train on
 _BATCH = 8  # prompts completed together
 RAM_PREFIX = "obfuscatune-enclave"
 
 
 @dataclass(frozen=True)
 class Hooks:
-    """Whom the runner tells: ``progress(step, steps)``, and ``checkpoint(step, digest)`` of a sealed checkpoint.
+    """Whom the runner tells: ``progress(step, steps)``, ``checkpoint(step, digest)``, and what each worker has got.
 
     ``store(act)`` returns what ``act`` does, which writes a sealed file: it may wait until the disk has room.
     """
 
     progress: Callable[[int, int], None]
     checkpoint: Callable[[int, str], None]
+    placed: Callable[[Sequence[Placed]], None]
     store: Callable[[Callable[[], str]], str] = lambda act: act()
 
 
@@ -59,9 +61,9 @@ class Runner:
     """Runs jobs one at a time, in the thread that calls it, and keeps the last model for queries.
 
     Args:
-        identity: the enclave's. store: of the sealed files. worker: as of `protect`. timeout: seconds for each of the
-            worker's replies. worker_identity: by which a ``tls://`` worker knows the enclave, its own by default.
-            insecure: as of `protect`.
+        identity: the enclave's. store: of the sealed files. workers: whom the operator offers. timeout: seconds for
+            each of a worker's replies. worker_identity: by which a ``tls://`` worker knows the enclave, its own by
+            default. insecure: as of `protect`.
     """
 
     def __init__(
@@ -69,12 +71,12 @@ class Runner:
         identity: Identity,
         store: Store,
         *,
-        worker: str,
+        workers: Workers,
         timeout: float = 600.0,
         worker_identity: Identity | None = None,
         insecure: bool = False,
     ) -> None:
-        self._identity, self._store, self._worker, self._timeout = identity, store, worker, timeout
+        self._identity, self._store, self._workers, self._timeout = identity, store, workers, timeout
         self._worker_identity, self._insecure = worker_identity or identity, insecure
         self._alive: contextlib.ExitStack | None = None
         self._loaded: tuple[str, Protected, Any] | None = None  # job, model, tokenizer
@@ -92,11 +94,13 @@ class Runner:
         """
         job, self._write = signed.job, hooks.store
         with self._open(job, checkpoint) as (protected, tokenizer, ram, keep):
+            hooks.placed(placed(job, protected.links))
             prompts = self._prompts(job, ram)  # now, because their fault should not cost a training
             prompt_ids(protected.model.config, tokenizer, _named(prompts), job.max_new_tokens)
-            self._train(job, protected, tokenizer, ram, hooks)
+            history = self._train(job, protected, tokenizer, ram, hooks)
             protected.model.eval()
             results = {"adapter": self._seal_adapter(signed, protected, ram)}
+            results["report"] = self._seal_report(signed, history, placed(job, protected.links))
             if job.prompts is not None:
                 results["output"] = self._seal_generations(signed, protected, tokenizer, prompts)
             if job.queries_by:
@@ -129,6 +133,11 @@ class Runner:
             raise SealError("the model of the job is not loaded")
         return self._loaded[1:]
 
+    @property
+    def kept(self) -> str | None:
+        """The digest of the job whose model is kept for queries."""
+        return None if self._loaded is None else self._loaded[0]
+
     def close(self) -> None:
         """Forget the model that was kept, and end its session with the worker."""
         alive, self._alive, self._loaded = self._alive, None, None
@@ -143,7 +152,8 @@ class Runner:
     ) -> Iterator[tuple[Protected, Any, Path, Callable[[], None]]]:
         """Yield the protected model with its LoRA, the tokenizer, a directory in memory, and how to keep the model."""
         self.close()
-        profile = resolve(job.profile, **job.switches)
+        profile = job.resolved
+        workers = self._workers.of(job)
         with contextlib.ExitStack() as stack:
             ram = stack.enter_context(ram_directory(RAM_PREFIX))
             secret = None if checkpoint is None else self._unpack_checkpoint(checkpoint, ram, profile, job)
@@ -160,7 +170,7 @@ class Runner:
                 protect(
                     model,
                     profile=profile,
-                    worker=self._worker,
+                    worker=workers,
                     timeout=self._timeout,
                     identity=self._worker_identity,
                     insecure=self._insecure,
@@ -202,24 +212,29 @@ class Runner:
         check_origin(made_with, _origin(job), (), "a sealed checkpoint")
         return secret
 
-    def _rows(self, digest: str, kind: Kind, ram: Path) -> Path:
-        """Put the one file of sealed data, or of prompts, into memory."""
+    def _rows(self, digest: str, kind: Kind, ram: Path) -> tuple[Path, Path | None]:
+        """Put the one file of sealed data, or of prompts, into memory; and of data the rows held out, if any are."""
         with self._reader(digest, kind) as reader:
             archive = SealedArchive(reader)
-            if len(archive.names()) != 1:
-                raise FormatError(
-                    f"sealed {kind} of several files", got=len(archive.names()), expected="one JSONL file"
-                )
-            # Its true name is the owner's business, and does not turn up in an error.
+            names = archive.names()
+            held_out = HELD_OUT_FILE if kind == "data" and HELD_OUT_FILE in names else None
+            rest = [name for name in names if name != held_out]
+            if len(rest) != 1:
+                raise FormatError(f"sealed {kind} of several files", got=len(rest), expected="one JSONL file")
+            # Their true names are the owner's business, and do not turn up in an error.
             path = ram / f"{kind}.jsonl"
-            path.write_bytes(archive.read(archive.names()[0], MAX_DATA_BYTES))
-        return path
+            path.write_bytes(archive.read(rest[0], MAX_DATA_BYTES))
+            if held_out is None:
+                return path, None
+            evaluation = ram / HELD_OUT_FILE
+            evaluation.write_bytes(archive.read(held_out, MAX_DATA_BYTES))
+        return path, evaluation
 
     def _prompts(self, job: Job, ram: Path) -> list[Prompt]:
         """Read the job's prompts; how many they are nobody but the owner could see before."""
         if job.prompts is None:
             return []
-        path = self._rows(job.prompts, "prompts", ram)
+        path, _ = self._rows(job.prompts, "prompts", ram)
         prompts = [prompt for _, prompt in read_prompts(path)]
         path.unlink()
         with self._reader(job.model, "model") as model:
@@ -231,24 +246,31 @@ class Runner:
 
     # the steps of a job
 
-    def _train(self, job: Job, protected: Protected, tokenizer: Any, ram: Path, hooks: Hooks) -> None:
+    def _train(self, job: Job, protected: Protected, tokenizer: Any, ram: Path, hooks: Hooks) -> list[dict[str, Any]]:
+        """Train, and return the Trainer's log: losses, and evaluations where rows are held out."""
         settings = job.settings
-        path = self._rows(job.data, "data", ram)
         positions = getattr(protected.model.config, "max_position_embeddings", settings.max_length)
-        rows, _ = encode_rows(read_rows(path), tokenizer, min(settings.max_length, positions))
-        path.unlink()
+        rows, held_out = [
+            None if path is None else _encoded(path, tokenizer, min(settings.max_length, positions))
+            for path in self._rows(job.data, "data", ram)
+        ]
         found = sorted((ram / "run").glob("checkpoint-*"))
         trainer = ProtectedTrainer(
             protected,
             kind=settings.optim,
-            args=training_arguments(settings, str(ram / "run"), report_to="none"),
+            # The first evaluation is before the first step, and in the checkpoints.
+            args=training_arguments(settings, str(ram / "run"), report_to="none", eval_on_start=held_out is not None),
             quiet=True,  # the terminal is the operator's
             made_with=_origin(job),
             train_dataset=rows,
+            eval_dataset=held_out,
             data_collator=Collator(tokenizer.pad_token_id),
         )
         trainer.add_callback(_SealCheckpoints(self._seal_checkpoint, hooks))
         trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
+        if held_out is not None:
+            trainer.evaluate()
+        return list(trainer.state.log_history)
 
     def _seal_checkpoint(self, path: Path) -> str:
         return self._seal("checkpoint", _files(path), [self._identity.public])
@@ -272,6 +294,21 @@ class Runner:
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         recipients = _parties(signed, job.generations_to) or [self._identity.public]
         return self._seal("output", {"generations.jsonl": lines.encode()}, recipients)
+
+    def _seal_report(self, signed: SignedJob, history: list[dict[str, Any]], parts: Sequence[Placed]) -> str:
+        """Seal what tells whether the training worked to the owner alone: losses tell of the data."""
+        losses = [{"step": entry["step"], "loss": entry["loss"]} for entry in history if "loss" in entry]
+        held_out = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+        report = {
+            "job": signed.job.digest,
+            "profile": signed.job.profile_name,
+            "steps": max((entry["step"] for entry in history), default=0),
+            "loss": losses,
+            "held_out": {"loss_before": held_out[0], "loss_after": held_out[-1]} if held_out else None,
+            "workers": [part.to_dict() for part in parts],
+        }
+        text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
+        return self._seal("report", {"report.json": text.encode()}, _parties(signed, ["owner"]))
 
     def _seal(self, kind: Kind, files: dict[str, Path | bytes], recipients: list[PublicIdentity]) -> str:
         def seal(path: Path) -> str:
@@ -326,6 +363,13 @@ def _complete(protected: Protected, tokenizer: Any, prompts: Sequence[Prompt], m
 
 def _named(prompts: Sequence[Prompt]) -> list[tuple[str, Prompt]]:
     return [(f"prompt {number}", prompt) for number, prompt in enumerate(prompts, 1)]
+
+
+def _encoded(path: Path, tokenizer: Any, max_length: int) -> Any:
+    """The rows of a file in memory, which is removed."""
+    rows, _ = encode_rows(read_rows(path), tokenizer, max_length)
+    path.unlink()
+    return rows
 
 
 def _files(directory: Path) -> dict[str, Path | bytes]:

@@ -9,19 +9,21 @@ import collections
 import functools
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from obfuscatune.durable import write_new
-from obfuscatune.errors import UsageError
+from obfuscatune.errors import ConsentError, UsageError
 from obfuscatune.parties.attestation.platform import Platform
 from obfuscatune.parties.canonical import encode
 from obfuscatune.parties.channel.server import AttestedServer
 from obfuscatune.parties.identity import Identity, PublicIdentity
+from obfuscatune.parties.succession import load_successions, successors
 from obfuscatune.service.book import Book
 from obfuscatune.service.log import AuditLog
 from obfuscatune.service.patience import Patience, Stopped
+from obfuscatune.service.placement import Workers
 from obfuscatune.service.requests import Query, Requests
 from obfuscatune.service.runner import RAM_PREFIX, Hooks, Runner
 from obfuscatune.service.scratch import ram_directory
@@ -59,11 +61,15 @@ class Service:
         try:
             while True:
                 with self._book.changed:
-                    self._book.changed.wait_for(lambda: self._stopped or self._queries or self._book.has_queued())
+                    while not (self._stopped or self._queries or self._book.has_queued() or self._holds_deleted()):
+                        self._book.changed.wait()
                     if self._stopped:
                         return
-                    query = self._queries.popleft() if self._queries else None
-                if query is not None:
+                    deleted = self._holds_deleted()
+                    query = self._queries.popleft() if self._queries and not deleted else None
+                if deleted:
+                    self._runner.close()
+                elif query is not None:
                     self._answer(query)
                 elif (digest := self._patiently(self._book.next)) is not None:
                     self._run(digest)
@@ -80,6 +86,10 @@ class Service:
         """Stop listening and forget the model. What was committed is on the disk."""
         self._server.close()
         self._runner.close()
+
+    def _holds_deleted(self) -> bool:
+        """Whether the model that is kept for queries is of a job that a party has deleted, or that has made room."""
+        return self._runner.kept is not None and self._book.is_gone(self._runner.kept)
 
     def _ask(self, query: Query) -> None:
         with self._book.changed:
@@ -108,9 +118,16 @@ class Service:
 
     def _run(self, digest: str) -> None:
         book, patiently = self._book, self._patiently
+
+        def progress(step: int, steps: int) -> None:
+            book.progress(digest, step, steps)
+            if book.is_cancelled(digest):
+                raise ConsentError("a party has cancelled the job")
+
         hooks = Hooks(
-            progress=lambda step, steps: book.progress(digest, step, steps),
+            progress=progress,
             checkpoint=lambda step, file: patiently(lambda: book.checkpointed(digest, step, file), digest),
+            placed=lambda parts: patiently(lambda: book.placed(digest, [part.to_dict() for part in parts]), digest),
             store=lambda act: patiently(act, digest),
         )
         logger.info("job %s starts", digest[:16])
@@ -135,7 +152,7 @@ def open_service(
     *,
     listen: str,
     parties: Path,
-    worker: str,
+    worker: str | Sequence[str],
     timeout: float = 600.0,
     worker_identity: Identity | None = None,
     insecure: bool = False,
@@ -147,7 +164,8 @@ def open_service(
     Args:
         directory: of state, log and store; on any disk. platform: the TEE. listen: ``tls://HOST:PORT``.
         parties: directory of the ``.pub`` files of who may connect; read anew for each connection.
-        worker, timeout, insecure: as of `protect`. worker_identity: what the worker knows the enclave by; default: the
+        worker: one or several, as of `protect`; those at ``tls://`` are known by their identities, which jobs can name.
+        timeout, insecure: as of `protect`. worker_identity: what the worker knows the enclave by; default: the
             enclave's own, whose public half is written to ``directory/enclave.pub`` for it.
         max_connections: as of `AttestedServer`. max_store_bytes: that uploads may take.
 
@@ -155,17 +173,24 @@ def open_service(
         RollbackError, SealError: a state that is not the last one, or not of this code on this platform.
         AttestationError: the platform gives no evidence. UsageError: an address or directory that cannot be used.
     """
-    load_parties(parties)
+    try:
+        parties.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError("cannot make the directory of parties", got=error.strerror, where=str(parties)) from None
+    if not load_parties(parties):
+        logger.warning("nobody may connect yet: put the parties' NAME.pub files into %s", parties)
+    workers = Workers.parse([worker] if isinstance(worker, str) else worker, insecure=insecure)
     with ram_directory(RAM_PREFIX):
         pass  # removes what an enclave that was killed has left in memory
     with State.open(directory, platform) as state:
         log = AuditLog.open(directory / "log.jsonl", state.log_head, state.log_length)
         known = functools.partial(fingerprints, parties)
-        book = Book(state, log, Store(directory / "store", max_store_bytes, known), known)
+        store = Store(directory / "store", max_store_bytes, known)
+        book = Book(state, log, store, known, ended=lambda: ended(parties))
         runner = Runner(
             state.identity,
             book.store,
-            worker=worker,
+            workers=workers,
             timeout=timeout,
             insecure=insecure,
             worker_identity=worker_identity,
@@ -207,11 +232,25 @@ def fingerprints(directory: Path) -> list[str]:
 
 
 def load_parties(directory: Path) -> list[PublicIdentity]:
-    """Return the identities of a directory's ``.pub`` files.
+    """Return the identities of a directory's ``.pub`` files, without those that have ended, and their successors.
 
     Raises:
-        UsageError: it cannot be read. FormatError: a file in it that is no identity.
+        UsageError: it cannot be read. FormatError: a file in it that is none. SealError: a forged succession.
     """
     if not directory.is_dir():
         raise UsageError("no such directory of parties", where=str(directory), hint="put their NAME.pub files there")
-    return [PublicIdentity.load(path) for path in sorted(directory.glob("*.pub"))]
+    ends = successors(load_successions(directory))
+    found: list[PublicIdentity] = []
+    for path in sorted(directory.glob("*.pub")):
+        current: PublicIdentity | None = PublicIdentity.load(path)
+        for _ in range(len(ends)):  # a chain of successions, which may be a circle
+            if current is not None:
+                current = ends.get(current.fingerprint, current)
+        if current is not None and current.fingerprint not in ends and current not in found:
+            found.append(current)
+    return found
+
+
+def ended(directory: Path) -> frozenset[str]:
+    """Return the fingerprints of the identities that have ended; raises as `load_parties`."""
+    return frozenset(each.identity.fingerprint for each in load_successions(directory))

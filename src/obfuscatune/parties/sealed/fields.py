@@ -15,7 +15,7 @@ from obfuscatune.errors import FormatError
 from obfuscatune.parties.canonical import decode, encode
 from obfuscatune.parties.identity import PublicIdentity
 
-Kind = Literal["model", "data", "prompts", "adapter", "output", "checkpoint"]
+Kind = Literal["model", "data", "prompts", "adapter", "output", "report", "checkpoint"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 FORMAT = "obfuscatune sealed file 1"
 MAGIC, VERSION = b"OBSF", 1

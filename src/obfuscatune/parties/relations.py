@@ -1,0 +1,219 @@
+"""Whom a party's folder trusts: how it is made, its partner, the end of a partner's identity, workers, its own keys."""
+
+import dataclasses
+import shutil
+import time
+from pathlib import Path
+from typing import Self
+
+from obfuscatune.durable import write_new
+from obfuscatune.errors import ConsentError, ObfuscatuneError, UsageError
+from obfuscatune.parties.attestation.measurement import measure_code
+from obfuscatune.parties.canonical import encode
+from obfuscatune.parties.channel.address import TlsAddress
+from obfuscatune.parties.folder import FILE, Folder
+from obfuscatune.parties.identity import Identity, PublicIdentity, read_small
+from obfuscatune.parties.succession import MAX_BYTES, SUFFIX, load_successions, read_succession, succeed
+from obfuscatune.parties.terms import Terms, template
+from obfuscatune.parties.vocabulary import ROLES, Role, Worker
+
+_MAX_BYTES = 65_536
+_POLICY = """# Which enclaves you accept. Fill in the measurements of an image that you have built or read.
+# docs/attestation.md has all keys.
+[platform]
+kinds = []            # some of "tdx", "snp", "sgx", "tpm"
+[measurements]
+# mrtd = ["96 hex digits: obfuscatune attest measure"]
+"""
+_SIMULATION = """# A simulator: it runs the true checks and protects nothing. The code is the one installed here.
+[platform]
+kinds = ["tdx"]
+[simulation]
+allow = true
+root = "{root}"
+[measurements]
+mrtd = ["{code}"]
+"""
+
+
+class Relations(Folder):
+    """A party's folder and whom it trusts."""
+
+    @classmethod
+    def init(
+        cls,
+        name: str,
+        *,
+        role: Role,
+        enclave: str,
+        folder: Path | str = ".",
+        partner: Path | str | None = None,
+        policy: Path | str | None = None,
+        simulation: Path | str | None = None,
+        passphrase: str | None = None,
+    ) -> Self:
+        """Make a folder: a new identity, party.toml, a policy, and terms that show a worker nothing.
+
+        Args:
+            name, role: who this is. enclave: its address. folder: must have none of the files yet. partner: the other
+                party's ``.pub``. policy: a file to take; without it a template to fill. simulation: the root
+                certificate of a simulator, to accept that and nothing else. passphrase: for the secret identity;
+                without one its file is open to whoever can read it.
+
+        Raises:
+            UsageError: a file is there already, an unknown role, or an address that is none.
+        """
+        root = Path(folder)
+        if role not in ROLES:
+            raise UsageError("role of a party", got=repr(role), expected=" or ".join(ROLES))
+        TlsAddress.parse(enclave)
+        if policy is not None and simulation is not None:
+            raise UsageError("a policy of your own, or the one of a simulator", expected="one of the two")
+        identity = Identity.generate(name)
+        names = [FILE, f"{name}.key", f"{name}.pub", "terms.toml", *(["policy.toml"] if policy is None else [])]
+        there = [each for each in names if (root / each).exists()]
+        if there:
+            hint = "nothing is overwritten: take another folder"
+            raise UsageError("file is there already", where=", ".join(there), hint=hint)
+        party = cls(
+            root,
+            name,
+            role,
+            enclave,
+            root / f"{name}.key",
+            root / "policy.toml" if policy is None else Path(policy),
+            root / "terms.toml",
+            allow_simulation=simulation is not None,
+        )
+        known = None if partner is None else PublicIdentity.load(Path(partner))
+        if policy is not None:
+            read_small(Path(policy), _MAX_BYTES, "policy")
+        texts: dict[str, str | bytes] = {
+            f"{name}.pub": encode(identity.public.to_dict()) + b"\n",
+            **({"policy.toml": _policy(simulation)} if policy is None else {}),
+            "terms.toml": template(role, [] if known is None else [known.fingerprint]),
+        }
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            write_new(party.identity_file, identity.to_bytes() if passphrase is None else identity.lock(passphrase))
+            for each, text in texts.items():
+                write_new(root / each, text if isinstance(text, bytes) else text.encode(), mode=0o644)
+            if simulation is not None:
+                shutil.copyfile(simulation, root / "simulation-root.pem")
+            party.write()
+        except OSError as error:
+            raise ObfuscatuneError("cannot write the folder", got=error.strerror, where=str(root)) from None
+        return party if partner is None else party.with_partner(partner)
+
+    def with_partner(self, path: Path | str) -> Self:
+        """Take a partner: keep the identity in the folder, name it in party.toml, and in the terms where none is yet.
+
+        Compare the fingerprint with its owner over another channel: everything later rests on it.
+
+        A ``.succession`` of the partner's identity is taken too: its successor becomes the partner, in the terms as
+        well, or, where it was revoked, there is none. One whose time is still to come is kept until then.
+
+        Raises:
+            UsageError, FormatError: no public identity; or another one of the same name is there.
+            ConsentError: an identity that has ended. SealError: a statement that is not signed as it must be.
+        """
+        source = Path(path)
+        if source.suffix == SUFFIX:
+            return self._succeeded(source)
+        public = PublicIdentity.load(source)
+        if public == self.identity.public:
+            raise UsageError("that is your own identity", where=str(path))
+        if any(each.identity == public for each in load_successions(self.folder)):
+            raise ConsentError("this identity has ended", got=f"{public.name} {public.fingerprint[:16]}")
+        return self._keep(public)
+
+    def _succeeded(self, path: Path) -> Self:
+        """Take the partner's word, signed, that its identity has ended, and the new one if there is one."""
+        data = read_small(path, MAX_BYTES, "succession")
+        found = read_succession(data, f"succession {path}")
+        if found.identity != self.partner:
+            raise UsageError("not the end of your partner's identity", got=found.identity.fingerprint[:16])
+        kept = self.folder / f"{found.identity.fingerprint[:16]}{SUFFIX}"
+        try:
+            if not kept.exists():
+                write_new(kept, data, mode=0o644)
+        except OSError as error:
+            raise ObfuscatuneError("cannot write the folder", got=error.strerror, where=str(self.folder)) from None
+        if found.time > time.time():  # it expires then: until then the partner is the partner
+            return self
+        if found.successor is not None:
+            return self._keep(found.successor, instead_of=found.identity)
+        party = dataclasses.replace(self, partner_file=None)
+        party.write()
+        return party
+
+    def trust(self, worker: Path | str, operator: str) -> Worker:
+        """Add a worker, by its ``.pub``, and who operates it, to the terms that are sealed from now on.
+
+        Raises:
+            UsageError: no identity, or the terms name it already. FormatError: no usable name of an operator.
+        """
+        public = PublicIdentity.load(Path(worker))
+        added = Worker.from_dict({"fingerprint": public.fingerprint, "operator": operator})
+        terms = Terms.from_dict(self.terms, "your terms")
+        if terms.workers == "any" or added.fingerprint in {each.fingerprint for each in terms.workers}:
+            got = "any worker" if terms.workers == "any" else f"{public.name} {added.fingerprint[:16]}"
+            raise UsageError("the terms allow it already", got=got, where=str(self.terms_file))
+        if '"' in operator or "\\" in operator:
+            raise UsageError("operator's name", got=repr(operator), expected='no " and no backslash')
+        table = f'\n[[workers]]  # {public.name}\nfingerprint = "{added.fingerprint}"\noperator = "{operator}"\n'
+        try:
+            with self.terms_file.open("a", encoding="utf-8") as file:
+                file.write(table)
+        except OSError as error:
+            raise ObfuscatuneError("cannot write the terms", got=error.strerror, where=str(self.terms_file)) from None
+        return added
+
+    def rotate(self, name: str, *, passphrase: str | None = None) -> tuple[Self, Path]:
+        """Take a new identity; return the folder, and the statement for partner and operator that it succeeds the old.
+
+        What is sealed and signed under the old one stays as it is: seal and propose anew.
+        """
+        old, new = self.identity, Identity.generate(name)
+        key, public = self.folder / f"{name}.key", self.folder / f"{name}.pub"
+        statement = self.folder / f"{self.name}{SUFFIX}"
+        there = [path.name for path in (key, public, statement) if path.exists()]
+        if there:
+            raise UsageError("file is there already", where=", ".join(there), hint="take another name")
+        party = dataclasses.replace(self, name=name, identity_file=key)
+        try:
+            write_new(key, new.to_bytes() if passphrase is None else new.lock(passphrase))
+            write_new(public, encode(new.public.to_dict()) + b"\n", mode=0o644)
+            write_new(statement, succeed(old, new) + b"\n", mode=0o644)
+            party.write()
+        except OSError as error:
+            raise ObfuscatuneError("cannot write the folder", got=error.strerror, where=str(self.folder)) from None
+        return party, statement
+
+    def _keep(self, public: PublicIdentity, instead_of: PublicIdentity | None = None) -> Self:
+        """Write the partner's identity into the folder, and its fingerprint into the terms where it has a place."""
+        target = self.folder / f"{public.name}.pub"
+        if target.exists() and PublicIdentity.load(target) != public:
+            raise UsageError("another identity of this name is there already", where=str(target))
+        party = dataclasses.replace(self, partner_file=target)
+        try:
+            if not target.exists():
+                write_new(target, encode(public.to_dict()) + b"\n", mode=0o644)
+            party.write()
+            terms = self.terms_file.read_text(encoding="utf-8")
+            if instead_of is not None:
+                changed = terms.replace(f'"{instead_of.fingerprint}"', f'"{public.fingerprint}"')
+            else:
+                changed = terms.replace("\npartners = []", f'\npartners = ["{public.fingerprint}"]', 1)
+            if changed != terms:
+                self.terms_file.write_text(changed, encoding="utf-8")
+        except OSError as error:
+            raise ObfuscatuneError("cannot write the folder", got=error.strerror, where=str(self.folder)) from None
+        return party
+
+
+def _policy(simulation: Path | str | None) -> str:
+    if simulation is None:
+        return _POLICY
+    read_small(Path(simulation), _MAX_BYTES, "root certificate of the simulator")
+    return _SIMULATION.format(root="simulation-root.pem", code=measure_code().hex())

@@ -1,0 +1,248 @@
+"""A party's folder: made once, found by every verb; what is signed is shown first, and one is asked."""
+
+import datetime
+import io
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from obfuscatune.errors import ConsentError, FormatError, SealError, UsageError
+from obfuscatune.parties import Job, Party, SignedJob, review
+from obfuscatune.parties.enclave import Enclave
+from obfuscatune.parties.identity import Identity, PublicIdentity
+from obfuscatune.parties.sealed.archive import seal_files
+from obfuscatune.parties.sealed.card import make_card, read_card
+from obfuscatune.parties.terms import Terms
+from obfuscatune.parties.vocabulary import Worker
+from obfuscatune.settings import TrainingSettings
+
+from .conftest import Run
+
+ENCLAVE = Identity.generate("enclave", "x25519")
+ADDRESS = "tls://127.0.0.1:1"
+ROWS = '{"prompt": "the colour is", "completion": " red"}\n'
+WORKERS = tuple(Worker(f"{number:02x}" * 32, f"operator {number}") for number in range(3))
+
+
+@dataclass
+class Accepted:
+    """A verdict that accepts ENCLAVE."""
+
+    accepted: bool = True
+    identity: PublicIdentity = ENCLAVE.public
+
+    def require(self) -> "Accepted":
+        return self
+
+    def __str__(self) -> str:
+        return "accepted"
+
+
+@pytest.fixture
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run) -> tuple[Path, Path]:
+    """The folders of a provider and of an owner, who have each other's identities; their enclave is ENCLAVE."""
+    (tmp_path / "root.pem").write_text("a certificate")
+    (tmp_path / "mine.toml").write_text("[platform]\n")
+    lab, clinic = tmp_path / "lab", tmp_path / "clinic"
+    made = ("--enclave", ADDRESS, "--policy", tmp_path / "mine.toml")
+    assert run("party", "init", "lab", "--role", "provider", "--folder", lab, *made).code == 0
+    partner = ("--partner", lab / "lab.pub")
+    assert run("party", "init", "clinic", "--role", "owner", "--folder", clinic, *made, *partner).code == 0
+    monkeypatch.setattr(Enclave, "verify", lambda _: Accepted())
+    monkeypatch.setattr("obfuscatune.parties.folder.Policy.load", lambda _: Allowing(False))
+    assert run("party", "verify", "--party", lab, "--partner", clinic / "clinic.pub").code == 0
+    return lab, clinic
+
+
+@dataclass
+class Allowing:
+    allow_simulation: bool
+
+
+@pytest.fixture
+def sealed(folders: tuple[Path, Path], model_dir: Path, run: Run) -> tuple[Path, Path]:
+    """Both have sealed what is theirs."""
+    lab, clinic = folders
+    (clinic / "rows.jsonl").write_text(ROWS)
+    assert run("party", "seal", "--party", lab, "--model", model_dir).code == 0
+    more = ("--held_out", clinic / "rows.jsonl", "--prompts", clinic / "rows.jsonl")
+    done = run("party", "seal", "--party", clinic, "--data", clinic / "rows.jsonl", *more)
+    assert done.code == 0, done.err
+    return folders
+
+
+def propose(lab: Path, clinic: Path, run: Run, *more: object) -> Any:
+    return run("job", "propose", "--party", clinic, "--partner_input", lab / "model.card", *more)
+
+
+def test_a_folder_knows_its_party(folders: tuple[Path, Path], run: Run) -> None:
+    lab, clinic = map(Party.open, folders)
+    assert lab.partner == clinic.identity.public and clinic.partner == lab.identity.public
+    assert (lab.role, clinic.role) == ("provider", "owner") and lab.enclave_address == ADDRESS
+    assert lab.identity_file.stat().st_mode & 0o077 == 0
+    for party in (lab, clinic):
+        assert Terms.from_dict(party.terms).partners == (party.partner.fingerprint,)
+    again = run("party", "init", "lab", "--role", "provider", "--enclave", ADDRESS, "--folder", lab.folder)
+    assert again.code == 2 and "there already" in again.err
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("name = 1", "name is missing, or no text"),
+        ('role = "operator"', "role is not"),
+        ("allow_simulation = 1", "allow_simulation is not"),
+        ("unknown = 1", "unknown 'unknown'"),
+        ("x = [", "is not TOML"),
+    ],
+)
+def test_a_folder_that_does_not_fit(tmp_path: Path, text: str, fault: str) -> None:
+    (tmp_path / "party.toml").write_text(text)
+    with pytest.raises(FormatError, match=fault):
+        Party.open(tmp_path)
+
+
+def test_misuse_is_told(tmp_path: Path, run: Run) -> None:
+    for arguments, message in (
+        (("job", "list", "--party", tmp_path), "no party's folder"),
+        (("party", "verify", "--party", tmp_path), "no party's folder"),
+        (
+            ("party", "init", "a b", "--role", "owner", "--enclave", ADDRESS, "--folder", tmp_path),
+            "name of an identity",
+        ),
+        (("party", "init", "a", "--role", "owner", "--enclave", "host", "--folder", tmp_path), "not an address"),
+    ):
+        done = run(*arguments)
+        assert done.code == 2 and message in done.err, done.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_simulator_is_accepted_only_where_the_folder_says_so(
+    folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    party = Party.open(folders[0])
+    monkeypatch.setattr("obfuscatune.parties.folder.Policy.load", lambda _: Allowing(True))
+    with pytest.raises(UsageError, match="policy allows simulation"):
+        _ = party.policy
+    assert replace(party, allow_simulation=True).policy.allow_simulation
+
+
+def test_nothing_is_sealed_before_there_is_a_partner(tmp_path: Path, run: Run) -> None:
+    (tmp_path / "rows.jsonl").write_text(ROWS)
+    folder = tmp_path / "alone"
+    assert run("party", "init", "alone", "--role", "owner", "--enclave", ADDRESS, "--folder", folder).code == 0
+    done = run("party", "seal", "--party", folder, "--data", tmp_path / "rows.jsonl")
+    assert done.code == 2 and "name no partner" in done.err and not list(folder.glob("*.sealed"))
+
+
+def test_another_identity_of_the_partners_name_is_refused(folders: tuple[Path, Path], tmp_path: Path, run: Run) -> None:
+    assert run("identity", "new", "clinic", "--output_dir", tmp_path / "false").code == 0
+    done = run("party", "verify", "--party", folders[0], "--partner", tmp_path / "false" / "clinic.pub")
+    assert done.code == 2 and "another identity of this name" in done.err
+
+
+def test_from_sealing_to_both_signatures(sealed: tuple[Path, Path], run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    lab, clinic = sealed
+    done = propose(lab, clinic, run, "--max_steps", 6, "--learning_rate", 1e-3)
+    assert done.code == 0, done.err
+    job = SignedJob.load(clinic / "job.json").job
+    assert (job.profile, job.adapter_to, job.queries_by) == ("enclave", ("owner",), ())
+    assert job.model == read_card(lab / "model.sealed").digest == read_card(lab / "model.card").digest
+    for name in TrainingSettings.__dataclass_fields__:
+        assert f"\n{name} " in done.out, "a setting is signed and not shown"
+    assert "(default)" in done.out and "6 steps" in done.out and "million parameters" in done.out
+    assert run("job", "sign", "--party", clinic, "--yes").code == 0
+    for answer, code in (("", 2), ("n\n", 2), ("y\n", 0)):
+        monkeypatch.setattr("sys.stdin", io.StringIO(answer))
+        done = run("job", "sign", "--party", lab, clinic / "job.json")
+        assert done.code == code and "Sign exactly this?" in done.out
+        assert (lab / "job.json").exists() == (code == 0)
+    signed = SignedJob.load(lab / "job.json")
+    assert signed.missing() == [] and signed.job == job
+    assert [path.name for path in Party.open(clinic).inputs_of(signed)] == ["data.sealed", "prompts.sealed"]
+    assert propose(lab, clinic, run).code == 2  # nothing is overwritten
+
+
+def test_a_job_beyond_terms_is_neither_proposed_nor_signed(sealed: tuple[Path, Path], run: Run) -> None:
+    lab, clinic = sealed
+    done = propose(lab, clinic, run, "--profile", "balanced")
+    assert done.code == 1 and "do not allow this job: got profile balanced" in done.err
+    named = [part for worker in WORKERS for part in ("--worker", f"{worker.fingerprint}={worker.operator}")]
+    done = propose(lab, clinic, run, "--profile", "shared", *named)
+    assert done.code == 1 and "the worker 0000000000000000 of operator 0" in done.err
+    assert propose(lab, clinic, run, "--max_steps", 1).code == 0
+    terms = clinic / "terms.toml"
+    terms.write_text(terms.read_text().replace('"enclave", "shared"', '"shared"'))
+    before = (clinic / "job.json").read_bytes()
+    done = run("job", "sign", "--party", clinic, "--yes")
+    assert done.code == 1 and "your terms do not allow this job" in done.err
+    assert (clinic / "job.json").read_bytes() == before
+
+
+def test_workers_that_are_trusted_are_those_of_a_job_that_shares(sealed: tuple[Path, Path], run: Run) -> None:
+    lab, clinic = sealed
+    for number in range(3):
+        name = f"gpu{number}"
+        assert run("identity", "new", name, "--output_dir", clinic, "--suite", "x25519").code == 0
+        for folder in (lab, clinic):
+            trusting = ("party", "trust", clinic / f"{name}.pub", "--operator", f"Cloud {number}", "--party", folder)
+            assert run(*trusting).code == 0
+    assert run(*trusting).code == 2  # twice
+    for folder, kind in ((lab, "model"), (clinic, "data"), (clinic, "prompts")):
+        (folder / f"{kind}.sealed").unlink()
+        (folder / f"{kind}.card").unlink()
+    party = Party.open(lab)
+    party.seal("model", {"config.json": b"{}"})
+    Party.open(clinic).seal("data", {"data.jsonl": ROWS.encode()})
+    assert propose(lab, clinic, run, "--profile", "shared").code == 0
+    job = SignedJob.load(clinic / "job.json").job
+    assert [worker.operator for worker in job.workers] == ["Cloud 0", "Cloud 1", "Cloud 2"]
+    assert party.sign(Party.open(clinic).sign(SignedJob(job))).missing() == []
+
+
+def test_a_job_with_another_partner_is_not_signed(sealed: tuple[Path, Path]) -> None:
+    lab, clinic = map(Party.open, sealed)
+    stranger = Identity.generate("stranger", "x25519").public.fingerprint
+    signed = clinic.propose(partner_inputs=[lab.folder / "model.card"])
+    assert clinic.sign(signed).missing() == ["provider"]
+    with pytest.raises(ConsentError, match="with another partner"):
+        clinic.sign(SignedJob(replace(signed.job, provider=stranger)))
+    with pytest.raises(ConsentError, match="not the owner of this job"):
+        clinic.sign(SignedJob(replace(signed.job, owner=stranger)))
+
+
+def test_a_card_is_signed(sealed: tuple[Path, Path], tmp_path: Path) -> None:
+    lab, _ = sealed
+    data = make_card(lab / "model.sealed")
+    assert len(data) < 10_000 and read_card(lab / "model.card") == read_card(lab / "model.sealed")
+    for place in range(0, len(data), max(1, len(data) // 60)):
+        (tmp_path / "card").write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+        with pytest.raises((FormatError, SealError)):
+            read_card(tmp_path / "card")
+    with pytest.raises(ConsentError, match="sealed by somebody else"):
+        Party.open(lab).propose(partner_inputs=[forged(tmp_path)])
+
+
+def forged(folder: Path) -> Path:
+    """Data that a stranger has sealed to the enclave."""
+    stranger, path = Identity.generate("clinic", "x25519"), folder / "data.sealed"
+    seal_files(path, {"data.jsonl": b"{}"}, kind="data", sender=stranger, recipients=[ENCLAVE.public])
+    return path
+
+
+def test_a_review_says_who_the_workers_are() -> None:
+    names = ("provider", "owner", "enclave", "model", "data")
+    job = Job(
+        **{name: f"{number}{number}" * 32 for number, name in enumerate(names)},
+        profile="shared",
+        workers=WORKERS,
+        expires=int(datetime.datetime.now(datetime.UTC).timestamp()) + 100,
+    )
+    text = "\n".join(review(SignedJob(job)))
+    assert all(worker.operator in text and worker.fingerprint in text for worker in WORKERS)
+    assert "any 2 of them together: everything" in text and "not signed" in text
+    assert "passes over the data" in text
+    chosen = replace(job, profile="balanced", workers=())
+    assert "whom the enclave's operator chooses" in "\n".join(review(SignedJob(chosen)))

@@ -1,0 +1,128 @@
+"""The end of an identity: by its own word, with a successor who has agreed, or for good; nothing undoes it."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from obfuscatune.cli import main
+from obfuscatune.errors import ConsentError, FormatError, SealError, UsageError
+from obfuscatune.parties import Party
+from obfuscatune.parties.canonical import encode
+from obfuscatune.parties.identity import Identity, PublicIdentity
+from obfuscatune.parties.succession import load_successions, read_succession, succeed
+from obfuscatune.parties.terms import Terms
+from obfuscatune.service.serve import ended, load_parties
+
+OLD, NEW, THIEF = (Identity.generate(name, "x25519") for name in ("clinic", "clinic-2", "thief"))
+STATEMENT = succeed(OLD, NEW)
+
+
+def altered(**changes: Any) -> bytes:
+    return encode({**json.loads(STATEMENT), **changes})
+
+
+def put(directory: Path, *publics: Identity, **statements: bytes) -> Path:
+    directory.mkdir(exist_ok=True)
+    for identity in publics:
+        (directory / f"{identity.public.name}.pub").write_bytes(encode(identity.public.to_dict()))
+    for name, data in statements.items():
+        (directory / f"{name}.succession").write_bytes(data)
+    return directory
+
+
+def test_both_sign_it() -> None:
+    found = read_succession(STATEMENT)
+    assert (found.identity, found.successor) == (OLD.public, NEW.public)
+    assert read_succession(succeed(OLD, None)).successor is None
+    ends, revoked = json.loads(STATEMENT), json.loads(succeed(OLD, None))
+    for changed, error in (
+        ({"time": ends["time"] + 1}, SealError),
+        ({"successor": THIEF.public.to_dict()}, SealError),
+        ({"identity": THIEF.public.to_dict()}, SealError),
+        ({"successor_signature": ends["signature"]}, SealError),
+        ({"signature": revoked["signature"]}, SealError),
+        ({"successor": None}, FormatError),
+        ({"successor": None, "successor_signature": None}, SealError),
+        ({"successor_signature": None}, FormatError),
+        ({"successor": OLD.public.to_dict()}, FormatError),
+        ({"time": -1}, FormatError),
+        ({"format": "obfuscatune succession 2"}, FormatError),
+    ):
+        with pytest.raises(error):
+            read_succession(altered(**changed))
+
+
+def test_an_enclave_lets_the_successor_in_and_the_old_one_no_more(tmp_path: Path) -> None:
+    directory = put(tmp_path / "parties", OLD, THIEF)
+    assert load_parties(directory) == [OLD.public, THIEF.public] and ended(directory) == frozenset()
+    put(directory, clinic=STATEMENT)
+    assert load_parties(directory) == [NEW.public, THIEF.public] and ended(directory) == {OLD.public.fingerprint}
+    put(directory, second=succeed(NEW, None))
+    assert load_parties(directory) == [THIEF.public]
+
+
+def test_one_whose_time_is_to_come_is_an_expiry(tmp_path: Path) -> None:
+    directory = put(tmp_path / "parties", OLD, later=succeed(OLD, None, now=time.time() + 1000))
+    assert load_parties(directory) == [OLD.public] and ended(directory) == frozenset()
+    assert [each.identity for each in load_successions(directory, time.time() + 1001)] == [OLD.public]
+
+
+@pytest.mark.parametrize("other", [succeed(OLD, THIEF), succeed(OLD, None)])
+def test_of_two_statements_that_differ_nobody_succeeds(tmp_path: Path, other: bytes) -> None:
+    for first, second in ((STATEMENT, other), (other, STATEMENT)):
+        assert load_parties(put(tmp_path / "parties", OLD, a=first, b=second)) == []
+
+
+def test_a_circle_of_successions_ends_both(tmp_path: Path) -> None:
+    assert load_parties(put(tmp_path / "parties", OLD, a=STATEMENT, b=succeed(NEW, OLD))) == []
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[Party, Party]:
+    """A provider and an owner, who know each other."""
+    made = {"enclave": "tls://127.0.0.1:1"}
+    lab = Party.init("lab", role="provider", folder=tmp_path / "lab", **made)
+    clinic = Party.init("clinic", role="owner", folder=tmp_path / "clinic", partner=tmp_path / "lab/lab.pub", **made)
+    return lab.with_partner(tmp_path / "clinic/clinic.pub"), clinic
+
+
+def test_a_party_rotates_and_its_partner_follows(folders: tuple[Party, Party]) -> None:
+    lab, clinic = folders
+    before = clinic.identity.public
+    assert main(["party", "rotate", "clinic-2", "--party", str(clinic.folder)]) == 0
+    after = Party.open(clinic.folder).identity.public
+    assert after.name == "clinic-2" and after != before
+    lab = lab.with_partner(clinic.folder / "clinic.succession")
+    assert Party.open(lab.folder).partner == after
+    assert Terms.from_dict(lab.terms).partners == (after.fingerprint,)
+    with pytest.raises(ConsentError, match="has ended"):
+        lab.with_partner(clinic.folder / "clinic.pub")
+    with pytest.raises(UsageError, match="not the end of your partner's identity"):
+        lab.with_partner(clinic.folder / "clinic.succession")
+
+
+def test_a_partner_until_a_day(folders: tuple[Party, Party]) -> None:
+    lab, clinic = folders
+    key, statement = str(clinic.identity_file), clinic.folder / "clinic.succession"
+    assert main(["identity", "revoke", key, "--on", "soon"]) == 2
+    assert main(["identity", "revoke", key, "--on", "2999-01-01"]) == 0
+    assert lab.with_partner(statement).partner == clinic.identity.public
+    kept = next(lab.folder.glob("*.succession"))
+    kept.write_bytes(succeed(clinic.identity, None, now=time.time() - 1))  # the day has come
+    with pytest.raises(ConsentError, match="your partner's identity has ended"):
+        _ = Party.open(lab.folder).partner
+
+
+def test_an_identity_that_was_revoked_is_nobodys_partner(folders: tuple[Party, Party]) -> None:
+    lab, clinic = folders
+    statement = clinic.folder / "clinic.succession"
+    assert main(["identity", "revoke", str(clinic.identity_file), "--output", str(statement)]) == 0
+    assert lab.with_partner(statement).partner_file is None
+    with pytest.raises(UsageError, match="no partner yet"):
+        _ = Party.open(lab.folder).partner
+    with pytest.raises(ConsentError, match="has ended"):
+        Party.open(lab.folder).with_partner(clinic.folder / "clinic.pub")
+    assert PublicIdentity.load(clinic.folder / "clinic.pub") == clinic.identity.public
