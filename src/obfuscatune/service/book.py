@@ -18,7 +18,7 @@ import base64
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from obfuscatune.errors import ConsentError, ObfuscatuneError, UsageError
@@ -26,44 +26,17 @@ from obfuscatune.parties.job import Job, SignedJob
 from obfuscatune.parties.sealed.header import read_header
 from obfuscatune.service.consent import check_input, check_job, check_query
 from obfuscatune.service.log import AuditLog
+from obfuscatune.service.record import ENDED, Record
 from obfuscatune.service.state import State
 from obfuscatune.service.store import Store
 
 MAX_STARTS = 5  # without a checkpoint in between: a job that brings the enclave down must not do so for ever
 # Both halves of a job's parties may be one party's invention, so one may not fill the state, which ends everything.
 MAX_BYTES, MAX_PARTY_BYTES = 8 << 20, 2 << 20
-# Of a job that runs no more. One that has failed may be submitted again, and resumes.
-ENDED = ("done", "refused", "cancelled", "deleted")
 _RECORD_BYTES = 4096  # of a record, beside its job
 _MAX_NOTED = 10_000  # refusals that the log tells of, in one life of the enclave: it must not be flooded
 _MAX_STEPS = 1 << 53
 _MAX_WORD = 80  # of the log
-
-
-@dataclass(frozen=True)
-class Record:
-    """One job in the book. ``signed`` is its file in base64; ``order`` its place in the queue.
-
-    Attributes:
-        status: as in the drawing above. reason: why it was refused or failed: the class of the error, no message.
-        step, steps: how far the training is, and where it ends. checkpoint: digest of the last one.
-        results: digests of sealed results, by kind. queries: prompts answered so far. starts: since the last
-            checkpoint. workers: what each has got of the model, as `placement` tells. cancelled: whether a party has
-            asked for the end of a running job.
-    """
-
-    signed: str
-    order: int
-    status: str = "waiting"
-    reason: str = ""
-    step: int = 0
-    steps: int = 0
-    checkpoint: str | None = None
-    results: dict[str, str] = field(default_factory=dict)
-    queries: int = 0
-    starts: int = 0
-    workers: list[dict[str, Any]] = field(default_factory=list)
-    cancelled: bool = False
 
 
 class Book:
@@ -86,7 +59,9 @@ class Book:
         self._committed = log.length
         with state.lock:
             for digest, record in self._records.items():
-                if record.status == "running" and record.starts < MAX_STARTS:  # killed: from the last checkpoint on
+                if record.status == "running" and record.cancelled:
+                    self._end(digest, replace(record, status="cancelled"))
+                elif record.status == "running" and record.starts < MAX_STARTS:  # killed: from the last checkpoint on
                     self._enter(digest, replace(record, status="queued"), "resumed")
                 elif record.status == "running":
                     stopped = replace(record, status="failed", reason="Interrupted")
