@@ -456,6 +456,16 @@ def test_a_running_job_that_is_cancelled_ends_at_its_next_step(enclave: Enclave)
     assert enclave.told()[-2:] == ["cancel", "cancelled"]
 
 
+def test_a_running_job_that_was_cancelled_is_not_resumed_after_a_kill(tmp_path: Path) -> None:
+    with open_enclave(tmp_path) as enclave:
+        job = enclave.submit(enclave.signed_job())
+        enclave.book.next()
+        enclave.book.cancel(job, OWNER)
+        platform = enclave.platform
+    with open_enclave(tmp_path, platform) as enclave:
+        assert enclave.book.record(job).status == "cancelled" and enclave.book.next() is None
+
+
 def test_what_is_deleted_leaves_no_sealed_file(enclave: Enclave) -> None:
     data, path = enclave.seal("data")
     enclave.store(data, path)

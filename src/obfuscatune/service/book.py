@@ -80,7 +80,9 @@ class Book:
             for digest in kept - set(self._signed):
                 self._lost(digest)
             for digest, record in list(self._records.items()):
-                if record.status == "running" and record.starts < MAX_STARTS:  # killed: from the last checkpoint on
+                if record.status == "running" and record.cancelled:
+                    self._end(digest, replace(record, status="cancelled"))
+                elif record.status == "running" and record.starts < MAX_STARTS:  # killed: from the last checkpoint on
                     self._enter(digest, replace(record, status="queued", reason=""), "resumed")
                 elif record.status == "running":
                     stopped = replace(record, status="failed", reason="Interrupted", ended=int(time.time()))

@@ -28,11 +28,12 @@ from obfuscatune.parties.sealed.reader import SealedReader
 from obfuscatune.parties.terms import Terms
 from obfuscatune.service.model import open_model
 from obfuscatune.service.placement import Placed, Workers, placed
+from obfuscatune.service.results import complete_prompts, named, training_report
 from obfuscatune.service.scratch import ram_directory
 from obfuscatune.service.store import Store
 from obfuscatune.training.arguments import add_adapter, training_arguments
 from obfuscatune.training.checkpoints import load_checkpoint, save_adapter
-from obfuscatune.training.completion import complete, prompt_ids
+from obfuscatune.training.completion import prompt_ids
 from obfuscatune.training.data import Prompt, completed_row, read_prompts, read_rows
 from obfuscatune.training.encoding import Collator, encode_rows
 from obfuscatune.training.origin import check_origin
@@ -40,7 +41,6 @@ from obfuscatune.training.trainer import ProtectedTrainer
 
 MAX_DATA_BYTES = 4 << 30
 HELD_OUT_FILE = "held_out.jsonl"  # in sealed data: rows to evaluate on and not to train on
-_BATCH = 8  # prompts completed together
 RAM_PREFIX = "obfuscatune-enclave"
 
 
@@ -96,7 +96,7 @@ class Runner:
         with self._open(job, checkpoint) as (protected, tokenizer, ram, keep):
             hooks.placed(placed(job, protected.links))
             prompts = self._prompts(job, ram)  # now, because their fault should not cost a training
-            prompt_ids(protected.model.config, tokenizer, _named(prompts), job.max_new_tokens)
+            prompt_ids(protected.model.config, tokenizer, named(prompts), job.max_new_tokens)
             history = self._train(job, protected, tokenizer, ram, hooks)
             protected.model.eval()
             results = {"adapter": self._seal_adapter(signed, protected, ram)}
@@ -114,15 +114,15 @@ class Runner:
         """
         kept = self._loaded is not None and self._loaded[0] == signed.job.digest
         protected, tokenizer = self._opened(signed, adapter)
-        prompt_ids(protected.model.config, tokenizer, _named(prompts), max_new_tokens)  # the fault of who asks
+        prompt_ids(protected.model.config, tokenizer, named(prompts), max_new_tokens)  # the fault of who asks
         try:
-            return _complete(protected, tokenizer, prompts, max_new_tokens)
+            return complete_prompts(protected, tokenizer, prompts, max_new_tokens)
         except (WorkerFault, UsageError):  # the second where the session had ended before
             if not kept:
                 raise
         self.close()
         protected, tokenizer = self._opened(signed, adapter)
-        return _complete(protected, tokenizer, prompts, max_new_tokens)
+        return complete_prompts(protected, tokenizer, prompts, max_new_tokens)
 
     def _opened(self, signed: SignedJob, adapter: str) -> tuple[Protected, Any]:
         """Return the model of a job and its tokenizer, opened if it is not."""
@@ -289,7 +289,7 @@ class Runner:
         self, signed: SignedJob, protected: Protected, tokenizer: Any, prompts: Sequence[Prompt]
     ) -> str:
         job = signed.job
-        completions = _complete(protected, tokenizer, prompts, job.max_new_tokens)
+        completions = complete_prompts(protected, tokenizer, prompts, job.max_new_tokens)
         rows = [completed_row(prompt, text) for prompt, text in zip(prompts, completions, strict=True)]
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         recipients = _parties(signed, job.generations_to) or [self._identity.public]
@@ -297,18 +297,8 @@ class Runner:
 
     def _seal_report(self, signed: SignedJob, history: list[dict[str, Any]], parts: Sequence[Placed]) -> str:
         """Seal what tells whether the training worked to the owner alone: losses tell of the data."""
-        losses = [{"step": entry["step"], "loss": entry["loss"]} for entry in history if "loss" in entry]
-        held_out = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
-        report = {
-            "job": signed.job.digest,
-            "profile": signed.job.profile_name,
-            "steps": max((entry["step"] for entry in history), default=0),
-            "loss": losses,
-            "held_out": {"loss_before": held_out[0], "loss_after": held_out[-1]} if held_out else None,
-            "workers": [part.to_dict() for part in parts],
-        }
-        text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
-        return self._seal("report", {"report.json": text.encode()}, _parties(signed, ["owner"]))
+        report = training_report(signed.job, history, parts)
+        return self._seal("report", {"report.json": report}, _parties(signed, ["owner"]))
 
     def _seal(self, kind: Kind, files: dict[str, Path | bytes], recipients: list[PublicIdentity]) -> str:
         def seal(path: Path) -> str:
@@ -349,20 +339,6 @@ class _SealCheckpoints(TrainerCallback):
         digest = self._seal(path)
         shutil.rmtree(path)
         self._hooks.checkpoint(state.global_step, digest)
-
-
-def _complete(protected: Protected, tokenizer: Any, prompts: Sequence[Prompt], max_new_tokens: int) -> list[str]:
-    """Greedy completions, in the order of the prompts."""
-    named = _named(prompts)
-    done: list[str] = []
-    for start in range(0, len(named), _BATCH):
-        batch = named[start : start + _BATCH]
-        done += complete(protected.model, tokenizer, batch, max_new_tokens=max_new_tokens, do_sample=False)
-    return done
-
-
-def _named(prompts: Sequence[Prompt]) -> list[tuple[str, Prompt]]:
-    return [(f"prompt {number}", prompt) for number, prompt in enumerate(prompts, 1)]
 
 
 def _encoded(path: Path, tokenizer: Any, max_length: int) -> Any:
