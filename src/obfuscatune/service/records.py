@@ -13,8 +13,9 @@ from obfuscatune.errors import ConsentError, FormatError, StorageError, UsageErr
 from obfuscatune.parties.job import MAX_JOB_BYTES, SignedJob
 from obfuscatune.parties.vocabulary import Role
 
-# Of one record in the state, with room to grow, and of one whose job is retired: what a party's share is counted by.
-RECORD_BYTES, RETIRED_BYTES = 2048, 640
+# Of one record in the state, and of one whose job is retired: what a party's share is counted by. More than their
+# length: a canonical text has a limit of values too, of which they have 40 and 20.
+RECORD_BYTES, RETIRED_BYTES = 3584, 1792
 ENDED = ("done", "failed", "refused")
 
 
