@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 
 from obfuscatune.errors import ConsentError, ObfuscatuneError, UsageError
+from obfuscatune.parties.canonical import encode
 from obfuscatune.parties.sealed.header import read_header
 from obfuscatune.service import book as book_module
 from obfuscatune.service.book import MAX_STARTS, Book
 from obfuscatune.service.log import check
-from obfuscatune.service.records import RECORD_BYTES
+from obfuscatune.service.records import RECORD_BYTES, Record
+from obfuscatune.service.state import MAX_BYTES as MAX_STATE_BYTES
 
 from .jobs import CANARY, CLINIC, LAB, STRANGER, Enclave, open_enclave, sign, terms_of
 
@@ -363,6 +365,22 @@ def test_a_retired_job_stays_used_up_and_is_forgotten_when_it_has_expired(tmp_pa
             enclave.submit(signed)
         with pytest.raises(UsageError, match="no such job"):
             enclave.book.record(digest)
+
+
+@pytest.mark.parametrize("retired", [False, True])
+@pytest.mark.parametrize("workers", [0, 13])
+def test_a_full_book_fits_into_the_state(retired: bool, workers: int) -> None:
+    """Whatever fills it: a state that cannot be written would end everything."""
+    names, digest = ["provider adapter", "owner adapter", "provider output", "owner output"], "ab" * 32
+    live = {"step": 9, "steps": 9, "checkpoint": digest, "checkpoint_step": 1, "starts": 5, "fetched": tuple(names)}
+    live |= {"results": {"adapter": digest, "output": digest, "report": digest}, "cancelled": True, "named": workers}
+    live |= {"workers": [{"worker": digest, "blocks": 99, "parameters": 1 << 40, "form": "keyed"}] * max(4, workers)}
+    ended = {"status": "refused", "reason": "x" * 500, "queries": 7, "ended": 1, "retired": retired}
+    record = Record(7, digest, digest, 1 << 50, **ended, **({} if retired else live))
+    count = book_module.MAX_BYTES // record.bytes
+    jobs = {f"{number:064x}": record.to_fields() for number in range(count)}
+    assert Record.from_fields(record.to_fields()) == record
+    assert len(encode({"jobs": jobs, "identity": "x" * 10_000})) < MAX_STATE_BYTES
 
 
 def test_a_file_that_another_job_needs_stays(enclave: Enclave) -> None:

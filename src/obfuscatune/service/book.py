@@ -30,7 +30,7 @@ from obfuscatune.parties.job import SignedJob
 from obfuscatune.parties.sealed.header import read_header
 from obfuscatune.service.consent import OWNERS, check_input, check_job, check_query
 from obfuscatune.service.log import AuditLog
-from obfuscatune.service.records import ENDED, RECORD_BYTES, USED_UP, JobFiles, Record, recipients, unfetched
+from obfuscatune.service.records import ENDED, USED_UP, WORKERS, JobFiles, Record, bytes_of, recipients, unfetched
 from obfuscatune.service.shares import Parties, room_for
 from obfuscatune.service.state import State
 from obfuscatune.service.store import Store
@@ -111,10 +111,11 @@ class Book:
                 raise
             last = 1 + max((r.order for r in self._records.values()), default=0)
             if record is None:
-                self._require_room(party)
+                named = len(signed.job.workers)
+                self._require_room(party, bytes_of(named))
                 self._files.write(signed)
                 self._signed[digest] = signed
-                new = Record(last, signed.job.provider, signed.job.owner, signed.job.expires)
+                new = Record(last, signed.job.provider, signed.job.owner, signed.job.expires, named=named)
                 self._enter(digest, new, "submitted", party=party)
             elif record.status == "failed":  # to the end of the queue: one that always fails must not hold up others
                 self._files.write(signed)
@@ -124,11 +125,11 @@ class Book:
             self.review()
         return digest
 
-    def _require_room(self, party: str) -> None:
+    def _require_room(self, party: str, size: int) -> None:
         self._forget_expired()
-        if self._room(party) < RECORD_BYTES or self.store.room(party) == 0:
-            self.make_room(party, lambda: self._room(party) >= RECORD_BYTES and self.store.room(party) > 0)
-        if self._room(party) < RECORD_BYTES or self.store.room(party) == 0:
+        if self._room(party) < size or self.store.room(party) == 0:
+            self.make_room(party, lambda: self._room(party) >= size and self.store.room(party) > 0)
+        if self._room(party) < size or self.store.room(party) == 0:
             hint = "fetch the results of earlier jobs: what was fetched makes room; unfetched ones do after a week"
             raise UsageError("no room for another job of this party", hint=hint)
 
@@ -175,7 +176,15 @@ class Book:
         if digest in self._signed:
             files |= set(self._signed[digest].job.inputs.values())
         left = replace(
-            record, retired=True, results={}, checkpoint=None, checkpoint_step=0, fetched=(), steps=0, step=0
+            record,
+            retired=True,
+            results={},
+            checkpoint=None,
+            checkpoint_step=0,
+            fetched=(),
+            steps=0,
+            step=0,
+            workers=[],
         )
         self._enter(digest, left, "retired")
         self._signed.pop(digest, None)
@@ -279,7 +288,8 @@ class Book:
         """Enter which worker has got what of the model; an entry of the log for each."""
         with self.state.lock:
             kept = [{name: part[name] for name in ("worker", "blocks", "parameters", "form")} for part in workers]
-            self._set(digest, replace(self._records[digest], workers=kept))  # the job has the operators' names
+            record = self._records[digest]  # the job has the operators' names
+            self._set(digest, replace(record, workers=kept[: max(WORKERS, record.named)]))
             for part in kept:
                 self.log.append("placed", job=digest, **{**part, "worker": part["worker"] or "unnamed"})
             self.commit()

@@ -13,8 +13,10 @@ from obfuscatune.errors import ConsentError, FormatError, StorageError, UsageErr
 from obfuscatune.parties.job import MAX_JOB_BYTES, SignedJob
 from obfuscatune.parties.vocabulary import Role
 
-# Of one record in the state, with room to grow, and of one whose job is retired: what a party's share is counted by.
-RECORD_BYTES, RETIRED_BYTES = 2048, 640
+# Of one record in the state, and of one whose job is retired: what a party's share is counted by. More than their
+# length: a canonical text has a limit of values too, of which they have 76 and 20, and 9 of each further worker.
+RECORD_BYTES, RETIRED_BYTES, WORKER_BYTES = 7168, 1792, 1024
+WORKERS = 4  # that a record has room for without more
 USED_UP = ("done", "refused", "cancelled", "deleted")  # nothing makes it run again
 ENDED = (*USED_UP, "failed")  # submitted again, this one resumes
 
@@ -31,6 +33,7 @@ class Record:
         results: digests of sealed results, by kind. queries: prompts answered so far. starts: since the last
             checkpoint. workers: what each has got of the model, as `placement` tells. cancelled: whether a party has
             asked for the end of a running job.
+        named: how many workers the job names.
         ended: Unix second. fetched: "role kind" of results that were fetched whole.
         retired: its files have made room for others'; nothing but this record is left.
     """
@@ -50,6 +53,7 @@ class Record:
     starts: int = 0
     workers: list[dict[str, Any]] = field(default_factory=list)
     cancelled: bool = False
+    named: int = 0
     ended: int = 0
     fetched: tuple[str, ...] = ()
     retired: bool = False
@@ -62,7 +66,7 @@ class Record:
     @property
     def bytes(self) -> int:
         """What it counts in the state."""
-        return RETIRED_BYTES if self.retired else RECORD_BYTES
+        return RETIRED_BYTES if self.retired else bytes_of(self.named)
 
     def to_fields(self) -> dict[str, Any]:
         """Return the canonical fields: those that are not as at the beginning."""
@@ -81,6 +85,11 @@ _DEFAULTS = {
     for item in fields(Record)
     if item.name not in ("order", "provider", "owner", "expires")
 }
+
+
+def bytes_of(workers: int) -> int:
+    """Return what a record counts whose job names so many workers."""
+    return RECORD_BYTES + WORKER_BYTES * max(0, workers - WORKERS)
 
 
 def recipients(signed: SignedJob, kind: str) -> tuple[Role, ...]:

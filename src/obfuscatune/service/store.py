@@ -12,136 +12,25 @@ counts, against the party's share (`shares`).
 """
 
 import contextlib
-import hashlib
 import os
 import re
 import secrets
 import shutil
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
-from obfuscatune.durable import private, rename, sync
-from obfuscatune.errors import FormatError, ProtocolError, SealError, StorageError, UsageError
-from obfuscatune.parties.sealed.fields import HASH_BYTES, TAG_BYTES, Kind
-from obfuscatune.parties.sealed.header import SignedHeader, open_file, read_exactly, read_header
+from obfuscatune.durable import rename, sync
+from obfuscatune.errors import FormatError, SealError, StorageError, UsageError
+from obfuscatune.parties.sealed.fields import Kind
+from obfuscatune.parties.sealed.header import read_header
 from obfuscatune.service.entries import DIGEST, matches
 from obfuscatune.service.shares import Parties, room_for
+from obfuscatune.service.upload import LATER, Upload, disk_fault
 
-ABANDONED_SECONDS = 24 * 3600
-_LATER = "it can go on from here when the disk has room again"
 _KEPT_FREE = 64 << 20  # bytes of the disk for the state and the log, which must never be refused
 _PART = re.compile(r"[0-9a-f]{64}\.[0-9]{1,19}\.[0-9a-f]{64}\.part")
 _WHOLE = re.compile(r"([0-9a-f]{64})\.sealed")
-
-
-class Upload:
-    """A file on its way in, one for each digest and party, whose connections share it. Made by :meth:`Store.begin`."""
-
-    def __init__(self, store: "Store", digest: str, size: int, party: str) -> None:
-        self.digest, self.size, self.party = digest, size, party
-        self._store = store
-        self._lock, self._ended = threading.Lock(), False
-        self._part = store.directory / f"{digest}.{size}.{party}.part"
-        self._whole = store.directory / f"{digest}.sealed"
-        # Follows no link: one that the disk's owner left in its place would lead an upload to anywhere on this machine.
-        with open(self._part, "ab", opener=private) as file:
-            self._offset = file.tell() if file.tell() <= size else 0
-            if file.tell() > size:  # and not else: it would make an abandoned one young
-                file.truncate(0)
-        self.taken = self._offset  # bytes that count: with those that are being written
-
-    @property
-    def offset(self) -> int:
-        """Bytes that are there already: where the next write goes."""
-        return self._offset
-
-    @property
-    def ended(self) -> bool:
-        """Whether it was finished, refused or aborted."""
-        return self._ended
-
-    def write(self, offset: int, data: bytes) -> None:
-        """Append ``data``, which begins at ``offset``.
-
-        Raises:
-            ProtocolError: another offset than :attr:`offset`, more than was announced, or the upload has ended.
-            UsageError: no room is left for the party. StorageError: the disk refuses. The upload can go on then, at
-                :attr:`offset`.
-        """
-        with self._lock:
-            self._require_alive()
-            if offset != self._offset:
-                raise ProtocolError("part of an upload at another offset", got=offset, expected=self._offset)
-            if len(data) > self.size - offset:
-                got = f"{offset + len(data)} bytes"
-                raise ProtocolError("upload is longer than announced", got=got, expected=f"{self.size}")
-            self._store.count(self, offset + len(data))
-            try:
-                with open(self._part, "r+b", buffering=0, opener=private) as file:
-                    file.truncate(offset)  # what a write left that failed half way
-                    file.seek(offset)
-                    left = memoryview(data)
-                    while left:
-                        left = left[file.write(left) :]
-            except OSError as error:
-                self.taken = offset
-                raise _fault("cannot store a part of an upload", error, self._part) from None
-            self._offset += len(data)
-
-    def finish(self) -> Path:
-        """Verify the whole file and take it in; return its path.
-
-        Raises:
-            ProtocolError: parts are missing; it can go on.
-            FormatError: it is no sealed file; nothing of it is kept.
-            SealError: it is another one than announced, or was changed; nothing of it is kept.
-        """
-        with self._lock:
-            self._require_alive()
-            if self._offset != self.size:
-                raise ProtocolError("upload is not whole", got=f"{self._offset} bytes", expected=f"{self.size}")
-            try:
-                signed = read_header(self._part)
-                if signed.digest != self.digest:
-                    raise SealError("upload is another file", got=signed.digest, expected=self.digest)
-                _check_chunks(self._part, signed)
-            except FormatError:
-                self._drop()
-                raise
-            try:
-                sync(self._part)
-                rename(self._part, self._whole)
-            except OSError as error:
-                raise _fault("cannot store an upload", error, self._whole) from None
-            self._ended = True
-            self._store.took(self)
-            return self._whole
-
-    def abort(self) -> None:
-        """Forget the upload and what has come of it."""
-        with self._lock:
-            if not self._ended:
-                self._drop()
-
-    def abandoned(self) -> bool:
-        """Whether nothing has come for a day; its room is given back then."""
-        try:
-            return time.time() - self._part.stat().st_mtime > ABANDONED_SECONDS
-        except FileNotFoundError:
-            return False  # it ended meanwhile
-
-    def _require_alive(self) -> None:
-        if self._ended:
-            raise ProtocolError("upload has ended", hint="begin it again")
-
-    def _drop(self) -> None:
-        self._ended, self.taken = True, 0
-        try:
-            self._part.unlink(missing_ok=True)
-        except OSError as error:
-            raise _fault("cannot remove an upload", error, self._part) from None
 
 
 class Store:
@@ -207,7 +96,7 @@ class Store:
             try:
                 upload = Upload(self, digest, size, party)
             except OSError as error:
-                raise _fault("cannot begin an upload", error, path) from None
+                raise disk_fault("cannot begin an upload", error, path) from None
             self._uploads[digest, party] = upload
             return upload
 
@@ -275,11 +164,11 @@ class Store:
                 size = path.stat().st_size
                 rename(path, self._name(signed.digest))
             except OSError as error:
-                raise _fault("cannot store a file", error, path) from None
+                raise disk_fault("cannot store a file", error, path) from None
             with self._lock:
                 self._sizes[signed.digest] = size
         except OSError as error:
-            raise _fault("cannot write a file", error, path) from None
+            raise disk_fault("cannot write a file", error, path) from None
         finally:
             path.unlink(missing_ok=True)
         return signed.digest
@@ -302,7 +191,7 @@ class Store:
         try:
             self._name(digest).unlink(missing_ok=True)
         except OSError as error:
-            raise _fault("cannot remove a file", error, self._name(digest)) from None
+            raise disk_fault("cannot remove a file", error, self._name(digest)) from None
 
     def _name(self, digest: str) -> Path:
         if not matches(DIGEST, digest):
@@ -321,7 +210,7 @@ class Store:
     def require_disk(self, size: int) -> None:
         """Raise StorageError unless the disk has room for ``size`` bytes, and beside them for state and log."""
         if shutil.disk_usage(self.directory).free < size + _KEPT_FREE:
-            raise StorageError("no room on the disk of the store", got=f"{size} bytes", hint=_LATER)
+            raise StorageError("no room on the disk of the store", got=f"{size} bytes", hint=LATER)
 
     def _remove_abandoned(self) -> None:
         # An upload's own lock is held while its file is verified: never wait for it with the store's.
@@ -331,20 +220,3 @@ class Store:
         for upload in uploads:
             if upload.abandoned():
                 upload.abort()
-
-
-def _check_chunks(path: Path, signed: SignedHeader) -> None:
-    """Compare every chunk with the signed table, so that nobody can occupy a digest with a damaged file."""
-    header, offset = signed.header, signed.payload_offset
-    buffer = bytearray(header.chunk_size(0) + TAG_BYTES)
-    with open_file(path) as file:
-        for index in range(header.chunks):
-            chunk = memoryview(buffer)[: header.chunk_size(index) + TAG_BYTES]
-            read_exactly(file, offset, chunk, "upload")
-            offset += len(chunk)
-            if hashlib.sha256(chunk).digest() != signed.table[index * HASH_BYTES : (index + 1) * HASH_BYTES]:
-                raise SealError("upload was changed", got=f"chunk {index} that is not the one in the signed table")
-
-
-def _fault(what: str, error: OSError, path: Path) -> StorageError:
-    return StorageError(what, got=error.strerror, where=str(path), hint=_LATER)

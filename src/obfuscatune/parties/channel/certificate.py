@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 
 import cbor2
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, EllipticCurvePrivateKey, EllipticCurvePublicKey
 from cryptography.hazmat.primitives.asymmetric.ec import generate_private_key as generate_ec_key
 from cryptography.hazmat.primitives.hashes import SHA256
@@ -38,8 +37,6 @@ MAX_CERTIFICATE_BYTES = 64 * 1024  # OpenSSL takes a chain of 100 KiB
 PLATFORM_EXTRAS = ("collateral", "event_log")
 _TAGGED_PAIR = cbor2.dumps(cbor2.CBORTag(CBOR_TAG, [b"", b""]))[:4]  # tag and list of two
 _BYTE_STRING = 2  # CBOR's major type
-# What the library raises beside ValueError: it derives these from Exception alone.
-_UNREADABLE = (UnsupportedAlgorithm, x509.DuplicateExtension, x509.InvalidVersion, x509.UnsupportedGeneralNameType)
 _NAME = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "obfuscatune enclave")])
 
 
@@ -130,7 +127,9 @@ def read_certificate(der: bytes) -> PeerCertificate:
         problem = AttestationError("certificate has no evidence in it", expected=f"the extension {OID.dotted_string}")
     except FormatError as error:
         problem = AttestationError(f"certificate has no usable evidence: {error.what}")
-    except (ValueError, TypeError, InvalidSignature, Warning, *_UNREADABLE) as error:
+    except (AttestationError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # parsers raise more than they document, and panics of Rust are no Exception
         problem = AttestationError("certificate cannot be read", got=f"a {type(error).__name__} in the parser")
     if problem is not None:
         raise problem
