@@ -146,6 +146,7 @@ def _learnt(row: Row, tokenizer: PreTrainedTokenizerBase, start: list[int]) -> t
     """Return a row's tokens, which of them carry a loss, and whether its last answer ends with a token to stop at."""
     if row.messages:
         ids, learnt = conversation_tokens(tokenizer, row.messages, row.context, row.where)
+        check_known(tokenizer, [token for token, mask in zip(ids, learnt, strict=True) if mask], row.where)
         close = len(learnt) - learnt[::-1].index(True)
         if is_ended(tokenizer, ids[:close]):
             return ids, learnt, True
