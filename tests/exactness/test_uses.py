@@ -22,8 +22,8 @@ pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.filterwarnings("
 
 
 def cases(uses: dict[str, Any]) -> list[Any]:
-    every = [("gpt2", profile) for profile in sorted(ALL)]
-    every += [("llama", profile) for profile in ("strict", "stream")]
+    every = [("gpt2", profile) for profile in sorted(ALL - {"naive"})]  # which is `paper` with other keys
+    every.append(("llama", "stream"))
     return [
         pytest.param(family, profile, name, id=f"{family}-{profile}-{name}", marks=_marks(family, profile, name))
         for family, profile in every

@@ -192,6 +192,7 @@ def copied(model: Any) -> Tensor:
 
 @use(ALL, reading=True)
 def compiled(model: Any) -> Tensor:
+    torch.compiler.reset()  # after some refusals it would give up and run the model as it is, which is right too
     return logits(torch.compile(model, backend="eager"))
 
 
