@@ -17,7 +17,19 @@ from obfuscatune import __version__
 from obfuscatune.errors import ObfuscatuneError, UsageError
 from obfuscatune.protocol.waiting import WAITING
 
-VERBS = ("demo", "finetune", "generate", "worker", "inspect", "doctor", "bench", "evaluate", "lm-eval", "audit")
+VERBS = (
+    "demo",
+    "finetune",
+    "generate",
+    "serve",
+    "worker",
+    "inspect",
+    "doctor",
+    "bench",
+    "evaluate",
+    "lm-eval",
+    "audit",
+)
 # Verbs with verbs of their own: modules with HELP and COMMANDS, a map of name to (function, epilog).
 GROUPS = ("identity", "enclave", "seal", "sealed", "job", "log", "attest", "reproduce")
 

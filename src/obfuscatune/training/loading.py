@@ -4,6 +4,7 @@ Code that comes with a model is never run. That must be said to transformers: wh
 terminal, and in an enclave the terminal is the operator's.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -147,13 +148,23 @@ def load_generation_settings(name: str) -> Any:
 
 def load_adapter(model: Any, path: str) -> Any:
     """Return the PEFT model of an adapter for ``model``. Raises UsageError where it cannot be read or does not fit."""
+    return load_adapters(model, {"default": path})
+
+
+def load_adapters(model: Any, paths: Mapping[str, str]) -> Any:
+    """Return the PEFT model of adapters by name, the first one in use; raises as :func:`load_adapter`."""
     from peft import PeftModel
     from safetensors import SafetensorError
 
-    try:
-        return PeftModel.from_pretrained(model, path)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise _unreadable("the adapter", path, error) from error
+    for name, path in paths.items():
+        try:
+            if isinstance(model, PeftModel):
+                model.load_adapter(path, name)
+            else:
+                model = PeftModel.from_pretrained(model, path, adapter_name=name)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise _unreadable("the adapter", path, error) from error
+    return model
 
 
 def _unreadable(what: str, name: str, error: Exception) -> UsageError:
