@@ -11,7 +11,7 @@ import sys
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from obfuscatune.cli.options import ConfigOptions, ModelOptions, ProtectionOptions, option, takes
 from obfuscatune.errors import UsageError
@@ -34,7 +34,6 @@ LEAST_TOKEN = 20  # characters
 class ServeOptions(ModelOptions, ProtectionOptions, ConfigOptions):
     """Options of ``obfuscatune serve``."""
 
-    dtype: Literal["float32", "float64", "bfloat16"] = option("dtype of its weights", "float32")
     adapter: list[str] | None = option("NAME=DIR of a PEFT adapter, asked for by that name; repeatable", None)
     chat_template: Path | None = option("Jinja file, in place of the tokenizer's own template", None)
     host: str = option("address to listen on", "127.0.0.1", **_SERVER)
