@@ -222,6 +222,13 @@ class Book:
             counted = replace(record, queries=record.queries + prompts)
             self._enter(digest, counted, "query", party=party, prompts=prompts)
 
+    def uncount_query(self, digest: str, party: str, prompts: int) -> None:
+        """Give prompts back whose completions failed in the enclave: nobody has got any of them."""
+        with self.state.lock:
+            record = self._records[digest]
+            counted = replace(record, queries=max(0, record.queries - prompts))
+            self._enter(digest, counted, "query-failed", party=party, prompts=prompts)
+
     def note(self, event: str, job: str | None = None, party: str | None = None, **details: str | int) -> None:
         """Write an entry into the log and commit it."""
         with self.state.lock:

@@ -96,16 +96,31 @@ class Runner:
                 keep()
         return results
 
-    def answer(self, signed: SignedJob, adapter: str, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
-        """Complete prompts with the trained model of a job that is done. Raises as :meth:`run`."""
+    def check(self, signed: SignedJob, adapter: str, prompts: Sequence[str], max_new_tokens: int) -> None:
+        """Load the trained model of a job that is done, unless it is there, and check that it takes the prompts.
+
+        Nothing is computed. Raises as :meth:`run`, and UsageError for a prompt, after which the model is still there.
+        """
         digest = signed.job.digest
         if self._loaded is None or self._loaded[0] != digest:
             with self._open(signed.job, None, adapter) as (_, _, _, keep):
                 keep()
-        if self._loaded is None:
+        _, protected, tokenizer = self._kept(digest)
+        prompt_ids(protected.model.config, tokenizer, _named(prompts), max_new_tokens)
+
+    def answer(self, digest: str, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
+        """Complete prompts that were checked. After a failure the model is gone: its session may be out of step."""
+        _, protected, tokenizer = self._kept(digest)
+        try:
+            return _complete(protected, tokenizer, prompts, max_new_tokens)
+        except BaseException:
+            self.close()
+            raise
+
+    def _kept(self, digest: str) -> tuple[str, Protected, Any]:
+        if self._loaded is None or self._loaded[0] != digest:
             raise SealError("the model of the job is not loaded")
-        _, protected, tokenizer = self._loaded
-        return _complete(protected, tokenizer, prompts, max_new_tokens)
+        return self._loaded
 
     def close(self) -> None:
         """Forget the model that was kept, and end its session with the worker."""
