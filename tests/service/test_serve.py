@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ from obfuscatune.parties.identity import Identity
 from obfuscatune.service.answers import MAX_ANSWERS, MAX_CHARACTERS, Answers
 from obfuscatune.service.requests import Query
 from obfuscatune.service.serve import Service
+from obfuscatune.training.completion import Completion
 
 from .jobs import CLINIC, LAB, Enclave, open_enclave
+
+RED = Completion("red", 3, 1, True)
 
 
 class Server:
@@ -45,9 +49,9 @@ class FakeRunner:
         if "too long" in prompts:
             raise UsageError("prompt is too long for the model", where="prompt 1")
 
-    def answer(self, *_: Any) -> list[str]:
+    def answer(self, *_: Any) -> list[Completion]:
         self.act()
-        return ["red"]
+        return [RED]
 
     def close(self) -> None:
         self.closed += 1
@@ -135,7 +139,7 @@ def test_a_prompt_that_is_refused_costs_nothing_and_leaves_the_model(enclave: En
         query = ask(serving, job, "too long")
         assert isinstance(query.error, UsageError) and enclave.book.record(job).queries == 0
         assert serving._runner.closed == 0  # type: ignore[attr-defined]
-        assert ask(serving, job, "the colour is").completions == ["red"]
+        assert ask(serving, job, "the colour is").completions == [RED]
     assert enclave.book.record(job).queries == 1
 
 
@@ -145,11 +149,11 @@ def test_a_question_asked_again_costs_nothing(enclave: Enclave) -> None:
     serving = service(enclave, lambda: computed.append(None))
     with working(serving):
         for prompt in ("a", "a", "b", "a"):
-            assert ask(serving, job, prompt).completions == ["red"]
+            assert ask(serving, job, prompt).completions == [RED]
         assert (len(computed), enclave.book.record(job).queries) == (2, 2)
         assert ask(serving, job, "c").error is not None  # they are used up
         # Over the channel too, where the right is looked at before anything waits.
-        assert serving._answers.get(job, CLINIC.public.fingerprint, ["b"], 1) == ["red"]
+        assert serving._answers.get(job, CLINIC.public.fingerprint, ["b"], 1) == [RED]
         assert serving._answers.get(job, LAB.public.fingerprint, ["b"], 1) is None
         assert serving._answers.get(job, CLINIC.public.fingerprint, ["b"], 2) is None
 
@@ -157,9 +161,9 @@ def test_a_question_asked_again_costs_nothing(enclave: Enclave) -> None:
 def test_answers_are_forgotten_before_they_are_too_many() -> None:
     answers = Answers()
     for number in range(MAX_ANSWERS + 1):
-        answers.put("job", "party", [str(number)], 1, ["x"])
-    assert answers.get("job", "party", ["0"], 1) is None and answers.get("job", "party", ["1"], 1) == ["x"]
-    answers.put("job", "party", ["long"], 1, ["x" * (MAX_CHARACTERS + 1)])
+        answers.put("job", "party", [str(number)], 1, [RED])
+    assert answers.get("job", "party", ["0"], 1) is None and answers.get("job", "party", ["1"], 1) == [RED]
+    answers.put("job", "party", ["long"], 1, [replace(RED, text="x" * (MAX_CHARACTERS + 1))])
     assert answers.get("job", "party", ["1"], 1) is None and answers.get("job", "party", ["long"], 1) is None
 
 

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreT
 from obfuscatune.profiles import resolve
 from obfuscatune.serving.app import build_app
 from obfuscatune.serving.batcher import Batcher
+from obfuscatune.serving.handlers import offer
 from obfuscatune.serving.limits import Limits
 from obfuscatune.serving.metrics import Metrics
 from obfuscatune.serving.models import ServedModel, serve_model
@@ -115,7 +116,9 @@ def serving(served: ServedModel, limits: Limits) -> Iterator[Running]:
     metrics = Metrics()
     batcher = Batcher(served, limits, metrics)
     with listen("127.0.0.1", 0) as listener:
-        app = build_app(served, batcher, limits, metrics, tokens=[TOKEN], hosts=["127.0.0.1", "localhost"])
+        app = build_app(
+            offer(served, batcher, limits, metrics), limits, metrics, tokens=[TOKEN], hosts=["127.0.0.1", "localhost"]
+        )
         server = Server(app, limits)
         batcher.start(on_fault=server.leave)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

@@ -22,6 +22,7 @@ VERBS = (
     "finetune",
     "generate",
     "serve",
+    "connect",
     "worker",
     "inspect",
     "doctor",

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from obfuscatune.cli.options import ConfigOptions, ModelOptions, ProtectionOptions, option, takes
-from obfuscatune.errors import UsageError
+from obfuscatune.errors import ObfuscatuneError, UsageError
 
 EPILOG = (
     "Examples:\n\nobfuscatune serve --model_name_or_path DIR\n\n"
@@ -56,8 +56,7 @@ class ServeOptions(ModelOptions, ProtectionOptions, ConfigOptions):
 @takes(ServeOptions)
 def command(options: ServeOptions) -> None:
     """Serve a protected model: OpenAI's /v1/chat/completions, /v1/completions and /v1/models, and a page to chat."""
-    if importlib.util.find_spec("fastapi") is None or importlib.util.find_spec("uvicorn") is None:
-        raise UsageError("fastapi and uvicorn are not installed", hint="pip install 'obfuscatune[serve]'")
+    require_packages()
     adapters = _adapters(options.adapter or ())
     template = None if options.chat_template is None else _read(options.chat_template, "--chat_template")
     hosts = _hosts(options)
@@ -67,6 +66,7 @@ def command(options: ServeOptions) -> None:
 
     from obfuscatune.serving.app import build_app
     from obfuscatune.serving.batcher import Batcher
+    from obfuscatune.serving.handlers import offer
     from obfuscatune.serving.limits import Limits
     from obfuscatune.serving.metrics import Metrics
     from obfuscatune.serving.models import serve_model
@@ -86,26 +86,37 @@ def command(options: ServeOptions) -> None:
     ):
         metrics = Metrics()
         batcher = Batcher(served, limits, metrics)
-        app = build_app(served, batcher, limits, metrics, tokens=tokens, hosts=hosts)
+        app = build_app(offer(served, batcher, limits, metrics), limits, metrics, tokens=tokens, hosts=hosts)
         server = Server(app, limits, certificate=certificate, key=key)
         batcher.start(on_fault=server.leave)
-        _announce(options, listener.getsockname()[1], served.names, tokens[0] if options.token_file is None else None)
+        scheme = "http" if options.ssl_certfile is None else "https"
+        host = f"[{options.host}]" if ":" in options.host else options.host
+        url = f"{scheme}://{host}:{listener.getsockname()[1]}"
+        announce(url, served.names, tokens[0] if options.token_file is None else None)
         try:
             server.run(sockets=[listener])
         finally:
             batcher.close()
         print(served.protected.report(), file=sys.stderr)
         if batcher.fault is not None:
-            raise batcher.fault
+            if isinstance(batcher.fault, ObfuscatuneError):
+                raise batcher.fault
+            raise ObfuscatuneError("the model could not be asked any more", got=type(batcher.fault).__name__)
 
 
-def _announce(options: ServeOptions, port: int, names: tuple[str, ...], token: str | None) -> None:
-    scheme = "http" if options.ssl_certfile is None else "https"
-    host = f"[{options.host}]" if ":" in options.host else options.host
-    print(f"serving {', '.join(names)} at {scheme}://{host}:{port}/v1", flush=True)
+def require_packages() -> None:
+    """Raise UsageError where the packages of the extra are missing."""
+    missing = [name for name in ("fastapi", "openai", "uvicorn") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UsageError(f"{', '.join(missing)} not installed", hint="pip install 'obfuscatune[serve]'")
+
+
+def announce(url: str, names: tuple[str, ...], token: str | None) -> None:
+    """Print where the server is, and the token of access where it was made for this run."""
+    print(f"serving {', '.join(names)} at {url}/v1", flush=True)
     if token is not None:
         print(f"token: {token}", flush=True)
-        print(f"page: {scheme}://{host}:{port}/#token={token}", flush=True)
+        print(f"page: {url}/#token={token}", flush=True)
 
 
 def _adapters(given: "list[str] | tuple[()]") -> dict[str, str]:

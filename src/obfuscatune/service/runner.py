@@ -19,7 +19,7 @@ from obfuscatune.enclave.families import family_of
 from obfuscatune.enclave.keys import MasterSecret
 from obfuscatune.enclave.protect import protect
 from obfuscatune.enclave.protected import Protected
-from obfuscatune.errors import ConsentError, FormatError, SealError
+from obfuscatune.errors import ConsentError, FormatError, SealError, UsageError
 from obfuscatune.parties.identity import Identity, PublicIdentity
 from obfuscatune.parties.job import Job, SignedJob
 from obfuscatune.parties.sealed.archive import SealedArchive, seal_files
@@ -31,8 +31,9 @@ from obfuscatune.service.model import open_model
 from obfuscatune.service.scratch import ram_directory
 from obfuscatune.service.store import Store
 from obfuscatune.training.arguments import add_adapter, training_arguments
+from obfuscatune.training.chat import spells_special
 from obfuscatune.training.checkpoints import load_keys, save_adapter
-from obfuscatune.training.completion import complete, prompt_ids
+from obfuscatune.training.completion import Completion, complete_counted, prompt_ids
 from obfuscatune.training.data import Collator, Prompt, completed_row, encode_rows, read_prompts, read_rows
 from obfuscatune.training.trainer import ProtectedTrainer
 
@@ -96,7 +97,7 @@ class Runner:
                 keep()
         return results
 
-    def check(self, signed: SignedJob, adapter: str, prompts: Sequence[str], max_new_tokens: int) -> None:
+    def check(self, signed: SignedJob, adapter: str, prompts: Sequence[Prompt], max_new_tokens: int) -> None:
         """Load the trained model of a job that is done, unless it is there, and check that it takes the prompts.
 
         Nothing is computed. Raises as :meth:`run`, and UsageError for a prompt, after which the model is still there.
@@ -106,9 +107,12 @@ class Runner:
             with self._open(signed.job, None, adapter) as (_, _, _, keep):
                 keep()
         _, protected, tokenizer = self._kept(digest)
+        for where, prompt in _named(prompts):
+            if not isinstance(prompt, str) and spells_special(tokenizer, prompt) is not None:
+                raise UsageError("a message spells a special token", where=where)
         prompt_ids(protected.model.config, tokenizer, _named(prompts), max_new_tokens)
 
-    def answer(self, digest: str, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
+    def answer(self, digest: str, prompts: Sequence[Prompt], max_new_tokens: int) -> list[Completion]:
         """Complete prompts that were checked. After a failure the model is gone: its session may be out of step."""
         _, protected, tokenizer = self._kept(digest)
         try:
@@ -254,7 +258,7 @@ class Runner:
         self, signed: SignedJob, protected: Protected, tokenizer: Any, prompts: Sequence[Prompt]
     ) -> str:
         job = signed.job
-        completions = _complete(protected, tokenizer, prompts, job.max_new_tokens)
+        completions = [c.text for c in _complete(protected, tokenizer, prompts, job.max_new_tokens)]
         rows = [completed_row(prompt, text) for prompt, text in zip(prompts, completions, strict=True)]
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         recipients = _parties(signed, job.generations_to) or [self._identity.public]
@@ -293,13 +297,13 @@ class _SealCheckpoints(TrainerCallback):
         self._hooks.checkpoint(state.global_step, digest)
 
 
-def _complete(protected: Protected, tokenizer: Any, prompts: Sequence[Prompt], max_new_tokens: int) -> list[str]:
+def _complete(protected: Protected, tokenizer: Any, prompts: Sequence[Prompt], max_new_tokens: int) -> list[Completion]:
     """Greedy completions, in the order of the prompts."""
     named = _named(prompts)
-    done: list[str] = []
+    done: list[Completion] = []
     for start in range(0, len(named), _BATCH):
         batch = named[start : start + _BATCH]
-        done += complete(protected.model, tokenizer, batch, max_new_tokens=max_new_tokens, do_sample=False)
+        done += complete_counted(protected.model, tokenizer, batch, max_new_tokens=max_new_tokens, do_sample=False)
     return done
 
 

@@ -26,6 +26,7 @@ from obfuscatune.service.runner import RAM_PREFIX, Hooks, Runner
 from obfuscatune.service.scratch import ram_directory
 from obfuscatune.service.state import State
 from obfuscatune.service.store import Store
+from obfuscatune.training.completion import Completion
 
 logger = logging.getLogger(__name__)
 QUERY_SECONDS = 600.0
@@ -99,7 +100,7 @@ class Service:
         finally:
             query.done.set()
 
-    def _complete(self, query: Query) -> list[str]:
+    def _complete(self, query: Query) -> list[Completion]:
         """Check, count, compute, in this order: a prompt that is refused costs nothing, and no crash gives any away."""
         asked = (query.job, query.party, len(query.prompts), query.max_new_tokens)
         self._book.check_query(*asked)

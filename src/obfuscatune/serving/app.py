@@ -13,13 +13,10 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
-from obfuscatune.serving.batcher import Batcher
-from obfuscatune.serving.claims import describe
 from obfuscatune.serving.guard import Guard
-from obfuscatune.serving.handlers import ChatHandler, TextHandler
+from obfuscatune.serving.handlers import ChatHandler, Offer, TextHandler
 from obfuscatune.serving.limits import Limits
 from obfuscatune.serving.metrics import Metrics
-from obfuscatune.serving.models import ServedModel
 from obfuscatune.serving.refusal import Refusal
 from obfuscatune.serving.request import parse
 
@@ -29,52 +26,49 @@ PAGE = {
     "/page.css": ("page.css", "text/css"),
 }
 OPEN = ("/health", *PAGE)  # wanted without a token: the page asks its reader for one
-PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/protection", "/metrics", *OPEN)
+PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/protection", "/v1/job", "/metrics", *OPEN)
 
 
 def build_app(
-    served: ServedModel,
-    batcher: Batcher,
-    limits: Limits,
-    metrics: Metrics,
-    *,
-    tokens: Sequence[str],
-    hosts: Sequence[str],
+    offered: Offer, limits: Limits, metrics: Metrics, *, tokens: Sequence[str], hosts: Sequence[str]
 ) -> ASGIApp:
     """Return the guarded application."""
     # Its notes on requests; those on models and fields, which it writes as warnings, are of no use here either.
     logging.getLogger("transformers.cli.serving").setLevel(logging.ERROR)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
-    chat, text = (handler(served, batcher, limits, metrics) for handler in (ChatHandler, TextHandler))
     started = int(time.time())
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
-        return await _handle(request, chat, "chatcmpl")
+        return await _handle(request, offered.chat, "chatcmpl")
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        return await _handle(request, text, "cmpl")
+        return await _handle(request, offered.text, "cmpl")
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         entry = {"object": "model", "created": started, "owned_by": "obfuscatune"}
-        return {"object": "list", "data": [{"id": name, **entry} for name in served.names]}
+        return {"object": "list", "data": [{"id": name, **entry} for name in offered.names]}
 
     @app.get("/v1/protection")
     async def protection() -> dict[str, Any]:
-        workers = [link.session.worker for link in served.protected.links]
-        more = {"workers": workers, "models": list(served.names), "default": served.names[-1], "attested": None}
-        return {**describe(served.protected.profile), **more, "chat": bool(served.tokenizer.chat_template)}
+        return offered.about()
+
+    if (tell := offered.job) is not None:
+
+        @app.get("/v1/job")
+        async def job() -> dict[str, Any]:
+            return await asyncio.to_thread(tell)
 
     @app.get("/health")
     async def health() -> Response:
-        alive = batcher.alive
+        alive = offered.alive()
         return JSONResponse({"status": "ok" if alive else "unavailable"}, 200 if alive else 503)
 
     @app.get("/metrics")
     async def prometheus() -> Response:
-        return PlainTextResponse(metrics.text(*batcher.load(), batcher.alive), media_type="text/plain; version=0.0.4")
+        return PlainTextResponse(metrics.text(*offered.load(), offered.alive()), media_type="text/plain; version=0.0.4")
 
     for path, (name, kind) in PAGE.items():
         content = (Path(__file__).parent / "page" / name).read_bytes()

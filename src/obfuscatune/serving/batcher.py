@@ -47,7 +47,7 @@ class Batcher:
         self._running: Sequence[Row] = ()
         self._changed = threading.Condition()
         self._closed = False
-        self.fault: Exception | None = None
+        self.fault: BaseException | None = None
         self._on_fault: Callable[[], None] = lambda: None
         self._thread = threading.Thread(target=self._work, name="batcher", daemon=True)
 
@@ -64,7 +64,7 @@ class Batcher:
     def load(self) -> tuple[int, int]:
         """Return how many requests wait, and how many are computed."""
         with self._changed:
-            waiting = sum(not row.cancelled for row in self._rows)
+            waiting = sum(not row.lapse() for row in self._rows)
             return waiting, sum(not row.done for row in self._running)
 
     def submit(self, row: Row) -> None:
@@ -76,7 +76,7 @@ class Batcher:
         with self._changed:
             if not self.alive:
                 raise _unavailable()
-            if sum(not waiting.cancelled for waiting in self._rows) >= self._limits.max_queue:
+            if sum(not waiting.lapse() for waiting in self._rows) >= self._limits.max_queue:
                 message = f"{self._limits.max_queue} requests wait already"
                 raise Refusal(429, message, code="queue_full", retry_after=1)
             self._rows.append(row)
@@ -97,7 +97,7 @@ class Batcher:
         if steps < max(LEAST_STEPS, longest // PREFILL_SHARE):
             return False
         with self._changed:
-            waiting = [row for row in self._rows if not row.cancelled]
+            waiting = [row for row in self._rows if not row.lapse()]
             adapter = rows[0].adapter
             if any(row.adapter == adapter for row in waiting) and not rows[0].alone:
                 return sum(not row.done for row in rows) < self._limits.max_batch
@@ -107,6 +107,10 @@ class Batcher:
         try:
             while rows := self._next():
                 self._compute(rows)
+        except BaseException as error:  # a panic in a tokenizer's Rust is no Exception
+            self.fault = error
+            logger.error("the batcher has ended: %s", type(error).__name__)
+            self._on_fault()
         finally:
             with self._changed:
                 self._closed = True

@@ -5,8 +5,9 @@
 """
 
 import json
-from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from fastapi.responses import StreamingResponse
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
@@ -16,27 +17,38 @@ from transformers.cli.serving.utils import BaseGenerateManager, Modality
 from obfuscatune.errors import UsageError
 from obfuscatune.serving import request
 from obfuscatune.serving.batcher import Batcher
+from obfuscatune.serving.claims import describe
 from obfuscatune.serving.limits import Limits
 from obfuscatune.serving.metrics import Metrics
-from obfuscatune.serving.models import ServedModel
+from obfuscatune.serving.models import Defaults, ServedModel
 from obfuscatune.serving.refusal import Refusal
 from obfuscatune.serving.row import Row
 from obfuscatune.serving.sampling import Settings
 from obfuscatune.serving.text import Text
-from obfuscatune.training.chat import prompt_tokens
+from obfuscatune.training.chat import prompt_tokens, spells_special
+
+
+class Served(Protocol):
+    """What is served, as the handlers need it."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the models."""
+
+    @property
+    def defaults(self) -> Defaults:
+        """How tokens are chosen where a request does not say."""
 
 
 class Prompts:
     """Stands in for the processor: texts and messages to tokens.
 
-    In messages only the chat template may write special tokens. One in a message could end the message, and begin
-    another in somebody else's name, so a message that spells one is refused. A bare text is the client's own in all
-    its parts, and its special tokens are special, as in ``obfuscatune generate``.
+    A message that spells a special token is refused, see `spells_special`. A bare text is the client's own in all its
+    parts, and its special tokens are special, as in ``obfuscatune generate``.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._special = tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
 
     def __call__(self, text: str, **more: Any) -> dict[str, list[int]]:
         """Return the tokens of a text."""
@@ -44,11 +56,11 @@ class Prompts:
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, str]], **more: Any) -> dict[str, list[int]]:
         """Return the tokens of messages and of the header of the answer; raises Refusal."""
-        for number, message in enumerate(messages):
-            if any(token in message["content"] for token in self._special):
-                name = f"messages[{number}].content"
-                raise Refusal(400, f"{name} spells a special token", code="invalid_value", param=name)
         turns = [(message["role"], message["content"]) for message in messages]
+        number = spells_special(self._tokenizer, turns)
+        if number is not None:
+            name = f"messages[{number}].content"
+            raise Refusal(400, f"{name} spells a special token", code="invalid_value", param=name)
         try:
             return {"input_ids": prompt_tokens(self._tokenizer, turns, "messages")}
         except UsageError as error:
@@ -56,13 +68,34 @@ class Prompts:
         raise Refusal(400, text, code="chat_template", param="messages")
 
 
-class Generation(BaseGenerateManager):
-    """Stands in for transformers' manager of generation, for one request."""
+class Manager(BaseGenerateManager):
+    """What stands in for transformers' manager of generation, for one request."""
+
+    @property
+    def failure(self) -> Refusal | None:
+        """Why the request failed, once it has."""
+        return None
+
+    def end(self) -> None:
+        """The client has its answer, or has left."""
+
+    def stop(self) -> None:
+        """Nothing of its own runs."""
+
+
+class Generation(Manager):
+    """One request to a model in this process."""
 
     def __init__(self, served: ServedModel, batcher: Batcher, limits: Limits, metrics: Metrics, name: str) -> None:
         self._served, self._batcher, self._limits, self._metrics = served, batcher, limits, metrics
         self._name = name
-        self.row: Row | None = None
+        self._row: Row | None = None
+        self._ended = False
+
+    @property
+    def failure(self) -> Refusal | None:
+        """Why the request failed, once it has."""
+        return None if self._row is None else self._row.failure
 
     def generate_streaming(
         self,
@@ -91,17 +124,14 @@ class Generation(BaseGenerateManager):
         return row.text, len(row.prompt), row.tokens
 
     def end(self) -> None:
-        """The client has its answer, or has left."""
-        row, self.row = self.row, None
-        if row is None:
+        """Count it, and stop it where nobody waits any more; again and again does no harm."""
+        row = self._row
+        if row is None or self._ended:
             return
-        left = not row.done
+        self._ended, left = True, not row.done
         row.cancel()
         first = None if row.first_token is None else row.first_token - row.started
         self._metrics.completed(len(row.prompt), row.age(), first, cancelled=left)
-
-    def stop(self) -> None:
-        """Nothing of its own runs."""
 
     def _submit(self, prompt: list[int], settings: Settings, *, streaming: bool) -> Row:
         if not prompt:
@@ -115,7 +145,7 @@ class Generation(BaseGenerateManager):
         text = Text(self._served.tokenizer, settings.stop)
         row = Row(self._name, prompt, settings, text, seconds=self._limits.seconds, streaming=streaming)
         self._batcher.submit(row)
-        self.row = row
+        self._row = row
         return row
 
 
@@ -124,10 +154,9 @@ class _Ours:
 
     kind = ""
 
-    def __init__(self, served: ServedModel, batcher: Batcher, limits: Limits, metrics: Metrics) -> None:
+    def __init__(self, served: Served, limits: Limits, prompts: Any, generation: Callable[[str], Manager]) -> None:
         super().__init__(model_manager=self, generation_state=self)  # type: ignore[call-arg]
-        self._served, self._batcher, self._limits, self._metrics = served, batcher, limits, metrics
-        self._prompts = Prompts(served.tokenizer)
+        self._served, self._limits, self._prompts, self._generation = served, limits, prompts, generation
 
     # As the handlers' model manager and state of generation.
 
@@ -137,25 +166,23 @@ class _Ours:
     def use_continuous_batching(self, model: Any, modality: Modality) -> bool:
         return True  # tokens as plain lists, and nothing moved to a device
 
-    def get_manager(self, model_id: str, use_cb: bool = False) -> Generation:
-        return Generation(self._served, self._batcher, self._limits, self._metrics, model_id)
+    def get_manager(self, model_id: str, use_cb: bool = False) -> Manager:
+        return self._generation(model_id)
 
     # In place of the handlers' own.
 
     def _validate_request(self, body: dict[str, Any]) -> None:
         request.check(body, self.kind, self._served.names)
 
-    def _resolve_model(self, body: dict[str, Any]) -> tuple[str, ServedModel, Prompts]:
+    def _resolve_model(self, body: dict[str, Any]) -> tuple[str, Served, Any]:
         return body["model"], self._served, self._prompts
 
     def _build_generation_config(self, body: dict[str, Any], *args: Any, **more: Any) -> Settings:
-        return request.settings(body, self._served, self._limits)
+        return request.settings(body, self._served.defaults, self._limits)
 
-    def _streaming(self, *args: Any, gen_manager: Generation, **more: Any) -> StreamingResponse:
+    def _streaming(self, *args: Any, gen_manager: Manager, **more: Any) -> StreamingResponse:
         response: StreamingResponse = super()._streaming(*args, gen_manager=gen_manager, **more)  # type: ignore[misc]
-        row = gen_manager.row
-        assert row is not None  # noqa: S101 - for mypy: the handler has just submitted it
-        response.body_iterator = _ended(response.body_iterator, gen_manager, row)
+        response.body_iterator = _ended(response.body_iterator, gen_manager)
         response.headers["Cache-Control"] = "no-store"
         return response
 
@@ -176,14 +203,49 @@ class TextHandler(_Ours, CompletionHandler):  # type: ignore[misc]
         return super()._streaming(*others, gen_manager=manager, suffix=suffix)
 
 
-async def _ended(chunks: Any, manager: Generation, row: Row) -> AsyncIterator[str]:
+async def _ended(chunks: Any, manager: Manager) -> AsyncIterator[str]:
     """Yield the chunks and OpenAI's end of a stream; a failure as its error object."""
     try:
         async for chunk in chunks:
-            if row.failure is not None and chunk.startswith('data: {"error"'):
-                yield f"data: {json.dumps(row.failure.body())}\n\n"
+            if manager.failure is not None and chunk.startswith('data: {"error"'):
+                yield f"data: {json.dumps(manager.failure.body())}\n\n"
                 return
             yield chunk
         yield "data: [DONE]\n\n"
     finally:
         manager.end()
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What an application serves: a model in this process, or one in an enclave elsewhere.
+
+    Attributes:
+        names: of the models. chat, text: what answers. about: what the page shows. job: of an enclave's job, its
+            progress. alive: whether it can be asked. load: how many requests wait, and how many are computed.
+    """
+
+    names: tuple[str, ...]
+    chat: ChatHandler
+    text: TextHandler
+    about: Callable[[], dict[str, Any]]
+    alive: Callable[[], bool]
+    load: Callable[[], tuple[int, int]]
+    job: Callable[[], dict[str, Any]] | None = None
+
+
+def offer(served: ServedModel, batcher: Batcher, limits: Limits, metrics: Metrics) -> Offer:
+    """Return the offer of a model in this process."""
+
+    def generation(name: str) -> Manager:
+        return Generation(served, batcher, limits, metrics, name)
+
+    def about() -> dict[str, Any]:
+        workers = [link.session.worker for link in served.protected.links]
+        more = {"workers": workers, "models": list(served.names), "default": served.names[-1], "attested": None}
+        return {**describe(served.protected.profile), **more, "chat": bool(served.tokenizer.chat_template)}
+
+    prompts = Prompts(served.tokenizer)
+    chat = ChatHandler(served, limits, prompts, generation)
+    text = TextHandler(served, limits, prompts, generation)
+    return Offer(served.names, chat, text, about, lambda: batcher.alive, batcher.load)

@@ -18,6 +18,11 @@ BASE = "base"
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "max_length", "min_length", "min_new_tokens")
 
 
+# Where transformers' handlers look for a family's way to mark thoughts and calls of tools: texts are handed on as they
+# are.
+NO_FAMILY = SimpleNamespace(model_type="")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Defaults:
     """How tokens are chosen where a request does not say: by the model's own settings of generation."""
@@ -34,11 +39,9 @@ class ServedModel:
         protected: what ends with it. model: of transformers or PEFT. tokenizer: pads on the left. ends: tokens that end
             a completion. defaults: of requests. names: ``base`` and the adapters. positions: of prompt and completion
             together, None where the model has no limit.
-        config: stands in for the model's where transformers' handlers look for its family's way to mark thoughts and
-            calls of tools; texts are handed on as they are.
     """
 
-    config = SimpleNamespace(model_type="")
+    config, generation_config = NO_FAMILY, None
 
     def __init__(self, protected: Protected, tokenizer: Any, adapters: Mapping[str, str]) -> None:
         self.protected, self.tokenizer = protected, tokenizer
@@ -48,11 +51,6 @@ class ServedModel:
         self.ends = frozenset(stop_tokens(self.model, tokenizer))
         self.positions: int | None = getattr(self.model.config, "max_position_embeddings", None)
         self.defaults = _take_defaults(self.model)
-
-    @property
-    def generation_config(self) -> Any:
-        """The model's settings of generation, its sampling taken out: that is each request's own."""
-        return self.model.generation_config
 
     @property
     def has_ended(self) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from obfuscatune.serving.limits import Limits
-from obfuscatune.serving.models import ServedModel
+from obfuscatune.serving.models import Defaults
 from obfuscatune.serving.refusal import Refusal
 from obfuscatune.serving.sampling import Settings
 
@@ -79,7 +79,7 @@ def check(body: Mapping[str, Any], kind: str, names: tuple[str, ...]) -> None:
     _check_messages(body.get("messages")) if kind == "chat" else _check_text(body.get("prompt"), "prompt")
 
 
-def settings(body: Mapping[str, Any], served: ServedModel, limits: Limits) -> Settings:
+def settings(body: Mapping[str, Any], defaults: Defaults, limits: Limits) -> Settings:
     """Return how the completion is generated.
 
     A larger number of tokens than the server's limit is lowered to it: the field is an upper bound, and a completion
@@ -88,7 +88,6 @@ def settings(body: Mapping[str, Any], served: ServedModel, limits: Limits) -> Se
     Raises:
         Refusal: a value of the wrong type, or out of its range.
     """
-    defaults = served.defaults
     longest = [_number(body, name, 1, 1 << 31, int) for name in ("max_completion_tokens", "max_tokens")]
     given = [value for value in longest if value is not None]
     temperature = _number(body, "temperature", 0, 2, float)

@@ -17,6 +17,30 @@ function list(id, texts) {
   }));
 }
 
+function attestation(found) {
+  $("attested").textContent = !found
+    ? "the server's own process, not attested: its machine's owner could read all of it"
+    : `${found.summary} Verified ${found.age} s ago, and again before each message.`;
+  $("verified").hidden = !found;
+  if (!found) return;
+  list("rules", found.rules.map((rule) =>
+    `${rule.passed === null ? "not judged" : rule.passed ? "ok" : "FAILED"}: ${rule.name}: ${rule.got}`));
+  list("measurements", Object.entries(found.measurements).map(([name, value]) => `${name} ${value}`));
+}
+
+async function watch() {
+  const response = await fetch("v1/job", { headers: headers() }).catch(() => null);
+  if (!response || response.status === 404) return;
+  $("progress").hidden = false;
+  if (!response.ok) { $("status").textContent = await failure(response); return; }
+  const job = await response.json();
+  $("status").textContent = `${job.status}, ${job.queries} of ${job.max_queries} queries used`;
+  $("bar").max = job.steps || 1;
+  $("bar").value = job.step;
+  $("bar").textContent = `${job.step} of ${job.steps} steps`;
+  if (!["done", "failed", "refused"].includes(job.status)) setTimeout(watch, 2000);
+}
+
 async function open() {
   $("entry-error").textContent = "";
   const response = await fetch("v1/protection", { headers: headers() }).catch(() => null);
@@ -31,14 +55,14 @@ async function open() {
   const about = await response.json();
   chat = about.chat;
   $("prompt-label").textContent = chat ? "Message" : "Text to go on with (this model has no chat template)";
-  $("attested").textContent = about.attested ||
-    "the server's own process, not attested: its machine's owner could read all of it";
+  attestation(about.attested);
   $("profile").textContent = `${about.profile}: ${about.summary}`;
   $("audience").textContent = about.audience;
   $("workers").textContent = about.workers.join(", ") || "none";
   list("hidden", about.hidden);
   list("shown", about.shown);
   $("model").replaceChildren(...about.models.map((name) => new Option(name, name, false, name === about.default)));
+  watch();
   $("entry").hidden = true;
   $("chat").hidden = false;
   $("prompt").focus();
@@ -109,6 +133,7 @@ async function ask(prompt) {
   }
   busy(false);
   $("prompt").focus();
+  if (!$("progress").hidden) watch();
 }
 
 $("entry").addEventListener("submit", (event) => {
