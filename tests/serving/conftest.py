@@ -5,7 +5,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -111,14 +111,13 @@ class Running:
 
 
 @contextmanager
-def serving(served: ServedModel, limits: Limits) -> Iterator[Running]:
-    """Serve in a thread, with the real uvicorn on a real socket."""
+def serving(served: ServedModel, limits: Limits, **changes: Any) -> Iterator[Running]:
+    """Serve in a thread, with the real uvicorn on a real socket; ``changes`` are of the offer."""
     metrics = Metrics()
     batcher = Batcher(served, limits, metrics)
     with listen("127.0.0.1", 0) as listener:
-        app = build_app(
-            offer(served, batcher, limits, metrics), limits, metrics, tokens=[TOKEN], hosts=["127.0.0.1", "localhost"]
-        )
+        offered = replace(offer(served, batcher, limits, metrics), **changes)
+        app = build_app(offered, limits, metrics, tokens=[TOKEN], hosts=["127.0.0.1", "localhost"])
         server = Server(app, limits)
         batcher.start(on_fault=server.leave)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
