@@ -9,7 +9,9 @@ import pytest
 
 import obfuscatune.parties
 
-OTHERS = tuple(f"obfuscatune.{name}" for name in ("enclave", "worker", "training", "service", "studies", "cli"))
+OTHERS = tuple(
+    f"obfuscatune.{name}" for name in ("enclave", "worker", "training", "service", "serving", "studies", "cli")
+)
 
 
 def others_after(modules: list[str]) -> list[str]:

@@ -12,6 +12,7 @@ from obfuscatune.parties.identity import Identity
 from obfuscatune.parties.job import Job, SignedJob
 from obfuscatune.parties.sealed.archive import seal_files
 from obfuscatune.parties.sealed.writer import SealedWriter
+from obfuscatune.service.answers import Answers
 from obfuscatune.service.book import Book
 from obfuscatune.service.entries import Entry
 from obfuscatune.service.log import AuditLog
@@ -119,7 +120,7 @@ def open_enclave(
         queries: list[Query] = []
         try:
             book = Book(state, log, Store(directory / "store", 1 << 26))
-            requests = Requests(book, queries.append, wait=wait, max_file_bytes=max_file_bytes)
+            requests = Requests(book, queries.append, Answers(), wait=wait, max_file_bytes=max_file_bytes)
             yield Enclave(directory, platform, state, log, book, requests, queries)
         finally:
             log.close()

@@ -23,6 +23,7 @@ from obfuscatune.errors import (
 from obfuscatune.parties.enclave import Status
 from obfuscatune.parties.job import Job
 from obfuscatune.service.requests import MAX_PROMPT_BYTES, MAX_WAITING, Query
+from obfuscatune.training.completion import Completion
 
 from .jobs import CANARY, CLINIC, LAB, STRANGER, Enclave, job_fields, open_enclave, sign
 
@@ -173,13 +174,17 @@ def test_results_are_for_whom_the_job_names(enclave: Enclave) -> None:
 
 def test_a_query(enclave: Enclave) -> None:
     def answer(query: Query) -> None:
-        query.completions = [prompt.upper() for prompt in query.prompts]
+        query.completions = [Completion(str(prompt).upper(), 2, 1, True) for prompt in query.prompts]
 
     Answering(enclave, answer)
     job = enclave.done_job()
-    _, payload = ask(enclave, CLINIC, "generate", json.dumps(["a é", CANARY]).encode(), job=job, max_new_tokens=5)
-    assert json.loads(payload) == ["A É", CANARY.upper()]
+    messages = [{"role": "user", "content": "b"}]
+    prompts = json.dumps(["a é", CANARY, messages]).encode()
+    fields, payload = ask(enclave, CLINIC, "generate", prompts, job=job, max_new_tokens=5)
+    assert json.loads(payload) == ["A É", CANARY.upper(), "(('USER', 'B'),)"]
+    assert fields == {"prompt_tokens": [2] * 3, "completion_tokens": [1] * 3, "ended": [1] * 3}
     assert "Zebediah" not in repr(enclave.queries[0])
+    assert "Zebediah" not in repr(enclave.queries[0].completions)
 
 
 def test_queries_that_the_job_does_not_give(enclave: Enclave, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,6 +222,12 @@ def test_queries_that_the_job_does_not_give(enclave: Enclave, monkeypatch: pytes
         b'["  "]',
         b'["x", null]',
         b'["\\ud800 half a pair"]',
+        b"[[]]",
+        b'[["x"]]',
+        b'[[{"role": "user"}]]',
+        b'[[{"role": "tool", "content": "x"}]]',
+        b'[[{"role": "user", "content": ""}]]',
+        b'[[{"role": "user", "content": "x", "name": "y"}]]',
         b'["\xed\xa0\x80"]',
         '["x"]'.encode("utf-16"),
         b"[" * 100_000,
@@ -225,7 +236,7 @@ def test_queries_that_the_job_does_not_give(enclave: Enclave, monkeypatch: pytes
         json.dumps([CANARY] * 300).encode()[:-1],
         b'["' + b"x" * MAX_PROMPT_BYTES + b'"]',
     ],
-    ids=range(16),
+    ids=range(22),
 )
 def test_prompts_of_a_wrong_form(enclave: Enclave, payload: bytes) -> None:
     job = enclave.done_job()

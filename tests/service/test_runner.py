@@ -155,6 +155,20 @@ def test_rows_that_are_held_out_are_not_trained_on(place: Place) -> None:
         weights(held_out={"more.jsonl": ROWS.encode()})
 
 
+def test_a_prompt_that_is_too_long_leaves_the_model_loaded(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    signed = place.signed(queries_by=("owner",), max_queries=5)
+    runner = Runner(ENCLAVE, place.store, workers=Workers.parse(["spawn"]))
+    try:
+        adapter = runner.run(signed, None, SILENT)["adapter"]
+        monkeypatch.setattr("obfuscatune.service.runner.protect", None)  # it is not keyed again
+        with pytest.raises(UsageError, match="too long"):
+            runner.check(signed, adapter, ["row 1 is", "x" * 40], 1)
+        runner.check(signed, adapter, ["row 1 is"], 1)
+        assert len(runner.answer(signed, adapter, ["row 1 is"], 1)) == 1
+    finally:
+        runner.close()
+
+
 @pytest.mark.parametrize("who", [("provider",), ("owner",), ("provider", "owner"), ()])
 def test_results_are_sealed_to_those_whom_the_job_names_and_to_nobody_else(place: Place, who: tuple[Any, ...]) -> None:
     named = {{"provider": LAB, "owner": CLINIC}[role].public.fingerprint for role in who}

@@ -2,16 +2,24 @@
 
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tokenizers import decoders
 
+from obfuscatune.errors import UsageError
+from obfuscatune.parties.identity import Identity
+from obfuscatune.service.answers import MAX_ANSWERS, MAX_CHARACTERS, Answers
 from obfuscatune.service.requests import Query
 from obfuscatune.service.serve import Service
+from obfuscatune.training.completion import Completion
 
 from .jobs import CLINIC, LAB, Enclave, open_enclave
+
+RED = Completion("red", 3, 1, True)
 
 
 class Server:
@@ -27,25 +35,28 @@ class Server:
 
 
 class FakeRunner:
-    """Does what it is told to instead of a job or an answer."""
+    """Does what it is told to instead of a job or an answer; ``check`` refuses one prompt."""
 
     kept: str | None = None
 
     def __init__(self, act: Callable[[], Any]) -> None:
         self.act = act
+        self.closed = 0
 
     def run(self, *_: Any) -> dict[str, str]:
         self.act()
         return {}
 
-    def answer(self, *_: Any) -> list[str]:
-        self.act()
-        return ["red"]
+    def check(self, signed: Any, adapter: str, prompts: list[str], tokens: int) -> None:
+        if "too long" in prompts:
+            raise UsageError("prompt is too long for the model", where="prompt 1")
 
-    closed = False
+    def answer(self, *_: Any) -> list[Completion]:
+        self.act()
+        return [RED]
 
     def close(self) -> None:
-        self.closed = True
+        self.closed += 1
 
 
 @pytest.fixture
@@ -90,25 +101,72 @@ def test_a_job_that_fails_in_any_way_does_not_end_the_service(enclave: Enclave, 
     assert [enclave.book.record(job).status for job in jobs] == ["failed", "failed"]
 
 
-@pytest.mark.parametrize("act", [panic, fail])
-def test_a_query_that_fails_in_any_way_costs_nothing(enclave: Enclave, act: Callable[[], None]) -> None:
-    """It is answered, its prompts are given back, and the model stays for the next one."""
-    job = enclave.done_job()
-    party, acts = CLINIC.public.fingerprint, [lambda: None, act]
-    failing, good = (Query(job, party, ["the colour is", "and"], 1) for _ in range(2))
-    serving = service(enclave, lambda: acts.pop()())
+@contextmanager
+def working(serving: Service) -> Iterator[None]:
     thread = threading.Thread(target=serving.work)
     thread.start()
-    for query in (failing, good):
-        serving._ask(query)
-        assert query.done.wait(30)
-    assert failing.error is not None and not failing.completions
-    assert good.error is None and good.completions == ["red"]
-    assert enclave.book.record(job).queries == 2 and not serving._runner.closed  # type: ignore[attr-defined]
-    assert enclave.told()[-3:] == ["query", "query-failed", "query"]
-    serving.stop()
-    thread.join(30)
-    assert not thread.is_alive()
+    try:
+        yield
+    finally:
+        serving.stop()
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+def ask(serving: Service, job: str, prompt: str, party: Identity = CLINIC) -> Query:
+    query = Query(job, party.public.fingerprint, [prompt], 1)
+    serving._ask(query)
+    assert query.done.wait(30)
+    return query
+
+
+@pytest.mark.parametrize("act", [panic, fail])
+def test_a_query_that_fails_in_any_way_is_answered_and_given_back(tmp_path: Path, act: Callable[[], None]) -> None:
+    with open_enclave(tmp_path) as enclave:
+        job = enclave.done_job()
+        serving = service(enclave, act)
+        with working(serving):
+            query = ask(serving, job, "the colour is")
+        assert query.error is not None and not query.completions
+        assert enclave.book.record(job).queries == 0
+        platform = enclave.platform
+    with open_enclave(tmp_path, platform) as enclave:
+        assert enclave.book.record(job).queries == 0
+
+
+def test_a_prompt_that_is_refused_costs_nothing_and_leaves_the_model(enclave: Enclave) -> None:
+    job = enclave.done_job()
+    serving = service(enclave, lambda: None)
+    with working(serving):
+        query = ask(serving, job, "too long")
+        assert isinstance(query.error, UsageError) and enclave.book.record(job).queries == 0
+        assert serving._runner.closed == 0  # type: ignore[attr-defined]
+        assert ask(serving, job, "the colour is").completions == [RED]
+    assert enclave.book.record(job).queries == 1
+
+
+def test_a_question_asked_again_costs_nothing(enclave: Enclave) -> None:
+    job = enclave.done_job(max_queries=2)
+    computed: list[None] = []
+    serving = service(enclave, lambda: computed.append(None))
+    with working(serving):
+        for prompt in ("a", "a", "b", "a"):
+            assert ask(serving, job, prompt).completions == [RED]
+        assert (len(computed), enclave.book.record(job).queries) == (2, 2)
+        assert ask(serving, job, "c").error is not None  # they are used up
+        # Over the channel too, where the right is looked at before anything waits.
+        assert serving._answers.get(job, CLINIC.public.fingerprint, ["b"], 1) == [RED]
+        assert serving._answers.get(job, LAB.public.fingerprint, ["b"], 1) is None
+        assert serving._answers.get(job, CLINIC.public.fingerprint, ["b"], 2) is None
+
+
+def test_answers_are_forgotten_before_they_are_too_many() -> None:
+    answers = Answers()
+    for number in range(MAX_ANSWERS + 1):
+        answers.put("job", "party", [str(number)], 1, [RED])
+    assert answers.get("job", "party", ["0"], 1) is None and answers.get("job", "party", ["1"], 1) == [RED]
+    answers.put("job", "party", ["long"], 1, [replace(RED, text="x" * (MAX_CHARACTERS + 1))])
+    assert answers.get("job", "party", ["1"], 1) is None and answers.get("job", "party", ["long"], 1) is None
 
 
 def test_a_model_that_is_kept_is_forgotten_when_its_job_is_deleted(enclave: Enclave) -> None:

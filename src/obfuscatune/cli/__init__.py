@@ -23,7 +23,20 @@ from obfuscatune.errors import ObfuscatuneError, UsageError
 from obfuscatune.protocol.memory import keep_freed_memory
 from obfuscatune.protocol.waiting import WAITING
 
-VERBS = ("demo", "finetune", "generate", "worker", "inspect", "doctor", "bench", "evaluate", "lm-eval", "audit")
+VERBS = (
+    "demo",
+    "finetune",
+    "generate",
+    "serve",
+    "connect",
+    "worker",
+    "inspect",
+    "doctor",
+    "bench",
+    "evaluate",
+    "lm-eval",
+    "audit",
+)
 # Verbs with verbs of their own: modules with HELP and COMMANDS, a map of name to (function, epilog).
 GROUPS = ("party", "identity", "enclave", "seal", "sealed", "job", "log", "attest", "reproduce")
 

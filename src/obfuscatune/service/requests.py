@@ -22,9 +22,12 @@ from obfuscatune.parties.channel.transfer import Piece, serve_piece
 from obfuscatune.parties.identity import PublicIdentity
 from obfuscatune.parties.job import SignedJob
 from obfuscatune.parties.sealed.header import open_file
+from obfuscatune.service.answers import Answers
 from obfuscatune.service.book import Book
 from obfuscatune.service.consent import OWNERS
 from obfuscatune.service.records import Record
+from obfuscatune.training.completion import Completion
+from obfuscatune.training.data import ROLES, Prompt
 
 MAX_PROMPTS = 256
 MAX_PROMPT_BYTES = 1 << 20
@@ -40,10 +43,10 @@ class Query:
 
     job: str
     party: str
-    prompts: list[str] = field(repr=False)
+    prompts: list[Prompt] = field(repr=False)
     max_new_tokens: int
     done: threading.Event = field(default_factory=threading.Event, repr=False)
-    completions: list[str] = field(default_factory=list, repr=False)
+    completions: list[Completion] = field(default_factory=list, repr=False)
     error: BaseException | None = field(default=None, repr=False)
     _taken: bool = field(default=False, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
@@ -65,11 +68,15 @@ class Requests:
     """Answers requests; called from the threads of the channel.
 
     Args:
-        book: of the jobs. ask: hands a query to the thread that has the model. wait: seconds that a query may take.
+        book: of the jobs. ask: hands a query to the thread that has the model. answers: that it remembers.
+        wait: seconds that a query may take.
         max_file_bytes: of an upload.
     """
 
-    def __init__(self, book: Book, ask: Callable[[Query], None], *, wait: float, max_file_bytes: int) -> None:
+    def __init__(
+        self, book: Book, ask: Callable[[Query], None], answers: Answers, *, wait: float, max_file_bytes: int
+    ) -> None:
+        self._answers = answers
         self._book, self._ask, self._wait, self._max_file_bytes = book, ask, wait, max_file_bytes
         self._lock = threading.Lock()  # of the two below
         self._waiting: Counter[str] = Counter()
@@ -214,7 +221,10 @@ class Requests:
         if type(wait) not in (int, float) or not 0 < wait < float("inf"):
             raise UsageError("wait", expected="seconds for which the client stays")
         query = Query(digest, party.fingerprint, _prompts(payload), tokens)
-        self._book.check_query(digest, party.fingerprint, len(query.prompts), tokens)
+        known = self._answers.get(digest, party.fingerprint, query.prompts, tokens)
+        self._book.check_query(digest, party.fingerprint, 0 if known is not None else len(query.prompts), tokens)
+        if known is not None:
+            return _reply(known)
         with self._place(party.fingerprint):
             self._ask(query)
             answered = query.done.wait(min(wait, self._wait))
@@ -223,7 +233,7 @@ class Requests:
             raise BusyError("the enclave is busy", hint="ask again when the running job is done")
         if query.error is not None:
             raise _told(query.error)
-        return {}, json.dumps(query.completions, ensure_ascii=False).encode()
+        return _reply(query.completions)
 
     @contextlib.contextmanager
     def _place(self, party: str) -> Iterator[None]:
@@ -257,8 +267,18 @@ def _told(error: BaseException) -> ObfuscatuneError:
     return ObfuscatuneError("the query failed in the enclave", got=type(error).__name__)
 
 
-def _prompts(payload: bytes) -> list[str]:
-    """Return the prompts of a query: a JSON list of strings."""
+def _reply(completions: list[Completion]) -> Reply:
+    """Return the texts, and in the fields what is counted of each."""
+    fields = {
+        "prompt_tokens": [completion.prompt_tokens for completion in completions],
+        "completion_tokens": [completion.tokens for completion in completions],
+        "ended": [int(completion.ended) for completion in completions],
+    }
+    return fields, json.dumps([completion.text for completion in completions], ensure_ascii=False).encode()
+
+
+def _prompts(payload: bytes) -> list[Prompt]:
+    """Return the prompts of a query: a JSON list of texts, or of lists of messages with a role and a content."""
     problem: FormatError | None = None
     if len(payload) > MAX_PROMPT_BYTES:
         raise FormatError("prompts are too long", got=f"{len(payload)} bytes", expected=f"at most {MAX_PROMPT_BYTES}")
@@ -270,11 +290,27 @@ def _prompts(payload: bytes) -> list[str]:
     if problem is not None:  # outside the handler: the decoder's exception holds the text
         raise problem
     fits = isinstance(prompts, list) and 1 <= len(prompts) <= MAX_PROMPTS
-    if not fits or not all(isinstance(prompt, str) and prompt.strip() and _is_text(prompt) for prompt in prompts):
-        raise FormatError("not a list of prompts", expected=f"1 to {MAX_PROMPTS} texts")
-    return list(prompts)
+    found = [_prompt(prompt) for prompt in prompts] if fits else []
+    if not found or None in found:
+        raise FormatError("not a list of prompts", expected=f"1 to {MAX_PROMPTS} texts, or lists of messages")
+    return [prompt for prompt in found if prompt is not None]
 
 
-def _is_text(prompt: str) -> bool:
-    """Whether no half of a surrogate pair is in it, which JSON can spell and no tokenizer takes."""
-    return not any("\ud800" <= char <= "\udfff" for char in prompt)
+def _prompt(value: Any) -> Prompt | None:
+    if _is_text(value):
+        return str(value)
+    if not isinstance(value, list) or not value:
+        return None
+    turns = []
+    for message in value:
+        if not isinstance(message, dict) or set(message) != {"role", "content"} or message["role"] not in ROLES:
+            return None
+        if not _is_text(message["content"]):
+            return None
+        turns.append((message["role"], message["content"]))
+    return tuple(turns)
+
+
+def _is_text(value: Any) -> bool:
+    """Whether it is a text with something in it, and no half of a surrogate pair, which no tokenizer takes."""
+    return isinstance(value, str) and bool(value.strip()) and not any("\ud800" <= char <= "\udfff" for char in value)

@@ -7,7 +7,7 @@ from typing import Any
 from obfuscatune.enclave.protected import Protected
 from obfuscatune.parties.job import Job
 from obfuscatune.service.placement import Placed
-from obfuscatune.training.completion import complete
+from obfuscatune.training.completion import Completion, complete_counted
 from obfuscatune.training.data import Prompt
 
 _BATCH = 8  # prompts completed together
@@ -32,13 +32,15 @@ def training_report(job: Job, history: Sequence[dict[str, Any]], parts: Sequence
     return (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def complete_prompts(protected: Protected, tokenizer: Any, prompts: Sequence[Prompt], max_new_tokens: int) -> list[str]:
+def complete_prompts(
+    protected: Protected, tokenizer: Any, prompts: Sequence[Prompt], max_new_tokens: int
+) -> list[Completion]:
     """Greedy completions, in the order of the prompts."""
     rows = named(prompts)
-    done: list[str] = []
+    done: list[Completion] = []
     for start in range(0, len(rows), _BATCH):
         batch = rows[start : start + _BATCH]
-        done += complete(protected.model, tokenizer, batch, max_new_tokens=max_new_tokens, do_sample=False)
+        done += complete_counted(protected.model, tokenizer, batch, max_new_tokens=max_new_tokens, do_sample=False)
     return done
 
 

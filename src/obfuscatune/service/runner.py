@@ -32,8 +32,9 @@ from obfuscatune.service.results import complete_prompts, named, training_report
 from obfuscatune.service.scratch import ram_directory
 from obfuscatune.service.store import Store
 from obfuscatune.training.arguments import add_adapter, training_arguments
+from obfuscatune.training.chat import spells_special
 from obfuscatune.training.checkpoints import load_checkpoint, save_adapter
-from obfuscatune.training.completion import prompt_ids
+from obfuscatune.training.completion import Completion, prompt_ids
 from obfuscatune.training.data import Prompt, completed_row, read_prompts, read_rows
 from obfuscatune.training.encoding import Collator, encode_rows
 from obfuscatune.training.origin import check_origin
@@ -107,20 +108,29 @@ class Runner:
                 keep()
         return results
 
-    def answer(self, signed: SignedJob, adapter: str, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
-        """Complete prompts with the trained model of a job that is done. Raises as :meth:`run`.
+    def check(self, signed: SignedJob, adapter: str, prompts: Sequence[Prompt], max_new_tokens: int) -> None:
+        """Load the trained model of a job that is done, unless it is there, and check that it takes the prompts.
+
+        Nothing is computed. Raises as :meth:`run`, and UsageError for a prompt, after which the model is still there.
+        """
+        protected, tokenizer = self._opened(signed, adapter)
+        for where, prompt in named(prompts):
+            if not isinstance(prompt, str) and spells_special(tokenizer, prompt) is not None:
+                raise UsageError("a message spells a special token", where=where)
+        prompt_ids(protected.model.config, tokenizer, named(prompts), max_new_tokens)
+
+    def answer(
+        self, signed: SignedJob, adapter: str, prompts: Sequence[Prompt], max_new_tokens: int
+    ) -> list[Completion]:
+        """Complete prompts that were checked, with the trained model of a job that is done. Raises as :meth:`run`.
 
         The model stays, whatever a query does. Where the worker has gone since it was opened, it is opened once more.
         """
-        kept = self._loaded is not None and self._loaded[0] == signed.job.digest
         protected, tokenizer = self._opened(signed, adapter)
-        prompt_ids(protected.model.config, tokenizer, named(prompts), max_new_tokens)  # the fault of who asks
         try:
             return complete_prompts(protected, tokenizer, prompts, max_new_tokens)
         except (WorkerFault, UsageError):  # the second where the session had ended before
-            if not kept:
-                raise
-        self.close()
+            self.close()
         protected, tokenizer = self._opened(signed, adapter)
         return complete_prompts(protected, tokenizer, prompts, max_new_tokens)
 
@@ -289,7 +299,7 @@ class Runner:
         self, signed: SignedJob, protected: Protected, tokenizer: Any, prompts: Sequence[Prompt]
     ) -> str:
         job = signed.job
-        completions = complete_prompts(protected, tokenizer, prompts, job.max_new_tokens)
+        completions = [each.text for each in complete_prompts(protected, tokenizer, prompts, job.max_new_tokens)]
         rows = [completed_row(prompt, text) for prompt, text in zip(prompts, completions, strict=True)]
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         recipients = _parties(signed, job.generations_to) or [self._identity.public]

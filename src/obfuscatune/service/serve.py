@@ -20,6 +20,7 @@ from obfuscatune.parties.canonical import encode
 from obfuscatune.parties.channel.server import AttestedServer
 from obfuscatune.parties.identity import Identity, PublicIdentity
 from obfuscatune.parties.succession import load_successions, successors
+from obfuscatune.service.answers import Answers
 from obfuscatune.service.book import Book
 from obfuscatune.service.log import AuditLog
 from obfuscatune.service.patience import Patience, Stopped
@@ -29,6 +30,7 @@ from obfuscatune.service.runner import RAM_PREFIX, Hooks, Runner
 from obfuscatune.service.scratch import ram_directory
 from obfuscatune.service.state import State
 from obfuscatune.service.store import Store
+from obfuscatune.training.completion import Completion
 
 logger = logging.getLogger(__name__)
 QUERY_SECONDS = 600.0
@@ -50,7 +52,8 @@ class Service:
         self._queries: collections.deque[Query] = collections.deque()
         self._stopped = False
         self._patiently = Patience(book, lambda: self._stopped)
-        requests = Requests(book, self._ask, wait=QUERY_SECONDS, max_file_bytes=max_file_bytes)
+        self._answers = Answers()
+        requests = Requests(book, self._ask, self._answers, wait=QUERY_SECONDS, max_file_bytes=max_file_bytes)
         self._server = server_of(requests)
         self.address, self.identity = self._server.address, book.state.identity.public
         self._thread = threading.Thread(target=self._server.serve_forever, name="channel", daemon=True)
@@ -97,24 +100,34 @@ class Service:
             self._book.changed.notify_all()
 
     def _answer(self, query: Query) -> None:
-        book, counted = self._book, False
+        question = (query.job, query.party, query.prompts, query.max_new_tokens)
         try:
             if not query.take():
                 return
-            book.count_query(query.job, query.party, len(query.prompts), query.max_new_tokens)
-            counted = True
-            adapter = book.record(query.job).results["adapter"]
-            query.completions = self._runner.answer(
-                book.signed(query.job), adapter, query.prompts, query.max_new_tokens
-            )
+            known = self._answers.get(*question)  # asked twice at once, or answered while whoever asked was away
+            query.completions = self._complete(query) if known is None else known
+            self._answers.put(*question, query.completions)
         except _STOPS:
             raise
-        except BaseException as error:  # goes to the party that asked; the service goes on, and so does the model
+        except BaseException as error:  # goes to the party that asked; the service goes on, and with it the model
             query.error = error
-            if counted:
-                self._patiently(lambda: book.query_failed(query.job, query.party, len(query.prompts)))
         finally:
             query.done.set()
+
+    def _complete(self, query: Query) -> list[Completion]:
+        """Check, count, compute, in this order: a prompt that is refused costs nothing, and no crash gives any away."""
+        asked = (query.job, query.party, len(query.prompts), query.max_new_tokens)
+        self._book.check_query(*asked)
+        adapter = self._book.record(query.job).results["adapter"]
+        self._runner.check(self._book.signed(query.job), adapter, query.prompts, query.max_new_tokens)
+        self._book.count_query(*asked)
+        try:
+            return self._runner.answer(self._book.signed(query.job), adapter, query.prompts, query.max_new_tokens)
+        except _STOPS:
+            raise
+        except BaseException:
+            self._patiently(lambda: self._book.query_failed(query.job, query.party, len(query.prompts)))
+            raise
 
     def _run(self, digest: str) -> None:
         book, patiently = self._book, self._patiently

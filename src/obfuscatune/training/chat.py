@@ -38,6 +38,15 @@ def prompt_tokens(tokenizer: PreTrainedTokenizerBase, turns: Turns, where: str) 
     return _render(tokenizer, turns, where, add_generation_prompt=True)["input_ids"]
 
 
+def spells_special(tokenizer: PreTrainedTokenizerBase, turns: Turns) -> int | None:
+    """Return the first turn that spells a special token, or None.
+
+    Only the template may write these: one in a turn could close it, and open another in somebody else's name.
+    """
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return next((n for n, (_, content) in enumerate(turns) if any(token in content for token in special)), None)
+
+
 def conversation_tokens(
     tokenizer: PreTrainedTokenizerBase, turns: Turns, first: int, where: str
 ) -> tuple[list[int], list[bool]]:

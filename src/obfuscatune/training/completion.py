@@ -1,6 +1,7 @@
 """Completing prompts with a protected model: one batch, by the stock ``generate``."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,9 +13,30 @@ from obfuscatune.training.encoding import check_known, start_tokens
 from obfuscatune.training.quiet import Quiet
 
 
+@dataclass(frozen=True)
+class Completion:
+    """One completion: its text, secret; tokens of its prompt, and its own but for the one that ended it.
+
+    ``ended`` says that it ended by itself, and not at the longest.
+    """
+
+    text: str = field(repr=False)
+    prompt_tokens: int
+    tokens: int
+    ended: bool
+
+
 def complete(
     model: Any, tokenizer: Any, prompts: Sequence[tuple[str, Prompt]], *, max_new_tokens: int, **generation: Any
 ) -> list[str]:
+    """Return the texts of :func:`complete_counted`; everything else as there."""
+    found = complete_counted(model, tokenizer, prompts, max_new_tokens=max_new_tokens, **generation)
+    return [completion.text for completion in found]
+
+
+def complete_counted(
+    model: Any, tokenizer: Any, prompts: Sequence[tuple[str, Prompt]], *, max_new_tokens: int, **generation: Any
+) -> list[Completion]:
     """Return the completions of one batch of ``(where, prompt)`` pairs; ``where`` names a prompt in errors.
 
     A completion stops at each of the tokens that the model's generation settings stop at, as stock ``generate`` does,
@@ -30,6 +52,7 @@ def complete(
         UsageError, DataError: as :func:`prompt_ids`.
     """
     ids = prompt_ids(model.config, tokenizer, prompts, max_new_tokens)
+    ends = stop_tokens(model, tokenizer)
     batch = tokenizer.pad({"input_ids": ids}, return_tensors="pt")
     with torch.inference_mode():
         output = model.generate(
@@ -37,14 +60,17 @@ def complete(
             attention_mask=batch["attention_mask"],
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=stop_tokens(model, tokenizer) or None,
+            eos_token_id=ends or None,
             **{name: value for name, value in generation.items() if value is not None},
         )
-    with Quiet("the tokenizer fails on the completions", where=f"{prompts[0][0]} to {prompts[-1][0]}"):
-        completions: list[str] = tokenizer.batch_decode(
-            output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
-        )
-    return completions
+    found = []
+    for prompt, row in zip(ids, output[:, batch["input_ids"].shape[1] :], strict=True):
+        tokens = row.tolist()
+        last = next((number for number, token in enumerate(tokens) if token in ends), None)
+        with Quiet("the tokenizer fails on the completions", where=f"{prompts[0][0]} to {prompts[-1][0]}"):
+            text: str = tokenizer.decode(row, skip_special_tokens=True)
+        found.append(Completion(text, len(prompt), len(tokens) if last is None else last, last is not None))
+    return found
 
 
 def prompt_ids(

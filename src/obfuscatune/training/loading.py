@@ -5,7 +5,7 @@ terminal, and in an enclave the terminal is the operator's.
 """
 
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -181,11 +181,22 @@ def load_generation_settings(name: str) -> Any:
 
 
 def load_adapter(model: Any, path: str) -> Any:
-    """Return the PEFT model of an adapter for ``model``.
+    """Return the PEFT model of an adapter for ``model``; raises as `load_adapters`."""
+    return load_adapters(model, {"default": path})
+
+
+def load_adapters(model: Any, paths: Mapping[str, str]) -> Any:
+    """Return the PEFT model of adapters by name, the first one in use.
 
     Raises:
-        UsageError: it cannot be read; it is not of a model of this shape, or not all of it is there; it is not finite.
+        UsageError: one cannot be read; it is not of a model of this shape, or not all of it is there; it is not finite.
     """
+    for name, path in paths.items():
+        model = _with_adapter(model, name, path)
+    return model
+
+
+def _with_adapter(model: Any, name: str, path: str) -> Any:
     from peft import PeftModel, get_peft_model_state_dict
     from peft.utils import load_peft_weights
     from safetensors import SafetensorError
@@ -194,11 +205,15 @@ def load_adapter(model: Any, path: str) -> Any:
         given = load_peft_weights(path, device="cpu")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Found missing adapter keys")
-            found = PeftModel.from_pretrained(model, path)
+            if isinstance(model, PeftModel):
+                found = model
+                found.load_adapter(path, name)
+            else:
+                found = PeftModel.from_pretrained(model, path, adapter_name=name)
     # A configuration that PEFT does not know fails in any of these ways.
     except (OSError, ValueError, RuntimeError, SafetensorError, KeyError, TypeError, AttributeError) as error:
         raise _unreadable("the adapter", path, error) from error
-    wanted = get_peft_model_state_dict(found, save_embedding_layers=False)
+    wanted = get_peft_model_state_dict(found, save_embedding_layers=False, adapter_name=name)
     known = {*wanted, *found.state_dict()}  # an adapter may bring layers of the base along, whole
     _refuse_differences("the adapter", set(wanted) - set(given), set(given) - known, path)
     for name, tensor in given.items():

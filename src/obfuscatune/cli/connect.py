@@ -1,0 +1,58 @@
+"""``obfuscatune connect``: an enclave's model, verified, for every client of OpenAI's interface on this machine."""
+
+# ruff: noqa: RUF009 - option() makes a field, which is what the rule wants there
+
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
+from obfuscatune.cli.connecting import EnclaveOptions
+from obfuscatune.cli.options import ConfigOptions, option, takes
+from obfuscatune.cli.serve import announce, require_packages
+
+EPILOG = (
+    "Examples:\n\nobfuscatune connect --enclave tls://HOST:7443 --job job.json --identity clinic.key "
+    "--policy clinic.toml\n\nOPENAI_BASE_URL=http://127.0.0.1:8000/v1 OPENAI_API_KEY=TOKEN python client.py"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConnectOptions(EnclaveOptions, ConfigOptions):
+    """Options of ``obfuscatune connect``."""
+
+    job: Path = option("the job file whose trained model is asked")
+    name: str = option("what clients call the model", "job")
+    port: int = option("port on 127.0.0.1; 0 takes a free one", 8000, min=0, ceiling=65535)
+    reply_seconds: float = option("to wait for an answer of the enclave", 600.0)
+
+
+@takes(ConnectOptions)
+def command(options: ConnectOptions) -> None:
+    """Verify an enclave, and serve on 127.0.0.1 the model of a job that it has run. A refused one gets no port."""
+    require_packages()
+    from obfuscatune.parties.job import SignedJob
+    from obfuscatune.serving.app import build_app
+    from obfuscatune.serving.limits import Limits
+    from obfuscatune.serving.metrics import Metrics
+    from obfuscatune.serving.relay import Enclave, offer
+    from obfuscatune.serving.server import Server, listen
+
+    job = SignedJob.load(options.job).job
+    with options.connect(job.enclave) as channel:
+        print(channel.verdict, flush=True)
+    token, metrics = secrets.token_urlsafe(32), Metrics()
+    limits = Limits(max_new_tokens=job.max_new_tokens, seconds=options.reply_seconds)
+    enclave = Enclave(lambda: options.connect(job.enclave), channel, job, options.name, options.reply_seconds)
+    with listen("127.0.0.1", options.port) as listener:
+        app = build_app(
+            offer(enclave, limits, metrics), limits, metrics, tokens=[token], hosts=["127.0.0.1", "localhost"]
+        )
+        server = Server(app, limits)
+        enclave.start(on_fault=server.leave)
+        announce(f"http://127.0.0.1:{listener.getsockname()[1]}", enclave.names, token)
+        try:
+            server.run(sockets=[listener])
+        finally:
+            enclave.close()
+    if enclave.fault is not None:
+        raise enclave.fault

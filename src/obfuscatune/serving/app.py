@@ -1,0 +1,118 @@
+"""The application: its routes, and what they answer."""
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp
+
+from obfuscatune.serving.guard import Guard
+from obfuscatune.serving.handlers import ChatHandler, Offer, TextHandler
+from obfuscatune.serving.limits import Limits
+from obfuscatune.serving.metrics import Metrics
+from obfuscatune.serving.refusal import Refusal
+from obfuscatune.serving.request import parse
+
+PAGE = {
+    "/": ("index.html", "text/html"),
+    "/page.js": ("page.js", "text/javascript"),
+    "/page.css": ("page.css", "text/css"),
+}
+OPEN = ("/health", *PAGE)  # wanted without a token: the page asks its reader for one
+PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/protection", "/v1/job", "/metrics", *OPEN)
+
+
+def build_app(
+    offered: Offer, limits: Limits, metrics: Metrics, *, tokens: Sequence[str], hosts: Sequence[str]
+) -> ASGIApp:
+    """Return the guarded application."""
+    # Its notes on requests; those on models and fields, which it writes as warnings, are of no use here either.
+    logging.getLogger("transformers.cli.serving").setLevel(logging.ERROR)
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
+    started = int(time.time())
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(request: Request) -> Response:
+        return await _handle(request, offered.chat, "chatcmpl")
+
+    @app.post("/v1/completions")
+    async def completions(request: Request) -> Response:
+        return await _handle(request, offered.text, "cmpl")
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        entry = {"object": "model", "created": started, "owned_by": "obfuscatune"}
+        return {"object": "list", "data": [{"id": name, **entry} for name in offered.names]}
+
+    @app.get("/v1/protection")
+    async def protection() -> dict[str, Any]:
+        return offered.about()
+
+    if (tell := offered.job) is not None:
+
+        @app.get("/v1/job")
+        async def job() -> dict[str, Any]:
+            return await asyncio.to_thread(tell)
+
+    @app.get("/health")
+    async def health() -> Response:
+        alive = offered.alive()
+        return JSONResponse({"status": "ok" if alive else "unavailable"}, 200 if alive else 503)
+
+    @app.get("/metrics")
+    async def prometheus() -> Response:
+        return PlainTextResponse(metrics.text(*offered.load(), offered.alive()), media_type="text/plain; version=0.0.4")
+
+    for path, (name, kind) in PAGE.items():
+        content = (Path(__file__).parent / "page" / name).read_bytes()
+        app.add_api_route(path, _constant(content, kind), methods=["GET"])
+
+    @app.exception_handler(Refusal)
+    async def refused(request: Request, refusal: Refusal) -> Response:
+        return JSONResponse(refusal.body(), refusal.status, refusal.headers())
+
+    @app.exception_handler(HTTPException)
+    async def unknown(request: Request, error: HTTPException) -> Response:
+        refusal = Refusal(error.status_code, "no such route" if error.status_code == 404 else "not done", code="route")
+        return JSONResponse(refusal.body(), refusal.status, {**(error.headers or {}), **refusal.headers()})
+
+    @app.exception_handler(Exception)
+    async def failed(request: Request, error: Exception) -> Response:  # the guard sees the error too, and logs it
+        return JSONResponse(Refusal.internal().body(), 500)
+
+    return Guard(app, tokens=tokens, hosts=hosts, paths=PATHS, open_paths=OPEN, limits=limits, metrics=metrics)
+
+
+async def _handle(request: Request, handler: ChatHandler | TextHandler, prefix: str) -> Response:
+    """Answer, or stop when the client leaves before the answer begins."""
+    body = parse(await request.body())
+    answering = asyncio.ensure_future(handler.handle_request(body, f"{prefix}-{secrets.token_hex(12)}"))
+    leaving = asyncio.ensure_future(_left(request))
+    try:
+        await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not answering.done():
+            raise Refusal(499, "the client left", code="cancelled")
+        return await answering
+    finally:
+        for task in (answering, leaving):
+            task.cancel()
+        await asyncio.gather(leaving, answering, return_exceptions=True)
+
+
+async def _left(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _constant(content: bytes, kind: str) -> Any:
+    async def page() -> Response:
+        return Response(content, media_type=kind, headers={"Cache-Control": "no-store"})
+
+    return page

@@ -1,0 +1,251 @@
+"""transformers' handlers of OpenAI's protocol, over our batches.
+
+``ChatCompletionHandler`` and ``CompletionHandler`` take a request apart, and build each reply and chunk out of the
+``openai`` package's own types. What they ask for a model, for tokens and for generation is given here.
+"""
+
+import json
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from fastapi.responses import StreamingResponse
+from transformers.cli.serving.chat_completion import ChatCompletionHandler
+from transformers.cli.serving.completion import CompletionHandler
+from transformers.cli.serving.utils import BaseGenerateManager, Modality
+
+from obfuscatune.errors import UsageError
+from obfuscatune.serving import request
+from obfuscatune.serving.batcher import Batcher
+from obfuscatune.serving.claims import describe
+from obfuscatune.serving.limits import Limits
+from obfuscatune.serving.metrics import Metrics
+from obfuscatune.serving.models import Defaults, ServedModel
+from obfuscatune.serving.refusal import Refusal
+from obfuscatune.serving.row import Row
+from obfuscatune.serving.sampling import Settings
+from obfuscatune.serving.text import Text
+from obfuscatune.training.chat import prompt_tokens, spells_special
+
+
+class Served(Protocol):
+    """What is served, as the handlers need it."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the models."""
+
+    @property
+    def defaults(self) -> Defaults:
+        """How tokens are chosen where a request does not say."""
+
+
+class Prompts:
+    """Stands in for the processor: texts and messages to tokens.
+
+    A message that spells a special token is refused, see `spells_special`. A bare text is the client's own in all its
+    parts, and its special tokens are special, as in ``obfuscatune generate``.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def __call__(self, text: str, **more: Any) -> dict[str, list[int]]:
+        """Return the tokens of a text."""
+        return {"input_ids": list(self._tokenizer(text)["input_ids"])}
+
+    def apply_chat_template(self, messages: Sequence[Mapping[str, str]], **more: Any) -> dict[str, list[int]]:
+        """Return the tokens of messages and of the header of the answer; raises Refusal."""
+        turns = [(message["role"], message["content"]) for message in messages]
+        number = spells_special(self._tokenizer, turns)
+        if number is not None:
+            name = f"messages[{number}].content"
+            raise Refusal(400, f"{name} spells a special token", code="invalid_value", param=name)
+        try:
+            return {"input_ids": prompt_tokens(self._tokenizer, turns, "messages")}
+        except UsageError as error:
+            text = f"{error.what}; {error.hint}" if error.hint else error.what
+        raise Refusal(400, text, code="chat_template", param="messages")
+
+
+class Manager(BaseGenerateManager):
+    """What stands in for transformers' manager of generation, for one request."""
+
+    @property
+    def failure(self) -> Refusal | None:
+        """Why the request failed, once it has."""
+        return None
+
+    def end(self) -> None:
+        """The client has its answer, or has left."""
+
+    def stop(self) -> None:
+        """Nothing of its own runs."""
+
+
+class Generation(Manager):
+    """One request to a model in this process."""
+
+    def __init__(self, served: ServedModel, batcher: Batcher, limits: Limits, metrics: Metrics, name: str) -> None:
+        self._served, self._batcher, self._limits, self._metrics = served, batcher, limits, metrics
+        self._name = name
+        self._row: Row | None = None
+        self._ended = False
+
+    @property
+    def failure(self) -> Refusal | None:
+        """Why the request failed, once it has."""
+        return None if self._row is None else self._row.failure
+
+    def generate_streaming(
+        self,
+        model: Any,
+        processor: Any,
+        inputs: Any,
+        gen_config: Any,
+        request_id: str,
+        response_parser: Any = None,
+    ) -> Any:
+        """Return the queue of pieces, and the row that feeds it; raises Refusal."""
+        row = self._submit(inputs["input_ids"], gen_config, streaming=True)
+        return row.queue, row
+
+    async def generate_non_streaming(
+        self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str
+    ) -> tuple[str, int, list[int]]:
+        """Return text, count of the prompt's tokens, and tokens; raises Refusal."""
+        row = self._submit(inputs["input_ids"], gen_config, streaming=False)
+        try:
+            await row.queue.get()
+        finally:
+            self.end()
+        if row.failure is not None:
+            raise row.failure
+        return row.text, len(row.prompt), row.tokens
+
+    def end(self) -> None:
+        """Count it, and stop it where nobody waits any more; again and again does no harm."""
+        row = self._row
+        if row is None or self._ended:
+            return
+        self._ended, left = True, not row.done
+        row.cancel()
+        first = None if row.first_token is None else row.first_token - row.started
+        self._metrics.completed(len(row.prompt), row.age(), first, cancelled=left)
+
+    def _submit(self, prompt: list[int], settings: Settings, *, streaming: bool) -> Row:
+        if not prompt:
+            raise Refusal(400, "the prompt has no token", code="invalid_value", param="prompt")
+        positions = self._served.positions
+        if positions is not None:
+            if len(prompt) >= positions:
+                message = f"the prompt has {len(prompt)} tokens, and the model's context is {positions}"
+                raise Refusal(400, message, code="context_length_exceeded", param="messages")
+            settings.longest = min(settings.longest, positions - len(prompt))
+        text = Text(self._served.tokenizer, settings.stop)
+        row = Row(self._name, prompt, settings, text, seconds=self._limits.seconds, streaming=streaming)
+        self._batcher.submit(row)
+        self._row = row
+        return row
+
+
+class _Ours:
+    """What both handlers have in common: the collaborators that they ask, and a stream that ends as OpenAI's does."""
+
+    kind = ""
+
+    def __init__(self, served: Served, limits: Limits, prompts: Any, generation: Callable[[str], Manager]) -> None:
+        super().__init__(model_manager=self, generation_state=self)  # type: ignore[call-arg]
+        self._served, self._limits, self._prompts, self._generation = served, limits, prompts, generation
+
+    # As the handlers' model manager and state of generation.
+
+    def get_model_modality(self, model: Any, processor: Any = None) -> Modality:
+        return Modality.LLM
+
+    def use_continuous_batching(self, model: Any, modality: Modality) -> bool:
+        return True  # tokens as plain lists, and nothing moved to a device
+
+    def get_manager(self, model_id: str, use_cb: bool = False) -> Manager:
+        return self._generation(model_id)
+
+    # In place of the handlers' own.
+
+    def _validate_request(self, body: dict[str, Any]) -> None:
+        request.check(body, self.kind, self._served.names)
+
+    def _resolve_model(self, body: dict[str, Any]) -> tuple[str, Served, Any]:
+        return body["model"], self._served, self._prompts
+
+    def _build_generation_config(self, body: dict[str, Any], *args: Any, **more: Any) -> Settings:
+        return request.settings(body, self._served.defaults, self._limits)
+
+    def _streaming(self, *args: Any, gen_manager: Manager, **more: Any) -> StreamingResponse:
+        response: StreamingResponse = super()._streaming(*args, gen_manager=gen_manager, **more)  # type: ignore[misc]
+        response.body_iterator = _ended(response.body_iterator, gen_manager)
+        response.headers["Cache-Control"] = "no-store"
+        return response
+
+
+class ChatHandler(_Ours, ChatCompletionHandler):  # type: ignore[misc]
+    """``/v1/chat/completions``."""
+
+    kind = "chat"
+
+
+class TextHandler(_Ours, CompletionHandler):  # type: ignore[misc]
+    """``/v1/completions``."""
+
+    kind = "completion"
+
+    def _streaming(self, *args: Any, **more: Any) -> StreamingResponse:
+        *others, manager, suffix = args  # this handler passes all by position
+        return super()._streaming(*others, gen_manager=manager, suffix=suffix)
+
+
+async def _ended(chunks: Any, manager: Manager) -> AsyncIterator[str]:
+    """Yield the chunks and OpenAI's end of a stream; a failure as its error object."""
+    try:
+        async for chunk in chunks:
+            if manager.failure is not None and chunk.startswith('data: {"error"'):
+                yield f"data: {json.dumps(manager.failure.body())}\n\n"
+                return
+            yield chunk
+        yield "data: [DONE]\n\n"
+    finally:
+        manager.end()
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What an application serves: a model in this process, or one in an enclave elsewhere.
+
+    Attributes:
+        names: of the models. chat, text: what answers. about: what the page shows. job: of an enclave's job, its
+            progress. alive: whether it can be asked. load: how many requests wait, and how many are computed.
+    """
+
+    names: tuple[str, ...]
+    chat: ChatHandler
+    text: TextHandler
+    about: Callable[[], dict[str, Any]]
+    alive: Callable[[], bool]
+    load: Callable[[], tuple[int, int]]
+    job: Callable[[], dict[str, Any]] | None = None
+
+
+def offer(served: ServedModel, batcher: Batcher, limits: Limits, metrics: Metrics) -> Offer:
+    """Return the offer of a model in this process."""
+
+    def generation(name: str) -> Manager:
+        return Generation(served, batcher, limits, metrics, name)
+
+    def about() -> dict[str, Any]:
+        workers = [link.session.worker for link in served.protected.links]
+        more = {"workers": workers, "models": list(served.names), "default": served.names[-1], "attested": None}
+        return {**describe(served.protected.profile), **more, "chat": bool(served.tokenizer.chat_template)}
+
+    prompts = Prompts(served.tokenizer)
+    chat = ChatHandler(served, limits, prompts, generation)
+    text = TextHandler(served, limits, prompts, generation)
+    return Offer(served.names, chat, text, about, lambda: batcher.alive, batcher.load)

@@ -1,0 +1,109 @@
+"""The model that is served: protected once, with its adapters by name."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+from obfuscatune.enclave.protect import protect
+from obfuscatune.enclave.protected import Protected
+from obfuscatune.errors import UsageError
+from obfuscatune.profiles import Profile
+from obfuscatune.training.completion import stop_tokens
+from obfuscatune.training.loading import load, load_adapters, load_tokenizer
+
+BASE = "base"
+# What each request decides, and what would bound or change a round, which is a part of a completion.
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "max_length", "min_length", "min_new_tokens")
+
+
+# Where transformers' handlers look for a family's way to mark thoughts and calls of tools: texts are handed on as they
+# are.
+NO_FAMILY = SimpleNamespace(model_type="")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Defaults:
+    """How tokens are chosen where a request does not say: by the model's own settings of generation."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+
+class ServedModel:
+    """A protected model, its tokenizer, and its adapters; used by one thread at a time.
+
+    Attributes:
+        protected: what ends with it. model: of transformers or PEFT. tokenizer: pads on the left. ends: tokens that end
+            a completion. defaults: of requests. names: ``base`` and the adapters. positions: of prompt and completion
+            together, None where the model has no limit.
+    """
+
+    config, generation_config = NO_FAMILY, None
+
+    def __init__(self, protected: Protected, tokenizer: Any, adapters: Mapping[str, str]) -> None:
+        self.protected, self.tokenizer = protected, tokenizer
+        self.model: Any = protected.model
+        self.names = (BASE, *adapters)
+        self._has_adapters = bool(adapters)
+        self.ends = frozenset(stop_tokens(self.model, tokenizer))
+        self.positions: int | None = getattr(self.model.config, "max_position_embeddings", None)
+        self.defaults = _take_defaults(self.model)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether a session with a worker has ended: after a fault no later reply is used."""
+        return any(link.session.has_ended for link in self.protected.links)
+
+    @contextmanager
+    def using(self, name: str) -> Iterator[None]:
+        """Compute with the adapter of that name, or with none."""
+        if self._has_adapters and name != BASE:
+            self.model.set_adapter(name)
+        with self.model.disable_adapter() if self._has_adapters and name == BASE else nullcontext():
+            yield
+
+
+@contextmanager
+def serve_model(
+    name: str, dtype: str, adapters: Mapping[str, str], protection: Mapping[str, Any], chat_template: str | None
+) -> Iterator[ServedModel]:
+    """Load and protect a model with its adapters; its sessions end with the context.
+
+    Args:
+        name, dtype: as of `load`. adapters: name to directory. protection: arguments of `protect`.
+        chat_template: of Jinja, in place of the tokenizer's own.
+
+    Raises:
+        UsageError: as of `load` and `protect`; names of adapters that cannot be used, or several of them in a profile
+            that has the adapter on the worker.
+    """
+    profile: Profile = protection["profile"]
+    if profile.remote and profile.lora_placement == "worker" and len(adapters) > 1:
+        hint = "serve one adapter, or take another profile"
+        raise UsageError(f"profile {profile.name} keeps one adapter on the worker", got=len(adapters), hint=hint)
+    model = load(name, dtype)
+    tokenizer = load_tokenizer(name, model.config)
+    tokenizer.padding_side = "left"  # completions continue the last position of every row
+    if not tokenizer.is_fast:
+        raise UsageError("tokenizer cannot stream text", got=type(tokenizer).__name__, expected="a fast tokenizer")
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+    if adapters:
+        model = load_adapters(model, adapters)
+    with protect(model.eval(), **protection, progress=True) as protected:
+        yield ServedModel(protected, tokenizer, adapters)
+
+
+def _take_defaults(model: Any) -> Defaults:
+    """Return the model's own way of sampling, and leave it decoding greedily."""
+    own = model.generation_config
+    defaults = Defaults()
+    if own.do_sample:
+        defaults = Defaults(temperature=own.temperature or 1.0, top_p=own.top_p or 1.0, top_k=own.top_k or 0)
+    for name in _SAMPLING:
+        setattr(own, name, None)
+    own.do_sample, own.num_beams = False, 1
+    return defaults

@@ -1,0 +1,157 @@
+"""What a request may say: each field honoured, or refused by its name.
+
+transformers' handlers ignore fields that they do not know, take a frequency penalty for a repetition penalty, and a
+wrong type for a fault of the server. So everything is checked here first.
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from obfuscatune.serving.limits import Limits
+from obfuscatune.serving.models import Defaults
+from obfuscatune.serving.refusal import Refusal
+from obfuscatune.serving.sampling import Settings
+
+ROLES = ("system", "developer", "user", "assistant")
+MAX_MESSAGES = 1024
+MAX_STOPS = 4
+MAX_STOP_CHARACTERS = 64
+
+_COMMON = ("model", "stream", "stream_options", "temperature", "top_p", "max_tokens", "seed", "stop", "user")
+FIELDS: dict[str, tuple[str, ...]] = {
+    "chat": (*_COMMON, "messages", "max_completion_tokens"),
+    "completion": (*_COMMON, "prompt"),
+}
+# Values that ask for nothing, which some clients send always.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "echo": (False,),
+    "store": (False,),
+    "logprobs": (False,),
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "logit_bias": ({},),
+    "tools": ([],),
+    "functions": ([],),
+    "tool_choice": ("none",),
+    "metadata": ({},),
+    "modalities": (["text"],),
+    "response_format": ({"type": "text"},),
+    "service_tier": ("auto", "default"),
+    "suffix": ("",),
+}
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def parse(body: bytes) -> dict[str, Any]:
+    """Return the JSON object of a request's body; raises Refusal."""
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise Refusal(400, "the body is no JSON object", code="invalid_json")
+    return value
+
+
+def check(body: Mapping[str, Any], kind: str, names: tuple[str, ...]) -> None:
+    """Check the fields of a request. kind: ``chat`` or ``completion``. names: of the models.
+
+    Raises:
+        Refusal: 400 or 404, with the name of the field.
+    """
+    for name, value in body.items():
+        if name not in FIELDS[kind] and value is not None and value not in _NEUTRAL.get(name, ()):
+            shown = name if len(name) <= 64 and name.isidentifier() else "a field"
+            raise Refusal(400, f"{shown} is not supported", code="unsupported_parameter", param=shown)
+    model = body.get("model")
+    if model is None:
+        raise _wrong("model", f"one of {', '.join(names)}")
+    if model not in names:
+        raise Refusal(404, f"no such model; there are {', '.join(names)}", code="model_not_found", param="model")
+    if not isinstance(body.get("stream") or False, bool):
+        raise _wrong("stream", "true or false")
+    _check_stream_options(body.get("stream_options"))
+    _check_messages(body.get("messages")) if kind == "chat" else _check_text(body.get("prompt"), "prompt")
+
+
+def settings(body: Mapping[str, Any], defaults: Defaults, limits: Limits) -> Settings:
+    """Return how the completion is generated.
+
+    A larger number of tokens than the server's limit is lowered to it: the field is an upper bound, and a completion
+    that it cut says ``length``.
+
+    Raises:
+        Refusal: a value of the wrong type, or out of its range.
+    """
+    longest = [_number(body, name, 1, 1 << 31, int) for name in ("max_completion_tokens", "max_tokens")]
+    given = [value for value in longest if value is not None]
+    temperature = _number(body, "temperature", 0, 2, float)
+    top_p = _number(body, "top_p", 0, 1, float)
+    if top_p == 0:  # the likeliest alone
+        temperature, top_p = 0.0, 1.0
+    stop = body.get("stop")
+    stops = [stop] if isinstance(stop, str) else stop or []
+    if not isinstance(stops, list) or len(stops) > MAX_STOPS or not all(isinstance(s, str) and s for s in stops):
+        raise _wrong("stop", f"a text, or up to {MAX_STOPS} of them")
+    if any(len(s) > MAX_STOP_CHARACTERS for s in stops):
+        raise _wrong("stop", f"texts of at most {MAX_STOP_CHARACTERS} characters")
+    return Settings(
+        longest=min([limits.max_new_tokens, *given]),
+        temperature=defaults.temperature if temperature is None else float(temperature),
+        top_p=defaults.top_p if top_p is None else float(top_p),
+        top_k=defaults.top_k,
+        seed=_number(body, "seed", -(1 << 63), (1 << 63) - 1, int),
+        stop=tuple(stops),
+    )
+
+
+def _number(body: Mapping[str, Any], name: str, least: float, most: float, kind: Callable[[Any], Any]) -> Any:
+    value = body.get(name)
+    if value is None:
+        return None
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not is_number or not least <= value <= most or (kind is int and value != int(value)):
+        what = "an integer" if kind is int else "a number"
+        raise _wrong(name, f"{what} from {least:g} to {most:g}")
+    return kind(value)
+
+
+def _check_stream_options(value: Any) -> None:
+    if value is None:
+        return
+    known = ("include_usage", "include_obfuscation")
+    if not isinstance(value, dict) or not all(k in known and isinstance(v, bool) for k, v in value.items()):
+        raise _wrong("stream_options", "include_usage, true or false")
+
+
+def _check_messages(value: Any) -> None:
+    if not isinstance(value, list) or not 1 <= len(value) <= MAX_MESSAGES:
+        raise _wrong("messages", f"a list of 1 to {MAX_MESSAGES} messages")
+    for number, message in enumerate(value):
+        where = f"messages[{number}]"
+        if not isinstance(message, dict) or message.get("role") not in ROLES:
+            raise _wrong(where, f"a message of role {', '.join(ROLES)}")
+        if any(name not in ("role", "content", "name") and item is not None for name, item in message.items()):
+            raise _wrong(where, "role and content, and nothing else")
+        content = message.get("content")
+        parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+        for part in parts:
+            if not isinstance(part, dict) or part.get("type") != "text":
+                raise _wrong(f"{where}.content", "text, or parts of type text")
+            _check_text(part.get("text"), f"{where}.content")
+
+
+def _check_text(value: Any, name: str) -> None:
+    if not isinstance(value, str) or not value:
+        raise _wrong(name, "a text that is not empty")
+    if _SURROGATE.search(value):  # JSON can spell half a character, a tokenizer cannot
+        raise _wrong(name, "Unicode text")
+
+
+def _wrong(name: str, expected: str) -> Refusal:
+    return Refusal(400, f"{name}: expected {expected}", code="invalid_value", param=name)

@@ -1,0 +1,107 @@
+"""One request while it is computed: its tokens so far, and the event loop that waits for them."""
+
+import asyncio
+import time
+from typing import Any
+
+from transformers.cli.serving.utils import _StreamError
+
+from obfuscatune.serving.refusal import Refusal
+from obfuscatune.serving.sampling import Settings
+from obfuscatune.serving.text import Text
+
+
+class Row:
+    """A request under way. Made and awaited in the event loop, computed in the batcher's thread.
+
+    Attributes:
+        adapter: which model it is for. prompt, tokens: ids, secret. settings: how tokens are chosen.
+        queue: what transformers' handlers read: pieces of text, then None, or an error.
+        failure: why it failed, once it has. done: nothing more will come.
+    """
+
+    def __init__(
+        self, adapter: str, prompt: list[int], settings: Settings, text: Text, *, seconds: float, streaming: bool
+    ) -> None:
+        self.adapter, self.prompt, self.settings = adapter, prompt, settings
+        self.tokens: list[int] = []
+        self.chooser = settings.chooser()
+        self.failure: Refusal | None = None
+        self.done = self.alone = self.cancelled = False
+        self.started = time.monotonic()
+        self.first_token: float | None = None
+        self.queue: asyncio.Queue[Any] = asyncio.Queue()
+        self._deadline = self.started + seconds
+        self._text, self._streaming = text, streaming
+        self._loop = asyncio.get_running_loop()
+
+    @property
+    def total_tokens(self) -> int:
+        """How many tokens the completion has; an end-of-text token is none of them."""
+        return len(self.tokens)
+
+    @property
+    def text(self) -> str:
+        """The completion so far."""
+        return self._text.text
+
+    @property
+    def left(self) -> int:
+        """How many tokens may still come."""
+        return self.settings.longest - len(self.tokens)
+
+    def age(self) -> float:
+        """Return the seconds since it was submitted."""
+        return time.monotonic() - self.started
+
+    def cancel(self) -> None:
+        """Nobody waits any more; it is dropped at the next token. From any thread."""
+        self.cancelled = True
+
+    def take(self, token: int, ends: frozenset[int]) -> None:
+        """Add the next token; ``ends`` are those that end a completion."""
+        if self.first_token is None:
+            self.first_token = time.monotonic()
+        if token in ends:
+            self.settings.stopped = True
+            return self.finish()
+        self.tokens.append(token)
+        self._send(self._text.push(token))
+        if self._text.stopped:
+            self.settings.stopped = True
+        if self._text.stopped or self.left <= 0:
+            self.finish()
+        return None
+
+    def lapse(self) -> bool:
+        """End it if nobody waits or its time is over, and return whether it is done."""
+        if not self.done and self.cancelled:
+            self.done = True
+        if not self.done and time.monotonic() > self._deadline:
+            self.fail(Refusal(504, "the time of the request is over", code="timeout"))
+        return self.done
+
+    def finish(self) -> None:
+        """It is complete."""
+        self._send(self._text.end())
+        self._end(None)
+
+    def fail(self, refusal: Refusal) -> None:
+        """It failed; does nothing where it is done."""
+        if not self.done:
+            self.failure = refusal
+            self._end(_StreamError(refusal.message))
+
+    def _send(self, piece: str) -> None:
+        if piece and self._streaming:
+            self._put(piece)
+
+    def _end(self, last: Any) -> None:
+        self.done = True
+        self._put(last)
+
+    def _put(self, item: Any) -> None:
+        try:
+            self._loop.call_soon_threadsafe(self.queue.put_nowait, item)
+        except RuntimeError:  # the loop has ended, and with it whoever waited
+            self.cancelled = True

@@ -1,0 +1,169 @@
+"""``obfuscatune connect``: the real client over a real attested channel, to an enclave on a simulated platform."""
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import openai
+import pytest
+
+from obfuscatune.cli import main
+from obfuscatune.errors import ConsentError
+from obfuscatune.parties.attestation.platform import open_platform
+from obfuscatune.parties.channel import AttestedServer
+from obfuscatune.parties.identity import Identity, PublicIdentity
+from obfuscatune.parties.job import Job, SignedJob
+
+LAB, CLINIC, ENCLAVE = (Identity.generate(name, "x25519") for name in ("lab", "clinic", "enclave"))
+QUOTA = 6
+
+
+class Model:
+    """What an enclave answers: the question in capitals, as long as the job gives queries."""
+
+    def __init__(self) -> None:
+        self.asked: list[Any] = []
+
+    def __call__(self, party: PublicIdentity, fields: dict[str, Any], payload: bytes) -> tuple[dict[str, Any], bytes]:
+        if fields["op"] == "status":
+            return {"status": "done", "step": 60, "steps": 60, "queries": len(self.asked)}, b""
+        (prompt,) = json.loads(payload)
+        if len(self.asked) == QUOTA:
+            raise ConsentError("queries of the job are used up")
+        self.asked.append((fields["max_new_tokens"], prompt))
+        text = prompt.upper() if isinstance(prompt, str) else prompt[-1]["content"].upper()
+        return {"prompt_tokens": [3], "completion_tokens": [2], "ended": [1]}, json.dumps([text]).encode()
+
+
+@pytest.fixture(scope="module")
+def simulation(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("platform") / "simulation"
+
+
+@pytest.fixture(scope="module")
+def platform(simulation: Path) -> Any:
+    return open_platform(f"simulation:{simulation}")
+
+
+Start = Callable[[Identity, str], tuple[str, Model]]
+
+
+@pytest.fixture
+def start(platform: Any) -> Iterator[Start]:
+    with ExitStack() as stack:
+
+        def start(identity: Identity, address: str = "tls://127.0.0.1:0") -> tuple[str, Model]:
+            model = Model()
+            server = AttestedServer(
+                address, identity=identity, attester=platform.attester, handle=model, allow=lambda _: True
+            )
+            thread = threading.Thread(target=server.serve_forever)
+            thread.start()
+
+            def stop() -> None:
+                server.close()
+                thread.join(20)
+
+            stack.callback(stop)
+            model.stop = stop  # type: ignore[attr-defined]
+            return server.address, model
+
+        yield start
+
+
+@pytest.fixture
+def files(platform: Any, simulation: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Options of connect but for the address, in a directory with all that they name."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "clinic.key").write_bytes(CLINIC.to_bytes())
+    (tmp_path / "clinic.key").chmod(0o600)
+    root = simulation / "simulation-root.pem"
+    (tmp_path / "policy.toml").write_text(
+        f'[platform]\nkinds = ["tdx"]\n[measurements]\nmrtd = ["{platform.measurements()["mrtd"]}"]\n'
+        f'[simulation]\nallow = true\nroot = "{root}"\n'
+    )
+    job = Job(
+        provider=LAB.public.fingerprint,
+        owner=CLINIC.public.fingerprint,
+        enclave=ENCLAVE.public.fingerprint,
+        model="aa" * 32,
+        data="bb" * 32,
+        expires=int(time.time()) + 3600,
+        queries_by=("owner",),
+        max_queries=QUOTA,
+        max_new_tokens=5,
+    )
+    (tmp_path / "job.json").write_bytes(SignedJob(job).sign(LAB).sign(CLINIC).to_bytes())
+    line = ["--job", "job.json", "--identity", "clinic.key", "--policy", "policy.toml"]
+    return [*line, "--port", "0", "--allow-simulation"]
+
+
+def test_the_usual_client_over_an_attested_channel(
+    start: Start, files: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    address, model = start(ENCLAVE)
+    codes: list[int] = []
+    thread = threading.Thread(target=lambda: codes.append(main(["connect", "--enclave", address, *files])), daemon=True)
+    thread.start()
+    said = ""
+    while "page: " not in said:
+        assert thread.is_alive()
+        thread.join(0.02)
+        said += capsys.readouterr().out
+    lines = said.splitlines()
+    assert any(line.startswith("accepted; SIMULATION") for line in lines)
+    url, token = lines[-3].split()[-1], lines[-2].split()[-1]
+    with openai.OpenAI(base_url=url, api_key=token, max_retries=0) as client:
+        reply = client.completions.create(model="job", prompt="red stop blue", max_tokens=400, stop=" STOP")
+        assert (reply.choices[0].text, reply.choices[0].finish_reason) == ("RED", "stop")
+        assert reply.usage.prompt_tokens == 3
+        messages = [{"role": "system", "content": "x"}, {"role": "user", "content": "why?"}]
+        chat = client.chat.completions.create(model="job", messages=messages, max_tokens=2)
+        assert chat.choices[0].message.content == "WHY?"
+        stream = client.chat.completions.create(model="job", messages=messages, stream=True)
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == "WHY?"
+        assert model.asked == [(5, "red stop blue"), (2, messages), (5, messages)]
+        with pytest.raises(openai.BadRequestError, match="greedily"):
+            client.completions.create(model="job", prompt="x", temperature=1)
+        headers = {"Authorization": f"Bearer {token}"}
+        about = httpx2.get(f"{url}/protection", headers=headers).json()
+        assert about["attested"]["simulation"] and all(r["passed"] for r in about["attested"]["rules"])
+        told = httpx2.get(f"{url}/job", headers=headers).json()
+        assert told == {"status": "done", "step": 60, "steps": 60, "queries": 3, "max_queries": QUOTA}
+        for _ in range(3):
+            client.completions.create(model="job", prompt="more")
+        with pytest.raises(openai.PermissionDeniedError, match="used up"):
+            client.completions.create(model="job", prompt="more")
+        # Another enclave at the address, though the policy accepts it too: nothing is sent, and it is over.
+        model.stop()  # type: ignore[attr-defined]
+        _, other = start(Identity.generate("other", "x25519"), address)
+        with pytest.raises(openai.InternalServerError, match="not the one that was verified"):
+            client.completions.create(model="job", prompt="private")
+    thread.join(30)
+    assert codes == [1]
+    assert not other.asked
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "private" not in error
+
+
+def test_an_enclave_that_is_refused_gets_no_port(
+    start: Start, files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    address, model = start(ENCLAVE)
+    opened: list[Any] = []
+    monkeypatch.setattr(socket, "create_server", lambda *args, **more: opened.append(args))
+    policy = tmp_path / "policy.toml"
+    good = policy.read_text()
+    policy.write_text(good.replace(good.split('mrtd = ["')[1][:8], "00000000"))
+    assert main(["connect", "--enclave", address, *files]) == 1
+    assert "refused by the rule 'mrtd'" in capsys.readouterr().err
+    policy.write_text(good)
+    assert main(["connect", "--enclave", address, *[f for f in files if f != "--allow-simulation"]]) == 2
+    assert "policy allows simulation" in capsys.readouterr().err
+    assert not opened and not model.asked

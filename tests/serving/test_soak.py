@@ -1,0 +1,141 @@
+"""Load from many real clients: none lost, none mixed up, memory flat, and what protection costs beside none.
+
+``OBFUSCATUNE_SOAK_SECONDS`` makes it longer: 900 for the whole soak, of some 10,000 requests or more.
+"""
+
+import asyncio
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from openai import AsyncOpenAI
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from obfuscatune.studies.bundled import model_directory
+
+SECONDS = float(os.environ.get("OBFUSCATUNE_SOAK_SECONDS", "4"))
+CLIENTS = 32
+MAX_TOKENS = 24
+PROMPTS = [
+    f"{start} {end}"
+    for start in ("we know that the", "the colour of the", "one day a small", "there was an old")
+    for end in ("bird", "house by the sea", "king", "word was", "man who", "girl and her", "tree", "night", "", "dog")
+]
+
+
+@dataclass
+class Load:
+    """What 32 clients saw of one server."""
+
+    seconds: list[float] = field(default_factory=list)
+    tokens: int = 0
+    wrong: int = 0
+    lost: int = 0
+    memory: list[int] = field(default_factory=list)  # bytes, of server and worker, at the end of each tenth
+    took: float = 0.0
+
+    def line(self, name: str) -> str:
+        cuts = statistics.quantiles(self.seconds, n=20)
+        mib = [value / 2**20 for value in self.memory]
+        return (
+            f"{name:9} {len(self.seconds):6} requests  p50 {statistics.median(self.seconds):.3f} s  "
+            f"p95 {cuts[-1]:.3f} s  {self.tokens / self.took:7.1f} tokens/s  {mib[2]:.0f} to {mib[-1]:.0f} MiB"
+        )
+
+
+@contextmanager
+def command(profile: str) -> Iterator[tuple[str, str, int]]:
+    """Start the real server; yields address, token and process id."""
+    line = [sys.executable, "-m", "obfuscatune", "serve", "--model_name_or_path", str(model_directory("gpt2"))]
+    line += ["--profile", profile, "--port", "0", "--max_batch", "16", "--threads", "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    with subprocess.Popen(  # noqa: S603
+        line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+    ) as process:
+        try:
+            first, second = process.stdout.readline(), process.stdout.readline()
+            yield first.split()[-1], second.split()[-1], process.pid
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
+
+
+def resident(pid: int) -> int:
+    """Bytes in memory of a process and of those that it started."""
+    found = int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return found + sum(resident(int(child)) for child in children)
+
+
+async def load(url: str, token: str, pid: int, expected: dict[str, str], seconds: float) -> Load:
+    found, started = Load(), time.monotonic()
+
+    async def client(number: int) -> None:
+        choice = random.Random(number)
+        async with AsyncOpenAI(base_url=url, api_key=token, max_retries=0, timeout=120) as ai:
+            while time.monotonic() - started < seconds:
+                prompt, stream = choice.choice(PROMPTS), choice.random() < 0.3
+                asked = time.monotonic()
+                try:
+                    reply = await ai.completions.create(
+                        model="base", prompt=prompt, max_tokens=MAX_TOKENS, temperature=0, stream=stream
+                    )
+                    chunks = [chunk async for chunk in reply] if stream else [reply]
+                except Exception:
+                    found.lost += 1
+                    continue
+                found.seconds.append(time.monotonic() - asked)
+                found.tokens += chunks[-1].usage.completion_tokens
+                found.wrong += "".join(chunk.choices[0].text for chunk in chunks) != expected[prompt]
+
+    async def watch() -> None:
+        for tenth in range(1, 11):
+            await asyncio.sleep(max(0, started + seconds * tenth / 10 - time.monotonic()))
+            found.memory.append(resident(pid))
+
+    await asyncio.gather(watch(), *(client(number) for number in range(CLIENTS)))
+    found.took = time.monotonic() - started
+    return found
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, str]:
+    """What plain transformers completes, each prompt alone."""
+    directory = model_directory("gpt2")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(directory).eval(), AutoTokenizer.from_pretrained(directory)
+    found = {}
+    for prompt in PROMPTS:
+        ids = tokenizer(prompt, return_tensors="pt")
+        out = model.generate(**ids, max_new_tokens=MAX_TOKENS, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+        found[prompt] = tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300 + 4 * SECONDS)
+def test_soak(expected: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert len(set(expected.values())) > len(PROMPTS) // 2  # a mix-up would show
+    loads = {}
+    for profile in ("enclave", "balanced", "stream"):
+        with command(profile) as (url, token, pid):
+            asyncio.run(load(url, token, pid, expected, 1.0))  # to be warm
+            loads[profile] = asyncio.run(load(url, token, pid, expected, SECONDS))
+    with capsys.disabled():
+        print(f"\n{CLIENTS} clients for {SECONDS:g} s each; enclave: the same server without a worker")
+        for name, found in loads.items():
+            ratio = loads["enclave"].tokens / loads["enclave"].took * found.took / found.tokens
+            print(f"{found.line(name)}  {ratio:.2f}x")
+    for name, found in loads.items():
+        assert (found.lost, found.wrong) == (0, 0), name
+        # A short run is not over its first allocations yet.
+        assert found.memory[-1] <= found.memory[2] * (1.02 if SECONDS >= 120 else 1.05), name
