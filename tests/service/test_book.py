@@ -484,6 +484,17 @@ def test_a_running_job_that_was_cancelled_is_not_resumed_after_a_kill(tmp_path: 
         assert enclave.book.record(job).status == "cancelled" and enclave.book.next() is None
 
 
+def test_a_checkpoint_that_a_crash_kept_from_the_book_is_removed(tmp_path: Path) -> None:
+    with open_enclave(tmp_path) as enclave:
+        job = enclave.submit(enclave.signed_job())
+        enclave.book.next()
+        enclave.book.checkpointed(job, 1, known := enclave.result("checkpoint"))
+        orphan, platform = enclave.result("checkpoint"), enclave.platform
+    with open_enclave(tmp_path, platform) as enclave:
+        assert enclave.book.store.has(known) and not enclave.book.store.has(orphan)
+        assert enclave.book.missing(job) == {}
+
+
 def test_what_is_deleted_leaves_no_sealed_file(enclave: Enclave) -> None:
     data, path = enclave.seal("data")
     enclave.store(data, path)

@@ -87,7 +87,18 @@ class Book:
                 elif record.status == "running":
                     stopped = replace(record, status="failed", reason="Interrupted", ended=int(time.time()))
                     self._enter(digest, stopped, "failed", cause=stopped.reason)
+            self._sweep()
             self.review()  # the crash may have come between an upload and its entry
+
+    def _sweep(self) -> None:
+        """Remove what no job names: a checkpoint or a result that a crash kept from the book would stay for ever."""
+        named: set[str | None] = set()
+        for digest, record in self._records.items():
+            if record.status != "deleted":
+                named |= {record.checkpoint, *record.results.values(), *self._signed[digest].job.inputs.values()}
+        for digest in self.store.digests():
+            if digest not in named:
+                self.store.remove(digest)
 
     def submit(self, signed: SignedJob, party: str) -> str:
         """Take a job in, or find it; queue it if nothing is missing. Return its digest.

@@ -183,6 +183,10 @@ class Store:
             raise UsageError("no such file in the store", got=digest, hint="upload it first")
         return self._name(digest)
 
+    def digests(self) -> list[str]:
+        """Return the digests of the whole files that are here."""
+        return [path.stem for path in self.directory.glob("*.sealed") if matches(DIGEST, path.stem)]
+
     def remove(self, digest: str) -> None:
         """Remove the file if it is here; raises FormatError for what is no digest."""
         with self._lock:
