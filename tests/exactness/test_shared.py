@@ -137,7 +137,7 @@ def test_results_are_the_same_bits_in_every_session_and_batch(share: Share) -> N
         _, model = twins(dtype=torch.float32)
         with share(model, 4, spares=1) as protected, torch.no_grad():
             weight = next(m for m in protected.model.modules() if hasattr(m, "group"))
-            x = torch.randn(700, weight.in_features, generator=torch.Generator().manual_seed(1))
+            x = torch.randn(700, weight.group.placed.key_in.size, generator=torch.Generator().manual_seed(1))
             found.append(weight(x))
             found.append(torch.cat([weight(part.clone()) for part in x.split([1, 99, 600])]))
     assert all(torch.equal(y, found[0]) for y in found)
