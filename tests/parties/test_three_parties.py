@@ -3,8 +3,12 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import httpx2
+import openai
 import pytest
 import safetensors.torch
 
@@ -131,6 +135,33 @@ def test_a_job_that_was_deleted_leaves_no_sealed_file(walked):
     assert "deleted" in _output(outputs, "job delete")
     assert [path for path in machines.kept if path.suffix == ".sealed"]
     assert not list((machines.root / "operator" / "state" / "store").rglob("*.sealed"))
+
+
+def test_the_usual_client_asks_the_enclave_through_connect(walked):
+    machines, outputs = walked
+    (line,) = [command for _, command, _ in outputs if command.startswith("obfuscatune generate --enclave")]
+    # Through the tap, as all that the parties say.
+    options = line.split(" --prompt ")[0].replace(":7443", f":{machines.tap.address[1]}").split()[2:]
+    command = [sys.executable, "-m", "obfuscatune", "connect", *options, "--port", "0"]
+    with subprocess.Popen(  # noqa: S603
+        command, cwd=machines.root / "owner", stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        try:
+            said = ""
+            while "page: " not in said:
+                said += process.stdout.readline() or pytest.fail(said)
+            url, token = re.search("at (http://.*)", said)[1], re.search("token: (.*)", said)[1]
+            with openai.OpenAI(base_url=url, api_key=token, max_retries=0) as client:
+                with pytest.raises(openai.BadRequestError, match="too long"):
+                    client.completions.create(model="job", prompt="bird " * 500)
+                prompt = "the colour of strange bird is"
+                reply = client.completions.create(model="job", prompt=prompt, max_tokens=3)
+                assert reply.choices[0].text.strip() == _output(outputs, "generate --enclave").strip()
+                assert reply.usage.prompt_tokens > 3
+                told = httpx2.get(f"{url}/job", headers={"Authorization": f"Bearer {token}"}).json()
+                assert (told["status"], told["queries"]) == ("done", 1)  # what was asked before is still known
+        finally:
+            process.terminate()
 
 
 def _canaries(machines: Machines) -> dict[str, bytes]:
