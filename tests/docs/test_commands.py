@@ -58,6 +58,6 @@ def test_commands_of_a_page(page: Path, root: Any) -> None:
 
 
 def test_wrong_commands_are_seen(root: Any) -> None:
-    text = "obfuscatune finetun --x\n$ obfuscatune finetune --no_such 1 --profile paper\n`obfuscatune job sign x --gone`"
+    text = "obfuscatune finetun --x\n$ obfuscatune finetune --no_such 1 --profile paper\n`obfuscatune job run x --gone`"
     assert [unknown(words, root) for words in command_lines(text)] == ["finetun", "--no_such", "--gone"]
     assert sum(len(command_lines(page.read_text())) for page in PAGES) > 60
