@@ -45,7 +45,7 @@ def commands(model_dir: Path, tmp_path: Path) -> dict[str, list[object]]:
         ("generate", PreTrainedTokenizerFast, "_encode_plus"),
         ("generate", PreTrainedTokenizerFast, "pad"),
         ("generate", GPT2LMHeadModel, "generate"),
-        ("generate --prompt", PreTrainedTokenizerFast, "batch_decode"),
+        ("generate --prompt", PreTrainedTokenizerFast, "decode"),
         ("generate chats", PreTrainedTokenizerFast, "apply_chat_template"),
     ],
 )
