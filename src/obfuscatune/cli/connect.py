@@ -38,11 +38,12 @@ def command(options: ConnectOptions) -> None:
     from obfuscatune.serving.server import Server, listen
 
     job = SignedJob.load(options.job).job
-    with options.connect(job.enclave) as channel:
+    client = options.client()  # once: a key under a passphrase is asked for once
+    with client.connect(job.enclave) as channel:
         print(channel.verdict, flush=True)
     token, metrics = secrets.token_urlsafe(32), Metrics()
     limits = Limits(max_new_tokens=job.max_new_tokens, seconds=options.reply_seconds)
-    enclave = Enclave(lambda: options.connect(job.enclave), channel, job, options.name, options.reply_seconds)
+    enclave = Enclave(lambda: client.connect(job.enclave), channel, job, options.name, options.reply_seconds)
     with listen("127.0.0.1", options.port) as listener:
         app = build_app(
             offer(enclave, limits, metrics), limits, metrics, tokens=[token], hosts=["127.0.0.1", "localhost"]

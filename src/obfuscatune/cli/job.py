@@ -5,7 +5,7 @@
 import contextlib
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -104,8 +104,15 @@ def sign(options: SignOptions) -> None:
     source, target = options.file or party.folder / _FILE, party.folder / (options.file or _FILE).name
     loaded = _load(source, party.folder)
     signed = party.sign(loaded)  # refuses before anything is asked
-    if target.exists() and _load(target, party.folder).job != loaded.job:
-        raise UsageError("another job is there already", where=str(target), hint="nothing is overwritten: rename it")
+    there = _load(target, party.folder) if target.exists() else None
+    if there is not None:
+        if there.job != loaded.job:
+            hint = "nothing is overwritten: rename it"
+            raise UsageError("another job is there already", where=str(target), hint=hint)
+        pairs = {
+            public.fingerprint: (public, signature) for public, signature in (*there.signatures, *signed.signatures)
+        }
+        signed = replace(signed, signatures=tuple(pairs[each] for each in sorted(pairs)))
     _print_review(loaded, party.folder, [source.with_name("model.card")])
     if not options.yes:
         print("\nSign exactly this? [y/N] ", end="", flush=True)

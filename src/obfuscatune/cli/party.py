@@ -94,11 +94,13 @@ def seal(options: SealOptions) -> None:
     Every row is checked first. Of a model pickles, code and links are refused.
     """
     from obfuscatune.parties.sealed.models import model_files
+    from obfuscatune.training.loading import check_model
 
     party = open_party(options.party)
     jobs: dict[str, dict[str, Path]] = {}
     if options.model is not None:
         jobs["model"] = model_files(options.model)
+        check_model(options.model)
     if options.data is not None:
         jobs["data"] = {"data.jsonl": options.data}
         if options.held_out is not None:

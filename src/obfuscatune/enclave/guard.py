@@ -59,7 +59,7 @@ class Guard:
         self._model, self._passes, self._on_worker = causal_lm, passes, profile.attention == "worker"
         self._watched = list(_watched(causal_lm))
         self._number = -1
-        self._options: list[int] = []
+        self._options: list[Any] = []
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         """Look at all of it; at values once in each pass, not at each token."""
@@ -71,10 +71,10 @@ class Guard:
         for watched in self._watched:
             watched.require(values=values)
         configurations = getattr(self._model, "peft_config", None) or {}
-        ids = [id(each) for each in configurations.values()]
-        if ids != self._options:
+        now = list(configurations.values())
+        if len(now) != len(self._options) or any(a is not b for a, b in zip(now, self._options, strict=True)):
             refuse_options(configurations)
-            self._options = ids
+            self._options = now  # not their ids, which a later one may have too
 
 
 def refuse_looking_ahead(config: Any) -> None:

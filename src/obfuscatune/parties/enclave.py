@@ -12,10 +12,12 @@ from typing import Any
 
 from obfuscatune.errors import (
     AttestationError,
+    BusyError,
     ConsentError,
     ObfuscatuneError,
     ProtocolError,
     SealError,
+    StorageError,
     UsageError,
     printable,
 )
@@ -164,7 +166,7 @@ class Enclave:
                         time.sleep(interval)
             except (AttestationError, ConsentError):
                 raise
-            except (ProtocolError, UsageError, OSError) as error:
+            except (BusyError, StorageError, ProtocolError, UsageError, OSError) as error:
                 if isinstance(error, UsageError) and error.what != "no enclave answers":
                     raise
                 if time.monotonic() - answered > patience:
@@ -189,8 +191,10 @@ class Enclave:
             results = {kind: digest for kind, digest in status.results.items() if kind in RESULTS}
             if not results:
                 raise UsageError("the job gives you no results", hint="obfuscatune job review")
-            for kind in results:
-                _download(channel, signed.job.digest, kind, directory / f"{kind}.sealed", progress)
+            for kind, digest in results.items():
+                path = directory / f"{kind}.sealed"
+                if not path.exists() or read_header(path).digest != digest:  # else it came before an interruption
+                    _download(channel, signed.job.digest, kind, path, progress)
             enclave = channel.enclave
         found = []
         for kind, digest in results.items():
@@ -199,7 +203,8 @@ class Enclave:
                 with SealedReader(path, self.identity) as reader:
                     if reader.digest != digest or reader.header.kind != kind or reader.sender != enclave:
                         raise SealError("not the result that the enclave has sealed", where=str(path))
-                    extract(SealedArchive(reader), directory / kind)
+                    if not (directory / kind).exists():  # it is there whole, or not at all
+                        extract(SealedArchive(reader), directory / kind)
             found.append(path if keep_sealed else directory / kind)
         return found
 

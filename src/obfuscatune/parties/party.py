@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from obfuscatune.durable import write_new
-from obfuscatune.errors import ConsentError, UsageError
+from obfuscatune.errors import ConsentError, ObfuscatuneError, UsageError
 from obfuscatune.parties.attestation.verdict import Verdict
 from obfuscatune.parties.enclave import Enclave
 from obfuscatune.parties.job import Job, SignedJob
@@ -60,6 +60,10 @@ class Party(Relations):
             raise UsageError("kind of input", got=kind, expected=f"{' or '.join(KINDS[self.role])} of a {self.role}")
         path = self.folder / f"{kind}.sealed" if output is None else output
         card = path.with_suffix(".card")
+        if (
+            path.exists() and not card.exists()
+        ):  # sealing was interrupted; it may hold older files
+            raise UsageError("a sealed file without its card", where=str(path), hint="remove it, and seal again")
         for each in (path, card):
             if each.exists():
                 raise UsageError("file is there already", where=str(each), hint="nothing is ever overwritten")
@@ -68,8 +72,15 @@ class Party(Relations):
             raise UsageError("the terms name no partner: no job could use it", where=str(self.terms_file), hint=hint)
         terms, recipient = self.terms, self.verify().require().identity
         seal_files(path, files, kind=kind, sender=self.identity, recipients=[recipient], terms=terms)
-        write_new(card, make_card(path) + b"\n", mode=0o644)
+        self._write_card(card, path)
         return path
+
+    def _write_card(self, card: Path, path: Path) -> None:
+        try:
+            write_new(card, make_card(path) + b"\n", mode=0o644)
+        except OSError as error:
+            hint = f"make room, remove {path.name}, and seal again"
+            raise ObfuscatuneError("cannot write the card", got=error.strerror, where=str(card), hint=hint) from None
 
     def propose(
         self,

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Self
 
 from obfuscatune.durable import write_new
-from obfuscatune.errors import ConsentError, ObfuscatuneError, UsageError
+from obfuscatune.errors import ConsentError, FormatError, ObfuscatuneError, UsageError
 from obfuscatune.parties.attestation.measurement import measure_code
 from obfuscatune.parties.canonical import encode
 from obfuscatune.parties.channel.address import TlsAddress
 from obfuscatune.parties.folder import FILE, Folder
 from obfuscatune.parties.identity import Identity, PublicIdentity, read_small
 from obfuscatune.parties.succession import MAX_BYTES, SUFFIX, load_successions, read_succession, succeed
-from obfuscatune.parties.terms import Terms, template
+from obfuscatune.parties.terms import Terms, load_terms, template
 from obfuscatune.parties.vocabulary import ROLES, Role, Worker
 
 _MAX_BYTES = 65_536
@@ -162,11 +162,20 @@ class Relations(Folder):
         if '"' in operator or "\\" in operator:
             raise UsageError("operator's name", got=repr(operator), expected='no " and no backslash')
         table = f'\n[[workers]]  # {public.name}\nfingerprint = "{added.fingerprint}"\noperator = "{operator}"\n'
+        beside = self.terms_file.with_name(".terms.new")
         try:
-            with self.terms_file.open("a", encoding="utf-8") as file:
-                file.write(table)
+            beside.write_text(self.terms_file.read_text(encoding="utf-8") + table, encoding="utf-8")
+            load_terms(beside)  # before anything is replaced
+            beside.replace(self.terms_file)
+        except FormatError as error:
+            hint = "write the workers as [[workers]] tables, 16 at most"
+            raise UsageError(
+                "the terms have no place for it", got=error.what, where=str(self.terms_file), hint=hint
+            ) from None
         except OSError as error:
             raise ObfuscatuneError("cannot write the terms", got=error.strerror, where=str(self.terms_file)) from None
+        finally:
+            beside.unlink(missing_ok=True)
         return added
 
     def rotate(self, name: str, *, passphrase: str | None = None) -> tuple[Self, Path]:

@@ -87,18 +87,7 @@ class Book:
                 elif record.status == "running":
                     stopped = replace(record, status="failed", reason="Interrupted", ended=int(time.time()))
                     self._enter(digest, stopped, "failed", cause=stopped.reason)
-            self._sweep()
             self.review()  # the crash may have come between an upload and its entry
-
-    def _sweep(self) -> None:
-        """Remove what no job names: a checkpoint or a result that a crash kept from the book would stay for ever."""
-        named: set[str | None] = set()
-        for digest, record in self._records.items():
-            if record.status != "deleted":
-                named |= {record.checkpoint, *record.results.values(), *self._signed[digest].job.inputs.values()}
-        for digest in self.store.digests():
-            if digest not in named:
-                self.store.remove(digest)
 
     def submit(self, signed: SignedJob, party: str) -> str:
         """Take a job in, or find it; queue it if nothing is missing. Return its digest.
@@ -125,14 +114,16 @@ class Book:
                 named = len(signed.job.workers)
                 self._require_room(party, bytes_of(named))
                 self._files.write(signed)
-                self._signed[digest] = signed
                 new = Record(last, signed.job.provider, signed.job.owner, signed.job.expires, named=named)
                 self._enter(digest, new, "submitted", party=party)
-            elif record.status == "failed":  # to the end of the queue: one that always fails must not hold up others
-                self._files.write(signed)
                 self._signed[digest] = signed
+            elif record.status == "failed":  # to the end of the queue: one that always fails must not hold up others
                 again = replace(record, status="waiting", reason="", order=last, starts=0, retired=False)
+                if record.retired:
+                    self._require_room(party, again.bytes - record.bytes)
+                self._files.write(signed)
                 self._enter(digest, again, "submitted-again", party=party, step=record.checkpoint_step)
+                self._signed[digest] = signed
             self.review()
         return digest
 
@@ -241,11 +232,12 @@ class Book:
     def review(self) -> None:
         """Queue the waiting jobs whose inputs are all there, or refuse them by their owners' terms."""
         with self.state.lock:
+            ended = self._ended()  # what cannot be read there is the operator's fault, and refuses no job
             for digest, record in list(self._records.items()):
                 if record.status != "waiting" or self.missing(digest):
                     continue
                 try:
-                    self._check(digest)
+                    self._check(digest, ended)
                 except ObfuscatuneError as error:
                     self._refuse(digest, error)
                 else:
@@ -254,10 +246,10 @@ class Book:
                     self._enter(digest, replace(record, status="queued"), "queued", profile=profile)
             self.changed.notify_all()
 
-    def _check(self, digest: str) -> None:
+    def _check(self, digest: str, ended: frozenset[str]) -> None:
         """Check a job and its inputs against what both owners have agreed to, as of now."""
         signed, now = self._signed[digest], time.time()
-        check_job(signed, enclave=self.state.identity.public.fingerprint, now=now, ended=self._ended())
+        check_job(signed, enclave=self.state.identity.public.fingerprint, now=now, ended=ended)
         for kind, file in signed.job.inputs.items():
             found = read_header(self.store.path(file))
             check_input(signed, kind, found.digest, found.header, now=now)
@@ -277,8 +269,9 @@ class Book:
             if not queued:
                 return None
             _, digest = min(queued)
+            ended = self._ended()
             try:
-                self._check(digest)
+                self._check(digest, ended)
             except ConsentError as error:
                 self._refuse(digest, error)
                 return None
@@ -372,6 +365,11 @@ class Book:
     def finished(self, digest: str, results: dict[str, str]) -> None:
         """Enter the results; the checkpoint is dropped."""
         with self.state.lock:
+            if self._records[digest].cancelled:  # asked for after the last step
+                self._end(digest, replace(self._records[digest], status="cancelled"))
+                for file in results.values():
+                    self._drop(file)
+                return
             files = {f"{kind}-file": file for kind, file in results.items()}
             done = replace(self._records[digest], status="done", reason="", results=results)
             self._end(digest, done, **files)

@@ -96,6 +96,8 @@ class Service:
 
     def _ask(self, query: Query) -> None:
         with self._book.changed:
+            # Without those whose party waits no longer: one that asks and leaves must not fill the memory.
+            self._queries = collections.deque(one for one in self._queries if one.prompts)
             self._queries.append(query)
             self._book.changed.notify_all()
 
@@ -155,7 +157,9 @@ class Service:
             self._runner.close()
         else:
             patiently(lambda: book.finished(digest, results), digest)
-            logger.info("job %s is done", digest[:16])
+            if book.is_cancelled(digest):
+                self._runner.close()
+            logger.info("job %s is %s", digest[:16], book.record(digest).status)
 
 
 @contextmanager

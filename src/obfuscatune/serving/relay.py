@@ -14,7 +14,14 @@ from typing import Any
 
 from transformers.cli.serving.utils import _StreamError
 
-from obfuscatune.errors import AttestationError, ConsentError, ObfuscatuneError, ProtocolError, UsageError
+from obfuscatune.errors import (
+    AttestationError,
+    ConsentError,
+    ObfuscatuneError,
+    ProtocolError,
+    UsageError,
+    printable,
+)
 from obfuscatune.parties.channel.client import AttestedChannel
 from obfuscatune.parties.job import Job
 from obfuscatune.profiles import resolve
@@ -27,6 +34,7 @@ from obfuscatune.serving.refusal import Refusal
 from obfuscatune.serving.sampling import Settings
 
 RENEWAL_SECONDS = 60.0
+_MOST_TOKENS = 1 << 53
 PARALLEL = 4  # queries of one party that an enclave takes at a time
 
 
@@ -88,21 +96,33 @@ class Enclave:
         if self._waiting >= Limits.max_queue:
             raise Refusal(429, f"{self._waiting} requests wait already", code="queue_full", retry_after=5)
         self._waiting += 1
-        async with self._places:
-            self._waiting, self._running = self._waiting - 1, self._running + 1
-            try:
-                counts, payload = await asyncio.to_thread(self.request, fields, json.dumps([prompt]).encode())
-                texts = json.loads(payload)
-                one = [counts[name][0] for name in ("prompt_tokens", "completion_tokens", "ended")]
-                if not (isinstance(texts, list) and isinstance(texts[0], str) and all(type(n) is int for n in one)):
-                    raise TypeError
-                return texts[0], one[0], one[1], bool(one[2])
-            except ObfuscatuneError as error:
-                raise _refusal(error) from None
-            except (ValueError, LookupError, TypeError):
-                raise Refusal(502, "the enclave's reply is no completion", code="bad_gateway") from None
-            finally:
-                self._running -= 1
+        try:
+            await self._places.acquire()
+        finally:  # a client that leaves while it waits waits no more
+            self._waiting -= 1
+        self._running += 1
+        # The thread goes on where the client leaves, and has the place until the enclave has answered.
+        work = asyncio.ensure_future(asyncio.to_thread(self.request, fields, json.dumps([prompt]).encode()))
+        work.add_done_callback(self._release)
+        try:
+            counts, payload = await asyncio.shield(work)
+            texts = json.loads(payload)
+            one = [counts[name][0] for name in ("prompt_tokens", "completion_tokens", "ended")]
+            if not (isinstance(texts, list) and isinstance(texts[0], str) and all(type(n) is int for n in one)):
+                raise TypeError
+            if not (0 <= one[0] < _MOST_TOKENS and 0 <= one[1] <= longest):
+                raise ValueError
+            return texts[0], one[0], one[1], bool(one[2])
+        except ObfuscatuneError as error:
+            raise _refusal(error) from None
+        except (ValueError, LookupError, TypeError, RecursionError):
+            raise Refusal(502, "the enclave's reply is no completion", code="bad_gateway") from None
+
+    def _release(self, work: "asyncio.Future[Any]") -> None:
+        self._running -= 1
+        self._places.release()
+        if not work.cancelled():
+            work.exception()  # seen, where nobody waits for it any more
 
     def load(self) -> tuple[int, int]:
         """Return how many requests wait, and how many the enclave has."""
@@ -129,7 +149,8 @@ class Enclave:
             "measurements": dict(verdict.measurements),
             "enclave": verdict.require().identity.fingerprint,
         }
-        more = {"workers": ["the enclave's operator's"], "models": list(self.names), "default": self.names[0]}
+        workers = [printable(worker.operator) for worker in self.job.workers] or ["the enclave's operator's"]
+        more = {"workers": workers, "models": list(self.names), "default": self.names[0]}
         return {**describe(resolve(self.job.profile, **self.job.switches)), **more, "attested": attested, "chat": True}
 
     def _renew(self) -> None:
@@ -147,11 +168,14 @@ class Prompts:
 
     def __call__(self, text: str, **more: Any) -> dict[str, Any]:
         """Return the text in place of its tokens."""
-        return {"input_ids": text}
+        return {"input_ids": [text]}
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, str]], **more: Any) -> dict[str, Any]:
         """Return the messages in place of their tokens."""
-        return {"input_ids": [{"role": message["role"], "content": message["content"]} for message in messages]}
+        # OpenAI's newer name of a system's role; the enclave knows the older one.
+        roles = ({"developer": "system"}.get(message["role"], message["role"]) for message in messages)
+        pairs = zip(roles, messages, strict=True)
+        return {"input_ids": [{"role": role, "content": message["content"]} for role, message in pairs]}
 
 
 class Relayed(Manager):
@@ -185,9 +209,9 @@ class Relayed(Manager):
             try:
                 queue.put_nowait(await self._ask(inputs["input_ids"], gen_config))
                 queue.put_nowait(None)
-            except Refusal as refusal:
-                self._failure = refusal
-                queue.put_nowait(_StreamError(refusal.message))
+            except Exception as error:  # whatever it is, whoever reads the stream must hear its end
+                self._failure = error if isinstance(error, Refusal) else Refusal.internal()
+                queue.put_nowait(_StreamError(self._failure.message))
 
         _check(gen_config)
         self._task = asyncio.ensure_future(run())
@@ -211,6 +235,8 @@ class Relayed(Manager):
     async def _ask(self, prompt: Any, settings: Settings) -> str:
         # What the job allows at most; the enclave refuses more.
         settings.longest = min(settings.longest, self._longest)
+        if len(prompt) == 1 and isinstance(prompt[0], str):  # a text, not messages
+            prompt = prompt[0]
         text, self._prompt_tokens, self.total_tokens, ended = await self._enclave.complete(prompt, settings.longest)
         places = [place for place in map(text.find, settings.stop) if place >= 0]
         settings.stopped = ended or bool(places)

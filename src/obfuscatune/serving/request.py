@@ -5,7 +5,6 @@ wrong type for a fault of the server. So everything is checked here first.
 """
 
 import json
-import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,6 +17,7 @@ from obfuscatune.serving.sampling import Settings
 ROLES = ("system", "developer", "user", "assistant")
 MAX_MESSAGES = 1024
 MAX_STOPS = 4
+LEAST_TEMPERATURE = 1e-4  # below it logits overflow, and all of the batch with them; it means the likeliest token
 MAX_STOP_CHARACTERS = 64
 
 _COMMON = ("model", "stream", "stream_options", "temperature", "top_p", "max_tokens", "seed", "stop", "user")
@@ -94,6 +94,8 @@ def settings(body: Mapping[str, Any], defaults: Defaults, limits: Limits) -> Set
     top_p = _number(body, "top_p", 0, 1, float)
     if top_p == 0:  # the likeliest alone
         temperature, top_p = 0.0, 1.0
+    if temperature is not None and temperature < LEAST_TEMPERATURE:
+        temperature = 0.0
     stop = body.get("stop")
     stops = [stop] if isinstance(stop, str) else stop or []
     if not isinstance(stops, list) or len(stops) > MAX_STOPS or not all(isinstance(s, str) and s for s in stops):
@@ -114,7 +116,7 @@ def _number(body: Mapping[str, Any], name: str, least: float, most: float, kind:
     value = body.get(name)
     if value is None:
         return None
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)  # NaN is in no range
     if not is_number or not least <= value <= most or (kind is int and value != int(value)):
         what = "an integer" if kind is int else "a number"
         raise _wrong(name, f"{what} from {least:g} to {most:g}")

@@ -39,6 +39,13 @@ def checkpoints(output_dir: Path) -> list[Path]:
     return [path for _, path in sorted(numbered) if (path / RECORD_FILE).is_file()]
 
 
+def keep_last(limit: int, *kept: Path) -> None:
+    """Remove the oldest whole checkpoints beside ``kept``, so that no more than ``limit`` are left, or these."""
+    others = [path for path in checkpoints(kept[0].parent) if path not in kept]
+    for path in others[: max(0, len(others) - max(0, limit - len(kept)))]:
+        shutil.rmtree(path)
+
+
 def remove_checkpoints(output_dir: Path) -> None:
     """Remove all checkpoints of an earlier run, whole or not."""
     for path in output_dir.glob("checkpoint-*"):
@@ -173,6 +180,8 @@ def save_adapter(model: Any, output_dir: Path) -> None:
         # that it finds by the model's name, on this disk or on the hub, has another vocabulary.
         model.save_pretrained(temporary, save_embedding_layers=False)
         check_adapter_file(temporary / _ADAPTER_FILES[0])
+        # First no configuration: new weights under an older one would load without a word, at another scale.
+        (output_dir / _ADAPTER_FILES[1]).unlink(missing_ok=True)
         for name in _ADAPTER_FILES:
             (temporary / name).replace(output_dir / name)
     shutil.rmtree(temporary)

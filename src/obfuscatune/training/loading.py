@@ -107,7 +107,7 @@ def _load_generation_config(model: Any, directory: Path) -> None:
         return
     try:
         model.generation_config = GenerationConfig.from_pretrained(directory)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise _unreadable("the settings of generation", str(directory), error) from error
 
 
@@ -153,7 +153,10 @@ def load_tokenizer(name: str, config: Any) -> Any:
     except (OSError, ValueError) as error:
         raise _unreadable("the tokenizer", name, error) from error
     known = tokenizer.get_vocab()
-    size, rows = 1 + max(known.values(), default=-1), config.get_text_config().vocab_size
+    rows = config.get_text_config().vocab_size
+    # A special token of pictures may be beyond the embedding of a model of texts (Gemma 3): no text is made of it.
+    beyond = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special and number >= rows}
+    size = 1 + max((number for number in known.values() if number not in beyond), default=-1)
     if not rows < 2 * size <= 2 * rows:
         # Without files of a tokenizer, transformers makes one of special tokens alone.
         few = size <= len(tokenizer.all_special_ids)

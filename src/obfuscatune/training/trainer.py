@@ -14,7 +14,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer
 
 from obfuscatune.enclave.protected import Protected
 from obfuscatune.errors import ObfuscatuneError, UsageError
-from obfuscatune.training.checkpoints import finish_checkpoint, new_checkpoint, secret_file
+from obfuscatune.training.checkpoints import finish_checkpoint, keep_last, new_checkpoint, secret_file
 from obfuscatune.training.encoding import IGNORED_LABEL
 from obfuscatune.training.finite import check_gradients, check_loss
 from obfuscatune.training.overlap import check_overlap, step
@@ -132,15 +132,23 @@ class ProtectedTrainer(Trainer):
                 tqdm.write(f"warning: {error.what}, the last one: got {error.got}", file=sys.stderr)
 
     def _write_checkpoint(self, path: Path, model: Any, trial: Any) -> None:
-        if self.is_world_process_zero():
-            with new_checkpoint(path, self._protected.secret):
+        # The stock Trainer would remove older ones before this one is whole: what is interrupted then leaves none.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            if self.is_world_process_zero():
+                with new_checkpoint(path, self._protected.secret):
+                    super()._save_checkpoint(model, trial)
+            else:  # its state of the random generators, and its own keys
                 super()._save_checkpoint(model, trial)
-        else:  # its state of the random generators, and its own keys
-            super()._save_checkpoint(model, trial)
-            self._protected.secret.save(secret_file(path, self.args.process_index))
+                self._protected.secret.save(secret_file(path, self.args.process_index))
+        finally:
+            self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()  # all files are there
         if self.is_world_process_zero():
             finish_checkpoint(path, self._protected.profile, self._made_with)
+            if limit:
+                best = self.state.best_model_checkpoint
+                keep_last(limit, path, *([Path(best)] if best is not None and Path(best) != path else []))
         self.accelerator.wait_for_everyone()  # whoever goes on finds a whole checkpoint
 
 

@@ -135,7 +135,12 @@ class AttestedServer:
             self._open[thread] = conversation
             if self._closed:
                 conversation.close()
-            thread.start()
+            try:
+                thread.start()
+            except RuntimeError:  # the machine gives no more threads: this connection ends, and no other
+                del self._open[thread]
+                self.strangers.exit(source, conversation)
+                accepted.close()
 
     def close(self) -> None:
         """Stop listening, end all connections and wait a few seconds for their threads; again does no harm."""
