@@ -60,9 +60,7 @@ class Party(Relations):
             raise UsageError("kind of input", got=kind, expected=f"{' or '.join(KINDS[self.role])} of a {self.role}")
         path = self.folder / f"{kind}.sealed" if output is None else output
         card = path.with_suffix(".card")
-        if (
-            path.exists() and not card.exists()
-        ):  # sealing was interrupted; it may hold older files
+        if path.exists() and not card.exists():  # sealing was interrupted; it may hold older files
             raise UsageError("a sealed file without its card", where=str(path), hint="remove it, and seal again")
         for each in (path, card):
             if each.exists():
