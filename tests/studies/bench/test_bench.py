@@ -72,6 +72,7 @@ def _calls(profile: str, workload: str) -> int:
     return {"prefill": modules, "decode": modules * SHAPE.new_tokens, "lora_step": 2 * modules + optimizer}[workload]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("profile", ["paper", "balanced", "enclave"])
 @pytest.mark.parametrize("workload", list(WORKLOADS))
 def test_counts_are_those_of_the_connection(profile: str, workload: str) -> None:
@@ -171,6 +172,7 @@ def test_a_failed_contender_is_named_and_its_process_ends() -> None:
     assert process._process.poll() is not None
 
 
+@pytest.mark.slow
 def test_a_killed_contender_is_named() -> None:
     with (
         pytest.raises(ObfuscatuneError, match=r"killed by signal 9 .*tiny plain, load"),
@@ -181,6 +183,7 @@ def test_a_killed_contender_is_named() -> None:
         process.ask("load", adapter=False)
 
 
+@pytest.mark.slow
 def test_waiting_policies_reach_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
     for policy, expected in (("default", []), ("passive", [b"GOMP_SPINCOUNT=1000", b"OMP_WAIT_POLICY=passive"])):

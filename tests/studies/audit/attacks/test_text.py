@@ -9,6 +9,8 @@ from obfuscatune.studies.audit.attack import Score
 from obfuscatune.studies.audit.attacks import all_attacks
 from obfuscatune.studies.audit.attacks.alignment import couple
 
+pytestmark = pytest.mark.slow  # minutes of sessions; the study's own test records some
+
 Attacked = Callable[..., Score]
 STATIC = ["paper", "balanced", "stream"]
 OF_TOKENS = ["A8", "A9", "A10", "A11", "A13", "A26"]
