@@ -22,7 +22,7 @@ from obfuscatune.studies.audit.study import failed_claims, make_plan, run
 from obfuscatune.studies.audit.verdict import LEAK
 from obfuscatune.studies.audit.view import ROLES
 
-pytestmark = pytest.mark.slow  # minutes of sessions; the study's own test records some
+pytestmark = pytest.mark.slow
 
 D, BLOCK = 256, 32
 

@@ -9,7 +9,7 @@ from obfuscatune.studies.audit.attack import Score
 from obfuscatune.studies.audit.attacks import all_attacks
 from obfuscatune.studies.audit.attacks.alignment import couple
 
-pytestmark = pytest.mark.slow  # minutes of sessions; the study's own test records some
+pytestmark = pytest.mark.slow
 
 Attacked = Callable[..., Score]
 STATIC = ["paper", "balanced", "stream"]

@@ -15,7 +15,7 @@ from obfuscatune.studies.audit.attacks.head_gauge import align, products
 from obfuscatune.studies.audit.fixtures import Fixtures
 from obfuscatune.studies.audit.lab import Recorded, knowledge
 
-pytestmark = pytest.mark.slow  # minutes of sessions; the study's own test records some
+pytestmark = pytest.mark.slow
 
 Attacked = Callable[..., Score]
 WITH_KEYED_HEADS = ["balanced", "stream"]
