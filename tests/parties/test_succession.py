@@ -100,8 +100,36 @@ def test_a_party_rotates_and_its_partner_follows(folders: tuple[Party, Party]) -
     assert Terms.from_dict(lab.terms).partners == (after.fingerprint,)
     with pytest.raises(ConsentError, match="has ended"):
         lab.with_partner(clinic.folder / "clinic.pub")
+    assert lab.with_partner(clinic.folder / "clinic.succession").partner == after  # taken again, nothing changes
+    (lab.folder / "other.succession").write_bytes(succeed(OLD, NEW))
     with pytest.raises(UsageError, match="not the end of your partner's identity"):
-        lab.with_partner(clinic.folder / "clinic.succession")
+        lab.with_partner(lab.folder / "other.succession")
+
+
+def test_who_was_robbed_can_still_end_what_a_thief_has_made(folders: tuple[Party, Party], tmp_path: Path) -> None:
+    lab, clinic = folders
+    stolen, revoked = tmp_path / "stolen.succession", tmp_path / "revoked.succession"
+    stolen.write_bytes(succeed(clinic.identity, THIEF))
+    lab = lab.with_partner(stolen)
+    assert lab.partner == THIEF.public and Terms.from_dict(lab.terms).partners == (THIEF.public.fingerprint,)
+    revoked.write_bytes(succeed(clinic.identity, None))
+    lab = lab.with_partner(revoked)
+    assert Party.open(lab.folder).partner_file is None and Terms.from_dict(lab.terms).partners == ()
+    for statement in (stolen, revoked):  # nothing brings the thief back
+        with pytest.raises(UsageError, match="no partner yet"):
+            _ = lab.with_partner(statement).partner
+
+
+def test_a_statement_of_a_clock_ahead_is_taken_when_its_time_has_come(
+    folders: tuple[Party, Party], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab, clinic = folders
+    ahead, before = tmp_path / "ahead.succession", clinic.identity.public
+    ahead.write_bytes(succeed(clinic.identity, NEW, now=time.time() + 30))
+    assert lab.with_partner(ahead).partner == before
+    now = time.time() + 31
+    monkeypatch.setattr(time, "time", lambda: now)
+    assert lab.with_partner(ahead).partner == NEW.public
 
 
 def test_a_partner_until_a_day(folders: tuple[Party, Party]) -> None:

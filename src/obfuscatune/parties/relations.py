@@ -1,6 +1,8 @@
 """Whom a party's folder trusts: how it is made, its partner, the end of a partner's identity, workers, its own keys."""
 
 import dataclasses
+import hashlib
+import re
 import shutil
 import time
 from pathlib import Path
@@ -13,11 +15,12 @@ from obfuscatune.parties.canonical import encode
 from obfuscatune.parties.channel.address import TlsAddress
 from obfuscatune.parties.folder import FILE, Folder
 from obfuscatune.parties.identity import Identity, PublicIdentity, read_small
-from obfuscatune.parties.succession import MAX_BYTES, SUFFIX, load_successions, read_succession, succeed
+from obfuscatune.parties.succession import MAX_BYTES, SUFFIX, load_successions, read_succession, succeed, successors
 from obfuscatune.parties.terms import Terms, load_terms, template
 from obfuscatune.parties.vocabulary import ROLES, Role, Worker
 
 _MAX_BYTES = 65_536
+_EVER = 1 << 49  # Unix seconds after all times of statements
 _POLICY = """# Which enclaves you accept. Fill in the measurements of an image that you have built or read.
 # docs/attestation.md has all keys.
 [platform]
@@ -131,9 +134,12 @@ class Relations(Folder):
         """Take the partner's word, signed, that its identity has ended, and the new one if there is one."""
         data = read_small(path, MAX_BYTES, "succession")
         found = read_succession(data, f"succession {path}")
-        if found.identity != self.partner:
+        current = None if self.partner_file is None else PublicIdentity.load(self.partner_file)
+        # Of the partner's of now, or of one that had this partner succeed it: its owner may dispute that, as a thief's.
+        earlier = [each for each in load_successions(self.folder, now=_EVER) if each.identity == found.identity]
+        if current != found.identity and not any(each.successor in (current, None) for each in earlier):
             raise UsageError("not the end of your partner's identity", got=found.identity.fingerprint[:16])
-        kept = self.folder / f"{found.identity.fingerprint[:16]}{SUFFIX}"
+        kept = self.folder / f"{found.identity.fingerprint[:16]}-{hashlib.sha256(data).hexdigest()[:16]}{SUFFIX}"
         try:
             if not kept.exists():
                 write_new(kept, data, mode=0o644)
@@ -141,11 +147,35 @@ class Relations(Folder):
             raise ObfuscatuneError("cannot write the folder", got=error.strerror, where=str(self.folder)) from None
         if found.time > time.time():  # it expires then: until then the partner is the partner
             return self
-        if found.successor is not None:
-            return self._keep(found.successor, instead_of=found.identity)
+        heir = successors(load_successions(self.folder)).get(found.identity.fingerprint)
+        if heir is not None:
+            return self if heir == current else self._keep(heir, instead_of=found.identity)
+        return self._without_partner(*([] if current is None else [current]), found.identity)
+
+    def _without_partner(self, *ended: PublicIdentity) -> Self:
+        """Name no partner any more, in the terms neither: these identities have ended, or are in dispute."""
         party = dataclasses.replace(self, partner_file=None)
-        party.write()
+        try:
+            party.write()
+            terms = self.terms_file.read_text(encoding="utf-8")
+            changed = terms
+            for public in ended:
+                changed = re.sub(rf'"{public.fingerprint}"(,\s*)?', "", changed)
+            if changed != terms:
+                self._replace_terms(changed)
+        except OSError as error:
+            raise ObfuscatuneError("cannot write the folder", got=error.strerror, where=str(self.folder)) from None
         return party
+
+    def _replace_terms(self, text: str) -> None:
+        """Put other terms in the place of these, whole or not at all; raises FormatError where they are none."""
+        beside = self.terms_file.with_name(".terms.new")
+        try:
+            beside.write_text(text, encoding="utf-8")
+            load_terms(beside)  # before anything is replaced
+            beside.replace(self.terms_file)
+        finally:
+            beside.unlink(missing_ok=True)
 
     def trust(self, worker: Path | str, operator: str) -> Worker:
         """Add a worker, by its ``.pub``, and who operates it, to the terms that are sealed from now on.
@@ -162,11 +192,8 @@ class Relations(Folder):
         if '"' in operator or "\\" in operator:
             raise UsageError("operator's name", got=repr(operator), expected='no " and no backslash')
         table = f'\n[[workers]]  # {public.name}\nfingerprint = "{added.fingerprint}"\noperator = "{operator}"\n'
-        beside = self.terms_file.with_name(".terms.new")
         try:
-            beside.write_text(self.terms_file.read_text(encoding="utf-8") + table, encoding="utf-8")
-            load_terms(beside)  # before anything is replaced
-            beside.replace(self.terms_file)
+            self._replace_terms(self.terms_file.read_text(encoding="utf-8") + table)
         except FormatError as error:
             hint = "write the workers as [[workers]] tables, 16 at most"
             raise UsageError(
@@ -174,8 +201,6 @@ class Relations(Folder):
             ) from None
         except OSError as error:
             raise ObfuscatuneError("cannot write the terms", got=error.strerror, where=str(self.terms_file)) from None
-        finally:
-            beside.unlink(missing_ok=True)
         return added
 
     def rotate(self, name: str, *, passphrase: str | None = None) -> tuple[Self, Path]:
@@ -215,7 +240,7 @@ class Relations(Folder):
             else:
                 changed = terms.replace("\npartners = []", f'\npartners = ["{public.fingerprint}"]', 1)
             if changed != terms:
-                self.terms_file.write_text(changed, encoding="utf-8")
+                self._replace_terms(changed)
         except OSError as error:
             raise ObfuscatuneError("cannot write the folder", got=error.strerror, where=str(self.folder)) from None
         return party
