@@ -128,15 +128,17 @@ def test_the_usual_client_over_an_attested_channel(
         assert chat.choices[0].message.content == "WHY?"
         stream = client.chat.completions.create(model="job", messages=messages, stream=True)
         assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == "WHY?"
-        assert model.asked == [(5, "red stop blue"), (2, messages), (5, messages)]
+        pieces = client.completions.create(model="job", prompt="red", stream=True)
+        assert "".join(piece.choices[0].text for piece in pieces if piece.choices) == "RED"
+        assert model.asked == [(5, "red stop blue"), (2, messages), (5, messages), (5, "red")]
         with pytest.raises(openai.BadRequestError, match="greedily"):
             client.completions.create(model="job", prompt="x", temperature=1)
         headers = {"Authorization": f"Bearer {token}"}
         about = httpx2.get(f"{url}/protection", headers=headers).json()
         assert about["attested"]["simulation"] and all(r["passed"] for r in about["attested"]["rules"])
         told = httpx2.get(f"{url}/job", headers=headers).json()
-        assert told == {"status": "done", "step": 60, "steps": 60, "queries": 3, "max_queries": QUOTA}
-        for _ in range(3):
+        assert told == {"status": "done", "step": 60, "steps": 60, "queries": 4, "max_queries": QUOTA}
+        for _ in range(2):
             client.completions.create(model="job", prompt="more")
         with pytest.raises(openai.PermissionDeniedError, match="used up"):
             client.completions.create(model="job", prompt="more")
