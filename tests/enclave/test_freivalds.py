@@ -93,8 +93,11 @@ def test_what_is_smaller_than_rounding_is_not_seen() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("rows", [1, 8, 64])  # one row is summed otherwise than many
+@pytest.mark.parametrize(
+    ("rows", "dtype"),  # one row is summed otherwise than many
+    [(1, torch.float32), (1, torch.bfloat16), (64, torch.bfloat16)],
+    ids=str,
+)
 def test_a_hundred_thousand_honest_calls_pass(rows: int, dtype: torch.dtype) -> None:
     for _ in range(20):
         weight = torch.randn(768, 768, generator=GENERATOR).to(dtype)
