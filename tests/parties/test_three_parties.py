@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import openai
@@ -44,6 +45,8 @@ def walked(tmp_path_factory):
                 shutil.copytree(root / "operator" / "state" / "store", root / "store")
                 machines.kept = [path for path in (root / "store").rglob("*") if path.is_file()]
             outputs.append((machine, command, machines.run(machine, command)))
+            if command.startswith("obfuscatune generate --job"):
+                machines.asked = _ask_through_connect(machines, command)
         yield machines, outputs
     finally:
         machines.close()
@@ -137,14 +140,17 @@ def test_a_job_that_was_deleted_leaves_no_sealed_file(walked):
     assert not list((machines.root / "operator" / "state" / "store").rglob("*.sealed"))
 
 
-def test_the_usual_client_asks_the_enclave_through_connect(walked):
-    machines, outputs = walked
-    (line,) = [command for _, command, _ in outputs if command.startswith("obfuscatune generate --enclave")]
-    # Through the tap, as all that the parties say.
-    options = line.split(" --prompt ")[0].replace(":7443", f":{machines.tap.address[1]}").split()[2:]
+def _ask_through_connect(machines: Machines, generate: str) -> dict[str, Any]:
+    """What the usual client gets of the job's model, before it is deleted."""
+    options = machines.here(generate).split(" --prompt ")[0].split()[2:]
     command = [sys.executable, "-m", "obfuscatune", "connect", *options, "--port", "0"]
     with subprocess.Popen(  # noqa: S603
-        command, cwd=machines.root / "owner", stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        cwd=machines.root / "owner",
+        env=machines.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     ) as process:
         try:
             said = ""
@@ -156,12 +162,18 @@ def test_the_usual_client_asks_the_enclave_through_connect(walked):
                     client.completions.create(model="job", prompt="bird " * 500)
                 prompt = "the colour of strange bird is"
                 reply = client.completions.create(model="job", prompt=prompt, max_tokens=3)
-                assert reply.choices[0].text.strip() == _output(outputs, "generate --enclave").strip()
-                assert reply.usage.prompt_tokens > 3
                 told = httpx2.get(f"{url}/job", headers={"Authorization": f"Bearer {token}"}).json()
-                assert (told["status"], told["queries"]) == ("done", 1)  # what was asked before is still known
         finally:
             process.terminate()
+    return {"text": reply.choices[0].text, "prompt_tokens": reply.usage.prompt_tokens, **told}
+
+
+def test_the_usual_client_asks_the_enclave_through_connect(walked):
+    machines, outputs = walked
+    asked = machines.asked
+    assert asked["text"].strip() == _output(outputs, "generate --job").strip()
+    assert asked["prompt_tokens"] > 3
+    assert (asked["status"], asked["queries"]) == ("done", 1)  # what was asked before is still known
 
 
 def _canaries(machines: Machines) -> dict[str, bytes]:

@@ -129,6 +129,7 @@ class Machines:
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = free.getsockname()[1]
         self.tap = Tap(self.port)
+        self.asked: dict[str, Any] = {}  # what a client was told through `connect`
         self.processes: dict[str, subprocess.Popen[str]] = {}
         self.started: dict[str, str] = {}
         self.output: list[str] = []

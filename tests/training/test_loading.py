@@ -106,3 +106,14 @@ def test_the_padding_token_is_another_than_the_end_where_there_is_one(
     tokenizer.save_pretrained(tmp_path)
     loaded = load_tokenizer(str(tmp_path), GPT2Config(vocab_size=300))
     assert (loaded.pad_token, loaded.eos_token, len(loaded)) == (expected, "<end>", len(tokenizer))
+
+
+def test_a_special_token_of_pictures_may_be_beyond_the_embedding(new_tokenizer, tmp_path: Path) -> None:
+    """As Gemma 3's tokenizer has one beside a model of texts; the token that ends a text may not be there."""
+    tokenizer: PreTrainedTokenizerFast = new_tokenizer()
+    rows = len(tokenizer)
+    tokenizer.add_tokens(["<picture>"], special_tokens=True)
+    tokenizer.save_pretrained(tmp_path)
+    assert len(load_tokenizer(str(tmp_path), GPT2Config(vocab_size=rows))) == rows + 1
+    with pytest.raises(UsageError, match="tokenizer of another model"):
+        load_tokenizer(str(tmp_path), GPT2Config(vocab_size=rows - 1))

@@ -153,11 +153,11 @@ def load_tokenizer(name: str, config: Any) -> Any:
     except (OSError, ValueError) as error:
         raise _unreadable("the tokenizer", name, error) from error
     known = tokenizer.get_vocab()
-    rows = config.get_text_config().vocab_size
+    rows, size = config.get_text_config().vocab_size, 1 + max(known.values(), default=-1)
     # A special token of pictures may be beyond the embedding of a model of texts (Gemma 3): no text is made of it.
-    beyond = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special and number >= rows}
-    size = 1 + max((number for number in known.values() if number not in beyond), default=-1)
-    if not rows < 2 * size <= 2 * rows:
+    used = {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special} - used
+    if not rows < 2 * size or any(number >= rows and number not in special for number in known.values()):
         # Without files of a tokenizer, transformers makes one of special tokens alone.
         few = size <= len(tokenizer.all_special_ids)
         raise UsageError(
