@@ -22,8 +22,8 @@ def keep_freed_memory() -> bool:
     """Let malloc keep what is freed, for the tensors of the next step; False where the C library is not glibc.
 
     glibc gives the top of its heap back to the system as soon as 128 KiB to 64 MiB of it are free, and gets it again,
-    page by page and zeroed, for the next tensors. A LoRA step of GPT-2 small cost a worker 18,600 page faults so, and
-    500 with this; a product of shares 32,000, and none. The process stays as large as it was at its peak.
+    page by page and zeroed, for the next tensors (`tests/protocol/test_memory.py` counts the page faults).
+    The process stays as large as it was at its peak.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
