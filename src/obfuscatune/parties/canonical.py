@@ -6,6 +6,7 @@ decodes, encodes what it got and compares: any other spelling is refused. Depth,
 before anything is built.
 """
 
+import base64
 import json
 import math
 from typing import Any
@@ -103,3 +104,14 @@ def _check_text(text: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError:
         raise FormatError("half a surrogate pair in a string") from None
+
+
+def unbase64(value: Any, what: str) -> bytes:
+    """Return the bytes of a field in canonical base64, one at least; raises FormatError where it is none."""
+    try:
+        data = base64.b64decode(value, validate=True) if isinstance(value, str) else b""
+    except ValueError:
+        data = b""
+    if not data or base64.b64encode(data).decode() != value:
+        raise FormatError(f"{what}: a field is not base64")
+    return data

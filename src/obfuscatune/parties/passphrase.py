@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 
 from obfuscatune.errors import FormatError, SealError, UsageError
-from obfuscatune.parties.canonical import encode
+from obfuscatune.parties.canonical import encode, unbase64
 
 FORMAT = "obfuscatune identity 1 locked"
 VARIABLE = "OBFUSCATUNE_PASSPHRASE_FILE"
@@ -60,7 +60,7 @@ def unlock(fields: dict[str, Any], passphrase: str, what: str) -> bytes:
         raise FormatError(f"{what} is no locked identity", expected=FORMAT)
     if type(fields["log2_n"]) is not int or fields["log2_n"] not in _LOG2_RANGE:
         raise FormatError(f"{what}: work of its passphrase", expected=f"{_LOG2_RANGE[0]} to {_LOG2_RANGE[-1]}")
-    salt, nonce, box = (_bytes(fields[name], what) for name in ("salt", "nonce", "box"))
+    salt, nonce, box = (unbase64(fields[name], what) for name in ("salt", "nonce", "box"))
     if len(salt) != 16 or len(nonce) != 12:
         raise FormatError(f"{what}: salt or nonce of a wrong size")
     record = {name: value for name, value in fields.items() if name != "box"}
@@ -103,13 +103,3 @@ def new_passphrase(what: str) -> str:
 
 def _key(passphrase: str, salt: bytes, log2_n: int) -> bytes:
     return Scrypt(salt=salt, length=32, n=1 << log2_n, r=8, p=1).derive(passphrase.encode("utf-8", "surrogatepass"))
-
-
-def _bytes(value: Any, what: str) -> bytes:
-    try:
-        data = base64.b64decode(value, validate=True) if isinstance(value, str) else b""
-    except ValueError:
-        data = b""
-    if not data or base64.b64encode(data).decode() != value:
-        raise FormatError(f"{what}: a field is not base64")
-    return data

@@ -11,10 +11,9 @@ import base64
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from obfuscatune.errors import FormatError, SealError
-from obfuscatune.parties.canonical import decode, encode
+from obfuscatune.parties.canonical import decode, encode, unbase64
 from obfuscatune.parties.identity import read_small
 from obfuscatune.parties.sealed.fields import (
     MAGIC,
@@ -66,7 +65,7 @@ def read_card(path: Path) -> Card:
     fields = decode(read_small(path, MAX_BYTES, "card").rstrip(b"\n"), what, max_bytes=MAX_BYTES)
     if set(fields) != {"format", "head", "signature", "table"} or fields["format"] != FORMAT:
         raise FormatError(f"{what} is no card, and no sealed file", expected=FORMAT)
-    head, signature, table = (_bytes(fields[name], what) for name in ("head", "signature", "table"))
+    head, signature, table = (unbase64(fields[name], what) for name in ("head", "signature", "table"))
     if len(head) < PREFIX.size or PREFIX.unpack(head[: PREFIX.size]) != (
         *(MAGIC, VERSION, bytes(3)),
         len(head) - PREFIX.size,
@@ -77,13 +76,3 @@ def read_card(path: Path) -> Card:
     if not header.sender.verify(signature, CONTEXT, hashes):
         raise SealError(f"{what} was changed", got="a signature that is not the sender's")
     return Card(header, digest(hashes))
-
-
-def _bytes(value: Any, what: str) -> bytes:
-    try:
-        data = base64.b64decode(value, validate=True) if isinstance(value, str) else b""
-    except ValueError:
-        data = b""
-    if not data or base64.b64encode(data).decode() != value:
-        raise FormatError(f"{what}: a field is not base64")
-    return data
