@@ -115,6 +115,17 @@ def test_a_sealed_memfd_keeps_its_size() -> None:
     os.close(made[1])
 
 
+@pytest.mark.parametrize("call", ["os.memfd_create", "os.ftruncate", "fcntl.fcntl", "mmap.mmap"])
+def test_a_system_that_refuses_it_has_none(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(38, "Function not implemented")
+
+    before = descriptors()
+    monkeypatch.setattr(call, refuse)
+    assert Arena.create(SIZE) is None
+    assert descriptors() == before
+
+
 def test_a_descriptor_goes_with_its_frame_and_is_closed_with_the_connection() -> None:
     before = descriptors()
     ours, theirs = unix_pair()

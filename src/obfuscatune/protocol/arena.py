@@ -41,14 +41,17 @@ class Arena:
         """Return a new one, and its descriptor, which is the caller's to close; None where the system has none."""
         if not hasattr(os, "memfd_create"):
             return None
-        descriptor = os.memfd_create("obfuscatune", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            descriptor = os.memfd_create("obfuscatune", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        except OSError:  # as in a library OS of an enclave
+            return None
         try:
             os.ftruncate(descriptor, size)
             fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
             return cls(mmap.mmap(descriptor, size)), descriptor
-        except BaseException:
+        except OSError:
             os.close(descriptor)
-            raise
+            return None
 
     @classmethod
     def received(cls, descriptor: int, size: Any) -> "Arena":
