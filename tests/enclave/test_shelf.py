@@ -104,6 +104,23 @@ def test_many_requests_under_way_have_places_of_their_own_and_give_them_back() -
         assert shelf is not None and shelf.take((shelf.arena.size,), torch.int8) is not None  # nobody has any of it
 
 
+def test_a_result_in_place_keeps_its_place_until_it_is_released() -> None:
+    def answer(fields: dict[str, Any], arena: Arena) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        arena.read(placed(fields, dtype="int32"))["y"].fill_(fields["value"])
+        return {"placed": placed(fields, dtype="int32")}, {}
+
+    with served(Liar(answer)) as session:
+        session.hello()
+        expected = {"y": (SHAPE, torch.int32)}
+        asked = [session.submit("multiply", "h.0", {"value": value}, {}, expected) for value in range(5)]
+        results = [pending.result(in_place=True)[1]["y"] for pending in asked]
+        assert len({y.data_ptr() for y in results}) == 5
+        assert all(bool((y == value).all()) for value, y in enumerate(results))
+        asked[0].release()
+        again = session.submit("multiply", "h.0", {"value": 5}, {}, expected).result(in_place=True)[1]["y"]
+        assert again.data_ptr() == results[0].data_ptr() and bool((results[1] == 1).all())
+
+
 def test_what_does_not_fit_goes_through_the_socket(monkeypatch: pytest.MonkeyPatch) -> None:
     create = Arena.create
     monkeypatch.setattr(Arena, "create", lambda: create(LEAST_BYTES))

@@ -47,9 +47,9 @@ class Pending(Secret):
 
     def take(self, frame: Frame) -> None:
         """Take what the worker sent in this request's turn, not yet checked."""
-        self._frame = frame
         if self.placed is not None:
             self.placed.sent_is_read()
+        self._frame = frame  # last: from here on another thread may release it all
 
     def result(self, *, in_place: bool = False) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Wait for the reply, and return it checked: fields and tensors. To be called once, by any thread.
@@ -92,7 +92,7 @@ class Pending(Secret):
         return {**found, **frame.tensors}
 
     def release(self) -> None:
-        """Nothing of a result in place is read any more."""
+        """Nothing of a result in place is read any more, or the request was not sent."""
         if self.placed is not None:
             self.placed.release()
 
