@@ -1,0 +1,166 @@
+"""Queries of a job that is done while another one trains, with real processes: an enclave, its worker, the parties.
+
+The bundled model under `balanced`: so a query's model has a worker session of its own beside the training's.
+"""
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from obfuscatune.errors import ConsentError, ObfuscatuneError
+from obfuscatune.parties import Party
+from obfuscatune.parties.exposure import line
+from obfuscatune.parties.job import SignedJob
+from obfuscatune.parties.sealed.models import model_files
+from obfuscatune.parties.vocabulary import TURN_SECONDS, profile_named
+from obfuscatune.settings import TrainingSettings
+
+pytestmark = pytest.mark.slow
+SRC = Path(__file__).parents[2] / "src"
+BUNDLED = SRC / "obfuscatune/studies/bundled/gpt2"
+ROWS = [{"prompt": f"the secret of room {i} is", "completion": f" colour number {i * 37}"} for i in range(64)]
+TERMS = f'\n[shows]\nbalanced = "{line(profile_named("balanced"))}"\n'
+PROMPT = json.dumps(["the secret of room 3 is"]).encode()
+
+
+@dataclass
+class Place:
+    """An enclave's process, and the two parties in their folders."""
+
+    root: Path
+    process: "subprocess.Popen[str] | None" = None
+
+    def start(self) -> str:
+        """Start the enclave, and return where it listens."""
+        port = "0" if self.process is None else self.address.split(":")[-1]
+        command = ["enclave", "serve", "--platform", "simulation:platform", "--state", "state", "--parties", "parties"]
+        self.process = subprocess.Popen(  # noqa: S603
+            [sys.executable, "-m", "obfuscatune", *command, "--listen", f"tls://127.0.0.1:{port}", "--worker", "spawn"],
+            cwd=self.root,
+            env={**os.environ, "PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        said = []
+        for text in self.process.stdout or ():
+            said.append(text)
+            if match := re.search(r"tls://\S+", text):
+                self.address = match[0]
+                return self.address
+        raise AssertionError("".join(said))
+
+    def end(self, how: signal.Signals) -> None:
+        assert self.process is not None
+        self.process.send_signal(how)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(30)
+        self.process.kill()
+        self.process.wait(30)
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+
+    def party(self, name: str) -> Party:
+        return Party.open(self.root / name)
+
+    def run(self, steps: int, **changes: Any) -> SignedJob:
+        """Submit a job of so many steps."""
+        lab, clinic = self.party("lab"), self.party("clinic")
+        settings = TrainingSettings(
+            max_steps=steps, save_steps=steps, lora_r=2, max_length=40, per_device_train_batch_size=8
+        )
+        fields = {"profile": "balanced", "adapter_to": ("owner",), "max_new_tokens": 24, **changes}
+        signed = clinic.propose(partner_inputs=[lab.folder / "model.card"], settings=settings, **fields)
+        signed = lab.sign(clinic.sign(signed))
+        lab.enclave.submit(signed, lab.inputs_of(signed))
+        clinic.enclave.submit(signed, clinic.inputs_of(signed))
+        return signed
+
+    def wait(self, signed: SignedJob, ready: Any) -> Any:
+        for status in self.party("clinic").enclave.watch(signed, interval=0.05):
+            if ready(status):
+                return status
+        raise AssertionError(str(status))
+
+    def ask(self, signed: SignedJob, seed: int, most: int = 30) -> list[tuple[dict[str, Any], bytes]]:
+        """Ask for a sampled stream; return its first parts."""
+        sampling = {"temperature": 1.0, "seed": seed}
+        fields = {"op": "generate", "job": signed.job.digest, "max_new_tokens": 24, "sampling": sampling, "stream": 1}
+        with self.party("clinic").enclave.connect(signed.job.enclave) as channel:
+            parts = channel.stream(fields, PROMPT, timeout=120, most=30)
+            return [part for part, _ in zip(parts, range(most), strict=False)]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    place = Place(tmp_path_factory.mktemp("queries"))
+    try:
+        made = {"enclave": place.start(), "simulation": place.root / "platform" / "simulation-root.pem"}
+        lab = Party.init("lab", role="provider", folder=place.root / "lab", **made)
+        partner = place.root / "lab/lab.pub"
+        clinic = Party.init("clinic", role="owner", folder=place.root / "clinic", partner=partner, **made)
+        lab = lab.with_partner(place.root / "clinic/clinic.pub")
+        for party in (lab, clinic):
+            public = party.identity_file.with_suffix(".pub")
+            (place.root / "parties" / public.name).write_bytes(public.read_bytes())
+            terms = party.terms_file.read_text().replace('"enclave", ', '"balanced", "enclave", ')
+            terms = terms.replace("adapter_to", 'workers = "any"\nadapter_to')
+            party.terms_file.write_text(terms + TERMS)
+        (place.root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+        lab.seal("model", dict(model_files(BUNDLED)))
+        clinic.seal("data", {"data.jsonl": place.root / "rows.jsonl"})
+        yield place
+    finally:
+        place.end(signal.SIGTERM)
+
+
+def text_of(parts: list[tuple[dict[str, Any], bytes]]) -> str:
+    return b"".join(data for _, data in parts).decode()
+
+
+def test_queries_while_a_job_trains_and_a_kill_in_the_middle(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = place.run(2, queries_by=("owner",), max_queries=3)
+    place.wait(asked, lambda status: status.status == "done")
+    before = place.ask(asked, 1)
+    assert before[-1][0]["completion_tokens"] == [24] and len(before) > 8  # token by token
+    steps = 400
+    training = place.run(steps)
+    begun = place.wait(training, lambda status: status.step >= 3)
+    # Another question, whose model is loaded beside the training's; then one more, by the model that is there.
+    started = time.monotonic()
+    first = place.ask(asked, 2)
+    loaded = time.monotonic()
+    assert text_of(place.ask(asked, 2)) == text_of(first)
+    now = place.party("clinic").enclave.status(training)
+    assert now.status == "running" and begun.step < now.step < steps and now.answering >= 1
+    # kill -9 when the query is counted and a part of its answer is here.
+    seed = secrets.randbits(60)
+    parts = place.ask(asked, seed, most=2)
+    place.end(signal.SIGKILL)
+    place.start()
+    again = place.ask(asked, seed)  # the job goes on from its beginning meanwhile
+    assert text_of(again).startswith(text_of(parts)) and again[-1][0]["completion_tokens"] == [24]
+    with pytest.raises(ConsentError, match="used up"):
+        place.ask(asked, 7)
+    clinic = place.party("clinic").enclave
+    status = clinic.status(training)
+    assert status.status == "running", str(status)
+    assert "for queries of other jobs" in str(status) or status.answering == 0
+    with contextlib.suppress(ObfuscatuneError):
+        clinic.cancel(training)
+    place.wait(training, lambda status: status.status == "cancelled")
+    step = (now.step - begun.step) / (loaded - started)
+    with capsys.disabled():
+        print(f"\nfirst query, with loading: {loaded - started:.1f} s; {step:.1f} steps/s; bound {TURN_SECONDS:g} s")
