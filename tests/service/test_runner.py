@@ -177,6 +177,37 @@ def test_a_prompt_that_is_too_long_leaves_the_model_loaded(place: Place, monkeyp
         runner.close()
 
 
+def test_an_answer_is_the_same_in_however_many_rounds(place: Place) -> None:
+    """Alone, in a batch, and with a turn after every token; greedy ones are those that the job itself gives."""
+    model = GPT2LMHeadModel.from_pretrained(place.model)
+    with torch.no_grad():  # far from ties
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    model.save_pretrained(place.model)
+    signed = place.signed(queries_by=("owner",), max_new_tokens=12)
+    prompts = [json.loads(row)["prompt"] for row in PROMPTS.splitlines()]
+    runner = Runner(ENCLAVE, place.store, workers=Workers.parse(["spawn"]))
+
+    def answers(*asked: str, enough: bool, **chosen: Any) -> list[str]:
+        rows = runner.check(signed, results["adapter"], query_of(signed, *asked, longest=12, **chosen))
+        while live := [row for row in rows if not row.done]:
+            runner.answer(signed, results["adapter"], live, lambda steps, longest: enough)
+        return [row.completion().text for row in rows]
+
+    try:
+        results = runner.run(signed, None, SILENT)
+        lines = place.files(results["output"])["generations.jsonl"].decode().splitlines()
+        own = [json.loads(line)["completion"] for line in lines]
+        found = []
+        for chosen in ({}, {"temperature": 1.5, "seed": 3}, {"stop": (own[0][2:4],)}):
+            found.append(answers(*prompts, enough=False, **chosen))
+            assert answers(*prompts, enough=True, **chosen) == found[-1]
+            assert [answers(prompt, enough=True, **chosen)[0] for prompt in prompts] == found[-1]
+        assert found[0] == own != found[1] and found[2][0] == own[0].split(own[0][2:4])[0]
+    finally:
+        runner.close()
+
+
 def test_queries_between_steps_change_nothing_of_a_training(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit for bit, with dropout, accumulated gradients and evaluations: another model is loaded, asked and sampled."""
     training = {"max_steps": 2, "gradient_accumulation_steps": 2, "lora_r": 2, "lora_dropout": 0.3, "max_length": 24}
