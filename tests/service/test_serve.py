@@ -12,7 +12,7 @@ import pytest
 import torch
 from tokenizers import decoders
 
-from obfuscatune.errors import ConsentError, UsageError
+from obfuscatune.errors import BusyError, ConsentError, UsageError
 from obfuscatune.parties.identity import Identity
 from obfuscatune.parties.vocabulary import TURN_SECONDS
 from obfuscatune.service import turns as turns_module
@@ -43,6 +43,9 @@ class Server:
     address = "tls://nowhere:1"
 
     def serve_forever(self) -> None:
+        return
+
+    def drain(self, seconds: float) -> None:
         return
 
     def close(self) -> None:
@@ -343,3 +346,33 @@ def test_who_leaves_has_nothing_more_computed_and_pays(enclave: Enclave) -> None
         assert query.wait(30)
     assert query.completions[0].tokens == 0 and enclave.book.record(job).queries == 1
     assert serving._answering._answers.get(query.question) is None
+
+
+def test_a_stop_answers_what_was_begun_and_nothing_else(enclave: Enclave) -> None:
+    job = enclave.done_job()
+    begun, late = query_of(job, "a", 30), query_of(job, "b")
+    told: list[None] = []
+
+    def act() -> None:
+        if not told:
+            told.append(serving.leave())  # as SIGTERM does
+            serving._answering.add(late)
+
+    serving = service(enclave, act)
+    serving._answering.add(begun)
+    with pytest.raises(SystemExit):
+        serving.work()
+    assert begun.completions[0].tokens == 30 and not late.done
+    serving.close()
+    assert isinstance(late.error, BusyError) and enclave.book.record(job).queries == 1
+
+
+def test_a_second_stop_waits_for_nothing(enclave: Enclave) -> None:
+    job = enclave.done_job()
+    query = query_of(job, "a", 30)
+    serving = service(enclave, lambda: serving.leave())
+    serving._answering.add(query)
+    with pytest.raises(SystemExit):
+        serving.work()
+    serving.close()
+    assert isinstance(query.error, BusyError) and enclave.book.record(job).queries == 1  # which asking again uses

@@ -49,6 +49,7 @@ class Answering:
         self._waiting: collections.deque[Query] = collections.deque()
         self._begun: dict[int, tuple[Query, list[Row]]] = {}
         self._job = ""  # whose model those that have begun are for
+        self._leaving: float | None = None  # when the enclave ends, whatever is not answered by then
         self._alone = False  # whether a batch has failed: its queries are computed one by one, and one fails alone
 
     def add(self, query: Query) -> None:
@@ -76,12 +77,28 @@ class Answering:
             if seconds is not None or not self._book.has_queued():
                 self._admit(other=until is None)
             if not self._begun:
-                return
+                break
             if seconds is not None and until is None:
                 until = time.monotonic() + seconds
             self._round(until)
-            if until is not None and time.monotonic() >= until:
-                return
+            if self._is_over(until):
+                break
+        if self._leaving is not None:
+            raise SystemExit(0)
+
+    def hurry(self, seconds: float) -> bool:
+        """Return whether queries are being computed: they get so many seconds more, and :meth:`turn` then ends all.
+
+        For a handler of signals, in the thread of :meth:`turn`; a second call says no.
+        """
+        if self._leaving is not None or not self._begun:
+            return False
+        self._leaving = time.monotonic() + seconds
+        return True
+
+    def _is_over(self, until: float | None) -> bool:
+        ends = until if self._leaving is None else self._leaving
+        return ends is not None and time.monotonic() >= ends
 
     def close(self) -> None:
         """Tell those who wait that nothing comes."""
@@ -127,7 +144,7 @@ class Answering:
         rows = [row for _, found in (begun[:1] if self._alone else begun) for row in found if not row.lapse()]
 
         def enough(steps: int, longest: int) -> bool:
-            if until is not None and time.monotonic() >= until:
+            if self._is_over(until):
                 return True
             if self._alone or steps < max(LEAST_STEPS, longest // PREFILL_SHARE) or len(rows) >= MAX_ROWS:
                 return False

@@ -34,6 +34,8 @@ from obfuscatune.service.turns import Turns
 
 logger = logging.getLogger(__name__)
 QUERY_SECONDS = 600.0
+LEAVING_SECONDS = 20.0  # for queries that are being answered when the operator stops the enclave
+_DRAINING_SECONDS = 2.0  # for replies to get to their parties
 
 
 class Service:
@@ -81,9 +83,19 @@ class Service:
             self._stopped = True
             self._book.changed.notify_all()
 
+    def leave(self) -> None:
+        """End the process, once the queries that are being computed are answered; a job goes on at the next start.
+
+        For a handler of signals, in the main thread. Raises SystemExit, here or where it may; a second time at once.
+        """
+        self._stopped = True
+        if not self._answering.hurry(LEAVING_SECONDS):
+            raise SystemExit(0)
+
     def close(self) -> None:
         """Stop listening and forget the model. What was committed is on the disk."""
         self._answering.close()
+        self._server.drain(_DRAINING_SECONDS)
         self._server.close()
         self._runner.close()
 

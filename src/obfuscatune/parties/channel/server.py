@@ -40,6 +40,7 @@ MAX_PIECES = 16  # long payloads of one party in memory, each of at most 4 MiB
 _BACKLOG = 1024
 _RENEWAL_SECONDS = 60.0
 _CLOSING_SECONDS = 5.0
+_LOOK_SECONDS = 0.02
 
 
 class AttestedServer:
@@ -146,6 +147,15 @@ class AttestedServer:
                 del self._open[thread]
                 self.strangers.exit(source, conversation)
                 accepted.close()
+
+    def drain(self, seconds: float) -> None:
+        """Wait until no reply is on its way, for so many seconds at most; before `close`."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            with self._lock:
+                if all(conversation.idle for conversation in self._open.values()):
+                    return
+            time.sleep(_LOOK_SECONDS)
 
     def close(self) -> None:
         """Stop listening, end all connections and wait a few seconds for their threads; again does no harm."""
