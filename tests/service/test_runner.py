@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -250,6 +252,34 @@ def test_queries_between_steps_change_nothing_of_a_training(place: Place, monkey
         turn(1.0)
     finally:
         runner.close()
+
+
+@pytest.mark.slow
+def test_a_query_does_not_wait_for_the_place_that_its_job_has_at_the_worker(place: Place, tmp_path: Path) -> None:
+    change(place.model / "config.json", attn_pdrop=0.0)  # it is on the worker
+    address = f"unix://{tmp_path}/w.sock"
+    command = [sys.executable, "-m", "obfuscatune.worker", "--listen", address, "--threads", "1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as worker:  # noqa: S603
+        runner = Runner(ENCLAVE, place.store, workers=Workers.parse([address]))
+        try:
+            assert worker.stdout is not None and "1 session" in worker.stdout.readline()
+            asked = place.signed(profile="balanced", queries_by=("owner",), max_queries=5)
+            adapter = runner.run(asked, None, SILENT)["adapter"]
+            refused: list[BusyError] = []
+
+            def between() -> float:
+                if not refused:
+                    with pytest.raises(BusyError, match="no place for another session") as caught:
+                        runner.check(asked, adapter, query_of(asked, "row 1 is"))
+                    refused.append(caught.value)
+                return 0.0
+
+            runner.run(place.signed(profile="balanced"), None, replace(SILENT, between=between))
+            assert refused and runner.check(asked, adapter, query_of(asked, "row 1 is"))  # it has the place now
+        finally:
+            runner.close()
+            worker.terminate()
+            assert worker.wait(30) == 0
 
 
 @pytest.mark.parametrize("who", [("provider",), ("owner",), ("provider", "owner"), ()])

@@ -212,6 +212,8 @@ class Runner:
                     timeout=self._timeout,
                     identity=self._worker_identity,
                     insecure=self._insecure,
+                    # The place may be that of the job that runs, which stands still meanwhile.
+                    queue=not self._running or adapter is None,
                     secret=secret,
                 )
             )
