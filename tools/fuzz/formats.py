@@ -181,27 +181,64 @@ def card(scratch: Path) -> Target:
     return Target(parse, (seed, seed + b"\n"))
 
 
-def channel_frame(scratch: Path) -> Target:
-    """One message of the attested channel, in the state that allows most."""
+def _message(data: bytes) -> tuple[dict[str, Any], bytes]:
+    """Read one message of the attested channel, in the state that allows most."""
     from obfuscatune.errors import ConnectionClosedError
-    from obfuscatune.parties.channel.frames import SESSION, encode_message, read_message
+    from obfuscatune.parties.channel.frames import SESSION, read_message
+
+    rest = memoryview(data)
+
+    def read(size: int) -> bytes:
+        nonlocal rest
+        if size > SESSION.payload:
+            raise AssertionError("asked for more than the limits")
+        if size > len(rest):
+            raise ConnectionClosedError("connection is closed")
+        part, rest = rest[:size], rest[size:]
+        return bytes(part)
+
+    return read_message(read, SESSION)
+
+
+def _sent(fields: dict[str, Any], payload: bytes) -> bytes:
+    from obfuscatune.parties.channel.frames import SESSION, encode_message
+
+    return encode_message(fields, payload, SESSION) + payload
+
+
+def channel_frame(scratch: Path) -> Target:
+    """One message of the attested channel."""
+    fields = {"verb": "upload", "offset": 0, "size": 4, "list": [1, {"a": None}]}
+    return Target(_message, (_sent(fields, b"data"), _sent({}, b"")))
+
+
+def query(scratch: Path) -> Target:
+    """What a query asks for, and how it is to be sampled."""
+    from obfuscatune.service.queries import Query, read_prompts, read_settings
+
+    def parse(data: bytes) -> str:
+        fields, payload = _message(data)
+        return Query("ab" * 32, "cd" * 32, read_prompts(payload), read_settings(fields)).question
+
+    sampling = {"temperature": 0.5, "top_p": 0.9, "seed": -7, "stop": ["\u00e9", "x"]}
+    messages = [{"role": "user", "content": "why?"}]
+    seeds = (
+        _sent({"max_new_tokens": 5}, b'["a", "b"]'),
+        _sent({"max_new_tokens": 5, "sampling": sampling}, json.dumps(["a", messages]).encode()),
+    )
+    return Target(parse, seeds)
+
+
+def answer(scratch: Path) -> Target:
+    """An enclave's last part of an answer, as a client takes it after another one."""
+    from obfuscatune.serving.question import Question
+    from obfuscatune.serving.sampling import Settings
 
     def parse(data: bytes) -> None:
-        rest = memoryview(data)
+        Question("why?", Settings(longest=9), None).take(iter([({"tokens": 1}, b"a"), _message(data)]))
 
-        def read(size: int) -> bytes:
-            nonlocal rest
-            if size > SESSION.payload:
-                raise AssertionError("asked for more than the limits")
-            if size > len(rest):
-                raise ConnectionClosedError("connection is closed")
-            part, rest = rest[:size], rest[size:]
-            return bytes(part)
-
-        read_message(read, SESSION)
-
-    fields = {"verb": "upload", "offset": 0, "size": 4, "list": [1, {"a": None}]}
-    return Target(parse, (encode_message(fields, b"data", SESSION) + b"data", encode_message({}, b"", SESSION)))
+    counts = {"prompt_tokens": [3], "completion_tokens": [2], "ended": [1]}
+    return Target(parse, (_sent(counts, b""), _sent(counts, "\u00e9".encode())))
 
 
 def protocol_frame(scratch: Path) -> Target:

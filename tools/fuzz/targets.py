@@ -25,6 +25,8 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
         formats.card,
         formats.succession,
         formats.channel_frame,
+        formats.query,
+        formats.answer,
         formats.protocol_frame,
         formats.drawn_tensors,
         formats.state,

@@ -70,6 +70,7 @@ def serve(options: ServeOptions) -> None:
         max_connections=options.max_connections,
         max_store_bytes=int(options.max_store_gb * 1e9),
     ) as service:
+        signal.signal(signal.SIGTERM, lambda number, frame: service.leave())
         if platform.simulated:
             print("SIMULATION: this enclave is an ordinary process and protects nothing", file=sys.stderr)
         # One line on stdout once it listens: whoever starts it waits for that.

@@ -51,6 +51,7 @@ def protect(
     timeout: float = 600.0,
     identity: "Identity | str | Path | None" = None,
     insecure: bool = False,
+    queue: bool = True,
     secret: MasterSecret | None = None,
     insecure_test_seed: int | None = None,
     progress: bool = False,
@@ -77,6 +78,7 @@ def protect(
         timeout: seconds to wait for each reply of the worker.
         identity: this enclave's, or the path of its ``NAME.key``, for ``tls://``; the worker must allow it.
         insecure: whether ``tcp://`` may leave this machine: neither encrypted nor authenticated.
+        queue: whether to wait where all places of a worker are taken.
         secret: master secret of an earlier session, to resume it bit for bit; a fresh one otherwise.
         insecure_test_seed: makes the keys predictable, for tests only; refused with a worker over a network.
         progress: show a bar while the weights are keyed.
@@ -88,7 +90,7 @@ def protect(
         UsageError: options that do not fit, no worker at the address, or one that does not let this identity in.
         AttestationError: the worker has another identity than the address names.
         UnsupportedModelError: a model, configuration or adapter that cannot be run exactly.
-        WorkerFault: the worker failed.
+        WorkerFault: the worker failed. BusyError: it has no place, and ``queue`` is off.
     """
     resolved = resolve(profile, **switches)
     causal_lm = _causal_lm(model)
@@ -114,7 +116,13 @@ def protect(
         # Workers of our own that multiply at the same time share the cores: more threads would wait for each other.
         threads = max(1, torch.get_num_threads() // len(workers))
     connect = partial(
-        open_session, timeout=timeout, threads=threads, device=device, identity=identity, insecure=insecure
+        open_session,
+        timeout=timeout,
+        threads=threads,
+        device=device,
+        identity=identity,
+        insecure=insecure,
+        queue=queue,
     )
     sessions: list[Session] = []
     try:

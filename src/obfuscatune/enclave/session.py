@@ -22,7 +22,7 @@ from torch import Tensor
 from obfuscatune.enclave.keys.source import Secret
 from obfuscatune.enclave.replies import Pending, is_finite
 from obfuscatune.enclave.shelf import PLACED, Expected, Shelf
-from obfuscatune.errors import RESTART_HINT, ConnectionClosedError, ProtocolError, UsageError, WorkerFault
+from obfuscatune.errors import RESTART_HINT, BusyError, ConnectionClosedError, ProtocolError, UsageError, WorkerFault
 from obfuscatune.protocol.arena import Arena
 from obfuscatune.protocol.connection import Connection, Frame
 from obfuscatune.protocol.frames import PROTOCOL_VERSION
@@ -63,14 +63,21 @@ class Session(Secret):
         worker: how messages name the worker: its address, or ``spawned process N``.
         timeout: seconds to wait for one reply.
         process: the worker's process where this enclave started it.
+        queue: whether to wait where the worker's places are taken.
     """
 
     def __init__(
-        self, connection: Connection, *, worker: str, timeout: float, process: "subprocess.Popen[bytes] | None" = None
+        self,
+        connection: Connection,
+        *,
+        worker: str,
+        timeout: float,
+        process: "subprocess.Popen[bytes] | None" = None,
+        queue: bool = True,
     ) -> None:
         self.connection, self.worker, self.process = connection, worker, process
         self.traffic: defaultdict[str, Traffic] = defaultdict(Traffic)
-        self._timeout = timeout
+        self._timeout, self._queue = timeout, queue
         self._last_id = 0
         self._dropped: dict[str, list[int]] = {kind: [] for kind in DROPPED}
         self._under_way: deque[Pending] = deque()
@@ -241,6 +248,9 @@ class Session(Secret):
 
     def _say_queued(self, ahead: object) -> None:
         """The worker has no place yet, and says so again and again: the wait for a reply starts anew each time."""
+        if not self._queue:
+            hint = "obfuscatune worker --max_sessions 2, or once it has a place"
+            raise BusyError("the worker has no place for another session", where=self.worker, hint=hint)
         if type(ahead) is int and 0 < ahead < (self._ahead or 2**32):  # nobody jumps a queue
             self._ahead = ahead
             sessions = "1 session" if ahead == 1 else f"{ahead} sessions"

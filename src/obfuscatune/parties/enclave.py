@@ -49,6 +49,7 @@ class Status:
             ``deleted``. reason: of the last but two. step, steps: of the training. missing: digests by kind.
         results: digests of the party's results by kind. workers: which worker has got what of the model.
         resumes_from: the step from which a job goes on that has failed, or was submitted again; 0 for its beginning.
+        answering: seconds that it has stood still for queries of other jobs, see `TURNS`.
     """
 
     job: str
@@ -60,6 +61,7 @@ class Status:
     results: Mapping[str, str] = field(default_factory=dict)
     workers: tuple[Mapping[str, Any], ...] = ()
     resumes_from: int = 0
+    answering: int = 0
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "Status":
@@ -68,11 +70,12 @@ class Status:
         workers = fields.get("workers", [])
         if not all(type(fields.get(name)) is kind for name, kind in kinds.items()) or type(workers) is not list:
             raise ProtocolError("enclave's reply is no status of a job")
-        step = fields.get("resumes_from", 0)
+        step, answering = fields.get("resumes_from", 0), fields.get("answering", 0)
         return cls(
             **{name: fields[name] for name in kinds},
             workers=tuple(w for w in workers if type(w) is dict),
             resumes_from=step if type(step) is int else 0,
+            answering=answering if type(answering) is int else 0,
         )
 
     @property
@@ -83,6 +86,7 @@ class Status:
     def __str__(self) -> str:
         parts = [f"job {printable(self.job)[:16]}", printable(self.status)]
         parts += [f"step {self.step} of {self.steps}"] if self.steps else []
+        parts += [f"{self.answering} s for queries of other jobs"] if self.answering else []
         parts += [f"waits for: {', '.join(map(printable, self.missing))}"] if self.missing else []
         parts += [printable(self.reason)] if self.reason else []
         if self.status in ("waiting", "queued") and self.resumes_from:

@@ -42,6 +42,7 @@ KEPT_SECONDS = 7 * 86_400  # for which results that nobody has fetched make no r
 _MAX_NOTED = 1000  # refusals of one party that the log tells of, in one life of the enclave: it must not be flooded
 _MAX_STEPS = 1 << 53
 _MAX_WORD = 80  # of the log
+MAX_COUNTED = 8  # questions of a job, as many as its parties may have under way
 PAUSED = "paused until the disk has room"
 
 
@@ -184,6 +185,7 @@ class Book:
             checkpoint=None,
             checkpoint_step=0,
             fetched=(),
+            counted="",
             steps=0,
             step=0,
             workers=[],
@@ -346,11 +348,11 @@ class Book:
             for file in files - self._named():
                 self._drop(file)
 
-    def progress(self, digest: str, step: int, steps: int) -> None:
-        """Note how far a running job is; kept in memory until the next commit."""
+    def progress(self, digest: str, step: int, steps: int, answering: float = 0.0) -> None:
+        """Note how far a running job is, and for how many seconds it stood still; in memory until the next commit."""
         with self.state.lock:  # bounded: a number that the state cannot hold would stop all jobs
             step, steps = min(step, _MAX_STEPS), min(steps, _MAX_STEPS)
-            self._set(digest, replace(self._records[digest], step=step, steps=steps))
+            self._set(digest, replace(self._records[digest], step=step, steps=steps, answering=int(answering)))
 
     def checkpointed(self, digest: str, step: int, checkpoint: str) -> None:
         """Make a checkpoint the one to resume from, and drop the one before."""
@@ -394,8 +396,10 @@ class Book:
             record = replace(self._records[digest], status="failed", reason=reason, ended=int(time.time()))
             self._enter(digest, record, "failed", cause=_reason(error))
 
-    def check_query(self, digest: str, party: str, prompts: int, tokens: int) -> None:
+    def check_query(self, digest: str, party: str, prompts: int, tokens: int, question: str = "") -> None:
         """Check that a party may now ask for completions of ``prompts`` prompts, of up to ``tokens`` tokens each.
+
+        ``question`` is the digest of all of it: prompts of one that was counted and not answered are not counted again.
 
         Raises:
             UsageError: the job is not done. ConsentError: beyond the job, see `consent`.
@@ -403,22 +407,31 @@ class Book:
         record = self.record(digest)
         if record.status != "done":
             raise UsageError("the job is not done", got=record.status, hint="obfuscatune job watch")
-        job = self.signed(digest).job
+        job, prompts = self.signed(digest).job, 0 if question in record.counted.split() else prompts
         check_query(job, party, prompts=prompts, before=record.queries, tokens=tokens, now=time.time())
 
-    def count_query(self, digest: str, party: str, prompts: int, tokens: int) -> None:
-        """Count prompts before they are answered, so that no crash gives any away; checks and raises as above."""
+    def count_query(self, digest: str, party: str, prompts: int, tokens: int, question: str) -> None:
+        """Count prompts before they are answered, so that no crash gives any away; checks and raises as above.
+
+        The last few questions stay in the record, so that who asks one again after a crash pays once. All that decides
+        an answer is in its question, the seed too, so nobody gets a second answer for it.
+        """
         with self.state.lock:
-            self.check_query(digest, party, prompts, tokens)
+            self.check_query(digest, party, prompts, tokens, question)
             record = self._records[digest]
-            counted = replace(record, queries=record.queries + prompts)
+            known = record.counted.split()
+            if question in known:  # no entry in the log, which nobody may fill for nothing
+                return
+            last = " ".join([*known, question][-MAX_COUNTED:])
+            counted = replace(record, queries=record.queries + prompts, counted=last)
             self._enter(digest, counted, "query", party=party, prompts=prompts)
 
-    def query_failed(self, digest: str, party: str, prompts: int) -> None:
+    def query_failed(self, digest: str, party: str, prompts: int, question: str) -> None:
         """Give back the prompts of a query that was counted and not answered."""
         with self.state.lock:
             record = self._records[digest]
-            given_back = replace(record, queries=max(0, record.queries - prompts))
+            left = " ".join(other for other in record.counted.split() if other != question)
+            given_back = replace(record, queries=max(0, record.queries - prompts), counted=left)
             self._enter(digest, given_back, "query-failed", party=party, prompts=prompts)
 
     def fetched(self, digest: str, party: str, kind: str) -> None:

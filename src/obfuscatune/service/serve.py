@@ -5,7 +5,6 @@ directory/log.jsonl       the audit log                                no conten
 directory/store/          inputs, checkpoints, results                 sealed to their recipients
 """
 
-import collections
 import functools
 import logging
 import threading
@@ -20,22 +19,23 @@ from obfuscatune.parties.canonical import encode
 from obfuscatune.parties.channel.server import AttestedServer
 from obfuscatune.parties.identity import Identity, PublicIdentity
 from obfuscatune.parties.succession import load_successions, successors
+from obfuscatune.service.answering import STOPS, Answering
 from obfuscatune.service.answers import Answers
 from obfuscatune.service.book import Book
 from obfuscatune.service.log import AuditLog
 from obfuscatune.service.patience import Patience, Stopped
 from obfuscatune.service.placement import Workers
-from obfuscatune.service.requests import Query, Requests
+from obfuscatune.service.requests import Requests
 from obfuscatune.service.runner import RAM_PREFIX, Hooks, Runner
 from obfuscatune.service.scratch import ram_directory
 from obfuscatune.service.state import State
 from obfuscatune.service.store import Store
-from obfuscatune.training.completion import Completion
+from obfuscatune.service.turns import Turns
 
 logger = logging.getLogger(__name__)
 QUERY_SECONDS = 600.0
-# What ends the service. A panic in a tokenizer's Rust is no Exception, and a party's file can make one.
-_STOPS = (SystemExit, KeyboardInterrupt)
+LEAVING_SECONDS = 20.0  # for queries that are being answered when the operator stops the enclave
+_DRAINING_SECONDS = 2.0  # for replies to get to their parties
 
 
 class Service:
@@ -49,32 +49,30 @@ class Service:
         self, book: Book, runner: Runner, server_of: Callable[[Requests], AttestedServer], *, max_file_bytes: int
     ) -> None:
         self._book, self._runner = book, runner
-        self._queries: collections.deque[Query] = collections.deque()
         self._stopped = False
         self._patiently = Patience(book, lambda: self._stopped)
-        self._answers = Answers()
-        requests = Requests(book, self._ask, self._answers, wait=QUERY_SECONDS, max_file_bytes=max_file_bytes)
+        answers = Answers()
+        self._answering = Answering(book, runner, answers, self._patiently, lambda: self._stopped)
+        requests = Requests(book, self._answering.add, answers, wait=QUERY_SECONDS, max_file_bytes=max_file_bytes)
         self._server = server_of(requests)
         self.address, self.identity = self._server.address, book.state.identity.public
         self._thread = threading.Thread(target=self._server.serve_forever, name="channel", daemon=True)
 
     def work(self) -> None:
-        """Serve, and run what is queued, one after the other; queries go before jobs."""
+        """Serve, and run what is queued, one after the other; queries have turns within jobs too."""
         self._thread.start()
         try:
             while True:
                 with self._book.changed:
-                    while not (self._stopped or self._queries or self._book.has_queued() or self._holds_deleted()):
+                    while not (
+                        self._stopped or self._answering.wanted or self._book.has_queued() or self._holds_deleted()
+                    ):
                         self._book.changed.wait()
                     if self._stopped:
                         return
-                    deleted = self._holds_deleted()
-                    query = self._queries.popleft() if self._queries and not deleted else None
-                if deleted:
-                    self._runner.close()
-                elif query is not None:
-                    self._answer(query)
-                elif (digest := self._patiently(self._book.next)) is not None:
+                self._forget_deleted()
+                self._answering.turn()
+                if not self._stopped and (digest := self._patiently(self._book.next)) is not None:
                     self._run(digest)
         except Stopped:
             return
@@ -85,8 +83,19 @@ class Service:
             self._stopped = True
             self._book.changed.notify_all()
 
+    def leave(self) -> None:
+        """End the process, once the queries that are being computed are answered; a job goes on at the next start.
+
+        For a handler of signals, in the main thread. Raises SystemExit, here or where it may; a second time at once.
+        """
+        self._stopped = True
+        if not self._answering.hurry(LEAVING_SECONDS):
+            raise SystemExit(0)
+
     def close(self) -> None:
         """Stop listening and forget the model. What was committed is on the disk."""
+        self._answering.close()
+        self._server.drain(_DRAINING_SECONDS)
         self._server.close()
         self._runner.close()
 
@@ -94,48 +103,21 @@ class Service:
         """Whether the model that is kept for queries is of a job that a party has deleted, or that has made room."""
         return self._runner.kept is not None and self._book.is_gone(self._runner.kept)
 
-    def _ask(self, query: Query) -> None:
-        with self._book.changed:
-            # Without those whose party waits no longer: one that asks and leaves must not fill the memory.
-            self._queries = collections.deque(one for one in self._queries if one.prompts)
-            self._queries.append(query)
-            self._book.changed.notify_all()
-
-    def _answer(self, query: Query) -> None:
-        question = (query.job, query.party, query.prompts, query.max_new_tokens)
-        try:
-            if not query.take():
-                return
-            known = self._answers.get(*question)  # asked twice at once, or answered while whoever asked was away
-            query.completions = self._complete(query) if known is None else known
-            self._answers.put(*question, query.completions)
-        except _STOPS:
-            raise
-        except BaseException as error:  # goes to the party that asked; the service goes on, and with it the model
-            query.error = error
-        finally:
-            query.done.set()
-
-    def _complete(self, query: Query) -> list[Completion]:
-        """Check, count, compute, in this order: a prompt that is refused costs nothing, and no crash gives any away."""
-        asked = (query.job, query.party, len(query.prompts), query.max_new_tokens)
-        self._book.check_query(*asked)
-        adapter = self._book.record(query.job).results["adapter"]
-        self._runner.check(self._book.signed(query.job), adapter, query.prompts, query.max_new_tokens)
-        self._book.count_query(*asked)
-        try:
-            return self._runner.answer(self._book.signed(query.job), adapter, query.prompts, query.max_new_tokens)
-        except _STOPS:
-            raise
-        except BaseException:
-            self._patiently(lambda: self._book.query_failed(query.job, query.party, len(query.prompts)))
-            raise
+    def _forget_deleted(self) -> None:
+        if self._holds_deleted():
+            self._runner.close()
 
     def _run(self, digest: str) -> None:
         book, patiently = self._book, self._patiently
 
+        def turn(seconds: float) -> None:
+            self._forget_deleted()
+            self._answering.turn(seconds)
+
+        turns = Turns(turn, lambda: self._answering.wanted)
+
         def progress(step: int, steps: int) -> None:
-            book.progress(digest, step, steps)
+            book.progress(digest, step, steps, turns.seconds)
             if book.is_cancelled(digest):
                 raise ConsentError("a party has cancelled the job")
 
@@ -144,20 +126,20 @@ class Service:
             checkpoint=lambda step, file: patiently(lambda: book.checkpointed(digest, step, file), digest),
             placed=lambda parts: patiently(lambda: book.placed(digest, [part.to_dict() for part in parts]), digest),
             store=lambda act: patiently(act, digest),
+            between=turns,
         )
         logger.info("job %s starts", digest[:16])
         try:
             results = self._runner.run(book.signed(digest), book.record(digest).checkpoint, hooks)
-        except _STOPS:
+        except STOPS:
             raise
         except BaseException as error:  # the job has failed, not the service
             logger.warning("job %s failed: %s", digest[:16], type(error).__name__)
             failure = error
             patiently(lambda: book.failed(digest, failure))
-            self._runner.close()
         else:
             patiently(lambda: book.finished(digest, results), digest)
-            if book.is_cancelled(digest):
+            if book.is_cancelled(digest) and self._runner.kept == digest:
                 self._runner.close()
             logger.info("job %s is %s", digest[:16], book.record(digest).status)
 

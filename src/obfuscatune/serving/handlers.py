@@ -76,6 +76,11 @@ class Manager(BaseGenerateManager):
         """Why the request failed, once it has."""
         return None
 
+    @property
+    def prompt_tokens(self) -> int | None:
+        """How many tokens the prompt has, where transformers' handlers do not see them."""
+        return None
+
     def end(self) -> None:
         """The client has its answer, or has left."""
 
@@ -210,10 +215,20 @@ async def _ended(chunks: Any, manager: Manager) -> AsyncIterator[str]:
             if manager.failure is not None and chunk.startswith('data: {"error"'):
                 yield f"data: {json.dumps(manager.failure.body())}\n\n"
                 return
-            yield chunk
+            yield chunk if manager.prompt_tokens is None else _counted(chunk, manager.prompt_tokens)
         yield "data: [DONE]\n\n"
     finally:
         manager.end()
+
+
+def _counted(chunk: str, prompt_tokens: int) -> str:
+    """Return a stream's chunk; in the one that has the usage, with so many tokens of the prompt."""
+    if '"usage":{' not in chunk:  # in a text its quotation marks are escaped
+        return chunk
+    content = json.loads(chunk.removeprefix("data: "))
+    usage = content["usage"]
+    usage |= {"prompt_tokens": prompt_tokens, "total_tokens": prompt_tokens + usage["completion_tokens"]}
+    return f"data: {json.dumps(content, separators=(',', ':'), ensure_ascii=False)}\n\n"
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any, Protocol
 
 from obfuscatune.errors import (
@@ -52,8 +52,10 @@ class Host(Protocol):
         """Return the party's share of long payloads in memory."""
         ...
 
-    def answer(self, client: PublicIdentity, fields: dict[str, Any], payload: bytes) -> tuple[dict[str, Any], bytes]:
-        """Return the reply to one request."""
+    def answer(
+        self, client: PublicIdentity, fields: dict[str, Any], payload: bytes
+    ) -> Generator[tuple[dict[str, Any], bytes] | None]:
+        """Yield the parts of the reply to one request; None where there is nothing for a while."""
         ...
 
 
@@ -176,13 +178,27 @@ class Conversation:
                 if number < self._next:
                     raise ProtocolError("id of a request does not increase", expected=f"at least {self._next}")
                 self._next, self.idle = number + 1, False
-                reply, data = self._host.answer(client, fields, payload)
-                try:
-                    self._send(stream, {"id": number, **reply}, data)
-                except UsageError:  # nothing of it was sent, and this one always fits
-                    error = ObfuscatuneError("the reply is beyond the limits of a message")
-                    self._send(stream, {"id": number, **to_fields(error)})
+                with contextlib.closing(self._host.answer(client, fields, payload)) as parts:
+                    self._reply(stream, number, parts)
                 self.idle = True
+
+    def _reply(self, stream: frames.Stream, number: int, parts: Generator[tuple[dict[str, Any], bytes] | None]) -> None:
+        """Send the parts of a reply as they come. Whoever makes them makes no more once the client has left.
+
+        Backpressure: the next part is asked for when the client has taken the one before, within the host's timeout.
+        """
+        for part in parts:
+            if part is None:
+                if stream.peer_left():
+                    raise ConnectionClosedError("the client has left", where=stream.peer)
+                continue
+            reply, data = part
+            try:
+                self._send(stream, {"id": number, **reply}, data)
+            except UsageError:  # nothing of it was sent, and this one always fits
+                error = ObfuscatuneError("the reply is beyond the limits of a message")
+                self._send(stream, {"id": number, **to_fields(error)})
+                return
 
     def _send(self, stream: frames.Stream, fields: dict[str, Any], payload: bytes = b"") -> None:
         limits = frames.SESSION if "id" in fields else frames.ANSWER
