@@ -15,12 +15,12 @@ from obfuscatune.parties.vocabulary import ROLES, Role
 OWNERS: dict[str, Role] = {"model": "provider", "data": "owner", "prompts": "owner"}
 
 
-def check_job(signed: SignedJob, *, enclave: str, now: float, ended: frozenset[str] = frozenset()) -> None:
+def check_job(signed: SignedJob, *, enclaves: frozenset[str], now: float, ended: frozenset[str] = frozenset()) -> None:
     """Check what the job itself tells; its signatures were verified when it was read.
 
     Args:
-        signed: the job. enclave: this enclave's fingerprint. now: Unix seconds. ended: fingerprints of identities
-            that their owners have ended.
+        signed: the job. enclaves: fingerprints of this enclave and of those that it goes on for. now: Unix seconds.
+        ended: fingerprints of identities that their owners have ended, or that have left.
 
     Raises:
         ConsentError: not signed by both, for another enclave, expired, or of an identity that has ended.
@@ -33,9 +33,10 @@ def check_job(signed: SignedJob, *, enclave: str, now: float, ended: frozenset[s
     gone = [role for role in ROLES if getattr(job, role) in ended]
     if gone:
         hint = "make a new job, with the identity that succeeds it"
-        raise ConsentError(f"the identity of the {' and of the '.join(gone)} has ended", hint=hint)
-    if job.enclave != enclave:
-        raise ConsentError("job is for another enclave", got=job.enclave[:16], expected=enclave[:16])
+        raise ConsentError(f"the identity of the {' and of the '.join(gone)} has ended, or left", hint=hint)
+    if job.enclave not in enclaves:
+        expected = " or ".join(sorted(name[:16] for name in enclaves))
+        raise ConsentError("job is for another enclave", got=job.enclave[:16], expected=expected)
     if now >= job.expires:
         raise ConsentError("job has expired", hint="make a new one, and let both sign it")
 

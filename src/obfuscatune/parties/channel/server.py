@@ -52,6 +52,7 @@ class AttestedServer:
             reply.
         idle_timeout: seconds within which an authenticated party's next request must have begun.
         max_connections: of strangers at once, and of parties: each costs a thread.
+        members: number and digest of the membership that ``allow`` goes by, for the party to compare; None: not told.
 
     Raises:
         AttestationError: the hardware gives no evidence.
@@ -69,9 +70,10 @@ class AttestedServer:
         timeout: float = 30.0,
         idle_timeout: float = 300.0,
         max_connections: int = 512,
+        members: Callable[[], dict[str, Any] | None] = lambda: None,
     ) -> None:
         self._identity, self._attester = identity.public, attester
-        self.allow, self._handle = allow, handle
+        self.allow, self._handle, self.members = allow, handle, members
         self.timeout, self.idle_timeout = timeout, idle_timeout
         self.strangers = Places(max_connections, newest_first=True)
         self.parties = Places(max_connections, newest_first=False)
@@ -141,6 +143,18 @@ class AttestedServer:
                 del self._open[thread]
                 self.strangers.exit(source, conversation)
                 accepted.close()
+
+    def expel(self, fingerprint: str) -> None:
+        """End all connections of a party at once, whatever they are doing: none gets another reply."""
+        with self._lock:
+            found = [conversation for conversation in self._open.values() if conversation.client == fingerprint]
+        for conversation in found:
+            conversation.expel()
+
+    def busy(self) -> bool:
+        """Return whether a request of a party is being answered."""
+        with self._lock:
+            return any(not conversation.idle for conversation in self._open.values())
 
     def close(self) -> None:
         """Stop listening, end all connections and wait a few seconds for their threads; again does no harm."""
