@@ -3,6 +3,7 @@
 import contextlib
 import json
 import shutil
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,17 +26,18 @@ from obfuscatune.parties.attestation.policy import Policy
 from obfuscatune.parties.attestation.simulator import SimulatedPlatform
 from obfuscatune.parties.canonical import encode
 from obfuscatune.parties.channel.certificate import fresh_evidence
+from obfuscatune.parties.enclave import NotTakenError
 from obfuscatune.parties.identity import Identity
 from obfuscatune.parties.membership import Member
 from obfuscatune.parties.succession import succeed
 from obfuscatune.parties.upgrade import Upgrade, certify, goes_on, read_certificate
 from obfuscatune.service.handover import give, open_bundle, seal_bundle
 from obfuscatune.service.runner import Runner
-from obfuscatune.service.takeover import TakeOver
+from obfuscatune.service.takeover import TakeOver, wait_for_hand_over
 
 from .jobs import CLINIC, LAB, STRANGER, Enclave, open_enclave
 from .platforms import MemoryPlatform
-from .test_members import changed, members_of, put
+from .test_members import changed, members_of, put, serve
 
 NEW_CODE = bytes(range(48))
 
@@ -332,3 +334,56 @@ def test_statements_of_another_form(name: str, value: Any) -> None:
 def test_policy_is_the_one_that_was_signed(hardware: Hardware) -> None:
     loaded = Upgrade.make("ab" * 32, hardware.policy).load_policy()
     assert loaded == Policy.load(hardware.policy)
+
+
+def test_a_party_brings_it_over(pair: Pair, tmp_path: Path, simulated: tuple[SimulatedPlatform, Policy]) -> None:
+    """Over the channel, to an enclave that has no sealing key: asked again until it is done, and after that."""
+    memory = MemoryPlatform(key=None)
+    memory.attester = pair.hardware.platform.attester
+    members, addresses = members_of(pair.old, tmp_path / "parties"), []
+    statement, where = pair.upgrade.sign(LAB).sign(CLINIC), threading.Event()
+
+    def waiting(address: str) -> None:
+        addresses.append(address)
+        where.set()
+
+    with (
+        serve(pair.old, members, simulated) as serving,
+        pytest.warns(UserWarning, match="no sealing key"),
+        open_enclave(pair.directory, memory) as new,
+    ):
+        (pair.directory / "log.jsonl").unlink()
+        thread = threading.Thread(
+            target=wait_for_hand_over,
+            args=(new.state, pair.directory, memory),
+            kwargs={
+                "listen": "tls://127.0.0.1:0",
+                "parties": tmp_path / "parties",
+                "operator": None,
+                "waiting": waiting,
+            },
+        )
+        thread.start()
+        assert where.wait(30)
+        by_lab, by_stranger = serving.client(LAB), serving.client(STRANGER)
+        with pytest.raises(ConsentError, match="not known"):
+            by_stranger.hand_over(statement, addresses[0])
+        with pytest.raises(ConsentError, match="clinic"):
+            by_lab.hand_over(pair.upgrade.sign(LAB), addresses[0])
+        with pytest.raises(NotTakenError, match="log of the old enclave"):
+            by_lab.hand_over(statement, addresses[0])
+        with pytest.raises(ConsentError, match="handed over"), by_lab.connect() as channel:
+            channel.request({"op": "echo"})
+        assert by_lab.members().membership.number == 0  # it tells what was
+        pair.copy()
+        assert by_lab.hand_over(statement, addresses[0])
+        thread.join(30)
+        assert not thread.is_alive() and set(new.state.jobs) == {pair.done, pair.waiting}
+        # The new one, as it serves after that.
+        now = members_of(new, tmp_path / "nobody")
+        with serve(new, now, (pair.hardware.platform, Policy.load(pair.hardware.policy))) as going_on:
+            assert not by_lab.hand_over(statement, going_on.server.address)  # it was done before
+            client = going_on.client(CLINIC, tmp_path)
+            client.connect(pair.old.fingerprint).close()
+            with pytest.raises(AttestationError, match="another enclave"):
+                client.connect(STRANGER.public.fingerprint)

@@ -222,18 +222,6 @@ class Serving:
         return Client(self.server.address, self.policy, identity, 30.0, folder)
 
 
-@pytest.fixture(scope="module")
-def simulated(tmp_path_factory: pytest.TempPathFactory) -> tuple[SimulatedPlatform, Policy]:
-    directory = tmp_path_factory.mktemp("simulated")
-    platform = SimulatedPlatform.create(directory)
-    path = directory / "policy.toml"
-    path.write_text(
-        f'[platform]\nkinds = ["tdx"]\n[measurements]\nmrtd = ["{platform.measurements()["mrtd"]}"]\n'
-        '[simulation]\nallow = true\nroot = "simulation-root.pem"\n'
-    )
-    return platform, Policy.load(path)
-
-
 @contextlib.contextmanager
 def serve(enclave: Enclave, members: Members, simulated: tuple[SimulatedPlatform, Policy]) -> Iterator[Serving]:
     serving: Serving
@@ -246,7 +234,7 @@ def serve(enclave: Enclave, members: Members, simulated: tuple[SimulatedPlatform
         identity=enclave.state.identity,
         attester=simulated[0].attester,
         allow=members.allows,
-        handle=MemberRequests(members, enclave.book, others).handle,
+        handle=MemberRequests(members, enclave.book, others, simulated=True).handle,
         members=members.told,
     )
     serving = Serving(enclave, members, server, simulated[1], lambda client, fields, payload: ({}, payload))
