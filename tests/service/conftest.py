@@ -1,6 +1,5 @@
 """Simulated hardware, and a policy that accepts this program on it."""
 
-
 import pytest
 
 from obfuscatune.parties.attestation.policy import Policy

@@ -327,7 +327,7 @@ def test_a_membership_put_back_or_forked_is_refused_by_who_knew_more(
 def test_changes_under_load_disturb_nobody_else(serving: Serving) -> None:
     """50 requests at a time of two parties, while a third is admitted and removed again and again."""
     serving.members.found()
-    rounds, workers, going = 6, 25, threading.Event()
+    rounds, workers, going = 4, 25, threading.Event()
     counts: dict[str, int] = {"lab": 0, "clinic": 0}
     faults: list[BaseException] = []
     lock, finished = threading.Lock(), threading.Event()

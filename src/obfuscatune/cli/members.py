@@ -164,8 +164,8 @@ def hand_over(options: HandOverOptions) -> None:
     """
     import typer
 
-    from obfuscatune.parties.enclave import NotTakenError
     from obfuscatune.parties.identity import read_small
+    from obfuscatune.parties.reached import NotTakenError
     from obfuscatune.parties.upgrade import MAX_BYTES, Upgrade
 
     statement = Upgrade.from_bytes(read_small(options.file, MAX_BYTES, "upgrade"), f"upgrade {options.file}")

@@ -36,8 +36,9 @@ class Members:
 
     def __init__(self, state: State, directory: Path, operator: PublicIdentity | None = None) -> None:
         self._state, self._directory, self._operator = state, directory, operator
-        self._gone_before: frozenset[str] = frozenset()  # under enclaves that have handed over to this one
-        self._left_before: frozenset[str] = frozenset()
+        self._before: list[Membership] = []  # of enclaves that have handed over to this one
+        self._gone: frozenset[str] = frozenset()
+        self._left: frozenset[str] = frozenset()
         self._seen: set[tuple[str, int, int]] = set()  # files of statements that were looked at
         self._now: Membership | None
         self._allowed: frozenset[PublicIdentity] = frozenset()
@@ -50,8 +51,7 @@ class Members:
         """Take up what the state holds. Raises as `follow`, which its seal excludes."""
         with self._state.lock:
             *before, now = chains(self._state)
-            self._gone_before = frozenset().union(*(each.gone for each in before if each is not None))
-            self._left_before = frozenset().union(*(each.left for each in before if each is not None))
+            self._before = [each for each in before if each is not None]
             self._set(now)
 
     @property
@@ -82,13 +82,12 @@ class Members:
         """Return the fingerprints of identities that were in and are no more; while it is open, that have ended."""
         with self._state.lock:
             if self._now is not None:
-                return self._gone_before | self._now.gone
+                return self._gone
             return frozenset(each.identity.fingerprint for each in _due(load_statements(self._directory)))
 
     def left(self) -> frozenset[str]:
         """Return the fingerprints of who was in and is in no more, under no later identity either."""
-        now = self._now
-        return frozenset() if now is None else self._left_before | now.left
+        return self._left
 
     def told(self) -> dict[str, Any] | None:
         """Return number and digest for the channel's handshake; None while it is open."""
@@ -220,6 +219,10 @@ class Members:
 
     def _set(self, now: Membership | None) -> None:
         self._allowed = frozenset() if now is None else frozenset(member.identity for member in now.members)
+        every = [*self._before, *([] if now is None else [now])]
+        here = frozenset(identity.fingerprint for identity in self._allowed)
+        self._gone = frozenset().union(*(each.gone for each in every)) - here
+        self._left = frozenset().union(*(each.left for each in every)) - here
         self._now = now
         self._seen.clear()  # a statement may be about who came in just now
 
