@@ -1,8 +1,8 @@
 """Who may connect, at the enclave's end: founded by the operator's directory, changed by what the members have signed.
 
-Until the first job is submitted, or the first change handed in, the membership is open: whoever has a ``.pub`` in the
-operator's directory is in, read anew for each request. Then it is founded as it is, logged, and sealed with the state;
-from there on the directory gives nobody anything. Only statements of members about themselves (``.succession``) are
+Until the first job of two who are in, the membership is open: whoever has a ``.pub`` in the operator's directory is in,
+read anew for each request. Then it is founded as it is, logged, and sealed with the state; from there on the directory
+gives nobody anything. Only statements of members about themselves (``.succession``) are
 still taken from it, as from any member.
 """
 
@@ -133,11 +133,9 @@ class Members:
         """
         signed = SignedChange.from_bytes(data)
         with self._state.lock:
-            self.found()
-            assert self._now is not None  # noqa: S101 - it was founded in the line before
+            before = self._require_founded()
             if signed.change.act in ("found", "succession"):
                 raise ConsentError("a change that is not made so", got=signed.change.act)
-            before = self._now
             if signed.change.digest != before.digest:  # else handed in twice: the first reply was lost
                 self._take(signed, before.after(signed), party.fingerprint)
                 self._tell(before)
@@ -150,9 +148,7 @@ class Members:
             FormatError, SealError: no statement. ConsentError: of nobody here, or its time has not come.
         """
         with self._state.lock:
-            self.found()
-            assert self._now is not None  # noqa: S101 - it was founded in the line before
-            before = self._now
+            before = self._require_founded()
             signed = SignedChange(before.next("succession", data.rstrip(b"\n")))
             self._take(signed, before.after(signed), None if party is None else party.fingerprint)
             self._tell(before)
@@ -192,6 +188,12 @@ class Members:
             members = [member for member in members if member.identity != self._operator]
             members.insert(0, Member(self._operator, "operator"))
         return tuple(members)
+
+    def _require_founded(self) -> Membership:
+        if self._now is None:
+            hint = "until the first job the operator's directory says who is in"
+            raise ConsentError("the membership is not closed yet", hint=hint)
+        return self._now
 
     def _founding(self) -> SignedChange:
         return found(self._enclave, self._open())

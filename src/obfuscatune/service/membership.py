@@ -5,9 +5,10 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from obfuscatune.errors import ConsentError, ProtocolError, UsageError
+from obfuscatune.errors import ConsentError, ObfuscatuneError, ProtocolError, UsageError
 from obfuscatune.parties.channel.transfer import serve_piece
 from obfuscatune.parties.identity import PublicIdentity
+from obfuscatune.parties.job import SignedJob
 from obfuscatune.parties.membership import MAX_CHANGE_BYTES
 from obfuscatune.service.book import Book
 from obfuscatune.service.handover import give
@@ -48,9 +49,19 @@ class MemberRequests:
             raise ConsentError("the enclave was handed over", got=f"to {handed['to'][:16]}", hint=hint)
         if isinstance(operation, str) and operation in self._operations:
             return self._operations[operation](party, fields, payload)
-        if operation == "submit":
-            self._members.found()  # who signs a job has seen who is in; from now on that needs signatures
+        if operation == "submit" and self._is_first(payload):
+            self._members.found()  # from now on who is in needs signatures
         return self._others(party, fields, payload)
+
+    def _is_first(self, payload: bytes) -> bool:
+        """Return whether a submitted job closes the membership: signed by both, who are in."""
+        if self._members.founded is not None:
+            return False
+        try:
+            signed = SignedJob.from_bytes(payload)
+        except ObfuscatuneError:
+            return False
+        return not signed.missing() and {signed.job.provider, signed.job.owner} <= set(self._members.parties())
 
     def _lines(self, party: PublicIdentity, fields: dict[str, Any], payload: bytes) -> Reply:
         start = fields.get("start")
