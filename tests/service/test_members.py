@@ -222,6 +222,7 @@ class Serving:
     members: Members
     server: AttestedServer
     policy: Policy
+    root: Path
     answer: Callable[..., Any]
 
     def client(self, identity: Identity, folder: Path | None = None) -> Client:
@@ -243,7 +244,9 @@ def serve(enclave: Enclave, members: Members, simulated: tuple[SimulatedPlatform
         handle=MemberRequests(members, enclave.book, others, simulated=True).handle,
         members=members.told,
     )
-    serving = Serving(enclave, members, server, simulated[1], lambda client, fields, payload: ({}, payload))
+    serving = Serving(
+        enclave, members, server, simulated[1], simulated[0].root, lambda client, fields, payload: ({}, payload)
+    )
 
     def removed(gone: frozenset[str]) -> None:
         for party in gone:
