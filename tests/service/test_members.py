@@ -244,9 +244,8 @@ def serve(enclave: Enclave, members: Members, simulated: tuple[SimulatedPlatform
         handle=MemberRequests(members, enclave.book, others, simulated=True).handle,
         members=members.told,
     )
-    serving = Serving(
-        enclave, members, server, simulated[1], simulated[0].root, lambda client, fields, payload: ({}, payload)
-    )
+    platform, policy = simulated
+    serving = Serving(enclave, members, server, policy, platform.root, lambda client, fields, payload: ({}, payload))
 
     def removed(gone: frozenset[str]) -> None:
         for party in gone:

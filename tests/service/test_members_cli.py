@@ -123,5 +123,5 @@ def test_an_upgrade(serving: Serving, run: Run, tmp_path: Path) -> None:
         assert (code, said.splitlines()[-1]) == (0, "handed over")
         thread.join(30)
         assert not thread.is_alive() and len(new.state.former) == 1
-    code, said = run(LAB, "admit", "stranger.pub")
+    code, said = run(LAB, "remove", "lab")
     assert code == 1 and "handed over" in said
