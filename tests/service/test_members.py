@@ -47,7 +47,7 @@ def put(directory: Path, *identities: Identity) -> None:
 def members_of(enclave: Enclave, directory: Path, operator: Identity | None = None) -> Members:
     members = Members(enclave.state, directory, None if operator is None else operator.public)
     members.note = enclave.book.note
-    enclave.book._ended, enclave.book._left = members.gone, members.left
+    enclave.book._ended, enclave.book._left = members.strangers, members.left
     return members
 
 
@@ -169,7 +169,8 @@ def test_a_statement_in_the_directory_holds_when_its_file_is_gone(members: Membe
     path.unlink()
     members.refresh()
     assert members.allows(heir.public) and not members.allows(CLINIC.public)
-    assert members.gone() == {CLINIC.public.fingerprint} and members.left() == frozenset()
+    who = {each.public.name: each.public.fingerprint in members.strangers() for each in (LAB, CLINIC, heir, STRANGER)}
+    assert who == {"lab": False, "clinic": True, "clinic-2": False, "stranger": True} and members.left() == frozenset()
     path.write_bytes(succeed(STRANGER, None))
     members.refresh()  # of nobody here
     members.succeed(succeed(heir, None), LAB.public)

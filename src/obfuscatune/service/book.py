@@ -21,7 +21,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import replace
 from typing import Any
 
@@ -50,8 +50,8 @@ class Book:
 
     Args:
         state: where it is kept, under its lock. log: of all that happens. store: of the inputs and results.
-        parties: who shares it. ended: gives the fingerprints of identities that have ended or left; asked whenever
-            consent is checked. left: of parties that have left, under whatever identity.
+        parties: who shares it. ended: gives the fingerprints of whom no job may be; asked whenever consent is
+            checked. left: of parties that have left, under whatever identity.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Book:
         store: Store,
         parties: Parties = tuple,
         *,
-        ended: Callable[[], frozenset[str]] = frozenset,
+        ended: Callable[[], Container[str]] = frozenset,
         left: Callable[[], frozenset[str]] = frozenset,
     ) -> None:
         self.state, self.log, self.store, self._parties, self._ended = state, log, store, parties, ended
@@ -255,7 +255,7 @@ class Book:
                     self._enter(digest, replace(record, status="queued"), "queued", profile=profile)
             self.changed.notify_all()
 
-    def _check(self, digest: str, ended: frozenset[str]) -> None:
+    def _check(self, digest: str, ended: Container[str]) -> None:
         """Check a job and its inputs against what both owners have agreed to, as of now."""
         signed, now = self._signed[digest], time.time()
         check_job(signed, enclaves=self._enclaves, now=now, ended=ended)

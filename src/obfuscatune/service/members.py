@@ -8,7 +8,7 @@ still taken from it, as from any member.
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,6 @@ class Members:
     def __init__(self, state: State, directory: Path, operator: PublicIdentity | None = None) -> None:
         self._state, self._directory, self._operator = state, directory, operator
         self._before: list[Membership] = []  # of enclaves that have handed over to this one
-        self._gone: frozenset[str] = frozenset()
         self._left: frozenset[str] = frozenset()
         self._seen: set[tuple[str, int, int]] = set()  # files of statements that were looked at
         self._now: Membership | None
@@ -78,11 +77,11 @@ class Members:
         """Return the fingerprints of those who share the room: all but the operator."""
         return [member.identity.fingerprint for member in self.current if member.role == "party"]
 
-    def gone(self) -> frozenset[str]:
-        """Return the fingerprints of identities that were in and are no more; while it is open, that have ended."""
+    def strangers(self) -> Container[str]:
+        """Return the fingerprints of whom no job may be: of all who are not in; while it is open, that have ended."""
         with self._state.lock:
             if self._now is not None:
-                return self._gone
+                return _AllBut(frozenset(identity.fingerprint for identity in self._allowed))
             return frozenset(each.identity.fingerprint for each in _due(load_statements(self._directory)))
 
     def left(self) -> frozenset[str]:
@@ -223,7 +222,6 @@ class Members:
         self._allowed = frozenset() if now is None else frozenset(member.identity for member in now.members)
         every = [*self._before, *([] if now is None else [now])]
         here = frozenset(identity.fingerprint for identity in self._allowed)
-        self._gone = frozenset().union(*(each.gone for each in every)) - here
         self._left = frozenset().union(*(each.left for each in every)) - here
         self._now = now
         self._seen.clear()  # a statement may be about who came in just now
@@ -293,6 +291,14 @@ def load_statements(directory: Path) -> list[Succession]:
 
 def _due(statements: list[Succession]) -> list[Succession]:
     return [each for each in statements if each.time <= time.time()]
+
+
+class _AllBut(Container[str]):
+    def __init__(self, here: frozenset[str]) -> None:
+        self._here = here
+
+    def __contains__(self, fingerprint: object) -> bool:
+        return fingerprint not in self._here
 
 
 _skipped: set[tuple[str, str]] = set()

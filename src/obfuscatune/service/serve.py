@@ -234,7 +234,7 @@ def open_service(
         log = AuditLog.open(directory / "log.jsonl", state.log_head, state.log_length)
         members = Members(state, parties, operator)
         store = Store(directory / "store", max_store_bytes, members.parties)
-        book = Book(state, log, store, members.parties, ended=members.gone, left=members.left)
+        book = Book(state, log, store, members.parties, ended=members.strangers, left=members.left)
         members.note = book.note
         runner = Runner(
             state.identity,
