@@ -138,8 +138,9 @@ def test_the_page(walk: Walk) -> None:
                 assert code == 0 and "closed" in text  # it tells what was, and does nothing more
                 code, text = walk.run("provider", "obfuscatune job run job.json --detach")
                 assert code != 0 and "handed over" in text
-                with_third = walk.run("owner", "obfuscatune party hand-over --to tls://127.0.0.1:7443")
-                assert with_third[0] != 0  # to itself, or to anybody whom the statement does not name
+                more = "--to tls://127.0.0.1:7443 --file ../provider/enclave.upgrade"
+                code, text = walk.run("owner", f"obfuscatune party hand-over {more}")
+                assert code == 1 and "refused" in text  # to code that the statement does not name
             else:  # the new one after its commit, before anybody was told
                 walk.kill("new")
                 code, text = walk.run(machine, command)

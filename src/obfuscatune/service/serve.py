@@ -273,6 +273,7 @@ def open_service(
                     dropped=log.dropped_bytes,
                     enclave=state.identity.public.fingerprint,
                     former=len(state.former),
+                    **({} if members.founded is None else {"members": members.founded.digest}),
                 )
             yield service
         finally:
