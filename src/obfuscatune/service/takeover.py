@@ -2,7 +2,6 @@
 
 import logging
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -129,9 +128,7 @@ def wait_for_hand_over(
     try:
         waiting(server.address)
         taking.taken.wait()
-        until = time.monotonic() + _ANSWER_SECONDS
-        while server.busy() and time.monotonic() < until:  # the reply that tells that it is done
-            time.sleep(0.05)
+        server.drain(_ANSWER_SECONDS)  # the reply that tells that it is done
     finally:
         server.close()
         thread.join(_ANSWER_SECONDS)

@@ -36,6 +36,7 @@ MAX_PIECES = 16  # long payloads of one party in memory, each of at most 4 MiB
 _BACKLOG = 1024
 _RENEWAL_SECONDS = 60.0
 _CLOSING_SECONDS = 5.0
+_LOOK_SECONDS = 0.02
 
 
 class AttestedServer:
@@ -151,10 +152,14 @@ class AttestedServer:
         for conversation in found:
             conversation.expel()
 
-    def busy(self) -> bool:
-        """Return whether a request of a party is being answered."""
-        with self._lock:
-            return any(not conversation.idle for conversation in self._open.values())
+    def drain(self, seconds: float) -> None:
+        """Wait until no reply is on its way, for so many seconds at most; before `close`."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            with self._lock:
+                if all(conversation.idle for conversation in self._open.values()):
+                    return
+            time.sleep(_LOOK_SECONDS)
 
     def close(self) -> None:
         """Stop listening, end all connections and wait a few seconds for their threads; again does no harm."""
