@@ -33,6 +33,7 @@ from obfuscatune.parties.succession import succeed
 from obfuscatune.parties.upgrade import Upgrade, certify, goes_on, read_certificate
 from obfuscatune.service.handover import give, open_bundle, seal_bundle
 from obfuscatune.service.runner import Runner
+from obfuscatune.service.serve import Service
 from obfuscatune.service.takeover import TakeOver, wait_for_hand_over
 
 from .jobs import CLINIC, LAB, STRANGER, Enclave, open_enclave
@@ -387,3 +388,42 @@ def test_a_party_brings_it_over(pair: Pair, tmp_path: Path, simulated: tuple[Sim
             client.connect(pair.old.fingerprint).close()
             with pytest.raises(AttestationError, match="another enclave"):
                 client.connect(STRANGER.public.fingerprint)
+
+
+def test_a_job_that_runs_meanwhile_goes_on_in_the_new_one(pair: Pair) -> None:
+    old = pair.old
+    job = old.submit(old.signed_job())
+
+    class Server:
+        address = "tls://nowhere:1"
+
+        def serve_forever(self) -> None:
+            return
+
+        def close(self) -> None:
+            return
+
+    class Stepping:
+        kept: str | None = None
+        closed = 0
+
+        def run(self, signed: Any, checkpoint: Any, hooks: Any) -> dict[str, str]:
+            hooks.checkpoint(1, old.result("checkpoint"))
+            bundles.append(pair.give(new))
+            serving.stop()
+            hooks.progress(2, 10)
+            raise AssertionError("it went on")
+
+        def close(self) -> None:
+            self.closed += 1
+
+    with open_enclave(pair.directory) as new:
+        bundles: list[bytes] = []
+        serving = Service(old.book, Stepping(), lambda _: Server(), max_file_bytes=1 << 20)  # type: ignore[arg-type, return-value]
+        serving.work()
+        assert old.book.record(job).status == "running" and old.told()[-1] == "handed-over"
+        pair.copy()
+        pair.take(new, bundles[0])
+        platform = new.platform
+    with open_enclave(pair.directory, platform) as new:
+        assert new.book.record(job).status == "queued" and new.book.record(job).checkpoint_step == 1
