@@ -12,6 +12,7 @@ from obfuscatune.parties.attestation.policy import Policy
 from obfuscatune.parties.attestation.simulator import SimulatedPlatform
 from obfuscatune.parties.canonical import encode
 from obfuscatune.parties.identity import Identity
+from obfuscatune.service.escrow import Escrow
 from obfuscatune.service.takeover import wait_for_hand_over
 
 from .jobs import CLINIC, LAB, STRANGER, open_enclave
@@ -49,7 +50,8 @@ def run(serving: Serving, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
 
     def run(identity: Identity, *words: object, answer: str = "y") -> tuple[int, str]:
         monkeypatch.setattr("sys.stdin", io.StringIO(f"{answer}\n"))
-        who = ["--enclave", serving.server.address, "--identity", f"{identity.public.name}.key"]
+        who = ["--identity", f"{identity.public.name}.key"]
+        who += [] if "--enclave" in words else ["--enclave", serving.server.address]
         code = main(["party", *map(str, words), *who, "--policy", "policy.toml", "--allow-simulation"])
         said = capsys.readouterr()
         return code, said.out + said.err
@@ -125,3 +127,31 @@ def test_an_upgrade(serving: Serving, run: Run, tmp_path: Path) -> None:
         assert not thread.is_alive() and len(new.state.former) == 1
     code, said = run(LAB, "remove", "lab")
     assert code == 1 and "handed over" in said
+
+
+def test_a_release(serving: Serving, run: Run, tmp_path: Path, simulated: tuple[SimulatedPlatform, Policy]) -> None:
+    serving.enclave.book.committed = Escrow(serving.enclave.state, tmp_path / "state").write
+    serving.members.found()
+    memory, waits, addresses = MemoryPlatform(key=None), threading.Event(), []
+    memory.attester = simulated[0].attester
+
+    def waiting(address: str) -> None:
+        addresses.append(address)
+        waits.set()
+
+    with pytest.warns(UserWarning, match="no sealing key"), open_enclave(tmp_path / "new", memory) as new:
+        more = {"listen": "tls://127.0.0.1:0", "parties": tmp_path / "parties", "operator": None, "waiting": waiting}
+        thread = threading.Thread(target=wait_for_hand_over, args=(new.state, tmp_path / "new", memory), kwargs=more)
+        thread.start()
+        assert waits.wait(30)
+        code, said = run(LAB, "release", "--enclave", addresses[0])
+        assert code == 2 and "copies escrow.sealed" in said
+        for name in ("escrow.sealed", "log.jsonl"):
+            (tmp_path / "new" / name).write_bytes((tmp_path / "state" / name).read_bytes())
+        assert run(LAB, "release", "--enclave", addresses[0], answer="n")[0] == 2
+        code, said = run(LAB, "release", "--enclave", addresses[0])
+        assert code == 0 and "shares of 1 more are needed" in said and serving.enclave.fingerprint in said
+        code, said = run(CLINIC, "release", "--enclave", addresses[0], "--yes")
+        assert code == 0 and "the enclave goes on" in said
+        thread.join(30)
+        assert not thread.is_alive() and len(new.state.former) == 1

@@ -1,5 +1,6 @@
 """Targets of files and messages: canonical JSON, identities, sealed files and payloads, jobs, frames, state, log."""
 
+import base64
 import json
 import struct
 import warnings
@@ -192,6 +193,37 @@ def hand_over(scratch: Path) -> Target:
     fields = {"former": [], "jobs": {}, "log_head": "0" * 64, "log_length": 0, "members": []}
     bundle = seal_bundle(fields, old, new.public, "ab" * 32)
     return Target(lambda data: open_bundle(data, new), (bundle,), strict=True)
+
+
+def escrow(scratch: Path) -> Target:
+    """The state that an enclave has left on the disk for its parties to release, with the shares of all."""
+    from obfuscatune.parties.membership import Member, found
+    from obfuscatune.service.escrow import FILE, Escrow, Recovery
+
+    provider, _, enclave = _identities()
+
+    class Kept:
+        """As much of a state as is kept."""
+
+        identity, former, handed = enclave, (), ""
+        former_identities: tuple[Identity, ...] = ()
+        members = (found(enclave.public.fingerprint, [Member(provider.public)], now=5).to_bytes().decode(),)
+
+        def fields(self) -> dict[str, Any]:
+            identity = base64.b64encode(enclave.to_bytes()).decode()
+            kept = {"identity": identity, "jobs": {}, "log_head": "0" * 64, "log_length": 0}
+            return {**kept, "former": [], "members": list(self.members)}
+
+    Escrow(Kept(), scratch).write()  # type: ignore[arg-type]
+    seed = (scratch / FILE).read_bytes()
+
+    def parse(data: bytes) -> None:
+        (scratch / FILE).write_bytes(data)
+        recovery = Recovery(scratch, enclave)
+        recovery.share(provider.public)
+        recovery.release(provider.public, bytes(32))
+
+    return Target(parse, (), refused=(seed,))
 
 
 def certificate_of_hand_over(scratch: Path) -> Target:

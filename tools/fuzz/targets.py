@@ -27,6 +27,7 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
         formats.membership,
         formats.upgrade,
         formats.hand_over,
+        formats.escrow,
         formats.certificate_of_hand_over,
         formats.channel_frame,
         formats.protocol_frame,

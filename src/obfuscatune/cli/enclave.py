@@ -27,6 +27,11 @@ class ServeOptions(ConfigOptions):
     parties: Path = option("directory with the NAME.pub files of who may connect until the first job")
     operator: Path | None = option("your NAME.pub, without whose signature nobody is admitted after that", None)
     take_over: bool = option("take over the state of an enclave of other code first", False, flag="--take_over")
+    escrow: bool = option(
+        "without a sealing key (TDX): keep the state on the disk, for all parties together to release",
+        False,
+        flag="--escrow",
+    )
     listen: str = option("tls://HOST:PORT; port 0 for any", "tls://127.0.0.1:7443")
     worker: list[str] | None = option(
         f"{WORKER_FORMS}; repeated, a job's workers are those that it names by fingerprint, or share the blocks", None
@@ -72,6 +77,7 @@ def serve(options: ServeOptions) -> None:
         insecure=options.insecure,
         max_connections=options.max_connections,
         max_store_bytes=int(options.max_store_gb * 1e9),
+        escrow=options.escrow,
         waiting=_say_that_it_waits if options.take_over else None,
     ) as service:
         if platform.simulated:

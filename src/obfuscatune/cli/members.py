@@ -176,6 +176,26 @@ def hand_over(options: HandOverOptions) -> None:
         raise typer.Exit(1) from None
 
 
+@dataclass(frozen=True, kw_only=True)
+class ReleaseOptions(EnclaveOptions):
+    """Options of ``obfuscatune party release``."""
+
+    yes: bool = option("release without being asked", False, flag="--yes")
+
+
+@takes(ReleaseOptions)
+def release(options: ReleaseOptions) -> None:
+    """Release your share of the state of an enclave that has stopped, to the new one at the address.
+
+    Only when all parties have is it read. Make sure that the old one does not run any more: nothing else tells.
+    """
+    enclave = options.client()
+    of, share = enclave.share()
+    _ask(f"release your share of the state of the enclave {of}, which must have stopped", options.yes)
+    lacking = enclave.release(share)
+    print(f"released; shares of {lacking} more are needed" if lacking else "released; the enclave goes on")
+
+
 def _write(path: Path, data: bytes) -> None:
     from obfuscatune.durable import rename, write_private
 
@@ -215,5 +235,6 @@ COMMANDS = {
     "remove": (remove, "Examples:\n\nobfuscatune party remove clinic"),
     "upgrade": (upgrade, "Examples:\n\nobfuscatune party upgrade new-policy.toml"),
     "hand-over": (hand_over, "Examples:\n\nobfuscatune party hand-over --to tls://HOST:7444"),
+    "release": (release, "Examples:\n\nobfuscatune party release --enclave tls://HOST:7444"),
     "agree": (agree, "Examples:\n\nobfuscatune party agree membership-1.change"),
 }

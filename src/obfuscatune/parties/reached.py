@@ -4,7 +4,14 @@ import io
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from obfuscatune.errors import AttestationError, ConsentError, ObfuscatuneError, StorageError, UsageError
+from obfuscatune.errors import (
+    AttestationError,
+    ConsentError,
+    ObfuscatuneError,
+    ProtocolError,
+    StorageError,
+    UsageError,
+)
 from obfuscatune.parties.attestation.policy import Policy
 from obfuscatune.parties.attestation.verdict import Verdict
 from obfuscatune.parties.attestation.verify import judge
@@ -13,7 +20,8 @@ from obfuscatune.parties.channel.transfer import download, upload
 from obfuscatune.parties.identity import Identity
 from obfuscatune.parties.known import Members, compare, members_of
 from obfuscatune.parties.membership import Act, Member, Membership, SignedChange
-from obfuscatune.parties.upgrade import Upgrade, goes_on, read_certificate
+from obfuscatune.parties.upgrade import Upgrade, goes_on, read_certificate, share_info
+from obfuscatune.parties.vocabulary import is_digest
 
 MAX_BUNDLE_BYTES = 32 << 20  # of a state that is handed over
 
@@ -132,6 +140,28 @@ class Reached:
             except (UsageError, StorageError) as error:
                 raise NotTakenError(error.what, hint=error.hint) from None
         return True
+
+    def share(self) -> tuple[str, bytes]:
+        """Return whose state (fingerprint) waits at this enclave to be released, and this party's share of its key.
+
+        Raises:
+            ConsentError: no share is this party's. UsageError: there is none. SealError: it does not open.
+        """
+        with self.connect() as channel:
+            reply, wrapped = channel.request({"op": "share"})
+        enclave, me = reply.get("enclave"), self.identity.public.fingerprint
+        if not is_digest(enclave):
+            raise ProtocolError("enclave tells no state to be released")
+        return str(enclave), self.identity.unwrap(wrapped, share_info(str(enclave), me))
+
+    def release(self, share: bytes) -> int:
+        """Give this party's share of a state to this enclave; return how many parties' shares lack."""
+        with self.connect() as channel:
+            reply, _ = channel.request({"op": "release"}, share)
+        lacking = reply.get("lacking")
+        if not isinstance(lacking, list):
+            raise ProtocolError("enclave's reply is not one to a share")
+        return len(lacking)
 
     def _membership(self) -> Membership:
         members = self.members()

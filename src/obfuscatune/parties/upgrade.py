@@ -36,6 +36,7 @@ FORMAT = "obfuscatune upgrade 1"
 CERTIFICATE_FORMAT = "obfuscatune handed over 1"
 MAX_BYTES = 1 << 20
 MAX_CERTIFICATE_BYTES = 16_384
+SHARE_BYTES = 32  # of a key that all parties release together
 _CONTEXT, _CERTIFICATE_CONTEXT = "upgrade", "handed over"
 _MAX_POLICY_BYTES, _MAX_FILES = 65_536, 8
 _FIELDS = {"created", "enclave", "expires", "files", "format", "policy"}
@@ -119,7 +120,7 @@ class Upgrade:
             raise ConsentError("an upgrade of another enclave", got=got, expected=expected)
         if not self.created - 3600 <= now < self.expires:
             raise ConsentError("the upgrade has expired", hint="make it anew, and let all sign it")
-        known = {each.fingerprint: each for each in _signers(memberships).values() if each is not None}
+        known = {each.fingerprint: each for each in signers(memberships).values() if each is not None}
         message = encode(self._fields())
         for name, signature in self.signatures.items():
             if name not in known or not known[name].verify(signature, _CONTEXT, message):
@@ -131,8 +132,8 @@ class Upgrade:
 
     def lacking(self, memberships: Sequence[Membership]) -> list[str]:
         """Return the names of parties whose signatures lack."""
-        signers = _signers(memberships).items()
-        return [party.name for party, now in signers if now is None or now.fingerprint not in self.signatures]
+        needed = signers(memberships).items()
+        return [party.name for party, now in needed if now is None or now.fingerprint not in self.signatures]
 
     def to_bytes(self) -> bytes:
         """Return the canonical encoding."""
@@ -215,10 +216,15 @@ def goes_on(certificates: Iterable[bytes], old: str, new: str) -> bool:
     return old == new
 
 
-def _signers(memberships: Sequence[Membership]) -> dict[PublicIdentity, PublicIdentity | None]:
-    """Return under which identity each party that ever was a member must sign; None where it cannot any more."""
+def signers(memberships: Sequence[Membership]) -> dict[PublicIdentity, PublicIdentity | None]:
+    """Return under which identity now each party that ever was a member must sign; None where it cannot any more."""
     ends = [each for membership in memberships for each in membership.ends]
     return {party: resolve(party, ends) for membership in memberships for party in membership.parties_ever}
+
+
+def share_info(enclave: str, party: str) -> bytes:
+    """Return what binds a party's share of an enclave's state (`service.escrow`) to both, by fingerprints."""
+    return encode({"enclave": enclave, "format": "obfuscatune escrow share 1", "party": party})
 
 
 def _words(text: str) -> set[str]:

@@ -66,6 +66,7 @@ class Book:
     ) -> None:
         self.state, self.log, self.store, self._parties, self._ended = state, log, store, parties, ended
         self._left, self._enclaves = left, state.fingerprints
+        self.committed: Callable[[], None] = lambda: None  # called after each commit, and before anything is done
         self.changed = threading.Condition(state.lock)
         self._files = JobFiles(store.directory / "jobs")
         self._records = {digest: Record.from_fields(fields) for digest, fields in state.jobs.items()}
@@ -524,6 +525,7 @@ class Book:
         with self.state.lock:
             self.state.log_head, self.state.log_length = self.log.head, self.log.length
             self.state.commit()
+            self.committed()
             self._committed = self.log.length
 
     def committed_log(self, start: int) -> tuple[dict[str, object], bytes]:

@@ -36,7 +36,7 @@ FORMAT = "obfuscatune hand-over 1"
 MAX_BUNDLE_BYTES = 2 * MAX_BYTES
 MAX_FORMER = 16  # enclaves in a row that have handed over
 _CONTEXT = "hand-over"
-_NAMES = {"former", "identity", "jobs", "log_head", "log_length", "members"}
+NAMES = frozenset({"former", "identity", "jobs", "log_head", "log_length", "members"})
 
 
 def give(book: Book, statement: bytes, evidence: bytes, *, simulated: bool) -> bytes:
@@ -65,7 +65,7 @@ def give(book: Book, statement: bytes, evidence: bytes, *, simulated: bool) -> b
         if len(state.former) >= MAX_FORMER:
             raise UsageError("too many upgrades in a row", expected=f"at most {MAX_FORMER}", hint="seal anew")
         book.hand_over(claims.identity.fingerprint, upgrade.digest)
-        fields = {name: value for name, value in state.fields().items() if name in _NAMES}
+        fields = {name: value for name, value in state.fields().items() if name in NAMES}
         return seal_bundle(fields, state.identity, claims.identity, upgrade.digest)
 
 
@@ -131,7 +131,7 @@ def open_bundle(data: bytes, identity: Identity) -> Taken:
     if not sender.verify(signature, _CONTEXT, _signed(box, certificate)):
         raise SealError("a hand-over that was changed")
     inner = decode(identity.unwrap(box, certificate), "state that is handed over", max_bytes=MAX_BYTES)
-    if set(inner) != _NAMES:
+    if set(inner) != NAMES:
         raise FormatError("state that is handed over has other fields")
     old = Identity.from_bytes(base64.b64decode(inner["identity"]), "identity that is handed over")
     if old.public != sender:

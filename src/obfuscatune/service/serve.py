@@ -20,6 +20,7 @@ from obfuscatune.parties.channel.server import AttestedServer
 from obfuscatune.parties.identity import Identity, PublicIdentity
 from obfuscatune.service.answers import Answers
 from obfuscatune.service.book import Book
+from obfuscatune.service.escrow import Escrow
 from obfuscatune.service.log import AuditLog
 from obfuscatune.service.members import Members
 from obfuscatune.service.membership import MemberRequests
@@ -202,6 +203,7 @@ def open_service(
     max_connections: int = 512,
     max_store_bytes: int = 1 << 40,
     waiting: Callable[[str], None] | None = None,
+    escrow: bool = False,
 ) -> Iterator[Service]:
     """Yield a service on the state of ``directory``, not working yet.
 
@@ -213,6 +215,7 @@ def open_service(
         timeout, insecure: as of `protect`. worker_identity: what the worker knows the enclave by; default: the
             enclave's own, whose public half is written to ``directory/enclave.pub`` for it.
         max_connections: as of `AttestedServer`. max_store_bytes: that uploads may take.
+        escrow: keep the state of a platform without a sealing key on the disk, under a key of all parties.
         waiting: given, it takes over the state of another enclave first, and calls this with where it waits for it.
 
     Raises:
@@ -236,6 +239,8 @@ def open_service(
         store = Store(directory / "store", max_store_bytes, members.parties)
         book = Book(state, log, store, members.parties, ended=members.strangers, left=members.left)
         members.note = book.note
+        if escrow and state.in_memory:
+            book.committed = Escrow(state, directory).write
         runner = Runner(
             state.identity,
             book.store,

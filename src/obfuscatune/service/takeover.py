@@ -1,4 +1,4 @@
-"""A new enclave that waits for the state of one of other code: it serves nothing else until it has it (`handover`)."""
+"""A new enclave that waits for the state of another (`handover`, `escrow`): it serves nothing else until it has it."""
 
 import logging
 import threading
@@ -11,7 +11,8 @@ from obfuscatune.parties.attestation.platform import Platform
 from obfuscatune.parties.channel.server import AttestedServer
 from obfuscatune.parties.channel.transfer import Piece
 from obfuscatune.parties.identity import PublicIdentity
-from obfuscatune.service.handover import MAX_BUNDLE_BYTES, open_bundle
+from obfuscatune.service.escrow import Recovery
+from obfuscatune.service.handover import MAX_BUNDLE_BYTES, Taken, open_bundle
 from obfuscatune.service.log import AuditLog
 from obfuscatune.service.members import Members
 from obfuscatune.service.records import JobFiles, Record
@@ -33,6 +34,7 @@ class TakeOver:
         self._state, self._directory = state, directory
         self._parts: dict[str, bytearray] = {}  # by party
         self._lock = threading.Lock()
+        self._recovery = Recovery(directory, state.identity)
         self.taken = threading.Event()
 
     def handle(self, party: PublicIdentity, fields: dict[str, Any], payload: bytes) -> tuple[dict[str, Any], bytes]:
@@ -40,6 +42,10 @@ class TakeOver:
         with self._lock:
             if fields.get("op") == "former":
                 return certificates(self._state)
+            if fields.get("op") == "share":
+                return self._recovery.share(party)
+            if fields.get("op") == "release":
+                return self._release(party, payload)
             if fields.get("op") != "take_over":
                 raise ConsentError("this enclave waits for a hand-over", hint="obfuscatune party hand-over")
             piece = Piece.of(fields, payload, max_bytes=MAX_BUNDLE_BYTES)
@@ -50,11 +56,16 @@ class TakeOver:
             data += piece.data
             if piece.is_last:
                 self._parts = {}
-                self._take(bytes(data))
+                self._take(open_bundle(bytes(data), self._state.identity))
             return {}, b""
 
-    def _take(self, data: bytes) -> None:
-        taken = open_bundle(data, self._state.identity)
+    def _release(self, party: PublicIdentity, share: bytes) -> tuple[dict[str, Any], bytes]:
+        taken, lacking = self._recovery.release(party, share)
+        if taken is not None:
+            self._take(taken)
+        return {"lacking": lacking}, b""
+
+    def _take(self, taken: Taken) -> None:
         self._check_disk(taken.fields["jobs"], *taken.log)
         with self._state.lock:
             if self.taken.is_set():
