@@ -1,5 +1,6 @@
 """Targets of files and messages: canonical JSON, identities, sealed files and payloads, jobs, frames, state, log."""
 
+import base64
 import json
 import struct
 import warnings
@@ -162,6 +163,75 @@ def succession(scratch: Path) -> Target:
     provider, owner, _ = _identities()
     seeds = (succeed(provider, owner, now=5), succeed(provider, None, now=5))
     return Target(lambda data: read_succession(data), seeds, strict=True)
+
+
+def membership(scratch: Path) -> Target:
+    """A chain of two memberships, of which the second line is the input: signed by both members."""
+    from obfuscatune.parties.membership import Member, SignedChange, follow, found, founded
+
+    provider, owner, enclave = _identities()
+    first = found("ee" * 32, [Member(provider.public), Member(owner.public)], now=5)
+    signed = SignedChange(founded(first, "ee" * 32).next("admit", Member(enclave.public))).sign(provider).sign(owner)
+    line = first.to_bytes()
+    return Target(lambda data: follow([line, data], "ee" * 32), (signed.to_bytes(),), strict=True)
+
+
+def upgrade(scratch: Path) -> Target:
+    """A statement of which code may take over, before its signatures are looked at."""
+    from obfuscatune.parties.upgrade import Upgrade
+
+    provider, owner, _ = _identities()
+    signed = Upgrade("ee" * 32, "kinds = 1", {"root.pem": b"x"}, 1, 2).sign(provider).sign(owner)
+    return Target(lambda data: Upgrade.from_bytes(data), (signed.to_bytes(),))
+
+
+def hand_over(scratch: Path) -> Target:
+    """What an enclave hands over to another."""
+    from obfuscatune.service.handover import open_bundle, seal_bundle
+
+    old, _, new = _identities()
+    fields = {"former": [], "jobs": {}, "log_head": "0" * 64, "log_length": 0, "members": []}
+    bundle = seal_bundle(fields, old, new.public, "ab" * 32)
+    return Target(lambda data: open_bundle(data, new), (bundle,), strict=True)
+
+
+def escrow(scratch: Path) -> Target:
+    """The state that an enclave has left on the disk for its parties to release, with the shares of all."""
+    from obfuscatune.parties.membership import Member, found
+    from obfuscatune.service.escrow import FILE, Escrow, Recovery
+
+    provider, _, enclave = _identities()
+
+    class Kept:
+        """As much of a state as is kept."""
+
+        identity, former, handed = enclave, (), ""
+        former_identities: tuple[Identity, ...] = ()
+        members = (found(enclave.public.fingerprint, [Member(provider.public)], now=5).to_bytes().decode(),)
+
+        def fields(self) -> dict[str, Any]:
+            identity = base64.b64encode(enclave.to_bytes()).decode()
+            kept = {"identity": identity, "jobs": {}, "log_head": "0" * 64, "log_length": 0}
+            return {**kept, "former": [], "members": list(self.members)}
+
+    Escrow(Kept(), scratch).write()  # type: ignore[arg-type]
+    seed = (scratch / FILE).read_bytes()
+
+    def parse(data: bytes) -> None:
+        (scratch / FILE).write_bytes(data)
+        recovery = Recovery(scratch, enclave)
+        recovery.share(provider.public)
+        recovery.release(provider.public, bytes(32))
+
+    return Target(parse, (), refused=(seed,))
+
+
+def certificate_of_hand_over(scratch: Path) -> Target:
+    """The certificate by which one enclave goes on for another."""
+    from obfuscatune.parties.upgrade import certify, read_certificate
+
+    old, _, new = _identities()
+    return Target(lambda data: read_certificate(data), (certify(old, new.public, "ab" * 32),), strict=True)
 
 
 def card(scratch: Path) -> Target:

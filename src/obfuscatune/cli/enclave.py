@@ -24,7 +24,14 @@ class ServeOptions(ConfigOptions):
 
     platform: str = option(_PLATFORM)
     state: Path = option("directory of sealed state, log and sealed files; on any disk")
-    parties: Path = option("directory with the NAME.pub files of who may connect")
+    parties: Path = option("directory with the NAME.pub files of who may connect until the first job")
+    operator: Path | None = option("your NAME.pub, without whose signature nobody is admitted after that", None)
+    take_over: bool = option("take over the state of an enclave of other code first", False, flag="--take_over")
+    escrow: bool = option(
+        "without a sealing key (TDX): keep the state on the disk, for all parties together to release",
+        False,
+        flag="--escrow",
+    )
     listen: str = option("tls://HOST:PORT; port 0 for any", "tls://127.0.0.1:7443")
     worker: list[str] | None = option(
         f"{WORKER_FORMS}; repeated, a job's workers are those that it names by fingerprint, or share the blocks", None
@@ -55,7 +62,7 @@ def serve(options: ServeOptions) -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"  # nothing that a sealed model names is looked up anywhere
     signal.signal(signal.SIGTERM, _stop)
     platform = open_platform(options.platform)
-    from obfuscatune.parties.identity import Identity
+    from obfuscatune.parties.identity import Identity, PublicIdentity
     from obfuscatune.service.serve import open_service
 
     with open_service(
@@ -63,12 +70,15 @@ def serve(options: ServeOptions) -> None:
         platform,
         listen=options.listen,
         parties=options.parties,
+        operator=None if options.operator is None else PublicIdentity.load(options.operator),
         worker=options.worker or ["spawn"],
         timeout=options.timeout,
         worker_identity=None if options.worker_identity is None else Identity.load(options.worker_identity),
         insecure=options.insecure,
         max_connections=options.max_connections,
         max_store_bytes=int(options.max_store_gb * 1e9),
+        escrow=options.escrow,
+        waiting=_say_that_it_waits if options.take_over else None,
     ) as service:
         signal.signal(signal.SIGTERM, lambda number, frame: service.leave())
         if platform.simulated:
@@ -76,6 +86,10 @@ def serve(options: ServeOptions) -> None:
         # One line on stdout once it listens: whoever starts it waits for that.
         print(f"enclave {service.identity.fingerprint} listens at {service.address}", flush=True)
         service.work()
+
+
+def _say_that_it_waits(address: str) -> None:
+    print(f"waits for a hand-over at {address}", flush=True)
 
 
 def _allow_descriptors() -> None:

@@ -6,7 +6,7 @@ job waits: that one's model has to be loaded, and it must not wait for ever.
 
 import collections
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Protocol
 
 from obfuscatune.errors import BusyError
@@ -59,6 +59,13 @@ class Answering:
             self._waiting = collections.deque(one for one in self._waiting if one.prompts)
             self._waiting.append(query)
             self._book.changed.notify_all()
+
+    def expel(self, parties: Collection[str]) -> None:
+        """Compute nothing more for identities that are members no more."""
+        with self._book.changed:
+            for query in (*self._waiting, *(query for query, _ in tuple(self._begun.values()))):
+                if query.party in parties:
+                    query.leave()
 
     @property
     def wanted(self) -> bool:

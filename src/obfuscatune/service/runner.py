@@ -24,6 +24,7 @@ from obfuscatune.parties.identity import Identity, PublicIdentity
 from obfuscatune.parties.job import Job, SignedJob
 from obfuscatune.parties.sealed.archive import SealedArchive, seal_files
 from obfuscatune.parties.sealed.fields import Kind
+from obfuscatune.parties.sealed.header import read_header
 from obfuscatune.parties.sealed.reader import SealedReader
 from obfuscatune.parties.terms import Terms
 from obfuscatune.service.generation import Enough, Row, compute
@@ -70,7 +71,8 @@ class Runner:
     Args:
         identity: the enclave's. store: of the sealed files. workers: whom the operator offers. timeout: seconds for
             each of a worker's replies. worker_identity: by which a ``tls://`` worker knows the enclave, its own by
-            default. insecure: as of `protect`.
+            default. insecure: as of `protect`. former: of enclaves that have handed over to this one: they open what
+            was sealed to those.
     """
 
     def __init__(
@@ -82,7 +84,9 @@ class Runner:
         timeout: float = 600.0,
         worker_identity: Identity | None = None,
         insecure: bool = False,
+        former: Sequence[Identity] = (),
     ) -> None:
+        self._former = {each.public.fingerprint: each for each in former}
         self._identity, self._store, self._workers, self._timeout = identity, store, workers, timeout
         self._worker_identity, self._insecure = worker_identity or identity, insecure
         self._alive: contextlib.ExitStack | None = None
@@ -232,7 +236,10 @@ class Runner:
 
     def _reader(self, digest: str, kind: Kind) -> SealedReader:
         """Open a sealed input; the disk may have changed since it was agreed to."""
-        reader = SealedReader(self._store.path(digest), self._identity)
+        path = self._store.path(digest)
+        names = [recipient.fingerprint for recipient in read_header(path).header.recipients] if self._former else []
+        former = next((self._former[name] for name in names if name in self._former), self._identity)
+        reader = SealedReader(path, self._identity if self._identity.public.fingerprint in names else former)
         if reader.digest != digest or reader.header.kind != kind:
             reader.close()
             raise SealError("a sealed file was exchanged on the disk", got=reader.digest, expected=digest)

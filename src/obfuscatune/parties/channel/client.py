@@ -28,10 +28,13 @@ class AttestedChannel:
     Attributes:
         verdict: the judgement of the fresh evidence.
         enclave: the identity that the evidence binds: what to seal to.
+        members: number and digest of the membership that the enclave is under; None while it is open, see `membership`.
     """
 
-    def __init__(self, stream: frames.Stream, verdict: Verdict, timeout: float) -> None:
-        self.verdict = verdict
+    def __init__(
+        self, stream: frames.Stream, verdict: Verdict, timeout: float, members: tuple[int, str] | None = None
+    ) -> None:
+        self.verdict, self.members = verdict, members
         self.enclave: PublicIdentity = verdict.require().identity
         self._stream, self._timeout = stream, timeout
         self._last = 0
@@ -149,14 +152,13 @@ def _connect(
         stream.send(message, limits=frames.AUTHENTICATE, deadline=deadline)
         answer, _ = stream.receive(frames.ANSWER, deadline=deadline)
         raise_from(answer, stream.peer)
-        if answer != {"type": "accepted"}:
-            raise ProtocolError("not an answer to an authentication", where=stream.peer)
+        members = handshake.read_accepted(answer)
     except BaseException as error:
         stream.close()
         if type(error) is AttestationError and error.where is None:
             raise _located(error, stream.peer) from None
         raise
-    return AttestedChannel(stream, verdict, timeout)
+    return AttestedChannel(stream, verdict, timeout, members)
 
 
 def fetch_evidence(address: str, *, timeout: float = 30.0, nonce: str | None = None) -> tuple[Evidence, str]:

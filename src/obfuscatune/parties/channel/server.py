@@ -58,6 +58,7 @@ class AttestedServer:
             reply.
         idle_timeout: seconds within which an authenticated party's next request must have begun.
         max_connections: of strangers at once, and of parties: each costs a thread.
+        members: number and digest of the membership that ``allow`` goes by, for the party to compare; None: not told.
 
     Raises:
         AttestationError: the hardware gives no evidence.
@@ -75,9 +76,10 @@ class AttestedServer:
         timeout: float = 30.0,
         idle_timeout: float = 300.0,
         max_connections: int = 512,
+        members: Callable[[], dict[str, Any] | None] = lambda: None,
     ) -> None:
         self._identity, self._attester = identity.public, attester
-        self.allow, self._handle = allow, handle
+        self.allow, self._handle, self.members = allow, handle, members
         self.timeout, self.idle_timeout = timeout, idle_timeout
         self.strangers = Places(max_connections, newest_first=True)
         self.parties = Places(max_connections, newest_first=False)
@@ -147,6 +149,13 @@ class AttestedServer:
                 del self._open[thread]
                 self.strangers.exit(source, conversation)
                 accepted.close()
+
+    def expel(self, fingerprint: str) -> None:
+        """End all connections of a party at once, whatever they are doing: none gets another reply."""
+        with self._lock:
+            found = [conversation for conversation in self._open.values() if conversation.client == fingerprint]
+        for conversation in found:
+            conversation.expel()
 
     def drain(self, seconds: float) -> None:
         """Wait until no reply is on its way, for so many seconds at most; before `close`."""
