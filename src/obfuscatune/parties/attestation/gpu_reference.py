@@ -3,7 +3,7 @@
     driver = ["550.90.07"]
     vbios = ["96.00.9F.00.01"]
     [measurements]
-    9 = ["c9e4fe66..."]       index of the block, from 1, to the SHA-384 that are allowed
+    6 = ["c9e4fe66..."]       index of the block, from 1, to the SHA-384 that are allowed
 
 It stands in place of NVIDIA's reference manifests (RIMs), two signed SWID files per version of driver and VBIOS, whose
 index of a measurement counts from 0. Who writes the file answers for its values: no signature of a RIM is checked here.
