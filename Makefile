@@ -13,7 +13,7 @@ $(TESTS) demo bench audit gpu-check: export GOMP_SPINCOUNT := 1000
 $(TESTS): export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-lowest test-newest test-wheel lint check-deploy docs dist format bench audit \
+.PHONY: help setup demo test test-slow test-lowest test-newest test-wheel lint check-deploy image-twice docs dist format bench audit \
 	gpu-check fuzz clean
 
 help:  ## list the targets
@@ -53,6 +53,9 @@ lint: setup  ## check style, formatting and types
 
 check-deploy: setup  ## check what is in deploy/, as far as a machine without a TEE can
 	$(BIN)/python -B deploy/check.py
+
+image-twice: setup  ## build twice what goes into the image, and compare the digests
+	$(BIN)/python -B deploy/twice.py
 
 docs: setup  ## build the site of docs/ into site/, and check its links; nothing in it is fetched from elsewhere
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet

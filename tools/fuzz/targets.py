@@ -48,5 +48,7 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
         attested.tpm_quote,
         attested.tpm_signature,
         attested.event_log,
+        attested.hcl_report,
+        attested.gpu_report,
     )
 }

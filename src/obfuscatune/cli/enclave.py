@@ -15,7 +15,7 @@ from types import FrameType
 from obfuscatune.cli.options import INSECURE_HELP, WORKER_FORMS, ConfigOptions, option, takes
 
 HELP = "Run an enclave that serves jobs of a model provider and a data owner."
-_PLATFORM = "configfs (TDX, SEV-SNP), gramine (SGX), azure, tpm, or simulation:DIR, which protects nothing"
+_PLATFORM = "configfs (TDX, SEV-SNP), gramine (SGX), azure, nitro, tpm, or simulation:DIR, which protects nothing"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +23,7 @@ class ServeOptions(ConfigOptions):
     """Options of ``obfuscatune enclave serve``."""
 
     platform: str = option(_PLATFORM)
+    gpu: str | None = option("nvidia: show a report of this machine's confidential GPU too; or simulation:DIR", None)
     state: Path = option("directory of sealed state, log and sealed files; on any disk")
     parties: Path = option("directory with the NAME.pub files of who may connect until the first job")
     operator: Path | None = option("your NAME.pub, without whose signature nobody is admitted after that", None)
@@ -62,6 +63,10 @@ def serve(options: ServeOptions) -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"  # nothing that a sealed model names is looked up anywhere
     signal.signal(signal.SIGTERM, _stop)
     platform = open_platform(options.platform)
+    if options.gpu is not None:
+        from obfuscatune.parties.attestation.gpu_machine import GpuPlatform, open_gpu
+
+        platform = GpuPlatform(platform, open_gpu(options.gpu))
     from obfuscatune.parties.identity import Identity, PublicIdentity
     from obfuscatune.service.serve import open_service
 

@@ -203,7 +203,7 @@ class Conversation:
                 if number < self._next:
                     raise ProtocolError("id of a request does not increase", expected=f"at least {self._next}")
                 self._next, self.idle = number + 1, False
-                # Before it is done, since a removal does not wait for it; and before each part: it may have come by then.
+                # Before it is done, since a removal does not wait for it; before each part, as one may come.
                 self._require_member(stream, number, client)
                 with contextlib.closing(self._host.answer(client, fields, payload)) as parts:
                     self._reply(stream, number, client, parts)
