@@ -68,7 +68,7 @@ TABLE = {
         "lm_eval.api.task:ConfigurableTask.process_results",
         _JSON,
     ],
-    "lm-eval": ["datasets:Dataset.from_list", "lm_eval.models.huggingface:HFLM._model_call", _JSON],
+    "lm-eval": ["lm_eval.models.huggingface:HFLM._model_call"],
     "seal data": [_JSON, "obfuscatune.parties.sealed.keys:AESGCM"],
     "seal prompts": [_JSON],
     "seal model": ["transformers:AutoTokenizer.from_pretrained", "transformers:AutoConfig.from_pretrained"],
@@ -296,6 +296,12 @@ def check(verb: str, failure: Failure, lines: dict[str, list[object]], come_out:
     assert code in (1, 2) or verb in ("serve", "connect"), text
 
 
+def kinds(number: int, call: str) -> list[type[BaseException]]:
+    """The ways in which a call of the table fails, another one first in each row."""
+    first = number % len(KINDS)
+    return [kind for kind in KINDS[first:] + KINDS[:first] if (call, kind) not in TOLD]
+
+
 @pytest.mark.parametrize(
     ("number", "verb", "call"),
     [  # the harness' own command line reads thousands of files first
@@ -304,16 +310,15 @@ def check(verb: str, failure: Failure, lines: dict[str, list[object]], come_out:
     ],
 )
 def test_a_failing_call_is_told_without_its_words(number: int, verb: str, call: str, lines, come_out) -> None:
-    kind = next(kind for kind in KINDS[number % len(KINDS) :] + KINDS if (call, kind) not in TOLD)
-    check(verb, Failure(call, kind), lines, come_out)
+    check(verb, Failure(call, kinds(number, call)[0]), lines, come_out)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("verb", "call"), ROWS)
-def test_so_it_is_in_whichever_way_it_fails(verb: str, call: str, kind: type[BaseException], lines, come_out) -> None:
-    if (call, kind) not in TOLD:
-        check(verb, Failure(call, kind), lines, come_out)
+@pytest.mark.parametrize(
+    ("number", "verb", "call"), [(number, *row) for number, row in enumerate(ROWS) if row[0] != "lm-eval"]
+)
+def test_so_it_is_where_it_fails_in_another_way(number: int, verb: str, call: str, lines, come_out) -> None:
+    check(verb, Failure(call, kinds(number, call)[2]), lines, come_out)
 
 
 def test_the_verbs_of_the_table_are_all_that_take_private_text(lines) -> None:
