@@ -308,6 +308,7 @@ def test_a_number_that_the_state_cannot_hold(enclave: Enclave) -> None:
     enclave.book.next()
     enclave.book.progress(digest, 1, 10**300)
     enclave.book.commit()
+    assert enclave.book.record(digest).status == "running"
 
 
 def test_one_party_cannot_fill_the_book(enclave: Enclave, monkeypatch: pytest.MonkeyPatch) -> None:

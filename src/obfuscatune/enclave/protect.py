@@ -15,6 +15,7 @@ from obfuscatune.enclave.families.fit import fit
 from obfuscatune.enclave.families.options import refuse_options
 from obfuscatune.enclave.guard import Guard, refuse_looking_ahead
 from obfuscatune.enclave.guarded import guard_class
+from obfuscatune.enclave.inputs import Inputs
 from obfuscatune.enclave.keys import MasterSecret
 from obfuscatune.enclave.lazy import lazy_weights
 from obfuscatune.enclave.links import Link, bytes_of, spread
@@ -106,6 +107,7 @@ def protect(
         if weights is not None:
             weights.keep()
             weights.finish()
+        causal_lm.base_model.register_forward_pre_hook(Inputs(causal_lm), with_kwargs=True)
         return Protected(model, resolved, [], None, keys, total_parameters=total)
     decoder = read_decoder(causal_lm)
     resolved = fit(decoder, resolved, {name for name, value in switches.items() if value is not None})
@@ -158,6 +160,7 @@ def protect(
         weights.finish()
     for link in links:
         causal_lm.base_model.register_forward_pre_hook(link.passes.begin, with_kwargs=True)
+    causal_lm.base_model.register_forward_pre_hook(Inputs(causal_lm), with_kwargs=True)
     causal_lm.base_model.register_forward_pre_hook(Guard(causal_lm, resolved, links[0].passes))
     if resolved.attention == "worker":
         if getattr(causal_lm, "_supports_sdpa", False):

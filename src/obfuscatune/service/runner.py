@@ -40,7 +40,7 @@ from obfuscatune.training.chat import spells_special
 from obfuscatune.training.checkpoints import load_checkpoint, save_adapter
 from obfuscatune.training.completion import prompt_ids, stop_tokens
 from obfuscatune.training.data import Prompt, completed_row, read_prompts, read_rows
-from obfuscatune.training.encoding import Collator, encode_rows
+from obfuscatune.training.encoding import Collator, encode_rows, vocabulary_of
 from obfuscatune.training.origin import check_origin
 from obfuscatune.training.trainer import ProtectedTrainer
 
@@ -302,9 +302,10 @@ class Runner:
     def _train(self, job: Job, protected: Protected, tokenizer: Any, ram: Path, hooks: Hooks) -> list[dict[str, Any]]:
         """Train, and return the Trainer's log: losses, and evaluations where rows are held out."""
         settings = job.settings
-        positions = getattr(protected.model.config, "max_position_embeddings", settings.max_length)
+        config: Any = protected.model.config
+        positions = getattr(config, "max_position_embeddings", settings.max_length)
         rows, held_out = [
-            None if path is None else _encoded(path, tokenizer, min(settings.max_length, positions))
+            None if path is None else _encoded(path, tokenizer, min(settings.max_length, positions), config)
             for path in self._rows(job.data, "data", ram)
         ]
         found = sorted((ram / "run").glob("checkpoint-*"))
@@ -409,9 +410,9 @@ class _SealCheckpoints(TrainerCallback):
         self._hooks.checkpoint(state.global_step, digest)
 
 
-def _encoded(path: Path, tokenizer: Any, max_length: int) -> Any:
+def _encoded(path: Path, tokenizer: Any, max_length: int, config: Any) -> Any:
     """The rows of a file in memory, which is removed."""
-    rows, _ = encode_rows(read_rows(path), tokenizer, max_length)
+    rows, _ = encode_rows(read_rows(path), tokenizer, max_length, vocabulary=vocabulary_of(config))
     path.unlink()
     return rows
 

@@ -26,6 +26,7 @@ from obfuscatune.serving.row import Row
 from obfuscatune.serving.sampling import Settings
 from obfuscatune.serving.text import Text
 from obfuscatune.training.chat import prompt_tokens, spells_special
+from obfuscatune.training.encoding import check_embedded, vocabulary_of
 
 
 class Served(Protocol):
@@ -141,6 +142,10 @@ class Generation(Manager):
     def _submit(self, prompt: list[int], settings: Settings, *, streaming: bool) -> Row:
         if not prompt:
             raise Refusal(400, "the prompt has no token", code="invalid_value", param="prompt")
+        try:
+            check_embedded(prompt, vocabulary_of(self._served.model.config), "prompt")
+        except UsageError as error:
+            raise Refusal(400, error.what, code="invalid_value", param="prompt") from None
         positions = self._served.positions
         if positions is not None:
             if len(prompt) >= positions:

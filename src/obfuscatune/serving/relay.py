@@ -257,7 +257,9 @@ class Relayed(Manager):
             try:
                 await self._ask(inputs["input_ids"], gen_config, show)
                 queue.put_nowait(None)
-            except Exception as error:  # whatever it is, whoever reads the stream must hear its end
+            except asyncio.CancelledError:
+                raise
+            except BaseException as error:  # whatever it is, a panic of Rust too: the stream's reader must hear its end
                 self._failure = error if isinstance(error, Refusal) else Refusal.internal()
                 queue.put_nowait(_StreamError(self._failure.message))
 
