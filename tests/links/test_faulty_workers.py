@@ -149,6 +149,7 @@ CELLS = {
     "tcp": ("trickling*", "lying*", "cut", "slow"),
     "tls": ("cut*", "killed", "stopped", "trickling", "lying", "slow", "strange"),
     "two": ("stopped*", "slow*", "killed", "lying"),
+    "shared": ("killed", "cut", "stopped", "trickling", "lying", "slow", "strange"),
 }
 PARAMETERS = [
     pytest.param(kind, fault.rstrip("*"), marks=() if fault.endswith("*") else pytest.mark.slow)
