@@ -1,16 +1,20 @@
 """Several workers under keys: one has its blocks and nothing else, all together have what one worker would have."""
 
 from collections.abc import Callable
+from dataclasses import asdict
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from obfuscatune.errors import UsageError
-from obfuscatune.studies.audit.controls import known_key
+from obfuscatune.studies.audit.controls import coalition, control_cells, known_key
 from obfuscatune.studies.audit.lab import Recorded
+from obfuscatune.studies.audit.runner import attack_profile
+from obfuscatune.studies.audit.study import make_plan
 from obfuscatune.studies.audit.verdict import judge
 from obfuscatune.studies.audit.watched import Watched, pool
+from obfuscatune.studies.reproduce.cells import Cell
 
 Recorder = Callable[[str], Recorded]
 
@@ -51,6 +55,14 @@ def test_what_is_claimed_of_all_blocks_is_claimed_of_some() -> None:
         for name in ("strict", "strict@1of2", "strict+key_block=8@1of2", "balanced@1of2")
     }
     assert claimed == {"strict": True, "strict@1of2": True, "strict+key_block=8@1of2": False, "balanced@1of2": False}
+
+
+def test_a_plan_with_several_workers_has_the_control_of_each() -> None:
+    profiles = ["balanced@1of2", "balanced@2of2", "balanced", "shared"]
+    plan = make_plan(model="tiny", profiles=profiles, knowledge=["N"], attacks=["A24"], tokens="d", seeds=1)
+    like = Cell(label="", compute=attack_profile, inputs={"settings": asdict(plan.settings), "seed": 0})
+    pooled = [cell.inputs["profile"] for cell in control_cells(plan, like) if cell.compute is coalition]
+    assert pooled == ["balanced@1of2", "balanced@2of2", "shared"]
 
 
 @pytest.mark.slow
