@@ -145,10 +145,10 @@ FAULTS = {
 }
 # Unix and TCP are the same code but for the address, so each has a part of the faults. What is starred is fast.
 CELLS = {
-    "unix": ("killed*", "strange*", "stopped"),
-    "tcp": ("trickling*", "lying*", "cut", "slow"),
+    "unix": ("killed*", "strange*", "stopped*"),
+    "tcp": ("trickling*", "lying*", "slow*", "cut"),
     "tls": ("cut*", "killed", "stopped", "trickling", "lying", "slow", "strange"),
-    "two": ("stopped*", "slow*", "killed", "lying"),
+    "two": ("stopped", "slow", "killed", "lying"),
     "shared": ("killed", "cut", "stopped", "trickling", "lying", "slow", "strange"),
 }
 PARAMETERS = [
