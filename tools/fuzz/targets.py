@@ -9,6 +9,7 @@ from pathlib import Path
 
 import attested
 import formats
+import links
 from target import Target
 
 TARGETS: dict[str, Callable[[Path], Target]] = {
@@ -34,6 +35,7 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
         formats.answer,
         formats.protocol_frame,
         formats.drawn_tensors,
+        links.worker_replies,
         formats.state,
         formats.log_copy,
         formats.log_entry,

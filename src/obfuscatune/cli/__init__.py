@@ -105,7 +105,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _complain(message: str) -> None:
-    print(f"error: {message}", file=sys.stderr)
+    """Print an error on a line of its own, where a progress bar is still open too."""
+    bars = sys.modules.get("tqdm")
+    if bars is None:
+        print(f"error: {message}", file=sys.stderr)
+    else:
+        bars.tqdm.write(f"error: {message}", file=sys.stderr)
 
 
 def _show_warning(

@@ -110,6 +110,7 @@ def protect(
         causal_lm.base_model.register_forward_pre_hook(Inputs(causal_lm), with_kwargs=True)
         return Protected(model, resolved, [], None, keys, total_parameters=total)
     decoder = read_decoder(causal_lm)
+    asked = resolved
     resolved = fit(decoder, resolved, {name for name, value in switches.items() if value is not None})
     if resolved.attention == "worker":
         refuse_looking_ahead(causal_lm.config)
@@ -178,6 +179,7 @@ def protect(
         held,
         keys,
         total_parameters=total,
+        asked=asked,
         sharing=None if sharing is None else (sharing.workers, workers),
     )
 

@@ -199,7 +199,9 @@ class Workers(Secret):
             if len(found) == self.scheme.needed:
                 return found
         self.close()
-        raise WorkerFault("too few replies", worker=self._names(part.pending), layer="-", call=0, got=len(found))
+        asked = next(iter(part.pending.values()))
+        names = self._names(part.pending)
+        raise WorkerFault("too few replies", worker=names, layer=asked.layer, call=asked.id, got=len(found))
 
     def _take(self, answer: tuple[int, Answer], found: dict[int, Tensor]) -> None:
         i, reply = answer
@@ -245,8 +247,9 @@ class Workers(Secret):
         weight.check.discard()
         self.close()
         hint = None if liars else "with a spare worker, spares=1, the one that is wrong is named"
-        names = self._names(liars or replies)
-        return WorkerFault("a product is wrong", worker=names, layer=weight.path, call=0, hint=hint)
+        named = liars or list(replies)
+        call = part.pending[named[0]].id  # to each of them, unless one has been lost, of the same number
+        return WorkerFault("a product is wrong", worker=self._names(named), layer=weight.path, call=call, hint=hint)
 
     def _vectors(self, weight: SharedWeight, transpose: bool) -> tuple[Tensor, Tensor]:
         sides = weight.check.sides(transpose=transpose)
