@@ -43,7 +43,7 @@ class Walk:
                 self.ports[port] = str(free.getsockname()[1])
         self.running: dict[str, subprocess.Popen[str]] = {}
         self.started: dict[str, str] = {}
-        self.threads: list[threading.Thread] = []
+        self.threads: dict[str, threading.Thread] = {}
 
     def here(self, command: str) -> str:
         for port, real in self.ports.items():
@@ -87,24 +87,26 @@ class Walk:
             raise AssertionError("".join(said))
         thread = threading.Thread(target=process.stdout.read, daemon=True)
         thread.start()
-        self.threads.append(thread)
+        self.threads[name] = thread
 
     def kill(self, name: str) -> None:
         """kill -9, and a new start."""
         self.running[name].send_signal(signal.SIGKILL)
-        self.running[name].wait(30)
+        self._end(name)
         self.start(name)
+
+    def _end(self, name: str) -> None:
+        process = self.running.pop(name)
+        process.wait(30)
+        self.threads.pop(name).join(30)
+        assert process.stdout is not None
+        process.stdout.close()
 
     def close(self) -> None:
         for process in self.running.values():
             process.terminate()
-        for process in self.running.values():
-            process.wait(30)
-        for thread in self.threads:
-            thread.join(30)
-        for process in self.running.values():
-            assert process.stdout is not None
-            process.stdout.close()
+        for name in list(self.running):
+            self._end(name)
 
 
 @pytest.fixture
