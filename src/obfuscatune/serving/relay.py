@@ -193,36 +193,26 @@ class Relayed(Manager):
         """Why the request failed, once it has."""
         return self._failure
 
-    def generate_streaming(
-        self,
-        model: Any,
-        processor: Any,
-        inputs: Any,
-        gen_config: Any,
-        request_id: str,
-        response_parser: Any = None,
-    ) -> Any:
+    def stream(self, prompt: Any, settings: Settings) -> tuple["asyncio.Queue[Any]", "Relayed"]:
         """Return the queue of pieces, and this, which counts them."""
         queue: asyncio.Queue[Any] = asyncio.Queue()
 
         async def run() -> None:
             try:
-                queue.put_nowait(await self._ask(inputs["input_ids"], gen_config))
+                queue.put_nowait(await self._ask(prompt, settings))
                 queue.put_nowait(None)
             except Exception as error:  # whatever it is, whoever reads the stream must hear its end
                 self._failure = error if isinstance(error, Refusal) else Refusal.internal()
                 queue.put_nowait(_StreamError(self._failure.message))
 
-        _check(gen_config)
+        _check(settings)
         self._task = asyncio.ensure_future(run())
         return queue, self
 
-    async def generate_non_streaming(
-        self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str
-    ) -> tuple[str, int, list[int]]:
+    async def complete(self, prompt: Any, settings: Settings) -> tuple[str, int, list[int]]:
         """Return text, count of the prompt's tokens, and as many tokens as the answer has; raises Refusal."""
-        _check(gen_config)
-        text = await self._ask(inputs["input_ids"], gen_config)
+        _check(settings)
+        text = await self._ask(prompt, settings)
         return text, self._prompt_tokens, [0] * self.total_tokens
 
     def cancel(self) -> None:
