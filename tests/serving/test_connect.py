@@ -200,7 +200,7 @@ def test_the_page_shows_what_was_verified_and_how_far_the_job_is(
     assert "mrtd " in by_id(browser, "measurements").text
     by_id(browser, "prompt").send_keys("hello")
     by_id(browser, "send").click()
-    wait(browser, lambda: is_ready(browser) and answers(browser) == ["HELLO"])
+    wait(browser, lambda: is_ready(browser) and [text.strip() for text in answers(browser)] == ["HELLO"])
     model.job = {"status": "done", "step": 60, "steps": 60}
     wait(browser, lambda: by_id(browser, "bar").get_property("value") == 60)
     assert by_id(browser, "status").text == f"done, 1 of {QUOTA} queries used"
