@@ -20,6 +20,8 @@ from obfuscatune.parties.channel import AttestedServer
 from obfuscatune.parties.identity import Identity, PublicIdentity
 from obfuscatune.parties.job import Job, SignedJob
 
+from .test_page import answers, by_id, is_ready, wait
+
 LAB, CLINIC, ENCLAVE = (Identity.generate(name, "x25519") for name in ("lab", "clinic", "enclave"))
 QUOTA = 6
 
@@ -32,10 +34,11 @@ class Model:
         self.go = threading.Semaphore(0)  # for each word of a prompt that says "slowly"
         self.left = threading.Event()
         self.breaks = False
+        self.job: dict[str, Any] = {"status": "done", "step": 60, "steps": 60}
 
     def __call__(self, party: PublicIdentity, fields: dict[str, Any], payload: bytes) -> Any:
         if fields["op"] == "status":
-            return {"status": "done", "step": 60, "steps": 60, "queries": len(self.asked)}, b""
+            return {**self.job, "queries": len(self.asked)}, b""
         (prompt,) = json.loads(payload)
         if len(self.asked) == QUOTA:
             raise ConsentError("queries of the job are used up")
@@ -248,3 +251,45 @@ def test_an_enclave_that_is_refused_gets_no_port(
     assert main(["connect", "--enclave", address, *[f for f in files if f != "--allow-simulation"]]) == 2
     assert "policy allows simulation" in capsys.readouterr().err
     assert not opened and not model.asked
+
+
+def test_the_page_shows_what_was_verified_and_how_far_the_job_is(
+    browser: Any, start: Start, files: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    address, model = start(ENCLAVE)
+    model.job = {"status": "<i>running</i>", "step": 20, "steps": 60, "loss": 1.25}
+    codes: list[int] = []
+    thread = threading.Thread(target=lambda: codes.append(main(["connect", "--enclave", address, *files])), daemon=True)
+    thread.start()
+    said = ""
+    while "page: " not in said:
+        assert thread.is_alive()
+        thread.join(0.02)
+        said += capsys.readouterr().out
+    browser.get(said.split()[-1])
+    wait(browser, lambda: by_id(browser, "bar").get_property("value") == 20)
+    assert by_id(browser, "bar").get_property("max") == 60
+    assert by_id(browser, "status").text == f"<i>running</i>, 0 of {QUOTA} queries used"
+    assert "1.25" not in browser.page_source  # an enclave that told a loss would not be repeated
+    assert "accepted; SIMULATION" in by_id(browser, "attested").text
+    by_id(browser, "verified").click()
+    rules = by_id(browser, "rules").text.splitlines()
+    assert len(rules) > 3 and all(line.startswith(("ok: ", "not judged: ")) for line in rules)
+    assert any(line.startswith("ok: mrtd") for line in rules)
+    assert "mrtd " in by_id(browser, "measurements").text
+    by_id(browser, "prompt").send_keys("hello")
+    by_id(browser, "send").click()
+    wait(browser, lambda: is_ready(browser) and [text.strip() for text in answers(browser)] == ["HELLO"])
+    model.job = {"status": "done", "step": 60, "steps": 60}
+    wait(browser, lambda: by_id(browser, "bar").get_property("value") == 60)
+    assert by_id(browser, "status").text == f"done, 1 of {QUOTA} queries used"
+    # Another enclave at the address: the page says so, and the session is over.
+    model.stop()  # type: ignore[attr-defined]
+    _, other = start(Identity.generate("other", "x25519"), address)
+    by_id(browser, "prompt").send_keys("private")
+    by_id(browser, "send").click()
+    wait(browser, lambda: by_id(browser, "error").text)
+    assert "not the one that was verified" in by_id(browser, "error").text
+    browser.get("about:blank")  # else its connection is waited for
+    thread.join(30)
+    assert codes == [1] and not other.asked

@@ -96,6 +96,8 @@ def test_another_hosts_name_is_refused(small: Running, host: str) -> None:
         f"POST /v1/completions HTTP/1.1\r\n{HOST}{AUTH}Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n",
         f"POST /v1/completions HTTP/1.1\r\n{HOST}{AUTH}Transfer-Encoding : chunked\r\n\r\n0\r\n\r\n",
         f"POST /v1/completions HTTP/1.1\r\n{HOST}{AUTH}Transfer-Encoding: chunked\r\n\r\nffffffffffffffffffffff\r\n",
+        f"POST /v1/completions HTTP/1.1\r\n{HOST}{AUTH}Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
+        f"POST /v1/completions HTTP/1.1\r\n{HOST}{AUTH}Transfer-Encoding: chunked\r\n\r\n0_5\r\nhello\r\n",
         f"GET /health HTTP/1.1\r\n{HOST}{HOST}\r\n",
         f"GET /health HTTP/1.1\r\n{HOST} folded: x\r\n\r\n",
         f"GET /health HTTP/1.1\r\n{HOST}A: b\x00c\r\n\r\n",
@@ -106,11 +108,26 @@ def test_another_hosts_name_is_refused(small: Running, host: str) -> None:
         "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
     ],
 )
-def test_requests_of_two_meanings_are_refused(small: Running, request_text: str) -> None:
+def test_requests_of_two_meanings_are_refused(
+    small: Running, request_text: str, caplog: pytest.LogCaptureFixture
+) -> None:
     answer = send(small, request_text + f"GET /v1/models HTTP/1.1\r\n{HOST}{AUTH}\r\n")
     assert status(answer) in (400, 413, 421, 501, 505)
     assert b"owned_by" not in answer  # what is behind it is no second request
     assert answer.count(b"HTTP/1.1 ") == 1
+    assert not caplog.records  # whoever sends them fills no log
+
+
+@pytest.mark.parametrize("rest", ["ZZZ\r\n", "-5\r\n", f"5;{'x' * 9000}\r\n", "3\r\nlonger\r\n"])
+def test_a_body_that_breaks_behind_its_answer_ends_the_connection(
+    small: Running, rest: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with small.connect() as connection:
+        connection.sendall(f"POST /no HTTP/1.1\r\n{HOST}{AUTH}Transfer-Encoding: chunked\r\n\r\n".encode())
+        assert status(connection.recv(65536)) == 404  # which did not wait for it
+        connection.sendall(rest.encode() + f"\r\nGET /v1/models HTTP/1.1\r\n{HOST}{AUTH}\r\n".encode())
+        assert b"owned_by" not in read_all(connection)
+    assert not caplog.records
 
 
 def test_huge_headers_and_bodies_are_refused_before_they_are_read(small: Running) -> None:
@@ -165,6 +182,7 @@ def test_200_connections_do_not_keep_a_client_out_for_long(small: Running) -> No
     "path",
     [
         *("/../../etc/passwd", "/%2e%2e/%2e%2e/etc/passwd", "//v1/models", "/page.js/../app.py", "/page/index.html"),
+        *("/health/", "/health;x", "/health%3fx", "/health#x", "/%ff%fe", "/\\..\\v1\\models", "*"),
         *("/v1/models/", "/v1//models", "/v1/models%00", "/V1/models", "/static/app.py", "http://evil/v1/models"),
     ],
 )

@@ -1,9 +1,7 @@
 """The page in a real browser: a chat that streams, what is protected, what goes wrong, by keyboard and on a phone."""
 
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from selenium import webdriver
@@ -11,31 +9,11 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
-from obfuscatune.profiles import resolve
-from obfuscatune.serving.claims import describe
 from obfuscatune.serving.limits import Limits
 
 from .conftest import TOKEN, Running, serving
 
 Driver = webdriver.Chrome
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driver]:
-    binary, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if binary is None or driver is None:
-        pytest.skip("chromium and chromedriver are not installed")
-    options = webdriver.ChromeOptions()
-    options.binary_location = binary
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"):
-        options.add_argument(argument)
-    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('profile')}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    browser = webdriver.Chrome(options, webdriver.ChromeService(driver))
-    try:
-        yield browser
-    finally:
-        browser.quit()
 
 
 @pytest.fixture(autouse=True)
@@ -109,38 +87,6 @@ def test_it_says_what_is_protected_and_what_is_not(browser: Driver, server: Runn
     assert by_id(browser, "profile").text.startswith("balanced: ")
     assert "prompts, answers" in by_id(browser, "hidden").text
     assert "attention maps" in by_id(browser, "shown").text
-
-
-def test_it_says_what_was_verified_and_how_far_a_job_is(browser: Driver, open_served) -> None:
-    rules = [
-        {"name": "signature", "passed": True, "got": "genuine", "expected": "a genuine one"},
-        {"name": "<i>age</i>", "passed": None, "got": "none", "expected": "60 s"},
-    ]
-    attested = {"summary": "accepted.", "age": 7, "rules": rules, "measurements": {"mrtd": "ab" * 48}}
-    about = describe(resolve("balanced")) | {"workers": [], "models": ["base"], "default": "base", "chat": True}
-    steps = iter([20, 60, 60, 60])
-
-    def job() -> dict[str, Any]:
-        step = next(steps)
-        return {
-            "status": "done" if step == 60 else "running",
-            "step": step,
-            "steps": 60,
-            "queries": 2,
-            "max_queries": 9,
-        }
-
-    with serving(open_served("balanced"), Limits(), about=lambda: {**about, "attested": attested}, job=job) as server:
-        open_page(browser, server)
-        assert by_id(browser, "attested").text.startswith("accepted. Verified 7 s ago")
-        by_id(browser, "verified").click()
-        found = by_id(browser, "rules").text.splitlines()
-        assert found == ["ok: signature: genuine", "not judged: <i>age</i>: none"]
-        assert "ab" * 48 in by_id(browser, "measurements").text
-        wait(browser, lambda: by_id(browser, "bar").get_property("value") == 20)
-        assert by_id(browser, "status").text == "running, 2 of 9 queries used"
-        wait(browser, lambda: by_id(browser, "bar").get_property("value") == 60)
-        assert by_id(browser, "status").text.startswith("done")
 
 
 def test_an_error_is_shown_and_the_question_kept(browser: Driver, server: Running) -> None:

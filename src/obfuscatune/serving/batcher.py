@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 LEAST_STEPS = 8
 PREFILL_SHARE = 8
-TURN_STEPS = 64  # of one adapter while requests for another wait
+TURN_STEPS = 64  # of one batch while requests wait that cannot join it: for another adapter, or computed alone
 
 
 class Batcher:
@@ -97,11 +97,10 @@ class Batcher:
         if steps < max(LEAST_STEPS, longest // PREFILL_SHARE):
             return False
         with self._changed:
-            waiting = [row for row in self._rows if not row.lapse()]
-            adapter = rows[0].adapter
-            if any(row.adapter == adapter for row in waiting) and not rows[0].alone:
-                return sum(not row.done for row in rows) < self._limits.max_batch
-            return bool(waiting) and steps >= TURN_STEPS
+            joining = [_can_join(row, rows[0]) for row in self._rows if not row.lapse()]
+            if steps >= TURN_STEPS and not all(joining):
+                return True
+            return any(joining) and sum(not row.done for row in rows) < self._limits.max_batch
 
     def _work(self) -> None:
         try:
@@ -120,7 +119,7 @@ class Batcher:
                 row.fail(_unavailable())
 
     def _next(self) -> list[Row]:
-        """Wait for requests, and take those of the oldest one's adapter; none at the end."""
+        """Wait for requests, and take those that share a batch with the oldest one; none at the end."""
         with self._changed:
             while True:
                 live = [row for row in self._rows if not row.lapse()]
@@ -132,8 +131,7 @@ class Batcher:
                     break
                 self._changed.wait()
             first = live[0]
-            chosen = [row for row in live if row.adapter == first.adapter and not row.alone]
-            chosen = [first] if first.alone else chosen[: self._limits.max_batch]
+            chosen = [first, *(row for row in live[1:] if _can_join(row, first))][: self._limits.max_batch]
             self._running = chosen
             taken = set(map(id, chosen))
             self._rows = collections.deque(row for row in live if id(row) not in taken)
@@ -159,10 +157,10 @@ class Batcher:
         with self._changed:
             unfinished = [row for row in rows if not row.done]
             self._running = ()
-            if any(row.adapter != rows[0].adapter for row in self._rows):
-                self._rows.extend(unfinished)
-            else:
+            if all(_can_join(row, rows[0]) for row in self._rows):
                 self._rows.extendleft(reversed(unfinished))
+            else:  # it was a turn, which others have now
+                self._rows.extend(unfinished)
 
     def _round(self, rows: Sequence[Row]) -> None:
         tokenizer, model = self._model.tokenizer, self._model.model
@@ -202,6 +200,10 @@ class _Following(StoppingCriteria):
         if self._batcher.wants_turn(self._rows, self._steps, self._longest):
             return torch.ones(len(self._rows), dtype=torch.bool)
         return torch.tensor([row.done for row in self._rows])
+
+
+def _can_join(row: Row, other: Row) -> bool:
+    return row.adapter == other.adapter and not row.alone and not other.alone
 
 
 def _unavailable() -> Refusal:

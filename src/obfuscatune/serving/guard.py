@@ -12,6 +12,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -83,6 +84,8 @@ class Guard:
             return
         except Refusal as error:
             refusal = error
+        except ClientDisconnect:  # before all of its body was there
+            return
         except Exception as error:
             place = traceback.extract_tb(error.__traceback__)[-1]
             where = f"{Path(place.filename).name}:{place.lineno}"
@@ -96,6 +99,7 @@ class Guard:
             raise Refusal(505, "HTTP 1.0 or 1.1", code="invalid_request")
         # h11 bounds what it waits for the rest of; a head that comes at once may be longer.
         head = sum(len(name) + len(value) + 4 for name, value in scope["headers"])
+        head += len(scope["method"])
         if head + len(scope["raw_path"]) + len(scope["query_string"]) > self._limits.header_bytes:
             raise Refusal(431, f"headers have at most {self._limits.header_bytes} bytes", code="request_too_large")
         headers: dict[bytes, list[bytes]] = {}

@@ -4,7 +4,9 @@
 ``openai`` package's own types. What they ask for a model, for tokens and for generation is given here.
 """
 
+import asyncio
 import json
+from abc import abstractmethod
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -82,8 +84,31 @@ class Manager(BaseGenerateManager):
         """How many tokens the prompt has, where transformers' handlers do not see them."""
         return None
 
+    @abstractmethod
+    def stream(self, prompt: Any, settings: Settings) -> tuple["asyncio.Queue[Any]", Any]:
+        """Return the queue of pieces, and what counts their tokens and can be cancelled; raises Refusal."""
+
+    @abstractmethod
+    async def complete(self, prompt: Any, settings: Settings) -> tuple[str, int, list[int]]:
+        """Return text, count of the prompt's tokens, and tokens; raises Refusal."""
+
+    @abstractmethod
     def end(self) -> None:
         """The client has its answer, or has left."""
+
+    # As the handlers call it.
+
+    def generate_streaming(
+        self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str, response_parser: Any = None
+    ) -> Any:
+        """See `stream`."""
+        return self.stream(inputs["input_ids"], gen_config)
+
+    async def generate_non_streaming(
+        self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str
+    ) -> tuple[str, int, list[int]]:
+        """See `complete`."""
+        return await self.complete(inputs["input_ids"], gen_config)
 
     def stop(self) -> None:
         """Nothing of its own runs."""
@@ -103,24 +128,14 @@ class Generation(Manager):
         """Why the request failed, once it has."""
         return None if self._row is None else self._row.failure
 
-    def generate_streaming(
-        self,
-        model: Any,
-        processor: Any,
-        inputs: Any,
-        gen_config: Any,
-        request_id: str,
-        response_parser: Any = None,
-    ) -> Any:
+    def stream(self, prompt: list[int], settings: Settings) -> tuple["asyncio.Queue[Any]", Row]:
         """Return the queue of pieces, and the row that feeds it; raises Refusal."""
-        row = self._submit(inputs["input_ids"], gen_config, streaming=True)
+        row = self._submit(prompt, settings, streaming=True)
         return row.queue, row
 
-    async def generate_non_streaming(
-        self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str
-    ) -> tuple[str, int, list[int]]:
+    async def complete(self, prompt: list[int], settings: Settings) -> tuple[str, int, list[int]]:
         """Return text, count of the prompt's tokens, and tokens; raises Refusal."""
-        row = self._submit(inputs["input_ids"], gen_config, streaming=False)
+        row = self._submit(prompt, settings, streaming=False)
         try:
             await row.queue.get()
         finally:
@@ -217,10 +232,13 @@ async def _ended(chunks: Any, manager: Manager) -> AsyncIterator[str]:
     """Yield the chunks and OpenAI's end of a stream; a failure as its error object."""
     try:
         async for chunk in chunks:
-            if manager.failure is not None and chunk.startswith('data: {"error"'):
-                yield f"data: {json.dumps(manager.failure.body())}\n\n"
+            # The handlers join what has come meanwhile: pieces may be before an error. In a piece quotes are escaped.
+            pieces, error, _ = chunk.partition('data: {"error"')
+            if pieces:
+                yield pieces if manager.prompt_tokens is None else _counted(pieces, manager.prompt_tokens)
+            if error:
+                yield f"data: {json.dumps((manager.failure or Refusal.internal()).body())}\n\n"
                 return
-            yield chunk if manager.prompt_tokens is None else _counted(chunk, manager.prompt_tokens)
         yield "data: [DONE]\n\n"
     finally:
         manager.end()

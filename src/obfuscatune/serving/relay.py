@@ -235,15 +235,7 @@ class Relayed(Manager):
         """How many tokens the prompt has, once the enclave has told."""
         return None if self._question is None else self._question.prompt_tokens
 
-    def generate_streaming(
-        self,
-        model: Any,
-        processor: Any,
-        inputs: Any,
-        gen_config: Any,
-        request_id: str,
-        response_parser: Any = None,
-    ) -> Any:
+    def stream(self, prompt: Any, settings: Settings) -> tuple["asyncio.Queue[Any]", "Relayed"]:
         """Return the queue of pieces, and this, which counts them."""
         queue: asyncio.Queue[Any] = asyncio.Queue()
         loop = asyncio.get_running_loop()
@@ -255,7 +247,7 @@ class Relayed(Manager):
 
         async def run() -> None:
             try:
-                await self._ask(inputs["input_ids"], gen_config, show)
+                await self._ask(prompt, settings, show)
                 queue.put_nowait(None)
             except asyncio.CancelledError:
                 raise
@@ -266,11 +258,9 @@ class Relayed(Manager):
         self._task = asyncio.ensure_future(run())
         return queue, self
 
-    async def generate_non_streaming(
-        self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str
-    ) -> tuple[str, int, list[int]]:
+    async def complete(self, prompt: Any, settings: Settings) -> tuple[str, int, list[int]]:
         """Return text, count of the prompt's tokens, and as many tokens as the answer has; raises Refusal."""
-        question = await self._ask(inputs["input_ids"], gen_config, None)
+        question = await self._ask(prompt, settings, None)
         return question.text, question.prompt_tokens, [0] * question.tokens
 
     def cancel(self) -> None:

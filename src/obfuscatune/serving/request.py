@@ -48,14 +48,29 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def parse(body: bytes) -> dict[str, Any]:
-    """Return the JSON object of a request's body; raises Refusal."""
+    """Return the JSON object of a request's body; raises Refusal.
+
+    What two readers may understand in two ways is refused, since one of them may be a proxy that judges requests: a
+    field that is given twice, NaN and infinity, and other encodings than UTF-8, which Python's reader would guess.
+    """
     try:
-        value = json.loads(body)
+        value = json.loads(body.decode(), object_pairs_hook=_once, parse_constant=_no_number)
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
         raise Refusal(400, "the body is no JSON object", code="invalid_json")
     return value
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError
+    return found
+
+
+def _no_number(name: str) -> None:
+    raise ValueError
 
 
 def check(body: Mapping[str, Any], kind: str, names: tuple[str, ...]) -> None:
@@ -65,7 +80,7 @@ def check(body: Mapping[str, Any], kind: str, names: tuple[str, ...]) -> None:
         Refusal: 400 or 404, with the name of the field.
     """
     for name, value in body.items():
-        if name not in FIELDS[kind] and value is not None and value not in _NEUTRAL.get(name, ()):
+        if name not in FIELDS[kind] and value is not None and not _is_neutral(name, value):
             shown = name if len(name) <= 64 and name.isidentifier() else "a field"
             raise Refusal(400, f"{shown} is not supported", code="unsupported_parameter", param=shown)
     model = body.get("model")
@@ -77,6 +92,12 @@ def check(body: Mapping[str, Any], kind: str, names: tuple[str, ...]) -> None:
         raise _wrong("stream", "true or false")
     _check_stream_options(body.get("stream_options"))
     _check_messages(body.get("messages")) if kind == "chat" else _check_text(body.get("prompt"), "prompt")
+
+
+def _is_neutral(name: str, value: Any) -> bool:
+    # To Python False is 0 and True is 1; to a client ``logprobs: 0`` asks for something, and ``false`` does not.
+    known = _NEUTRAL.get(name, ())
+    return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in known)
 
 
 def settings(body: Mapping[str, Any], defaults: Defaults, limits: Limits) -> Settings:
@@ -143,7 +164,7 @@ def _check_messages(value: Any) -> None:
         content = message.get("content")
         parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
         for part in parts:
-            if not isinstance(part, dict) or part.get("type") != "text":
+            if not isinstance(part, dict) or part.get("type") != "text" or len(part) != 2:
                 raise _wrong(f"{where}.content", "text, or parts of type text")
             _check_text(part.get("text"), f"{where}.content")
 

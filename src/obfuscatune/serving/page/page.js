@@ -1,7 +1,7 @@
 "use strict";
 // Talks to its own server alone, by the same routes as any OpenAI client. Text of the model is never taken for HTML.
 const $ = (id) => document.getElementById(id);
-let token = "", chat = false, conversation = [], running = null;
+let token = "", chat = false, conversation = [], running = null, watching = 0;
 
 function headers() { return { "Authorization": `Bearer ${token}`, "Content-Type": "application/json" }; }
 
@@ -29,6 +29,7 @@ function attestation(found) {
 }
 
 async function watch() {
+  clearTimeout(watching);
   const response = await fetch("v1/job", { headers: headers() }).catch(() => null);
   if (!response || response.status === 404) return;
   $("progress").hidden = false;
@@ -38,7 +39,7 @@ async function watch() {
   $("bar").max = job.steps || 1;
   $("bar").value = job.step;
   $("bar").textContent = `${job.step} of ${job.steps} steps`;
-  if (!["done", "failed", "refused"].includes(job.status)) setTimeout(watch, 2000);
+  if (!["done", "failed", "refused"].includes(job.status)) watching = setTimeout(watch, 2000);
 }
 
 async function open() {

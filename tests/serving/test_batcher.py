@@ -1,0 +1,102 @@
+"""Whose turn it is: a model that writes down its rounds, and says who asked what under which adapter."""
+
+import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+from obfuscatune.serving.batcher import TURN_STEPS, Batcher
+from obfuscatune.serving.limits import Limits
+from obfuscatune.serving.metrics import Metrics
+from obfuscatune.serving.row import Row
+from obfuscatune.serving.sampling import Settings
+from obfuscatune.serving.text import Text
+
+
+class Model:
+    """Its next token is the number of the adapter in use."""
+
+    ends, has_ended = frozenset({99}), False
+
+    def __init__(self, poison: int | None = None) -> None:
+        self.model, self.tokenizer, self.adapter = self, None, 0
+        self.rounds: list[tuple[int, int, int]] = []  # adapter, rows, steps
+        self.poison = poison
+
+    @contextmanager
+    def using(self, name: str) -> Iterator[None]:
+        self.adapter = int(name)
+        yield
+
+    def generate(self, input_ids: Any, stopping_criteria: Any, max_new_tokens: int, **more: Any) -> None:
+        if self.poison is not None and (input_ids == self.poison).any():
+            raise ValueError("what this model cannot take")
+        steps, done = 0, torch.tensor(False)
+        while not done.all() and steps < max_new_tokens:
+            token = torch.full((len(input_ids), 1), self.adapter)
+            input_ids, steps = torch.cat([input_ids, token], dim=1), steps + 1
+            done = stopping_criteria(input_ids, None)
+        self.rounds.append((self.adapter, len(input_ids), steps))
+
+
+@pytest.fixture
+def run(tokenizer: Any) -> Callable[..., list[Row]]:
+    """Let a model compute requests that all wait when it begins: of each the adapter, and how many tokens it wants."""
+    padding = tokenizer.__class__(tokenizer_object=tokenizer._tokenizer, pad_token="<end>", padding_side="left")
+
+    def run(
+        model: Model, asked: list[tuple[int, int]], *, alone: tuple[int, ...] = (), max_batch: int = 8
+    ) -> list[Row]:
+        model.tokenizer = padding
+
+        async def scene() -> list[Row]:
+            batcher = Batcher(model, Limits(max_batch=max_batch, max_queue=len(asked)), Metrics())  # type: ignore[arg-type]
+            rows = []
+            for number, (adapter, longest) in enumerate(asked):
+                text = Text(tokenizer)
+                row = Row(str(adapter), [number + 1], Settings(longest=longest), text, seconds=60, streaming=False)
+                row.alone = number in alone
+                rows.append(row)
+                # The batcher has no thread yet, but takes requests.
+                batcher._rows.append(row)
+            batcher.start(on_fault=lambda: None)
+            try:
+                for row in rows:
+                    await asyncio.wait_for(row.queue.get(), 30)
+            finally:
+                await asyncio.to_thread(batcher.close)
+            return rows
+
+        return asyncio.run(scene())
+
+    return run
+
+
+def test_a_row_that_is_computed_alone_gives_its_turn_to_those_who_wait(run: Any) -> None:
+    run(model := Model(), [(1, 200), (1, 10)], alone=(0,))
+    assert model.rounds == [(1, 1, TURN_STEPS), (1, 1, 10), (1, 1, 200 - TURN_STEPS)]
+
+
+def test_those_who_share_a_batch_give_their_turn_to_a_row_that_cannot(run: Any) -> None:
+    run(model := Model(), [(1, 200), (1, 300), (1, 10)], alone=(2,))
+    assert model.rounds[:2] == [(1, 2, TURN_STEPS), (1, 1, 10)]
+
+
+def test_a_full_batch_with_more_behind_it_gives_another_adapter_its_turn(run: Any) -> None:
+    run(model := Model(), [(1, 200), (1, 200), (1, 200), (2, 10)], max_batch=2)
+    assert model.rounds[:3] == [(1, 2, TURN_STEPS), (1, 2, TURN_STEPS), (2, 1, 10)]
+
+
+def test_what_the_model_cannot_take_fails_alone(run: Any) -> None:
+    rows = run(Model(poison=3), [(1, 20)] * 6)  # the third one's prompt
+    assert [row.failure is not None for row in rows] == [number == 2 for number in range(6)]
+    assert all(row.tokens == [1] * 20 for row in rows if row.failure is None)
+
+
+def test_each_gets_the_tokens_of_its_own_adapter(run: Any) -> None:
+    asked = [(1 + number // 3 % 3, 5 + 17 * number % 150) for number in range(60)]
+    rows = run(Model(), asked, max_batch=3)
+    assert [row.tokens for row in rows] == [[adapter] * longest for adapter, longest in asked]
