@@ -10,7 +10,7 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -82,7 +82,7 @@ TABLE = {
         _TEMPLATE,
         "transformers.cli.serving.completion:CompletionHandler._build_chunk_sse",
     ],
-    "connect": ["Channel.request", _JSON],
+    "connect": ["Channel.stream", _JSON],
     "job fetch": ["Channel.request", "obfuscatune.parties.sealed.keys:AESGCM"],
     "party seal": [_JSON, "obfuscatune.parties.sealed.keys:AESGCM"],
     "audit": [f"{_TOKENIZER}._encode_plus"],
@@ -90,8 +90,8 @@ TABLE = {
     "reproduce conditioning": [f"{_TOKENIZER}._encode_plus", f"{_MODEL}.forward"],
 }
 ROWS = [(verb, call) for verb, calls in TABLE.items() for call in calls]
-# transformers says in the words of an OSError which file or name there is not, and these are told.
-TOLD = {(call, OSError) for _, call in ROWS if call.endswith("from_pretrained")}
+# transformers says in the words of an OSError which file or name there is not, and these are told. It reads JSON there.
+TOLD = {(call, OSError) for _, call in ROWS if call.endswith("from_pretrained") or call == _JSON}
 
 
 class Failure:
@@ -138,6 +138,10 @@ class Channel:
             return {"prompt_tokens": [1], "completion_tokens": [1], "ended": [1]}, payload
         known = {"reason": "", "step": 1, "steps": 1, "missing": {}, "queries": 0, "workers": []}
         return {**known, "status": "done", "job": fields["job"], "results": {"output": self._digest}}, b""
+
+    def stream(self, fields: dict[str, Any], payload: bytes = b"", **_: Any) -> Iterator[tuple[dict[str, Any], bytes]]:
+        yield {"tokens": 1}, payload
+        yield {"prompt_tokens": [1], "completion_tokens": [1], "ended": [1]}, b""
 
     def __enter__(self) -> "Channel":
         return self
@@ -187,7 +191,7 @@ def lines(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> d
     digest = seal_files(inputs / "result", files, kind="output", sender=ENCLAVE, recipients=[CLINIC.public])
     channel = Channel(inputs / "result", digest)
     monkeypatch.setattr("obfuscatune.cli.connecting.load_policy", lambda *_: None)
-    monkeypatch.setattr("obfuscatune.parties.enclave.connect_attested", lambda *_, **__: channel)
+    monkeypatch.setattr("obfuscatune.parties.reached.connect_attested", lambda *_, **__: channel)
     accepted = SimpleNamespace(require=lambda: SimpleNamespace(identity=ENCLAVE.public))
     monkeypatch.setattr("obfuscatune.parties.party.Party.verify", lambda _: accepted)
     monkeypatch.setattr("obfuscatune.training.chat._template", lambda tokenizer, where: "no marks")

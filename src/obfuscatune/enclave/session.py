@@ -21,7 +21,7 @@ from torch import Tensor
 
 from obfuscatune.enclave.keys.source import Secret
 from obfuscatune.enclave.replies import Pending, is_finite
-from obfuscatune.enclave.shelf import PLACED, Expected, Shelf
+from obfuscatune.enclave.shelf import PLACED, Expected, Shelf, is_large
 from obfuscatune.errors import RESTART_HINT, BusyError, ConnectionClosedError, ProtocolError, UsageError, WorkerFault
 from obfuscatune.protocol.arena import Arena
 from obfuscatune.protocol.connection import Connection, Frame
@@ -189,7 +189,7 @@ class Session(Secret):
             dropped = {kind: taken for kind, ids in self._dropped.items() if (taken := _take(ids))}
             if dropped:
                 message["drop"] = dropped
-            if self._shelf is not None and op in PLACED:
+            if self._shelf is not None and op in PLACED and is_large(tensors, expected):
                 tensors, fields, pending.placed = self._shelf.place(tensors, expected or {})
                 message |= fields
             busy = bool(self._under_way)

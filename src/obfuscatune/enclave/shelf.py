@@ -20,6 +20,13 @@ PLACED = ("forward", "backward", "multiply")  # the others are rare, or keep wha
 Expected = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 
 
+def is_large(tensors: Mapping[str, Tensor], expected: Expected | None) -> bool:
+    """Whether a request or its reply may have a tensor that is worth a place; cheap, as it is asked at every call."""
+    sizes = [tensor.nbytes for tensor in tensors.values()]
+    sizes += [math.prod(shape) * dtype.itemsize for shape, dtype in (expected or {}).values()]
+    return max(sizes, default=0) >= LEAST_BYTES
+
+
 class Placed:
     """What one request has on the shelf. Attributes: ``sent``, offsets of its tensors; ``wanted``, of its reply's."""
 

@@ -6,7 +6,6 @@ and replies. Both sides can change every byte at any time, so each reads a byte 
 """
 
 import fcntl
-import mmap
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -26,15 +25,19 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Arena:
-    """The bytes, as one side sees them.
+    """The bytes, as one side sees them. They stay mapped as long as a tensor in them lives.
 
     Args:
-        memory: a shared mapping.
+        descriptor: of the memory, which stays the caller's.
+
+    Raises:
+        RuntimeError: it cannot be mapped.
     """
 
-    def __init__(self, memory: mmap.mmap) -> None:
-        self._bytes = torch.frombuffer(memory, dtype=torch.uint8)  # which keeps the mapping, as every view of it does
-        self._start, self.size = self._bytes.data_ptr(), len(self._bytes)
+    def __init__(self, descriptor: int, size: int) -> None:
+        # Python's own mmap would keep a descriptor for each.
+        self._bytes = torch.from_file(f"/proc/self/fd/{descriptor}", shared=True, size=size, dtype=torch.uint8)
+        self._start, self.size = self._bytes.data_ptr(), size
 
     @classmethod
     def create(cls, size: int = ARENA_BYTES) -> "tuple[Arena, int] | None":
@@ -48,8 +51,8 @@ class Arena:
         try:
             os.ftruncate(descriptor, size)
             fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
-            return cls(mmap.mmap(descriptor, size)), descriptor
-        except OSError:
+            return cls(descriptor, size), descriptor
+        except (OSError, RuntimeError):
             os.close(descriptor)
             return None
 
@@ -67,8 +70,8 @@ class Arena:
             seals = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
             if seals & _SEALS != _SEALS or os.fstat(descriptor).st_size != size:
                 raise ProtocolError("descriptor of an arena", expected=f"a sealed memfd of {size} bytes")
-            return cls(mmap.mmap(descriptor, size))
-        except (OSError, ValueError):  # a descriptor of something else
+            return cls(descriptor, size)
+        except (OSError, RuntimeError):  # a descriptor of something else
             raise ProtocolError("descriptor of an arena", expected="a memfd") from None
         finally:
             os.close(descriptor)
