@@ -12,9 +12,14 @@ $(TESTS) demo bench audit gpu-check: export GOMP_SPINCOUNT := 1000
 # No test may depend on what a model hub serves today.
 $(TESTS): export HF_HUB_OFFLINE := 1
 
+# Enclave and worker take turns, so one run of pytest leaves half of two cores idle: two run beside each other. These
+# folders are about half of the time, in both tiers; what is not named here is in the other half.
+HALF := $(addprefix tests/,enclave exactness faults parties protocol security)
+halves = $(MAKE) --no-print-directory --jobs=2 --output-sync=target one-half other-half PYTEST='$(1)/python -m pytest -m "$(2)"'
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-lowest test-newest test-wheel lint check-deploy docs dist format bench audit \
-	gpu-check fuzz clean
+.PHONY: help setup demo test test-slow test-lowest test-newest test-wheel lint check-deploy image-twice docs dist format bench audit \
+	gpu-check fuzz clean one-half other-half
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 20
@@ -30,21 +35,27 @@ demo: setup  ## fine-tune a bundled model on private records, protected
 	$(BIN)/obfuscatune demo
 
 test: setup  ## run the fast tests
-	$(BIN)/python -m pytest -m "not slow"
+	+$(call halves,$(BIN),not slow)
 
 test-slow: setup  ## run the slow tests
-	$(BIN)/python -m pytest -m slow
+	+$(call halves,$(BIN),slow)
 
 test-lowest:  ## run the fast tests with the lowest versions that pyproject.toml allows, in build/lowest
 	$(PYTHON) -m venv --clear build/lowest
 	$(PYTHON) tools/lowest.py > build/lowest/constraints.txt
 	build/lowest/bin/python -m pip install --quiet --editable '.[dev]' --constraint build/lowest/constraints.txt
-	build/lowest/bin/python -m pytest -m "not slow"
+	+$(call halves,build/lowest/bin,not slow)
 
 test-newest:  ## run the fast tests with the newest versions that pyproject.toml allows, in build/newest
 	$(PYTHON) -m venv --clear build/newest
 	build/newest/bin/python -m pip install --quiet --editable '.[dev]'
-	build/newest/bin/python -m pytest -m "not slow"
+	+$(call halves,build/newest/bin,not slow)
+
+one-half:
+	$(PYTEST) $(HALF)
+
+other-half:
+	$(PYTEST) $(addprefix --ignore=,$(HALF))
 
 lint: setup  ## check style, formatting and types
 	$(BIN)/ruff check .
@@ -53,6 +64,9 @@ lint: setup  ## check style, formatting and types
 
 check-deploy: setup  ## check what is in deploy/, as far as a machine without a TEE can
 	$(BIN)/python -B deploy/check.py
+
+image-twice: setup  ## build twice what goes into the image, and compare the digests
+	$(BIN)/python -B deploy/twice.py
 
 docs: setup  ## build the site of docs/ into site/, and check its links; nothing in it is fetched from elsewhere
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet

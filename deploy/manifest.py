@@ -62,16 +62,20 @@ def manifest_faults(text: str) -> list[str]:
     argv = _at(manifest, "loader.argv")
     if not isinstance(argv, list) or not argv or argv[0] != _at(manifest, "libos.entrypoint"):
         faults.append("loader.argv: must be there and begin with libos.entrypoint")
-    for path in ("loader.argv_src_file", "loader.env_src_file", "sgx.allowed_files", "sgx.enable_stats", "sgx.profile"):
+    for path in ("loader.argv_src_file", "loader.env_src_file", "sgx.enable_stats", "sgx.profile"):
         if _at(manifest, path):
             faults.append(f"{path}: must not be set")
+    mounts = {mount.get("path"): mount for mount in _at(manifest, "fs.mounts") or [] if isinstance(mount, dict)}
+    parties = mounts.get("/etc/obfuscatune/parties", {}).get("uri")
+    for uri in _at(manifest, "sgx.allowed_files") or []:
+        if str(uri).rstrip("/") != parties:
+            faults.append(f"sgx.allowed_files: nothing but the parties' directory, not {uri}")
     for name, value in (_at(manifest, "loader.env") or {}).items():
         if isinstance(value, dict) and "passthrough" in value:
             faults.append(f"loader.env.{name}: comes from the host")
     threads = _at(manifest, "sgx.max_threads")
     if type(threads) is not int or threads < 8:
         faults.append("sgx.max_threads: must be set, to 8 or more (four are Gramine's own)")
-    mounts = {mount.get("path"): mount for mount in _at(manifest, "fs.mounts") or [] if isinstance(mount, dict)}
     temporary, state = mounts.get("/tmp", {}), mounts.get("/state", {})  # noqa: S108 - inside the enclave
     if temporary.get("type") != "tmpfs":
         faults.append("fs.mounts: /tmp must be a tmpfs")

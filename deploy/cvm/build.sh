@@ -1,13 +1,12 @@
 #!/usr/bin/env bash
 # Build the image, take kernel, initrd and command line out of it, and print what a policy has to allow. Needs mkosi (25 or later),
 # objcopy, and, as PYTHON, an interpreter with obfuscatune[measure]. Whoever builds from the same inputs (their hashes are printed) gets the same roothash.
-#   WHEELS=wheels PARTIES=parties MIRROR=... SOURCE_DATE_EPOCH=1767225600 OVMF=OVMF.amdsev.fd VCPUS=8 VCPU_TYPE=EPYC-v4 deploy/cvm/build.sh
+#   WHEELS=wheels MIRROR=... SOURCE_DATE_EPOCH=1767225600 OVMF=OVMF.amdsev.fd VCPUS=8 VCPU_TYPE=EPYC-v4 deploy/cvm/build.sh
 # WHEELS: made once with `pip wheel --wheel-dir wheels --constraint constraints.txt .` and shared between the builders.
 # MIRROR: a snapshot archive of the distribution, fixed to one time; there is no default, because today's packages are not tomorrow's.
 set -euo pipefail
 
 : "${WHEELS:?directory of wheels}"
-: "${PARTIES:?directory with the public identities of the parties}"
 : "${MIRROR:?package snapshot, fixed to one time}"
 : "${SOURCE_DATE_EPOCH:?seconds since 1970, the same for all builders}"
 export SOURCE_DATE_EPOCH
@@ -16,9 +15,8 @@ inputs=$here/inputs
 output=$here/mkosi.output
 
 rm -rf "$inputs"
-mkdir -p "$inputs/wheels" "$inputs/parties" "$output"
+mkdir -p "$inputs/wheels" "$output"
 cp "$WHEELS"/*.whl "$inputs/wheels/"
-cp "$PARTIES"/*.pub "$inputs/parties/"
 cp "$here"/../systemd/{obfuscatune-enclave.service,obfuscatune.sysusers,drop-ins/enclave-tcp.conf} "$inputs/"
 (cd "$inputs" && find . -type f | LC_ALL=C sort | xargs sha256sum) > "$output/inputs.sha256"
 "${PYTHON:-python3}" "$here/../check.py"

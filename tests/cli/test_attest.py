@@ -10,6 +10,8 @@ import pytest
 
 from obfuscatune.parties.attestation.claims import EnclaveClaims
 from obfuscatune.parties.attestation.evidence import Evidence, Quote, attest
+from obfuscatune.parties.attestation.gpu_machine import GpuPlatform
+from obfuscatune.parties.attestation.simulated_gpu import ROOT_FILE, SimulatedGpu
 from obfuscatune.parties.attestation.simulator import SimulatedPlatform
 from obfuscatune.parties.identity import Identity
 
@@ -200,3 +202,37 @@ def test_certificates_beside_evidence_that_comes_without(run, tmp_path: Path) ->
     given = run(*command, "--certificates", leaf, "--certificates", chain)
     assert "ok          certificates    under AMD's root" in given.out and "ok          measurement" in given.out
     assert given.code == 1 and "refused: claims" in given.out  # the sample is no enclave of ours
+
+
+def test_a_gpu_from_its_reference_to_the_verdict(platform: SimulatedPlatform, run, tmp_path: Path) -> None:
+    gpu = SimulatedGpu.open(tmp_path / "gpu")
+    claims = EnclaveClaims(ENCLAVE.public, TLS_KEY, NONCE, int(time.time()), "0.1.0")
+    evidence = attest(GpuPlatform(platform, gpu).attester, claims.to_dict())
+    names = {name: tmp_path / name for name in ("enclave.evidence", "gpu_report", "gpu_chain.pem", "h100.toml")}
+    names["enclave.evidence"].write_bytes(evidence.to_bytes())
+    names["gpu_report"].write_bytes(evidence.quote.extras["gpu_report"])
+    names["gpu_chain.pem"].write_bytes(evidence.quote.extras["gpu_certificates"])
+    shown = run("attest", "show", names["enclave.evidence"])
+    assert shown.code == 0 and re.search(r"^gpu driver +550\.90\.07$", shown.out, re.MULTILINE)
+    reference = run("attest", "measure", "--quote", names["gpu_report"], "--kind", "gpu")
+    assert reference.code == 0 and "not verified" in reference.out
+    names["h100.toml"].write_text(reference.out)
+    (tmp_path / "roots.pem").write_bytes(platform.root.read_bytes() + (tmp_path / "gpu" / ROOT_FILE).read_bytes())
+    policy = tmp_path / "policy.toml"
+    policy.write_text(
+        '[platform]\nkinds = ["tdx"]\n[gpu]\nreference = "h100.toml"\n[simulation]\nallow = true\nroot = "roots.pem"\n'
+        + run("attest", "measure", "--simulation").out
+    )
+    judging = ("--policy", policy, "--allow-simulation")
+    accepted = run("attest", "verify", names["enclave.evidence"], *judging)
+    assert accepted.code == 0 and re.search(r"^ok +gpu values +64 as the reference", accepted.out, re.MULTILINE)
+    bare = ("attest", "verify", "--quote", names["gpu_report"], "--kind", "gpu", *judging)
+    assert re.search(r"^FAILED +gpu chain", run(*bare).out, re.MULTILINE)
+    found = run(*bare, "--certificates", names["gpu_chain.pem"])
+    assert (found.code, found.err) == (1, "") and "FAILED" not in found.out
+    names["gpu_report"].write_bytes(evidence.quote.extras["gpu_report"][:-1])
+    assert run("attest", "measure", "--quote", names["gpu_report"], "--kind", "gpu").code == 2
+    assert run("attest", "measure", "--kind", "gpu").code == 2
+    names["h100.toml"].write_text("driver = []")
+    refused = run("attest", "verify", names["enclave.evidence"], *judging)
+    assert refused.code == 2 and "gpu.reference" in refused.err

@@ -11,20 +11,21 @@ import contextlib, os, sys, types
 from obfuscatune.cli import main
 
 @contextlib.contextmanager
-def open_service(*_, **__):
+def open_service(_, platform, **__):
     import huggingface_hub.constants, transformers
     from tokenizers import decoders
     transformers.utils.logging.get_logger("transformers.models.x").warning("CANARY of a library")
     os.write(2, b"CANARY of native code\\n")
     with contextlib.suppress(BaseException):
         decoders.Strip("h", 10, 10).decode(["h"])
-    print("offline", huggingface_hub.constants.HF_HUB_OFFLINE, file=sys.stderr)
+    print("offline", huggingface_hub.constants.HF_HUB_OFFLINE, "on", platform.name, file=sys.stderr)
     raise SystemExit(0)
     yield
 
 # In the place of the module, which would import transformers before the verb has set the scene.
 sys.modules["obfuscatune.service.serve"] = types.SimpleNamespace(open_service=open_service)
-sys.exit(main(["enclave", "serve", "--platform", f"simulation:{sys.argv[1]}", "--state", "s", "--parties", "p"]))
+hardware = ("--platform", f"simulation:{sys.argv[1]}", "--gpu", f"simulation:{sys.argv[1]}/gpu")
+sys.exit(main(["enclave", "serve", *hardware, "--state", "s", "--parties", "p"]))
 """
 
 
@@ -34,4 +35,4 @@ def test_libraries_and_native_code_print_nothing(tmp_path: Path) -> None:
         [sys.executable, "-c", PROGRAM, str(tmp_path / "platform")], capture_output=True, text=True, env=environment
     )
     assert done.returncode == 0 and done.stdout == "", done.stderr
-    assert done.stderr == "offline True\n"
+    assert done.stderr == "offline True on simulated tdx with simulated GPU\n"

@@ -41,6 +41,9 @@ class Channel:
         known = {"reason": "", "step": 1, "steps": 1, "missing": {}, "queries": 0, "workers": []}
         return {**known, "status": state, "job": job, "results": {"output": self.digest} if state == "done" else {}}
 
+    def close(self) -> None:
+        return
+
     def __enter__(self) -> "Channel":
         return self
 
@@ -106,12 +109,13 @@ def test_every_verb_talks_to_the_enclave_of_the_job_only(
     job: Job, verb: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, run: Run
 ) -> None:
     channel, asked = Channel(*seal("true")), []
-    monkeypatch.setattr(
-        "obfuscatune.parties.enclave.connect_attested",
-        lambda *_, enclave, **__: asked.append(enclave) or channel,
-    )
+    monkeypatch.setattr("obfuscatune.parties.reached.connect_attested", lambda *_, **__: channel)
     assert run(*verb, *CONNECT).code == 0
-    assert asked == [job.enclave]
+    channel.enclave = LAB.public  # accepted by the policy, and not the one that the job names
+    monkeypatch.setattr(channel, "request", lambda fields: asked.append(fields["op"]) or ({}, b""))
+    done = run(*verb, *CONNECT)
+    assert done.code == 1 and "another enclave than the one asked for" in done.err
+    assert asked == ["former"]  # whether it goes on for that one
 
 
 def test_a_list_of_jobs(job: Job, monkeypatch: pytest.MonkeyPatch, run: Run) -> None:

@@ -13,8 +13,8 @@ DEPLOY = Path(__file__).parents[2] / "deploy"
 
 @pytest.fixture
 def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, ModuleType]]:
-    """Yield check, manifest and measure by name."""
-    names = ("manifest", "check", "measure")
+    """Yield check, manifest, measure and twice by name."""
+    names = ("manifest", "check", "measure", "twice")
     monkeypatch.syspath_prepend(DEPLOY)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     yield {name: importlib.import_module(name) for name in names}

@@ -22,7 +22,7 @@ def test_the_rendered_template_has_the_keys_that_protect(manifest: ModuleType) -
     assert parsed["sgx"]["debug"] is False
     assert parsed["sgx"]["remote_attestation"] == "dcap"
     assert parsed["sgx"]["file_check_policy"] == "strict"
-    assert "allowed_files" not in parsed["sgx"]
+    assert parsed["sgx"]["allowed_files"] == ["file:/etc/obfuscatune/parties/"]  # public, and good for nothing later
     assert parsed["sys"]["disallow_subprocesses"] is True
     assert "insecure" not in text.replace("insecure__ key anywhere", "")
     mounts = {mount["path"]: mount for mount in parsed["fs"]["mounts"]}
@@ -43,7 +43,6 @@ def test_every_file_of_the_enclave_is_measured(manifest: ModuleType) -> None:
     parsed = tomllib.loads(manifest.render_manifest())
     trusted = parsed["sgx"]["trusted_files"]
     for part in (
-        "file:/etc/obfuscatune/parties/",
         f"file:{manifest.EXAMPLE['site_packages']}/",
         "file:/usr/bin/python3.11",
     ):
@@ -65,7 +64,8 @@ def test_a_forgotten_variable_is_an_error(manifest: ModuleType, monkeypatch: pyt
         ("sgx.debug = false", "sgx.debug = false\nloader.insecure__use_cmdline_argv = true", "insecure__use_cmdline"),
         ("sgx.debug = false", "sgx.debug = false\nsys.insecure__allow_eventfd = false", "insecure__allow_eventfd"),
         ("sgx.debug = false", 'sgx.debug = false\nfs.insecure__keys.default = "00"', "insecure__keys"),
-        ("sgx.debug = false", 'sgx.debug = false\nsgx.allowed_files = ["file:/etc/hosts"]', "allowed_files"),
+        ("allowed_files = [", 'allowed_files = ["file:/etc/hosts", ', "allowed_files"),
+        ('allowed_files = ["file:/etc/obfuscatune/', 'allowed_files = ["file:/etc/', "allowed_files"),
         ("sgx.debug = false", 'sgx.debug = false\nloader.argv_src_file = "file:argv"', "argv_src_file"),
         ('= "dcap"', '= "none"', "remote_attestation"),
         ('= "strict"', '= "allow_all_but_log"', "file_check_policy"),

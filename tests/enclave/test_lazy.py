@@ -1,6 +1,8 @@
 """A model that is read layer by layer is the same model, and never holds all of its plain weights."""
 
 import weakref
+from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +12,15 @@ from obfuscatune.enclave.lazy import lazy_weights, load_lazily
 from obfuscatune.errors import UnsupportedModelError, UsageError
 from obfuscatune.profiles import resolve
 
+from ..exactness.conftest import listening
 from ..exactness.models import VARIANTS, gpt2, with_lora
+
+
+@pytest.fixture(scope="module")
+def protect(tmp_path_factory) -> Iterator[partial]:
+    """`obfuscatune.protect` with one worker for all tests of this file."""
+    with listening(tmp_path_factory.mktemp("worker")) as address:
+        yield partial(obfuscatune.protect, worker=address, timeout=60.0)
 
 
 class Source:
@@ -40,13 +50,14 @@ def tensors_of(model, prefix="transformer."):
 
 @pytest.mark.parametrize("prefix", ["transformer.", ""])
 @pytest.mark.parametrize("variant", ["balanced", "paper", "balanced, first block inside", "stream", "enclave"])
-def test_logits_and_gradients_are_those_of_the_whole_model(variant, prefix):
+def test_logits_and_gradients_are_those_of_the_whole_model(protect, variant, prefix):
     name, switches = VARIANTS[variant]
     plain = with_lora(gpt2())
     profile = resolve(name, **switches)
     model = load_lazily(gpt2().config, Source(tensors_of(gpt2(), prefix)), torch.float64)
     ids = torch.randint(37, (2, 11), generator=torch.Generator().manual_seed(0))
-    with obfuscatune.protect(with_lora(model), profile=profile) as protected:
+    protect = protect if profile.remote else obfuscatune.protect
+    with protect(with_lora(model), profile=profile) as protected:
         ours = protected.model(ids, labels=ids)
         theirs = plain(ids, labels=ids)
         torch.testing.assert_close(ours.logits, theirs.logits, rtol=1e-9, atol=1e-9)
@@ -59,13 +70,13 @@ def test_logits_and_gradients_are_those_of_the_whole_model(variant, prefix):
                 torch.testing.assert_close(grad, plain.get_parameter(key).grad, rtol=1e-9, atol=1e-9)
 
 
-def test_large_weights_are_read_when_they_are_keyed_and_dropped_then():
+def test_large_weights_are_read_when_they_are_keyed_and_dropped_then(protect):
     source = Source(tensors_of(gpt2()))
     model = load_lazily(gpt2().config, source, torch.float64)
     large = [name for name in source.names() if ".h." in name and source.tensors[name].ndim == 2]
     assert large and not set(large) & set(source.read)
     weight = model.transformer.h[0].attn.c_attn.weight
-    with obfuscatune.protect(model, profile="balanced"):
+    with protect(model, profile="balanced"):
         assert sorted(name for name in source.read if name in large) == sorted(large)  # each once
         assert weight.untyped_storage().nbytes() == weight.element_size()
         assert all(alive() is None for alive in source.given)
@@ -89,16 +100,16 @@ def test_a_weight_that_an_adapter_has_changed_is_refused(profile):
         obfuscatune.protect(model, profile=profile)
 
 
-def test_after_a_failure_the_model_can_be_protected_again():
+def test_after_a_failure_the_model_can_be_protected_again(protect):
     source = Source(tensors_of(gpt2()))
     model = load_lazily(gpt2().config, source, torch.float64)
     broken = source.tensors.pop("transformer.h.1.mlp.c_proj.weight")
     with pytest.raises(KeyError):
-        obfuscatune.protect(model, enclave_blocks=1, key_block=4)
+        protect(model, enclave_blocks=1, key_block=4)
     assert model.transformer.h[1].mlp.c_fc.weight.isnan().all()
     source.tensors["transformer.h.1.mlp.c_proj.weight"] = broken
     ids = torch.ones(1, 3, dtype=torch.int64)
-    with obfuscatune.protect(model, key_block=4) as protected:
+    with protect(model, key_block=4) as protected:
         torch.testing.assert_close(protected.model(ids).logits, gpt2()(ids).logits, rtol=1e-9, atol=1e-9)
 
 

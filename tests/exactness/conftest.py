@@ -19,6 +19,7 @@ def listening(directory: Path) -> Iterator[str]:
     """A worker in a process of its own, by its address."""
     address = f"unix://{directory}/w.sock"
     command = [sys.executable, "-m", "obfuscatune.worker", "--listen", address, "--threads", "1"]
+    command += ["--memory_gb", "4"]  # of each the same, whatever else runs: several workers share blocks by it
     environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:  # noqa: S603
         try:

@@ -205,4 +205,5 @@ def test_generate_refuses(name: str, suite: Any) -> None:
 def test_no_secret_in_a_repr(identity: Identity) -> None:
     shown = f"{identity!r} {identity} {[identity]} {identity.public!r}"
     assert not any(secret in shown for secret in secrets_of(identity))
+    assert any(secret in identity.to_bytes().decode() for secret in secrets_of(identity))  # the control
     assert identity.public.fingerprint[:16] in repr(identity)

@@ -14,7 +14,7 @@ from obfuscatune.parties.canonical import encode
 from obfuscatune.parties.identity import Identity, PublicIdentity
 from obfuscatune.parties.succession import load_successions, read_succession, succeed
 from obfuscatune.parties.terms import Terms
-from obfuscatune.service.serve import ended, load_parties
+from obfuscatune.service.members import load_parties
 
 OLD, NEW, THIEF = (Identity.generate(name, "x25519") for name in ("clinic", "clinic-2", "thief"))
 STATEMENT = succeed(OLD, NEW)
@@ -57,16 +57,16 @@ def test_both_sign_it() -> None:
 
 def test_an_enclave_lets_the_successor_in_and_the_old_one_no_more(tmp_path: Path) -> None:
     directory = put(tmp_path / "parties", OLD, THIEF)
-    assert load_parties(directory) == [OLD.public, THIEF.public] and ended(directory) == frozenset()
+    assert load_parties(directory) == [OLD.public, THIEF.public]
     put(directory, clinic=STATEMENT)
-    assert load_parties(directory) == [NEW.public, THIEF.public] and ended(directory) == {OLD.public.fingerprint}
+    assert load_parties(directory) == [NEW.public, THIEF.public]
     put(directory, second=succeed(NEW, None))
     assert load_parties(directory) == [THIEF.public]
 
 
 def test_one_whose_time_is_to_come_is_an_expiry(tmp_path: Path) -> None:
     directory = put(tmp_path / "parties", OLD, later=succeed(OLD, None, now=time.time() + 1000))
-    assert load_parties(directory) == [OLD.public] and ended(directory) == frozenset()
+    assert load_parties(directory) == [OLD.public]
     assert [each.identity for each in load_successions(directory, time.time() + 1001)] == [OLD.public]
 
 

@@ -10,6 +10,7 @@ import pytest
 from obfuscatune.errors import ProtocolError
 from obfuscatune.parties import link
 from obfuscatune.protocol import tls
+from obfuscatune.protocol.expand import tensors_drawn
 from obfuscatune.protocol.frames import DTYPES, decode_frame, encode_head
 from obfuscatune.protocol.limits import Limits
 from obfuscatune.worker.acceptor import Bounds
@@ -36,11 +37,14 @@ def test_vectors_are_their_frames() -> None:
     block = re.search(r"```vectors\n(.*?)```", TEXT, re.DOTALL)
     assert block is not None
     lines = block[1].splitlines()
-    assert len(lines) == 3
+    assert len(lines) == 6
     for line in lines:
         digits, _, text = line.partition(" ")
         assert decode_frame(bytes.fromhex(digits)) == (json.loads(text), {})
         assert encode_head(json.loads(text), [])[0].hex() == digits
+    rows = re.search(r"```drawn\n(.*?)```", TEXT, re.DOTALL)
+    assert rows is not None
+    assert tensors_drawn(json.loads(text)["drawn"], 16)["x"].tolist() == json.loads(rows[1])
 
 
 def test_the_link_of_the_document() -> None:

@@ -27,20 +27,27 @@ from obfuscatune.worker.server import serve_connection
 from obfuscatune.worker.session import WorkerSession
 
 from .models import SEED, new_model
-from .truth import tell_activations, tell_weights
+from .truth import ALL, tell_activations, tell_weights
 
 TEXT = b"the merger closes on friday at noon."  # 36 tokens, one a byte
 PROMPT = b"the secret price"  # 16 tokens
 NEW_TOKENS = 3
 
 
+_OF_THREAD: dict[int, "Recording"] = {}  # by the thread that serves the session
+
+
 @dataclass
 class Recording:
-    """All that the worker got to know in a session, and the enclave's truth beside it."""
+    """All that the worker got to know in a session, and the enclave's truth beside it.
+
+    ``of_block``: the part of the truth that is of the worker's own block, where each of several workers has one.
+    """
 
     raw: dict[str, bytearray] = field(default_factory=lambda: {"to worker": bytearray(), "to enclave": bytearray()})
     computed: list[Tensor] = field(default_factory=list)
     truth: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
+    of_block: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
     keys: list[Key] = field(default_factory=list)
     secret: bytes = b""
     generated: list[int] = field(default_factory=list)
@@ -121,6 +128,7 @@ def recording_worker(path: Path, recording: Recording) -> Iterator[str]:
 
     def serve() -> None:
         accepted: socket.socket = listener.accept()[0]
+        _OF_THREAD[threading.get_ident()] = recording
         tap = lambda direction, run: recording.raw[names[direction]].extend(run)  # noqa: E731
         # In its single steps, so that logits and the attention map are among what is kept.
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
@@ -138,35 +146,52 @@ def recording_worker(path: Path, recording: Recording) -> Iterator[str]:
 
 def record(profile: str, switches: dict[str, Any], directory: Path, family: str = "gpt2") -> Recording:
     """Do a training step and a greedy generation under a profile, and the same untouched, with all of it recorded."""
-    recording = Recording()
+    return record_links(profile, switches, directory, family, links=1)[0]
+
+
+def record_links(
+    profile: str, switches: dict[str, Any], directory: Path, family: str = "gpt2", *, links: int
+) -> list[Recording]:
+    """Do so with several workers: the whole truth is in the first recording, that of a link's block in its own."""
+    recordings = [Recording() for _ in range(links)]
     model = new_model(family)
     model.config.name_or_path = "acme/private-model"
     twin = copy.deepcopy(model)
-    with pytest.MonkeyPatch.context() as patch, recording_worker(directory / "worker", recording) as address:
+    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
         made = Key.__init__
 
         def note(self: Key, *args: Any, **kwargs: Any) -> None:
             made(self, *args, **kwargs)
-            recording.keys.append(self)
+            recordings[0].keys.append(self)
 
         handle = WorkerSession.handle
 
         def watched(self: WorkerSession, header: Any, tensors: Any) -> Any:
-            with _Keep(recording.computed):
+            with _Keep(_OF_THREAD[threading.get_ident()].computed):
                 return handle(self, header, tensors)
 
         patch.setattr(Key, "__init__", note)
         patch.setattr(WorkerSession, "handle", watched)
+        workers = [
+            stack.enter_context(recording_worker(directory / f"worker{i}", recording))
+            for i, recording in enumerate(recordings)
+        ]
         with obfuscatune.protect(
-            model, profile=profile, worker=address, insecure_test_seed=SEED, timeout=60, **switches
+            model, profile=profile, worker=workers, insecure_test_seed=SEED, timeout=60, **switches
         ) as protected:
-            recording.secret = bytes(protected.secret._value)
+            recordings[0].secret = bytes(protected.secret._value)
             _work(protected.model, protected.create_optimizer("sgd", lr=0.1))
-    tell_weights(recording.truth, twin)
-    tell_activations(recording.truth, twin)
-    recording.generated = _work(twin, torch.optim.SGD([p for p in twin.parameters() if p.requires_grad], lr=0.1))
-    tell_weights(recording.truth, twin)
-    return recording
+    tellings = [(recordings[0].truth, ALL)]
+    if links > 1:
+        tellings += [(recording.of_block, slice(i, i + 1)) for i, recording in enumerate(recordings)]
+    for truth, blocks in tellings:
+        tell_weights(truth, twin, blocks)
+        tell_activations(truth, twin, blocks)
+    optimizer = torch.optim.SGD([p for p in twin.parameters() if p.requires_grad], lr=0.1)
+    recordings[0].generated = _work(twin, optimizer)
+    for truth, blocks in tellings:
+        tell_weights(truth, twin, blocks)
+    return recordings
 
 
 def _work(model: Any, optimizer: torch.optim.Optimizer) -> list[int]:

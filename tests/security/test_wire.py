@@ -19,7 +19,7 @@ import torch
 from obfuscatune.protocol.connection import Connection
 
 from .matching import AS_IT_IS, UP_TO_ORDER, search
-from .recording import PROMPT, TEXT, Recording, record
+from .recording import PROMPT, TEXT, Recording, record, record_links
 
 Table = dict[str, str]
 
@@ -156,6 +156,23 @@ def test_worker_learns_what_the_profile_says_and_nothing_else(case: tuple[str, R
     assert not {k: v for k, v in table.items() if found.get(k) != v}, "the control is not found"
     if "plain" not in name:
         assert not {k: v for k, v in found.items() if k not in table}, "more is exposed than the profile says"
+
+
+LINKED = ["balanced", "paper", "strict", "stream", "llama, balanced"]
+
+
+@pytest.mark.parametrize(
+    "name", [name if name == "balanced" else pytest.param(name, marks=pytest.mark.slow) for name in LINKED]
+)
+def test_each_of_two_links_shows_its_own_block_and_both_together_what_one_would(name: str, tmp_path: Path) -> None:
+    profile, switches, family, table = CASES[name]
+    first, second = links = record_links(profile, switches, tmp_path, family, links=2)
+    of_blocks = {what: how for what, how in table.items() if what not in ROTARY}
+    for own, other in ((first, second), (second, first)):
+        seen = own.seen()
+        assert search(own.of_block, seen) == of_blocks
+        assert search(other.of_block, seen) == {}
+    assert search(first.truth, [tensor for link in links for tensor in link.seen()]) == table
 
 
 @pytest.mark.parametrize(

@@ -20,22 +20,26 @@ from obfuscatune.protocol.norms import rms_rows
 Truth = dict[str, list[Tensor]]
 IN = {"attention": "q, k, v", "MLP": "MLP pre-activations"}
 BEFORE_OUT = {"attention": "heads' output", "MLP": "MLP activations"}
+ALL = slice(None)
 
 
-def _parts(decoder: Decoder) -> list[tuple[str, Part]]:
+def _parts(decoder: Decoder, blocks: slice = ALL) -> list[tuple[str, Part]]:
     return [
         (name, part)
-        for block in decoder.blocks
+        for block in decoder.blocks[blocks]
         for name, part in (("attention", block.attention), ("MLP", block.mlp))
         if part is not None
     ]
 
 
-def tell_weights(truth: Truth, twin: Any) -> None:
-    """Add all weights, biases and LoRA factors, as they are stored, joined, and with norms folded in."""
+def tell_weights(truth: Truth, twin: Any, blocks: slice = ALL) -> None:
+    """Add all weights, biases and LoRA factors, as they are stored, joined, and with norms folded in.
+
+    blocks: of these alone, and nothing that is of no block.
+    """
     decoder = read_decoder(twin.get_base_model())
     known = set()
-    for name, part in _parts(decoder):
+    for name, part in _parts(decoder, blocks):
         for place, layers in (("in", part.first), ("out", (part.last,))):
             for layer in layers:
                 truth[f"{name} {place} weight"].append(layer.weight.clone())
@@ -53,7 +57,7 @@ def tell_weights(truth: Truth, twin: Any) -> None:
             if tensor is not None and (what == "bias" or part.norm.shift is not None):
                 truth[f"{name} in {what}"] += [tensor.clone(), *_halves(part, part.first, tensor)]
     for name, parameter in twin.named_parameters():  # norms, embeddings, head
-        if id(parameter) not in known:
+        if id(parameter) not in known and blocks == ALL:
             truth[name.removeprefix("base_model.model.")].append(parameter.detach().clone())
 
 
@@ -171,19 +175,20 @@ class _Teller:
         parameter.register_hook(note)
 
 
-def tell_activations(truth: Truth, twin: Any) -> None:
-    """Have all activations and gradients of what the twin does next added."""
+def tell_activations(truth: Truth, twin: Any, blocks: slice = ALL) -> None:
+    """Have all activations and gradients of what the twin does next added; with ``blocks``, those of these blocks."""
     model = twin.get_base_model()
     model.set_attn_implementation("eager")
     decoder, teller = read_decoder(model), _Teller(truth)
-    teller.watch(model.get_input_embeddings(), None, "token embeddings")
-    teller.watch(model.get_output_embeddings(), None, "logits")
-    if decoder.final_norm is not None:
-        teller.watch(model.get_submodule(decoder.final_norm), "final hidden states", "output of the last norm")
-    rotary = getattr(model.base_model, "rotary_emb", None)
-    if rotary is not None:
-        rotary.register_forward_hook(lambda _, args, output: truth["rotary tables"].extend(t.clone() for t in output))
-    for name, part in _parts(decoder):
+    if blocks == ALL:
+        teller.watch(model.get_input_embeddings(), None, "token embeddings")
+        teller.watch(model.get_output_embeddings(), None, "logits")
+        if decoder.final_norm is not None:
+            teller.watch(model.get_submodule(decoder.final_norm), "final hidden states", "output of the last norm")
+        rotary = getattr(model.base_model, "rotary_emb", None)
+        if rotary is not None:
+            rotary.register_forward_hook(lambda _, args, out: truth["rotary tables"].extend(t.clone() for t in out))
+    for name, part in _parts(decoder, blocks):
         teller.watch_norm(part.norm, name)
         if part.norm_after is not None:
             teller.watch(part.block.get_submodule(part.norm_after), None, f"{name} output, normalized")

@@ -16,7 +16,8 @@ from obfuscatune.service.answers import Answers
 from obfuscatune.service.book import Book
 from obfuscatune.service.entries import Entry
 from obfuscatune.service.log import AuditLog
-from obfuscatune.service.requests import Query, Requests
+from obfuscatune.service.queries import Query
+from obfuscatune.service.requests import Requests
 from obfuscatune.service.state import State
 from obfuscatune.service.store import Store
 

@@ -78,7 +78,7 @@ def path_digest(path: Path) -> str:
 
 def test_the_log_holds_no_content_and_a_party_can_check_it(enclave: Enclave) -> None:
     digest = enclave.done_job()
-    enclave.book.count_query(digest, OWNER, 2, 3)
+    enclave.book.count_query(digest, OWNER, 2, 3, "a")
     enclave.book.note("fetched", digest, OWNER)
     head, lines = enclave.book.committed_log(0)
     assert check(lines, head, enclave.state.identity.public).new_entries == enclave.log.length
@@ -292,15 +292,15 @@ def test_an_upload_whose_entry_the_crash_took_is_found(tmp_path: Path) -> None:
 def test_queries_are_counted_before_they_are_answered(tmp_path: Path) -> None:
     with open_enclave(tmp_path) as enclave:
         digest = enclave.done_job(max_queries=10)
-        enclave.book.count_query(digest, OWNER, 9, 32)
+        enclave.book.count_query(digest, OWNER, 9, 32, "b")
         with pytest.raises(ConsentError, match="used up"):
-            enclave.book.count_query(digest, OWNER, 2, 32)
+            enclave.book.count_query(digest, OWNER, 2, 32, "c")
         platform = enclave.platform
     with open_enclave(tmp_path, platform) as enclave:
         assert enclave.book.record(digest).queries == 9
-        enclave.book.count_query(digest, OWNER, 1, 32)
+        enclave.book.count_query(digest, OWNER, 1, 32, "d")
         with pytest.raises(ConsentError, match="used up"):
-            enclave.book.count_query(digest, OWNER, 1, 32)
+            enclave.book.count_query(digest, OWNER, 1, 32, "e")
 
 
 def test_a_number_that_the_state_cannot_hold(enclave: Enclave) -> None:
@@ -308,6 +308,7 @@ def test_a_number_that_the_state_cannot_hold(enclave: Enclave) -> None:
     enclave.book.next()
     enclave.book.progress(digest, 1, 10**300)
     enclave.book.commit()
+    assert enclave.book.record(digest).status == "running"
 
 
 def test_one_party_cannot_fill_the_book(enclave: Enclave, monkeypatch: pytest.MonkeyPatch) -> None:

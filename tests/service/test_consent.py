@@ -30,30 +30,30 @@ def seal(directory: Path, kind: Any, sender: Any, terms: Any = "all") -> tuple[s
 
 
 def test_a_job_signed_by_both_is_taken() -> None:
-    check_job(sign(Job(**job_fields())), enclave=HERE, now=NOW)
+    check_job(sign(Job(**job_fields())), enclaves=frozenset({HERE}), now=NOW)
 
 
 @pytest.mark.parametrize(("signer", "missing"), [(LAB, "owner"), (CLINIC, "provider")])
 def test_a_job_that_one_did_not_sign(signer: Any, missing: str) -> None:
     with pytest.raises(ConsentError, match=f"no signature of the {missing}"):
-        check_job(sign(Job(**job_fields()), signer), enclave=HERE, now=NOW)
+        check_job(sign(Job(**job_fields()), signer), enclaves=frozenset({HERE}), now=NOW)
 
 
 def test_a_job_for_another_enclave_and_one_that_is_over() -> None:
     signed = sign(Job(**job_fields()))
     with pytest.raises(ConsentError, match="another enclave"):
-        check_job(signed, enclave="ef" * 32, now=NOW)
-    check_job(signed, enclave=HERE, now=signed.job.expires - 1)
+        check_job(signed, enclaves=frozenset({"ef" * 32}), now=NOW)
+    check_job(signed, enclaves=frozenset({HERE}), now=signed.job.expires - 1)
     with pytest.raises(ConsentError, match="expired"):
-        check_job(signed, enclave=HERE, now=signed.job.expires)
+        check_job(signed, enclaves=frozenset({HERE}), now=signed.job.expires)
 
 
 @pytest.mark.parametrize(("party", "role"), [(LAB, "provider"), (CLINIC, "owner")])
 def test_a_job_of_an_identity_that_has_ended(party: Any, role: str) -> None:
     signed = sign(Job(**job_fields()))
-    check_job(signed, enclave=HERE, now=NOW, ended=frozenset({STRANGER.public.fingerprint}))
+    check_job(signed, enclaves=frozenset({HERE}), now=NOW, ended=frozenset({STRANGER.public.fingerprint}))
     with pytest.raises(ConsentError, match=f"identity of the {role} has ended"):
-        check_job(signed, enclave=HERE, now=NOW, ended=frozenset({party.public.fingerprint}))
+        check_job(signed, enclaves=frozenset({HERE}), now=NOW, ended=frozenset({party.public.fingerprint}))
 
 
 @pytest.mark.parametrize("kind", sorted(OWNERS))

@@ -22,7 +22,9 @@ from obfuscatune.errors import (
 )
 from obfuscatune.parties.enclave import Status
 from obfuscatune.parties.job import Job
-from obfuscatune.service.requests import MAX_PROMPT_BYTES, MAX_WAITING, Query
+from obfuscatune.service.queries import MAX_PROMPT_BYTES, Query
+from obfuscatune.service.requests import MAX_WAITING
+from obfuscatune.serving.sampling import Settings
 from obfuscatune.training.completion import Completion
 
 from .jobs import CANARY, CLINIC, LAB, STRANGER, Enclave, job_fields, open_enclave, sign
@@ -44,7 +46,20 @@ def enclave(tmp_path: Path) -> Iterator[Enclave]:
 
 
 def ask(enclave: Enclave, party: Any, op: str, payload: bytes = b"", **fields: Any) -> tuple[dict[str, Any], bytes]:
-    return enclave.requests.handle(party.public, {"op": op, **fields}, payload)
+    return ask_in_parts(enclave, party, op, payload, **fields)[-1]
+
+
+def ask_in_parts(enclave: Enclave, party: Any, op: str, payload: bytes = b"", **fields: Any) -> list[Any]:
+    found = enclave.requests.handle(party.public, {"op": op, **fields}, payload)
+    if isinstance(found, tuple):
+        return [found]
+    parts: list[Any] = []
+    while True:
+        try:
+            part = next(found)
+        except StopIteration as end:
+            return [*parts, end.value]
+        parts += [] if part is None else [part]
 
 
 class Answering:
@@ -62,9 +77,7 @@ class Answering:
                 if query.take():
                     self.answer(query)
             except Exception as error:
-                query.error = error
-            finally:
-                query.done.set()
+                query.fail(error)
 
         threading.Thread(target=work).start()
 
@@ -174,7 +187,7 @@ def test_results_are_for_whom_the_job_names(enclave: Enclave) -> None:
 
 def test_a_query(enclave: Enclave) -> None:
     def answer(query: Query) -> None:
-        query.completions = [Completion(str(prompt).upper(), 2, 1, True) for prompt in query.prompts]
+        query.finish([Completion(str(prompt).upper(), 2, 1, True) for prompt in query.prompts])
 
     Answering(enclave, answer)
     job = enclave.done_job()
@@ -279,12 +292,86 @@ def test_a_query_whose_client_has_gone_is_dropped(enclave: Enclave) -> None:
     with pytest.raises(ObfuscatuneError, match="busy"):
         ask(enclave, CLINIC, "generate", PROMPTS, job=job, max_new_tokens=1, wait=0.01)
     (query,) = enclave.queries
-    assert query.prompts == [] and not query.take()
+    assert query.prompts == [] and not query.take() and not query.left
     assert enclave.book.record(job).queries == 0
 
 
+def test_a_stream(enclave: Enclave, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces as they come, joined where the client is slow; one that leaves is given up, and its place is free."""
+    monkeypatch.setattr("obfuscatune.service.requests.LOOK_SECONDS", 0.01)
+    given = threading.Semaphore(0)
+
+    def answer(query: Query) -> None:
+        for number, piece in enumerate(("a ", "\u00e9", " c"), 1):
+            assert given.acquire(timeout=30)
+            query.show(piece, number)
+        query.finish([Completion("a \u00e9 c!", 2, 4, False)])
+
+    Answering(enclave, answer)
+    job = enclave.done_job()
+    more = {"job": job, "max_new_tokens": 5, "stream": 1}
+    parts = enclave.requests.handle(CLINIC.public, {"op": "generate", **more}, PROMPTS)
+    assert not isinstance(parts, tuple)
+    given.release()
+    assert next(part for part in parts if part is not None) == ({"tokens": 1}, b"a ")
+    given.release(2)
+    assert enclave.queries[0].wait(30)
+    with pytest.raises(StopIteration) as end:
+        while True:
+            next(parts)
+    assert end.value.value == (
+        {"prompt_tokens": [2], "completion_tokens": [4], "ended": [0]},
+        "\u00e9 c!".encode(),
+    )
+    for _ in range(MAX_WAITING + 1):
+        parts = enclave.requests.handle(CLINIC.public, {"op": "generate", **more}, PROMPTS)
+        assert not isinstance(parts, tuple)
+        assert next(parts) is None  # nothing for a while
+        parts.close()
+        assert enclave.queries[-1].left
+        given.release(3)
+        assert enclave.queries[-1].wait(30)
+    with pytest.raises(UsageError, match="several prompts"):
+        ask(enclave, CLINIC, "generate", b'["a", "b"]', **more)
+    for stream in (True, 2, -1, "1", None):
+        with pytest.raises(UsageError, match="stream"):
+            ask(enclave, CLINIC, "generate", PROMPTS, **{**more, "stream": stream})
+
+
+def test_sampling_of_a_wrong_form(enclave: Enclave) -> None:
+    job = enclave.done_job()
+    for sampling, fault in (
+        (1, "other fields"),
+        ({"top_k": 1}, "other fields"),
+        ({"temperature": "1"}, "temperature"),
+        ({"temperature": 1}, "without a seed"),
+        ({"temperature": 2.5, "seed": 1}, "temperature"),
+        ({"temperature": 1, "seed": 1 << 63}, "seed"),
+        ({"temperature": 1, "seed": 1.5}, "seed"),
+        ({"top_p": -0.1}, "top_p"),
+        ({"stop": [""]}, "stop"),
+        ({"stop": ["x"] * 5}, "stop"),
+        ({"stop": "x" * 65}, "stop"),
+        ({"stop": {CANARY: 1}}, "stop"),
+    ):
+        with pytest.raises(UsageError, match=fault) as caught:
+            ask(enclave, CLINIC, "generate", PROMPTS, job=job, max_new_tokens=1, sampling=sampling)
+        assert "Zebediah" not in str(caught.value)
+    assert enclave.queries == []
+
+
+def test_all_that_decides_an_answer_is_its_question() -> None:
+    def question(prompt: str = "x", **chosen: Any) -> str:
+        return Query("ab" * 32, "cd" * 32, [prompt], Settings(**{"longest": 2, **chosen})).question
+
+    sampled = {"temperature": 0.5, "seed": 1}
+    different = [{}, {"longest": 3}, {"stop": ("a",)}, sampled, {**sampled, "seed": 2}, {**sampled, "top_p": 0.5}]
+    assert len({question(**chosen) for chosen in different} | {question("y")}) == len(different) + 1
+    assert question(seed=3) == question()  # greedy
+
+
 def test_a_query_that_is_being_answered_keeps_its_prompts() -> None:
-    query = Query("ab" * 32, "cd" * 32, ["x"], 1)
+    query = Query("ab" * 32, "cd" * 32, ["x"], Settings(longest=1))
     assert query.take()
     query.drop()
     assert query.prompts == ["x"]
@@ -315,11 +402,11 @@ def test_a_party_has_few_queries_at_a_time(tmp_path: Path) -> None:
             ask(enclave, CLINIC, "generate", PROMPTS, job=job, max_new_tokens=1)
         threads.append(one(LAB))  # the other party has places of its own
         for query in enclave.queries:
-            query.done.set()
+            query.finish([])
         for thread in threads:
             thread.join()
         threads = [one(CLINIC)]  # and a place is free again
-        enclave.queries[-1].done.set()
+        enclave.queries[-1].finish([])
         threads[0].join()
 
 

@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,7 +15,7 @@ import safetensors.torch
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from obfuscatune.errors import ConsentError, FormatError, ObfuscatuneError, SealError, UsageError
+from obfuscatune.errors import BusyError, ConsentError, FormatError, ObfuscatuneError, SealError, UsageError
 from obfuscatune.parties.identity import Identity
 from obfuscatune.parties.job import Job, SignedJob
 from obfuscatune.parties.sealed.archive import SealedArchive, seal_files
@@ -21,8 +23,11 @@ from obfuscatune.parties.sealed.header import read_header
 from obfuscatune.parties.sealed.models import model_files
 from obfuscatune.parties.sealed.reader import SealedReader
 from obfuscatune.service.placement import Workers
+from obfuscatune.service.queries import Query
 from obfuscatune.service.runner import Hooks, Runner
 from obfuscatune.service.store import Store
+from obfuscatune.service.turns import Turns
+from obfuscatune.serving.sampling import Settings
 
 from .jobs import terms_of
 
@@ -155,6 +160,10 @@ def test_rows_that_are_held_out_are_not_trained_on(place: Place) -> None:
         weights(held_out={"more.jsonl": ROWS.encode()})
 
 
+def query_of(signed: SignedJob, *prompts: str, **chosen: Any) -> Query:
+    return Query(signed.job.digest, CLINIC.public.fingerprint, list(prompts), Settings(**{"longest": 1, **chosen}))
+
+
 def test_a_prompt_that_is_too_long_leaves_the_model_loaded(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     signed = place.signed(queries_by=("owner",), max_queries=5)
     runner = Runner(ENCLAVE, place.store, workers=Workers.parse(["spawn"]))
@@ -162,11 +171,115 @@ def test_a_prompt_that_is_too_long_leaves_the_model_loaded(place: Place, monkeyp
         adapter = runner.run(signed, None, SILENT)["adapter"]
         monkeypatch.setattr("obfuscatune.service.runner.protect", None)  # it is not keyed again
         with pytest.raises(UsageError, match="too long"):
-            runner.check(signed, adapter, ["row 1 is", "x" * 40], 1)
-        runner.check(signed, adapter, ["row 1 is"], 1)
-        assert len(runner.answer(signed, adapter, ["row 1 is"], 1)) == 1
+            runner.check(signed, adapter, query_of(signed, "row 1 is", "x" * 40))
+        rows = runner.check(signed, adapter, query_of(signed, "row 1 is"))
+        runner.answer(signed, adapter, rows, lambda steps, longest: False)
+        assert [row.done for row in rows] == [True]
     finally:
         runner.close()
+
+
+def test_an_answer_is_the_same_in_however_many_rounds(place: Place) -> None:
+    """Alone, in a batch, and with a turn after every token; greedy ones are those that the job itself gives."""
+    model = GPT2LMHeadModel.from_pretrained(place.model)
+    with torch.no_grad():  # far from ties
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    model.save_pretrained(place.model)
+    signed = place.signed(queries_by=("owner",), max_new_tokens=12)
+    prompts = [json.loads(row)["prompt"] for row in PROMPTS.splitlines()]
+    runner = Runner(ENCLAVE, place.store, workers=Workers.parse(["spawn"]))
+
+    def answers(*asked: str, enough: bool, **chosen: Any) -> list[str]:
+        rows = runner.check(signed, results["adapter"], query_of(signed, *asked, longest=12, **chosen))
+        while live := [row for row in rows if not row.done]:
+            runner.answer(signed, results["adapter"], live, lambda steps, longest: enough)
+        return [row.completion().text for row in rows]
+
+    try:
+        results = runner.run(signed, None, SILENT)
+        lines = place.files(results["output"])["generations.jsonl"].decode().splitlines()
+        own = [json.loads(line)["completion"] for line in lines]
+        found = []
+        for chosen in ({}, {"temperature": 1.5, "seed": 3}, {"stop": (own[0][2:4],)}):
+            found.append(answers(*prompts, enough=False, **chosen))
+            assert answers(*prompts, enough=True, **chosen) == found[-1]
+            assert [answers(prompt, enough=True, **chosen)[0] for prompt in prompts] == found[-1]
+        assert found[0] == own != found[1] and found[2][0] == own[0].split(own[0][2:4])[0]
+    finally:
+        runner.close()
+
+
+def test_queries_between_steps_change_nothing_of_a_training(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit, with dropout, accumulated gradients and evaluations: another model is loaded, asked and sampled."""
+    training = {"max_steps": 2, "gradient_accumulation_steps": 2, "lora_r": 2, "lora_dropout": 0.3, "max_length": 24}
+    signed = place.signed(training=training, held_out={"held_out.jsonl": ROWS.encode()})
+    asked = place.signed(queries_by=("owner",), max_queries=5)
+    query = query_of(asked, "row 1 is", longest=4, temperature=1.0, seed=4)
+    runner = Runner(ENCLAVE, place.store, workers=Workers.parse(["spawn"]))
+    texts: list[str] = []
+
+    def run(between: Callable[[], float]) -> tuple[bytes, dict[str, Any]]:
+        results = runner.run(signed, None, replace(SILENT, between=between))
+        report = json.loads(place.files(results["report"])["report.json"])
+        return place.files(results["adapter"])["adapter_model.safetensors"], report
+
+    def turn(seconds: float) -> None:
+        rows = runner.check(asked, adapter, query)
+        runner.answer(asked, adapter, rows, lambda steps, longest: False)
+        texts.append(rows[0].completion().text)
+
+    try:
+        adapter = runner.run(asked, None, SILENT)["adapter"]
+        plain, alone = run(lambda: 0.0)
+        turns = Turns(turn, lambda: True)
+        with_queries, report = run(turns)
+        assert with_queries == plain and report["loss"] == alone["loss"] and report["held_out"] == alone["held_out"]
+        assert len(texts) > 4 and len(set(texts)) == 1  # between batches too; one seed, one answer
+        assert 0 < report["queries_of_other_jobs"]["seconds"] <= turns.seconds
+        assert "10 s" in report["queries_of_other_jobs"]["bound"]
+        assert run(lambda: float(torch.rand(1)))[0] != plain  # the control
+        # Where memory is short it is the query that is refused, and only beside a job.
+        monkeypatch.setattr("obfuscatune.service.memory.free_bytes", lambda: 1000)
+        refused: list[str] = []
+
+        def refuse(seconds: float) -> None:
+            with pytest.raises(BusyError, match="does not fit beside the job") as caught:
+                runner.check(asked, adapter, query)
+            refused.append(str(caught.value))
+
+        assert run(Turns(refuse, lambda: True))[0] == plain and refused
+        turn(1.0)
+    finally:
+        runner.close()
+
+
+@pytest.mark.slow
+def test_a_query_does_not_wait_for_the_place_that_its_job_has_at_the_worker(place: Place, tmp_path: Path) -> None:
+    change(place.model / "config.json", attn_pdrop=0.0)  # it is on the worker
+    address = f"unix://{tmp_path}/w.sock"
+    command = [sys.executable, "-m", "obfuscatune.worker", "--listen", address, "--threads", "1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as worker:  # noqa: S603
+        runner = Runner(ENCLAVE, place.store, workers=Workers.parse([address]))
+        try:
+            assert worker.stdout is not None and "1 session" in worker.stdout.readline()
+            asked = place.signed(profile="balanced", queries_by=("owner",), max_queries=5)
+            adapter = runner.run(asked, None, SILENT)["adapter"]
+            refused: list[BusyError] = []
+
+            def between() -> float:
+                if not refused:
+                    with pytest.raises(BusyError, match="no place for another session") as caught:
+                        runner.check(asked, adapter, query_of(asked, "row 1 is"))
+                    refused.append(caught.value)
+                return 0.0
+
+            runner.run(place.signed(profile="balanced"), None, replace(SILENT, between=between))
+            assert refused and runner.check(asked, adapter, query_of(asked, "row 1 is"))  # it has the place now
+        finally:
+            runner.close()
+            worker.terminate()
+            assert worker.wait(30) == 0
 
 
 @pytest.mark.parametrize("who", [("provider",), ("owner",), ("provider", "owner"), ()])

@@ -1,6 +1,7 @@
 """The service's loop: one job or one query may fail in any way, and the next is served."""
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -8,18 +9,32 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tokenizers import decoders
 
-from obfuscatune.errors import UsageError
+from obfuscatune.errors import BusyError, ConsentError, UsageError
 from obfuscatune.parties.identity import Identity
+from obfuscatune.parties.vocabulary import TURN_SECONDS
+from obfuscatune.service import turns as turns_module
 from obfuscatune.service.answers import MAX_ANSWERS, MAX_CHARACTERS, Answers
-from obfuscatune.service.requests import Query
+from obfuscatune.service.generation import Enough, Row
+from obfuscatune.service.queries import Query
+from obfuscatune.service.records import Record
 from obfuscatune.service.serve import Service
+from obfuscatune.service.turns import Turns
+from obfuscatune.serving.sampling import Settings
 from obfuscatune.training.completion import Completion
 
 from .jobs import CLINIC, LAB, Enclave, open_enclave
 
-RED = Completion("red", 3, 1, True)
+RED = Completion("red", 3, 1, False)
+
+
+class Words:
+    """A tokenizer whose every token is a word."""
+
+    def decode(self, tokens: list[int], **_: Any) -> str:
+        return " ".join(["red"] * len(tokens))
 
 
 class Server:
@@ -28,6 +43,9 @@ class Server:
     address = "tls://nowhere:1"
 
     def serve_forever(self) -> None:
+        return
+
+    def drain(self, seconds: float) -> None:
         return
 
     def close(self) -> None:
@@ -42,18 +60,26 @@ class FakeRunner:
     def __init__(self, act: Callable[[], Any]) -> None:
         self.act = act
         self.closed = 0
+        self.rounds: list[int] = []
 
     def run(self, *_: Any) -> dict[str, str]:
         self.act()
         return {}
 
-    def check(self, signed: Any, adapter: str, prompts: list[str], tokens: int) -> None:
-        if "too long" in prompts:
+    def check(self, signed: Any, adapter: str, query: Query) -> list[Row]:
+        if "too long" in query.prompts:
             raise UsageError("prompt is too long for the model", where="prompt 1")
+        return [Row(query, "prompt 1", [1, 2, 3], Words()) for _ in query.prompts]
 
-    def answer(self, *_: Any) -> list[Completion]:
-        self.act()
-        return [RED]
+    def answer(self, signed: Any, adapter: str, rows: list[Row], enough: Enough) -> None:
+        self.rounds.append(len(rows))
+        for steps in range(1, 1000):
+            self.act()
+            for row in rows:
+                if not row.lapse():
+                    row.take(7, frozenset())
+            if enough(steps, 3) or all(row.done for row in rows):
+                return
 
     def close(self) -> None:
         self.closed += 1
@@ -113,10 +139,14 @@ def working(serving: Service) -> Iterator[None]:
         assert not thread.is_alive()
 
 
-def ask(serving: Service, job: str, prompt: str, party: Identity = CLINIC) -> Query:
-    query = Query(job, party.public.fingerprint, [prompt], 1)
-    serving._ask(query)
-    assert query.done.wait(30)
+def query_of(job: str, prompt: str, longest: int = 1, party: Identity = CLINIC) -> Query:
+    return Query(job, party.public.fingerprint, [prompt], Settings(longest=longest))
+
+
+def ask(serving: Service, job: str, prompt: str) -> Query:
+    query = query_of(job, prompt)
+    serving._answering.add(query)
+    assert query.wait(30)
     return query
 
 
@@ -155,18 +185,19 @@ def test_a_question_asked_again_costs_nothing(enclave: Enclave) -> None:
         assert (len(computed), enclave.book.record(job).queries) == (2, 2)
         assert ask(serving, job, "c").error is not None  # they are used up
         # Over the channel too, where the right is looked at before anything waits.
-        assert serving._answers.get(job, CLINIC.public.fingerprint, ["b"], 1) == [RED]
-        assert serving._answers.get(job, LAB.public.fingerprint, ["b"], 1) is None
-        assert serving._answers.get(job, CLINIC.public.fingerprint, ["b"], 2) is None
+        answers = serving._answering._answers
+        assert answers.get(query_of(job, "b").question) == [RED]
+        assert answers.get(query_of(job, "b", party=LAB).question) is None
+        assert answers.get(query_of(job, "b", 2).question) is None
 
 
 def test_answers_are_forgotten_before_they_are_too_many() -> None:
     answers = Answers()
     for number in range(MAX_ANSWERS + 1):
-        answers.put("job", "party", [str(number)], 1, [RED])
-    assert answers.get("job", "party", ["0"], 1) is None and answers.get("job", "party", ["1"], 1) == [RED]
-    answers.put("job", "party", ["long"], 1, [replace(RED, text="x" * (MAX_CHARACTERS + 1))])
-    assert answers.get("job", "party", ["1"], 1) is None and answers.get("job", "party", ["long"], 1) is None
+        answers.put(str(number), [RED])
+    assert answers.get("0") is None and answers.get("1") == [RED]
+    answers.put("long", [replace(RED, text="x" * (MAX_CHARACTERS + 1))])
+    assert answers.get("1") is None and answers.get("long") is None
 
 
 def test_a_model_that_is_kept_is_forgotten_when_its_job_is_deleted(enclave: Enclave) -> None:
@@ -208,3 +239,140 @@ def test_the_operators_stop_ends_the_service_and_the_job_goes_on_later(enclave: 
     with pytest.raises(SystemExit):
         service(enclave, stop).work()
     assert enclave.book.record(job).status == "running"  # which is resumed at the next start
+
+
+def test_queries_are_answered_between_the_steps_of_a_job(enclave: Enclave) -> None:
+    """For as long as the job has had, no longer; one that is not done then goes on after the next step."""
+    done, running = enclave.done_job(), enclave.submit(enclave.signed_job())
+    long, other = query_of(done, "a long one", 32), query_of(done, "a short one")
+    found: list[float] = []
+    drawn: list[torch.Tensor] = []
+
+    class Stepping(FakeRunner):
+        def run(self, signed: Any, checkpoint: Any, hooks: Any) -> dict[str, str]:
+            torch.manual_seed(5)
+            serving._answering.add(long)
+            while not long.done and len(found) < 1000:
+                hooks.progress(len(found), 1000)
+                time.sleep(0.002)  # the step's work
+                found.append(hooks.between())
+                if len(found) == 1:
+                    serving._answering.add(other)
+            drawn.append(torch.rand(3))
+            serving.stop()
+            return {}
+
+    def act() -> None:
+        torch.rand(100)
+        time.sleep(0.003)  # a token's
+
+    serving = Service(enclave.book, runner := Stepping(act), lambda _: Server(), max_file_bytes=1 << 20)  # type: ignore[arg-type, return-value]
+    serving.work()
+    assert [len(c.text.split()) for c in (*long.completions, *other.completions)] == [32, 1]
+    assert len(runner.rounds) > 2 and 2 in runner.rounds  # more than one turn, and the second query joined the first
+    assert found == sorted(found) and found[-1] > 0
+    torch.manual_seed(5)
+    assert torch.equal(drawn[0], torch.rand(3))  # though queries have drawn random numbers
+    assert enclave.book.record(done).queries == 2 and enclave.book.record(running).status == "done"
+
+
+def test_turns_never_take_more_than_the_job_but_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, asked, costs = [100.0], list[float](), iter([3.0, 50.0, 1.0, 1.0, 1.0])
+    monkeypatch.setattr(turns_module.time, "monotonic", lambda: now[0])
+
+    def turn(seconds: float) -> None:
+        asked.append(seconds)
+        now[0] += next(costs)
+
+    turns = Turns(turn, lambda: True)
+    for step in (5, 2, 40, 10, 2, 90):
+        now[0] += step
+        turns()
+    # Two were left of five, and two more; then a model was loaded, and the job has its time back before the next turn.
+    assert asked == [5, 4, 4, 5, TURN_SECONDS] and turns.seconds == 56
+
+
+def test_a_question_that_a_kill_left_unanswered_is_paid_for_once(tmp_path: Path) -> None:
+    """kill -9 between counting and answering: nothing but what is on the disk is left."""
+    with open_enclave(tmp_path) as enclave:
+        job = enclave.done_job(max_queries=2)
+        serving = service(enclave, lambda: None)
+        query = query_of(job, "the colour is")
+        serving._answering.add(query)
+        serving._answering._admit(other=True)  # counted, not computed
+        assert enclave.book.record(job).queries == 1
+        platform = enclave.platform
+    with open_enclave(tmp_path, platform) as enclave:
+        serving = service(enclave, lambda: None)
+        with working(serving):
+            assert ask(serving, job, "the colour is").completions == [RED]
+            assert enclave.book.record(job).queries == 1
+            assert ask(serving, job, "another").completions == [RED]
+            assert enclave.book.record(job).queries == 2
+            assert ask(serving, job, "the third").error is not None
+            # Other settings are another question, which the first has not paid for.
+            longer = query_of(job, "the colour is", 2)
+            serving._answering.add(longer)
+            assert longer.wait(30) and isinstance(longer.error, ConsentError)
+    record = enclave.book.record(job)
+    assert Record.from_fields(record.to_fields()) == record and len(record.counted.split()) == 2
+
+
+def test_one_query_of_a_batch_fails_alone(enclave: Enclave) -> None:
+    job = enclave.done_job()
+    queries = [query_of(job, prompt) for prompt in ("a", "bad", "c")]
+
+    class Failing(FakeRunner):
+        def answer(self, signed: Any, adapter: str, rows: list[Row], enough: Enough) -> None:
+            if any("bad" in row.query.prompts for row in rows):
+                raise MemoryError
+            super().answer(signed, adapter, rows, enough)
+
+    serving = Service(enclave.book, Failing(lambda: None), lambda _: Server(), max_file_bytes=1 << 20)  # type: ignore[arg-type, return-value]
+    for query in queries:
+        serving._answering.add(query)
+    with working(serving):
+        assert all(query.wait(30) for query in queries)
+    assert [type(query.error) for query in queries] == [type(None), MemoryError, type(None)]
+    assert enclave.book.record(job).queries == 2
+
+
+def test_who_leaves_has_nothing_more_computed_and_pays(enclave: Enclave) -> None:
+    job = enclave.done_job()
+    query = query_of(job, "a", 30)
+    serving = service(enclave, query.leave)
+    serving._answering.add(query)
+    with working(serving):
+        assert query.wait(30)
+    assert query.completions[0].tokens == 0 and enclave.book.record(job).queries == 1
+    assert serving._answering._answers.get(query.question) is None
+
+
+def test_a_stop_answers_what_was_begun_and_nothing_else(enclave: Enclave) -> None:
+    job = enclave.done_job()
+    begun, late = query_of(job, "a", 30), query_of(job, "b")
+    told: list[None] = []
+
+    def act() -> None:
+        if not told:
+            told.append(serving.leave())  # as SIGTERM does
+            serving._answering.add(late)
+
+    serving = service(enclave, act)
+    serving._answering.add(begun)
+    with pytest.raises(SystemExit):
+        serving.work()
+    assert begun.completions[0].tokens == 30 and not late.done
+    serving.close()
+    assert isinstance(late.error, BusyError) and enclave.book.record(job).queries == 1
+
+
+def test_a_second_stop_waits_for_nothing(enclave: Enclave) -> None:
+    job = enclave.done_job()
+    query = query_of(job, "a", 30)
+    serving = service(enclave, lambda: serving.leave())
+    serving._answering.add(query)
+    with pytest.raises(SystemExit):
+        serving.work()
+    serving.close()
+    assert isinstance(query.error, BusyError) and enclave.book.record(job).queries == 1  # which asking again uses

@@ -134,7 +134,7 @@ def test_a_version_on_the_outside_that_was_changed_is_refused(tmp_path: Path) ->
     platform = new_platform()
     old = bytearray(last_commit(tmp_path, platform, {}))
     last_commit(tmp_path, platform, {})
-    at = len(b"obfuscatune enclave state 2\0")
+    at = len(b"obfuscatune enclave state 3\0")
     old[at : at + 8] = platform.counter.count.to_bytes(8, "big")
     (tmp_path / "state.sealed").write_bytes(old)
     with pytest.raises(SealError):
@@ -177,7 +177,7 @@ def corrupt(good: bytes, generator: random.Random) -> bytes:
 def test_any_bytes_are_refused(data: bytes, magic: bool) -> None:
     platform = MemoryPlatform(counter=Counter(1))
     with tempfile.TemporaryDirectory() as name:
-        (Path(name) / "state.sealed").write_bytes((b"obfuscatune enclave state 2\0" if magic else b"") + data)
+        (Path(name) / "state.sealed").write_bytes((b"obfuscatune enclave state 3\0" if magic else b"") + data)
         with pytest.raises(SealError):
             State.open(Path(name), platform)
 
@@ -373,7 +373,7 @@ def kept_file_opens(machine: Machine, operations_at_the_opening: int) -> bool:
 
 
 def version_of(data: bytes) -> int:
-    at = len(b"obfuscatune enclave state 2\0")
+    at = len(b"obfuscatune enclave state 3\0")
     return int.from_bytes(data[at : at + 8], "big") if len(data) > at + 8 else 0
 
 

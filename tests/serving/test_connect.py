@@ -5,7 +5,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +27,39 @@ QUOTA = 6
 
 
 class Model:
-    """What an enclave answers: the question in capitals, as long as the job gives queries."""
+    """What an enclave answers: the question in capitals, word by word, as long as the job gives queries."""
 
     def __init__(self) -> None:
         self.asked: list[Any] = []
         self.job: dict[str, Any] = {"status": "done", "step": 60, "steps": 60}
+        self.go = threading.Semaphore(0)  # for each word of a prompt that says "slowly"
+        self.left = threading.Event()
+        self.breaks = False
 
-    def __call__(self, party: PublicIdentity, fields: dict[str, Any], payload: bytes) -> tuple[dict[str, Any], bytes]:
+    def __call__(self, party: PublicIdentity, fields: dict[str, Any], payload: bytes) -> Any:
         if fields["op"] == "status":
             return {**self.job, "queries": len(self.asked)}, b""
         (prompt,) = json.loads(payload)
         if len(self.asked) == QUOTA:
             raise ConsentError("queries of the job are used up")
-        self.asked.append((fields["max_new_tokens"], prompt))
-        text = prompt.upper() if isinstance(prompt, str) else prompt[-1]["content"].upper()
-        return {"prompt_tokens": [3], "completion_tokens": [2], "ended": [1]}, json.dumps([text]).encode()
+        self.asked.append((fields["max_new_tokens"], prompt, fields["sampling"]))
+        return self.answer(prompt if isinstance(prompt, str) else prompt[-1]["content"], fields["sampling"])
+
+    def answer(self, text: str, sampling: dict[str, Any]) -> Any:
+        for stop in sampling.get("stop", []):
+            text = text.upper().split(stop)[0]
+        words = text.upper().split(" ")
+        try:
+            for number, word in enumerate(words, 1):
+                while "SLOWLY" in words and not self.go.acquire(timeout=0.02):
+                    yield None
+                if word == "BROKEN" and self.breaks:
+                    self.stop()  # type: ignore[attr-defined]
+                yield {"tokens": number}, f"{word} ".encode()
+        except GeneratorExit:
+            self.left.set()
+            raise
+        return {"prompt_tokens": [3], "completion_tokens": [len(words)], "ended": [1]}, b""
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +73,7 @@ def platform(simulation: Path) -> Any:
 
 
 Start = Callable[[Identity, str], tuple[str, Model]]
+Connected = tuple[str, str, list[str], list[int]]
 
 
 @pytest.fixture
@@ -72,8 +91,10 @@ def start(platform: Any) -> Iterator[Start]:
             def stop() -> None:
                 server.close()
                 thread.join(20)
+                model.stopped.set()  # type: ignore[attr-defined]
 
             stack.callback(stop)
+            model.stopped = threading.Event()  # type: ignore[attr-defined]
             model.stop = stop  # type: ignore[attr-defined]
             return server.address, model
 
@@ -107,10 +128,9 @@ def files(platform: Any, simulation: Path, tmp_path: Path, monkeypatch: pytest.M
     return [*line, "--port", "0", "--allow-simulation"]
 
 
-def test_the_usual_client_over_an_attested_channel(
-    start: Start, files: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    address, model = start(ENCLAVE)
+@contextmanager
+def connected(address: str, files: list[str], capsys: pytest.CaptureFixture[str]) -> Iterator[Connected]:
+    """``connect`` in a thread; url, token, what it said, and its exit code once it has ended."""
     codes: list[int] = []
     thread = threading.Thread(target=lambda: codes.append(main(["connect", "--enclave", address, *files])), daemon=True)
     thread.start()
@@ -120,41 +140,100 @@ def test_the_usual_client_over_an_attested_channel(
         thread.join(0.02)
         said += capsys.readouterr().out
     lines = said.splitlines()
-    assert any(line.startswith("accepted; SIMULATION") for line in lines)
-    url, token = lines[-3].split()[-1], lines[-2].split()[-1]
-    with openai.OpenAI(base_url=url, api_key=token, max_retries=0) as client:
-        reply = client.completions.create(model="job", prompt="red stop blue", max_tokens=400, stop=" STOP")
-        assert (reply.choices[0].text, reply.choices[0].finish_reason) == ("RED", "stop")
-        assert reply.usage.prompt_tokens == 3
-        messages = [{"role": "system", "content": "x"}, {"role": "user", "content": "why?"}]
-        chat = client.chat.completions.create(model="job", messages=messages, max_tokens=2)
-        assert chat.choices[0].message.content == "WHY?"
-        stream = client.chat.completions.create(model="job", messages=messages, stream=True)
-        assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == "WHY?"
-        pieces = client.completions.create(model="job", prompt="red", stream=True)
-        assert "".join(piece.choices[0].text for piece in pieces if piece.choices) == "RED"
-        assert model.asked == [(5, "red stop blue"), (2, messages), (5, messages), (5, "red")]
-        with pytest.raises(openai.BadRequestError, match="greedily"):
-            client.completions.create(model="job", prompt="x", temperature=1)
-        headers = {"Authorization": f"Bearer {token}"}
-        about = httpx2.get(f"{url}/protection", headers=headers).json()
-        assert about["attested"]["simulation"] and all(r["passed"] for r in about["attested"]["rules"])
-        told = httpx2.get(f"{url}/job", headers=headers).json()
-        assert told == {"status": "done", "step": 60, "steps": 60, "queries": 4, "max_queries": QUOTA}
-        for _ in range(2):
-            client.completions.create(model="job", prompt="more")
-        with pytest.raises(openai.PermissionDeniedError, match="used up"):
-            client.completions.create(model="job", prompt="more")
-        # Another enclave at the address, though the policy accepts it too: nothing is sent, and it is over.
-        model.stop()  # type: ignore[attr-defined]
-        _, other = start(Identity.generate("other", "x25519"), address)
-        with pytest.raises(openai.InternalServerError, match="not the one that was verified"):
-            client.completions.create(model="job", prompt="private")
+    yield lines[-3].split()[-1], lines[-2].split()[-1], lines, codes
     thread.join(30)
+
+
+def test_the_usual_client_over_an_attested_channel(
+    start: Start, files: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    address, model = start(ENCLAVE)
+    with connected(address, files, capsys) as (url, token, lines, codes):
+        assert any(line.startswith("accepted; SIMULATION") for line in lines)
+        with openai.OpenAI(base_url=url, api_key=token, max_retries=0) as client:
+            other = talk(client, url, token, model, start, address)
     assert codes == [1]
     assert not other.asked
     error = capsys.readouterr().err
     assert error.startswith("error: ") and "private" not in error
+
+
+def talk(client: openai.OpenAI, url: str, token: str, model: Model, start: Start, address: str) -> Model:
+    reply = client.completions.create(model="job", prompt="red stop blue", max_tokens=400, stop=" STOP")
+    assert (reply.choices[0].text, reply.choices[0].finish_reason) == ("RED ", "stop")
+    assert (reply.usage.prompt_tokens, reply.usage.completion_tokens) == (3, 1)
+    messages = [{"role": "system", "content": "x"}, {"role": "user", "content": "why not?"}]
+    sampling = {"temperature": 0.5, "top_p": 0.9, "seed": 7}
+    chat = client.chat.completions.create(model="job", messages=messages, max_tokens=2, **sampling)
+    assert chat.choices[0].message.content == "WHY NOT? "
+    stream = client.chat.completions.create(model="job", messages=messages, stream=True, temperature=1)
+    chunks = [chunk for chunk in stream if chunk.choices]
+    assert [text for chunk in chunks if (text := chunk.choices[0].delta.content)] == ["WHY ", "NOT? "]
+    usage = chunks[-1].usage
+    assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (3, 2, 5)  # tokens, not messages
+    pieces = iter(client.completions.create(model="job", prompt="slowly red", stream=True))
+    for word in ("SLOWLY ", "RED "):  # each is here before the enclave has made the next
+        model.go.release()
+        assert next(pieces).choices[0].text == word
+    pieces.close()
+    drawn = model.asked[2][2].pop("seed")
+    assert 0 <= drawn < 1 << 63
+    assert model.asked == [
+        (5, "red stop blue", {"stop": [" STOP"]}),
+        (2, messages, sampling),
+        (5, messages, {"temperature": 1.0, "top_p": 1.0}),
+        (5, "slowly red", {}),
+    ]
+    # Who leaves a stream has no more of it computed.
+    with client.completions.create(model="job", prompt="slowly red", stream=True) as left:
+        model.go.release()
+        assert next(iter(left)).choices[0].text == "SLOWLY "
+    assert model.left.wait(20)
+    headers = {"Authorization": f"Bearer {token}"}
+    about = httpx2.get(f"{url}/protection", headers=headers).json()
+    assert about["attested"]["simulation"] and all(r["passed"] for r in about["attested"]["rules"])
+    told = httpx2.get(f"{url}/job", headers=headers).json()
+    assert told == {"status": "done", "step": 60, "steps": 60, "queries": 5, "max_queries": QUOTA}
+    client.completions.create(model="job", prompt="more")
+    with pytest.raises(openai.PermissionDeniedError, match="used up"):
+        client.completions.create(model="job", prompt="more")
+    # Another enclave at the address, though the policy accepts it too: nothing is sent, and it is over.
+    model.stop()  # type: ignore[attr-defined]
+    _, other = start(Identity.generate("other", "x25519"), address)
+    with pytest.raises(openai.InternalServerError, match="not the one that was verified"):
+        client.completions.create(model="job", prompt="private")
+    return other
+
+
+def test_a_connection_that_broke_is_asked_over_another(
+    start: Start, files: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The very same question, and of its answer only what the client has not got yet."""
+    address, model = start(ENCLAVE)
+    model.breaks = True
+    again: list[Model] = []
+
+    def restart() -> None:
+        assert model.stopped.wait(30)  # type: ignore[attr-defined]
+        again.append(start(ENCLAVE, address)[1])
+
+    thread = threading.Thread(target=restart)
+    thread.start()
+    with (
+        connected(address, files, capsys) as (url, token, _, codes),
+        openai.OpenAI(base_url=url, api_key=token, max_retries=0) as client,
+    ):
+        stream = client.completions.create(model="job", prompt="once broken twice", stream=True, temperature=1)
+        chunks = [chunk for chunk in stream if chunk.choices]
+        assert "".join(chunk.choices[0].text for chunk in chunks) == "ONCE BROKEN TWICE "
+        assert [c.usage.completion_tokens for c in chunks if c.usage] == [3]
+        thread.join(30)
+        assert again[0].asked == model.asked and len(model.asked) == 1
+        again[0].stop()  # type: ignore[attr-defined]
+        start(Identity.generate("other", "x25519"), address)
+        with pytest.raises(openai.InternalServerError):
+            client.completions.create(model="job", prompt="x")
+    assert codes == [1]
 
 
 def test_an_enclave_that_is_refused_gets_no_port(
@@ -179,38 +258,30 @@ def test_the_page_shows_what_was_verified_and_how_far_the_job_is(
 ) -> None:
     address, model = start(ENCLAVE)
     model.job = {"status": "<i>running</i>", "step": 20, "steps": 60, "loss": 1.25}
-    codes: list[int] = []
-    thread = threading.Thread(target=lambda: codes.append(main(["connect", "--enclave", address, *files])), daemon=True)
-    thread.start()
-    said = ""
-    while "page: " not in said:
-        assert thread.is_alive()
-        thread.join(0.02)
-        said += capsys.readouterr().out
-    browser.get(said.split()[-1])
-    wait(browser, lambda: by_id(browser, "bar").get_property("value") == 20)
-    assert by_id(browser, "bar").get_property("max") == 60
-    assert by_id(browser, "status").text == f"<i>running</i>, 0 of {QUOTA} queries used"
-    assert "1.25" not in browser.page_source  # an enclave that told a loss would not be repeated
-    assert "accepted; SIMULATION" in by_id(browser, "attested").text
-    by_id(browser, "verified").click()
-    rules = by_id(browser, "rules").text.splitlines()
-    assert len(rules) > 3 and all(line.startswith(("ok: ", "not judged: ")) for line in rules)
-    assert any(line.startswith("ok: mrtd") for line in rules)
-    assert "mrtd " in by_id(browser, "measurements").text
-    by_id(browser, "prompt").send_keys("hello")
-    by_id(browser, "send").click()
-    wait(browser, lambda: is_ready(browser) and [text.strip() for text in answers(browser)] == ["HELLO"])
-    model.job = {"status": "done", "step": 60, "steps": 60}
-    wait(browser, lambda: by_id(browser, "bar").get_property("value") == 60)
-    assert by_id(browser, "status").text == f"done, 1 of {QUOTA} queries used"
-    # Another enclave at the address: the page says so, and the session is over.
-    model.stop()  # type: ignore[attr-defined]
-    _, other = start(Identity.generate("other", "x25519"), address)
-    by_id(browser, "prompt").send_keys("private")
-    by_id(browser, "send").click()
-    wait(browser, lambda: by_id(browser, "error").text)
-    assert "not the one that was verified" in by_id(browser, "error").text
-    browser.get("about:blank")  # else its connection is waited for
-    thread.join(30)
+    with connected(address, files, capsys) as (url, token, _, codes):
+        browser.get(f"{url.removesuffix('v1')}#token={token}")
+        wait(browser, lambda: by_id(browser, "bar").get_property("value") == 20)
+        assert by_id(browser, "bar").get_property("max") == 60
+        assert by_id(browser, "status").text == f"<i>running</i>, 0 of {QUOTA} queries used"
+        assert "1.25" not in browser.page_source  # an enclave that told a loss would not be repeated
+        assert "accepted; SIMULATION" in by_id(browser, "attested").text
+        by_id(browser, "verified").click()
+        rules = by_id(browser, "rules").text.splitlines()
+        assert len(rules) > 3 and all(line.startswith(("ok: ", "not judged: ")) for line in rules)
+        assert any(line.startswith("ok: mrtd") for line in rules)
+        assert "mrtd " in by_id(browser, "measurements").text
+        by_id(browser, "prompt").send_keys("hello")
+        by_id(browser, "send").click()
+        wait(browser, lambda: is_ready(browser) and [text.strip() for text in answers(browser)] == ["HELLO"])
+        model.job = {"status": "done", "step": 60, "steps": 60}
+        wait(browser, lambda: by_id(browser, "bar").get_property("value") == 60)
+        assert by_id(browser, "status").text == f"done, 1 of {QUOTA} queries used"
+        # Another enclave at the address: the page says so, and the session is over.
+        model.stop()  # type: ignore[attr-defined]
+        _, other = start(Identity.generate("other", "x25519"), address)
+        by_id(browser, "prompt").send_keys("private")
+        by_id(browser, "send").click()
+        wait(browser, lambda: by_id(browser, "error").text)
+        assert "not the one that was verified" in by_id(browser, "error").text
+        browser.get("about:blank")  # else its connection is waited for
     assert codes == [1] and not other.asked

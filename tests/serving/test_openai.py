@@ -297,3 +297,14 @@ def test_a_failed_worker_is_told_and_ends_the_server(model_dir) -> None:
             server.openai.completions.create(model="base", prompt="x")
         assert caught.value.status_code == 503
         assert server.batcher.fault is not None
+
+
+def test_a_token_that_the_model_has_no_embedding_of_is_refused_by_name(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a tokenizer with a token of pictures beside a model of texts."""
+    server.openai.completions.create(model="base", prompt="zebra", max_tokens=1)
+    monkeypatch.setattr("obfuscatune.serving.handlers.vocabulary_of", lambda _: 80)  # below the token of z
+    with pytest.raises(openai.BadRequestError, match="spells a special token that the model has no embedding of") as e:
+        server.openai.completions.create(model="base", prompt="zebra", max_tokens=1)
+    assert "zebra" not in str(e.value)

@@ -81,3 +81,15 @@ def test_messages_without_a_template_are_refused(model: Any, tokenizer: PreTrain
     with pytest.raises(UsageError, match="no chat template") as caught:
         prompt_ids(model.config, tokenizer, [("file:2", CHAT)], 5)
     assert not isinstance(caught.value, DataError)
+
+
+def test_a_token_that_the_model_has_no_embedding_of_is_refused(model: Any, new_tokenizer: NewTokenizer) -> None:
+    tokenizer = new_tokenizer()
+    tokenizer.add_tokens(["<picture>"], special_tokens=True)
+    for prompt in ("zebra <picture>", (("user", "zebra <picture>"),)):
+        tokenizer.chat_template = TEMPLATE
+        with pytest.raises(
+            DataError, match=r"no embedding of: got token 258, expected below 258 \(at file:2\)"
+        ) as caught:
+            prompt_ids(model.config, tokenizer, [("file:1", "fine"), ("file:2", prompt)], 5)
+        assert "zebra" not in str(caught.value)

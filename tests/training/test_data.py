@@ -295,3 +295,17 @@ def test_the_trainer_of_transformers_takes_rows_and_collator(
     assert result.global_step == 2
     assert torch.isfinite(torch.tensor(result.training_loss))
     assert not torch.equal(model.transformer.wte.weight, before)
+
+
+def test_a_special_token_that_the_model_has_no_embedding_of_is_refused_by_line(new_tokenizer) -> None:
+    """As Gemma 3's tokenizer has one of pictures; the model would end in an index error."""
+    tokenizer = new_tokenizer()
+    rows = len(tokenizer)
+    tokenizer.add_tokens(["<picture>"], special_tokens=True)
+    for row in (Row(f"see <picture> {SECRET}", "x", where="file:3"), Row(completion="a <picture>", where="file:3")):
+        with pytest.raises(
+            DataError, match=rf"no embedding of: got token {rows}, expected below {rows} \(at file:3\)"
+        ) as e:
+            encode_rows([Row("a", "b"), row], tokenizer, 64, vocabulary=rows)
+        assert SECRET not in str(e.value)
+    assert encode_rows([Row("a", "b")], tokenizer, 64, vocabulary=rows)[0]

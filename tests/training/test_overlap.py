@@ -2,8 +2,6 @@
 
 import contextlib
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -22,7 +20,16 @@ from obfuscatune.training.encoding import IGNORED_LABEL
 from obfuscatune.training.overlap import halves_of
 from obfuscatune.training.trainer import ProtectedTrainer
 
+from ..exactness.conftest import listening
+
 TOLERANCE = 1e-12  # float64, relative to the largest gradient: the halves are summed in another order
+
+
+@pytest.fixture(scope="module")
+def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of one worker for all tests of this file."""
+    with listening(tmp_path_factory.mktemp("worker")) as address:
+        yield address
 
 
 def new_model(dropout: float = 0.0, width: int = 16, layers: int = 2) -> Any:
@@ -61,8 +68,8 @@ def gradients(protected: Any, directory: Path, *, overlap: bool, batches: int = 
 
 
 @pytest.mark.parametrize("profile", ["balanced", "strict", "stream", "enclave"])
-def test_gradients_of_the_whole_batch(profile: str, tmp_path: Path) -> None:
-    with protect(new_model(), profile=profile, threads=None if profile == "enclave" else 1) as protected:
+def test_gradients_of_the_whole_batch(worker: str, profile: str, tmp_path: Path) -> None:
+    with protect(new_model(), profile=profile, worker="spawn" if profile == "enclave" else worker) as protected:
         whole = gradients(protected, tmp_path, overlap=False, batches=3)
         halves = gradients(protected, tmp_path, overlap=True, batches=3)
         assert whole.keys() == halves.keys()
@@ -77,7 +84,7 @@ def test_gradients_of_the_whole_batch(profile: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_both_halves_are_under_way_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_both_halves_are_under_way_at_once(worker: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The control of what overlap is: a second request is sent before the first reply is read."""
     from obfuscatune.enclave.session import Session
 
@@ -91,7 +98,7 @@ def test_both_halves_are_under_way_at_once(monkeypatch: pytest.MonkeyPatch, tmp_
             return pending
 
         monkeypatch.setattr(Session, "submit", counting)
-        with protect(new_model(), profile="balanced") as protected:
+        with protect(new_model(), profile="balanced", worker=worker) as protected:
             gradients(protected, tmp_path, overlap=overlap)
     assert most == {False: 1, True: 2}
 
@@ -106,14 +113,14 @@ def test_rows_are_split_and_nothing_else() -> None:
     assert halves_of({name: tensor[:1] for name, tensor in batch(5).items()})[0].keys() == batch(5).keys()
 
 
-def test_what_it_would_change_is_refused(tmp_path: Path) -> None:
+def test_what_it_would_change_is_refused(worker: str, tmp_path: Path) -> None:
     with (
         protect(new_model(dropout=0.1), profile="enclave") as protected,
         pytest.raises(UsageError, match=r"overlap does not fit dropout: got 0\.1"),
     ):
         trainer_of(protected, tmp_path, overlap=True)
     with (
-        protect(new_model(), profile="paper") as protected,
+        protect(new_model(), profile="paper", worker=worker) as protected,
         pytest.raises(UsageError, match="LoRA factors on the worker: got profile paper"),
     ):
         trainer_of(protected, tmp_path, overlap=True)
@@ -165,28 +172,22 @@ def slow_link(address: str, directory: Path, *, bytes_per_second: float) -> Iter
 
 
 @pytest.mark.slow
-def test_a_slow_link_is_hidden_in_part(tmp_path: Path) -> None:
+def test_a_slow_link_is_hidden_in_part(worker: str, tmp_path: Path) -> None:
     """One half's rows go out while the other's come back: the link is used in both directions at once.
 
     The bound leaves most of the gain to a busy machine.
     """
-    address, seconds = f"unix://{tmp_path}/worker", {}
-    command = [sys.executable, "-m", "obfuscatune.worker", "--listen", address, "--threads", "1"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:  # noqa: S603
-        try:
-            assert "listening" in process.stdout.readline()  # type: ignore[union-attr]
-            with (
-                slow_link(address, tmp_path, bytes_per_second=20e6) as relay,
-                protect(new_model(width=64, layers=6), profile="balanced", worker=relay) as protected,
-            ):
-                for overlap in (False, True, False, True):
-                    trainer = trainer_of(protected, tmp_path, overlap=overlap)
-                    started = time.monotonic()
-                    for _ in range(3):
-                        trainer.training_step(protected.model, batch(8, length=60), torch.tensor(31))
-                    seconds[overlap] = min(seconds.get(overlap, 1e9), time.monotonic() - started)
-        finally:
-            process.terminate()
+    seconds: dict[bool, float] = {}
+    with (
+        slow_link(worker, tmp_path, bytes_per_second=20e6) as relay,
+        protect(new_model(width=64, layers=6), profile="balanced", worker=relay) as protected,
+    ):
+        for overlap in (False, True, False, True):
+            trainer = trainer_of(protected, tmp_path, overlap=overlap)
+            started = time.monotonic()
+            for _ in range(3):
+                trainer.training_step(protected.model, batch(8, length=60), torch.tensor(31))
+            seconds[overlap] = min(seconds.get(overlap, 1e9), time.monotonic() - started)
     print(f"3 steps: {seconds[False]:.2f} s, with overlap {seconds[True]:.2f} s")
     # 6 blocks, 2 calls each, forward and backward; 8 rows of 60 tokens of 64 numbers of 8 bytes, out and back.
     assert seconds[False] >= 3 * 24 * 2 * 8 * 60 * 64 * 8 / 20e6

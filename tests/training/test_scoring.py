@@ -2,6 +2,7 @@ import json
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -79,6 +80,14 @@ def test_a_question_beyond_the_positions_of_the_model_is_refused(tokenizer: PreT
     score_choices(random_model("gpt2"), tokenizer, [fits])
     with pytest.raises(UsageError, match="got 33 tokens, expected at most 32 \\(at question 1\\)") as caught:
         score_choices(random_model("gpt2"), tokenizer, [fits, Question("p" * 29, ("ab", "zzz"), 0)])
+    assert "zzz" not in str(caught.value)
+
+
+def test_a_question_with_a_token_beyond_the_embedding_is_refused(new_tokenizer: Any) -> None:
+    tokenizer, model = new_tokenizer(), random_model("gpt2")
+    tokenizer.add_tokens(["<picture>"], special_tokens=True)
+    with pytest.raises(DataError, match="no embedding of") as caught:
+        score_choices(model, tokenizer, [Question("p", ("zzz <picture>", "b"), 0)])
     assert "zzz" not in str(caught.value)
 
 

@@ -178,7 +178,7 @@ def test_a_budget_bounds_what_autograd_saves() -> None:
 @pytest.mark.timeout(900)
 def test_sessions_that_come_and_go_leave_nothing() -> None:
     """20 clients for OBFUSCATUNE_SOAK_SECONDS: processes, descriptors and memory of the worker are as before."""
-    seconds = float(os.environ.get("OBFUSCATUNE_SOAK_SECONDS", "60"))
+    seconds = float(os.environ.get("OBFUSCATUNE_SOAK_SECONDS", "20"))
     define = {"op": "define", "segment": "s", "kind": "linear", "spec": {}}
     served, faults = [0] * 20, []
 

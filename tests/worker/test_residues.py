@@ -140,6 +140,6 @@ def test_what_is_drawn_stays_within_the_budget() -> None:
     with pytest.raises(ProtocolError, match="24000 bytes"):
         session.handle({**define, "drawn": {"weight": drawn(bytes(32), primes, (80, 100))}}, {})
     session.handle({**define, "drawn": {"weight": drawn(bytes(32), primes, (50, 60))}}, {})
+    rows = {"x": drawn(bytes(32), primes, (60, 60))}
     with pytest.raises(ProtocolError, match="tensors to draw"):  # beside what it holds
-        rows = {"x": drawn(bytes(32), primes, (60, 60))}
         session.handle({"op": "multiply", "segment": "s", "transpose": False, "drawn": rows}, {})

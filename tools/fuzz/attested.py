@@ -1,6 +1,8 @@
 """Targets of attestation: claims, evidence, policies, quotes of each kind up to the verdict, the TLS certificate."""
 
+import base64
 import hashlib
+import json
 import ssl
 import struct
 import time
@@ -127,6 +129,28 @@ def event_log(scratch: Path) -> Target:
     for register in (1, 2, 4):
         seed += struct.pack("<IIIH48sI", register, 0x80000007, 1, 0x0C, bytes([register]) * 48, 5) + b"event"
     return Target(lambda data: eventlog.replay(eventlog.read(data)), (seed, seed + b"\xff" * 64))
+
+
+def hcl_report(scratch: Path) -> Target:
+    """An HCL report of Azure, shown: its hardware's report and the key in its runtime data."""
+    from obfuscatune.parties.attestation import azure
+
+    modulus = base64.urlsafe_b64encode(b"\x81" * 256).rstrip(b"=").decode()
+    key = {"kid": "HCLAkPub", "key_ops": ["sign"], "kty": "RSA", "e": "AQAB", "n": modulus}
+    runtime = json.dumps({"keys": [key]}).encode()
+    rest = struct.pack("<5I", len(runtime) + 20, 1, 4, 1, len(runtime)) + runtime
+    seed = b"HCLA" + struct.pack("<4I", 1, 32 + 1184 + len(rest), 2, 0) + bytes(12 + 1184) + rest
+    return Target(azure.peek, (seed, seed + bytes(100)))
+
+
+def gpu_report(scratch: Path) -> Target:
+    """A report of a GPU and a reference made of it."""
+    from obfuscatune.parties.attestation.gpu_reference import read_reference, write_reference
+    from obfuscatune.parties.attestation.gpu_report import parse
+    from obfuscatune.parties.attestation.simulated_gpu import SimulatedGpu
+
+    seed = SimulatedGpu.open(scratch / "gpu").report(bytes(32))[0]
+    return Target(lambda data: read_reference(write_reference(parse(data))), (seed,))
 
 
 def _claims() -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Targets of files and messages: canonical JSON, identities, sealed files and payloads, jobs, frames, state, log."""
 
+import base64
 import json
 import struct
 import warnings
@@ -164,6 +165,75 @@ def succession(scratch: Path) -> Target:
     return Target(lambda data: read_succession(data), seeds, strict=True)
 
 
+def membership(scratch: Path) -> Target:
+    """A chain of two memberships, of which the second line is the input: signed by both members."""
+    from obfuscatune.parties.membership import Member, SignedChange, follow, found, founded
+
+    provider, owner, enclave = _identities()
+    first = found("ee" * 32, [Member(provider.public), Member(owner.public)], now=5)
+    signed = SignedChange(founded(first, "ee" * 32).next("admit", Member(enclave.public))).sign(provider).sign(owner)
+    line = first.to_bytes()
+    return Target(lambda data: follow([line, data], "ee" * 32), (signed.to_bytes(),), strict=True)
+
+
+def upgrade(scratch: Path) -> Target:
+    """A statement of which code may take over, before its signatures are looked at."""
+    from obfuscatune.parties.upgrade import Upgrade
+
+    provider, owner, _ = _identities()
+    signed = Upgrade("ee" * 32, "kinds = 1", {"root.pem": b"x"}, 1, 2).sign(provider).sign(owner)
+    return Target(lambda data: Upgrade.from_bytes(data), (signed.to_bytes(),))
+
+
+def hand_over(scratch: Path) -> Target:
+    """What an enclave hands over to another."""
+    from obfuscatune.service.handover import open_bundle, seal_bundle
+
+    old, _, new = _identities()
+    fields = {"former": [], "jobs": {}, "log_head": "0" * 64, "log_length": 0, "members": []}
+    bundle = seal_bundle(fields, old, new.public, "ab" * 32)
+    return Target(lambda data: open_bundle(data, new), (bundle,), strict=True)
+
+
+def escrow(scratch: Path) -> Target:
+    """The state that an enclave has left on the disk for its parties to release, with the shares of all."""
+    from obfuscatune.parties.membership import Member, found
+    from obfuscatune.service.escrow import FILE, Escrow, Recovery
+
+    provider, _, enclave = _identities()
+
+    class Kept:
+        """As much of a state as is kept."""
+
+        identity, former, handed = enclave, (), ""
+        former_identities: tuple[Identity, ...] = ()
+        members = (found(enclave.public.fingerprint, [Member(provider.public)], now=5).to_bytes().decode(),)
+
+        def fields(self) -> dict[str, Any]:
+            identity = base64.b64encode(enclave.to_bytes()).decode()
+            kept = {"identity": identity, "jobs": {}, "log_head": "0" * 64, "log_length": 0}
+            return {**kept, "former": [], "members": list(self.members)}
+
+    Escrow(Kept(), scratch).write()  # type: ignore[arg-type]
+    seed = (scratch / FILE).read_bytes()
+
+    def parse(data: bytes) -> None:
+        (scratch / FILE).write_bytes(data)
+        recovery = Recovery(scratch, enclave)
+        recovery.share(provider.public)
+        recovery.release(provider.public, bytes(32))
+
+    return Target(parse, (), refused=(seed,))
+
+
+def certificate_of_hand_over(scratch: Path) -> Target:
+    """The certificate by which one enclave goes on for another."""
+    from obfuscatune.parties.upgrade import certify, read_certificate
+
+    old, _, new = _identities()
+    return Target(lambda data: read_certificate(data), (certify(old, new.public, "ab" * 32),), strict=True)
+
+
 def card(scratch: Path) -> Target:
     """The card of a sealed file, from a partner."""
     from obfuscatune.parties.sealed import seal_files
@@ -181,27 +251,64 @@ def card(scratch: Path) -> Target:
     return Target(parse, (seed, seed + b"\n"))
 
 
-def channel_frame(scratch: Path) -> Target:
-    """One message of the attested channel, in the state that allows most."""
+def _message(data: bytes) -> tuple[dict[str, Any], bytes]:
+    """Read one message of the attested channel, in the state that allows most."""
     from obfuscatune.errors import ConnectionClosedError
-    from obfuscatune.parties.channel.frames import SESSION, encode_message, read_message
+    from obfuscatune.parties.channel.frames import SESSION, read_message
+
+    rest = memoryview(data)
+
+    def read(size: int) -> bytes:
+        nonlocal rest
+        if size > SESSION.payload:
+            raise AssertionError("asked for more than the limits")
+        if size > len(rest):
+            raise ConnectionClosedError("connection is closed")
+        part, rest = rest[:size], rest[size:]
+        return bytes(part)
+
+    return read_message(read, SESSION)
+
+
+def _sent(fields: dict[str, Any], payload: bytes) -> bytes:
+    from obfuscatune.parties.channel.frames import SESSION, encode_message
+
+    return encode_message(fields, payload, SESSION) + payload
+
+
+def channel_frame(scratch: Path) -> Target:
+    """One message of the attested channel."""
+    fields = {"verb": "upload", "offset": 0, "size": 4, "list": [1, {"a": None}]}
+    return Target(_message, (_sent(fields, b"data"), _sent({}, b"")))
+
+
+def query(scratch: Path) -> Target:
+    """What a query asks for, and how it is to be sampled."""
+    from obfuscatune.service.queries import Query, read_prompts, read_settings
+
+    def parse(data: bytes) -> str:
+        fields, payload = _message(data)
+        return Query("ab" * 32, "cd" * 32, read_prompts(payload), read_settings(fields)).question
+
+    sampling = {"temperature": 0.5, "top_p": 0.9, "seed": -7, "stop": ["\u00e9", "x"]}
+    messages = [{"role": "user", "content": "why?"}]
+    seeds = (
+        _sent({"max_new_tokens": 5}, b'["a", "b"]'),
+        _sent({"max_new_tokens": 5, "sampling": sampling}, json.dumps(["a", messages]).encode()),
+    )
+    return Target(parse, seeds)
+
+
+def answer(scratch: Path) -> Target:
+    """An enclave's last part of an answer, as a client takes it after another one."""
+    from obfuscatune.serving.question import Question
+    from obfuscatune.serving.sampling import Settings
 
     def parse(data: bytes) -> None:
-        rest = memoryview(data)
+        Question("why?", Settings(longest=9), None).take(iter([({"tokens": 1}, b"a"), _message(data)]))
 
-        def read(size: int) -> bytes:
-            nonlocal rest
-            if size > SESSION.payload:
-                raise AssertionError("asked for more than the limits")
-            if size > len(rest):
-                raise ConnectionClosedError("connection is closed")
-            part, rest = rest[:size], rest[size:]
-            return bytes(part)
-
-        read_message(read, SESSION)
-
-    fields = {"verb": "upload", "offset": 0, "size": 4, "list": [1, {"a": None}]}
-    return Target(parse, (encode_message(fields, b"data", SESSION) + b"data", encode_message({}, b"", SESSION)))
+    counts = {"prompt_tokens": [3], "completion_tokens": [2], "ended": [1]}
+    return Target(parse, (_sent(counts, b""), _sent(counts, "\u00e9".encode())))
 
 
 def protocol_frame(scratch: Path) -> Target:

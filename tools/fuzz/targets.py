@@ -9,6 +9,7 @@ from pathlib import Path
 
 import attested
 import formats
+import links
 from target import Target
 
 TARGETS: dict[str, Callable[[Path], Target]] = {
@@ -24,9 +25,17 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
         formats.terms,
         formats.card,
         formats.succession,
+        formats.membership,
+        formats.upgrade,
+        formats.hand_over,
+        formats.escrow,
+        formats.certificate_of_hand_over,
         formats.channel_frame,
+        formats.query,
+        formats.answer,
         formats.protocol_frame,
         formats.drawn_tensors,
+        links.worker_replies,
         formats.state,
         formats.log_copy,
         formats.log_entry,
@@ -41,5 +50,7 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
         attested.tpm_quote,
         attested.tpm_signature,
         attested.event_log,
+        attested.hcl_report,
+        attested.gpu_report,
     )
 }

@@ -1,24 +1,21 @@
 """The command line: one file per verb, errors without tracebacks, heavy imports only once a verb runs.
 
 Exit codes: 0 done, 1 a fault (the worker's, the disk's), 2 misuse (option, file, model), 130 interrupted,
-143 ended by SIGTERM. What another library raises is told by class and place alone: its words may hold a private row.
+143 ended by SIGTERM. What another library raises is told by class and place alone, see `foreign.py`.
 """
 
-import contextlib
 import importlib
 import os
 import resource
 import sys
-import threading
-import traceback
 import warnings
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, TextIO
 
 import typer
 
 from obfuscatune import __version__
+from obfuscatune.cli.foreign import quieted, without_content
 from obfuscatune.errors import ObfuscatuneError, UsageError
 from obfuscatune.protocol.memory import keep_freed_memory
 from obfuscatune.protocol.waiting import WAITING
@@ -86,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # A core dump would write keys and data to the disk, or hand them to the machine's crash reporter.
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
-        with warnings.catch_warnings(), _quiet_threads():
+        with warnings.catch_warnings(), quieted():
             warnings.showwarning = _show_warning
             code: Any = build_app()(args=arguments, prog_name="obfuscatune", standalone_mode=False)
     except ObfuscatuneError as error:
@@ -102,39 +99,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit:
         raise
     except BaseException as error:  # a panic of Rust is no Exception
-        _complain(_without_content(error))
+        _complain(without_content(error))
         return 1
     return code if isinstance(code, int) else 0
 
 
-@contextlib.contextmanager
-def _quiet_threads() -> Iterator[None]:
-    """Keep Python from printing what ends a thread or a finalizer, with what it says."""
-    hooks = threading.excepthook, sys.unraisablehook
-    threading.excepthook = lambda ended: _complain(_without_content(ended.exc_value or ended.exc_type()))
-    sys.unraisablehook = lambda ended: _complain(_without_content(ended.exc_value or ended.exc_type()))
-    try:
-        yield
-    finally:
-        threading.excepthook, sys.unraisablehook = hooks
-
-
-def _without_content(error: BaseException) -> str:
-    """Say where another library failed, and not what it says: that may hold a row or a prompt."""
-    kinds = [type(error).__name__]
-    while (error_before := error.__cause__ or error.__context__) is not None and len(kinds) < 4:
-        kinds.append(type(error_before).__name__)
-        error = error_before
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if f"{os.sep}obfuscatune{os.sep}" in frame.filename]
-    places = [f"{Path(frame.filename).name}:{frame.lineno} in {frame.name}" for frame in [*own[-2:], *frames[-1:]]]
-    what = f"unexpected {', from '.join(kinds)} (at {', '.join(dict.fromkeys(places))})"
-    hint = "please report this line; the error's own words are left out, because they may hold private content"
-    return f"{what}\nhint: {hint}"
-
-
 def _complain(message: str) -> None:
-    print(f"error: {message}", file=sys.stderr)
+    """Print an error on a line of its own, where a progress bar is still open too."""
+    bars = sys.modules.get("tqdm")
+    if bars is None:
+        print(f"error: {message}", file=sys.stderr)
+    else:
+        bars.tqdm.write(f"error: {message}", file=sys.stderr)
 
 
 def _show_warning(

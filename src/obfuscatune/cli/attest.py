@@ -18,13 +18,15 @@ from obfuscatune.errors import FormatError, UsageError
 if TYPE_CHECKING:
     from datetime import datetime
 
+    from obfuscatune.parties.attestation.evidence import Kind as EvidenceKind
     from obfuscatune.parties.attestation.evidence import Quote
     from obfuscatune.parties.attestation.verdict import Verdict
 
 HELP = "Judge evidence of an enclave, show what it says, compute measurements to allow."
+_UNVERIFIED = "# Of a quote that was not verified: use this only if you trust the machine that it comes from."
 QUOTE_PANEL = "A bare quote instead of EVIDENCE: judged, never accepted"
 
-Kind = Literal["sgx", "tdx", "snp", "nitro", "azure"]
+Kind = Literal["sgx", "tdx", "snp", "nitro", "azure", "gpu"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +42,9 @@ class VerifyOptions:
     quote: Path | None = option("file of the raw quote or report", None, rich_help_panel=QUOTE_PANEL)
     kind: Kind | None = option("its kind", None, rich_help_panel=QUOTE_PANEL)
     collateral: Path | None = option("collateral of dcap-qvl, for sgx and tdx; in place of the policy's", None)
-    certificates: list[Path] | None = option("VCEK, ASK, ARK for snp that comes without; PEM or DER, repeatable", None)
+    certificates: list[Path] | None = option(
+        "VCEK, ASK, ARK for snp that comes without; the chain of a gpu; PEM or DER, repeatable", None
+    )
 
 
 @takes(VerifyOptions)
@@ -68,14 +72,15 @@ def _judge_evidence(path: Path, options: VerifyOptions) -> "Verdict":
 
 
 def _judge_quote(options: VerifyOptions) -> "Verdict":
+    from obfuscatune.parties.attestation import gpu
     from obfuscatune.parties.attestation.evidence import MAX_QUOTE_BYTES, Quote
     from obfuscatune.parties.attestation.policy import Policy
-    from obfuscatune.parties.attestation.verify import judge_quote
+    from obfuscatune.parties.attestation.verify import judge_gpu_report, judge_quote
     from obfuscatune.parties.identity import read_small
 
     if options.quote is None or options.kind is None or options.nonce is not None:
         raise UsageError("nothing to judge", expected="EVIDENCE, or --quote and --kind", hint="a quote has no nonce")
-    policy = Policy((options.kind,))
+    policy = Policy(() if options.kind == "gpu" else (options.kind,))
     if options.policy is not None:
         policy = load_policy(options.policy, options.allow_simulation)
     extras = {}
@@ -83,8 +88,11 @@ def _judge_quote(options: VerifyOptions) -> "Verdict":
         extras["collateral"] = _read_collateral(options.collateral)
     if options.certificates:
         extras["certificates"] = b"".join(_pem(path) for path in options.certificates)
-    quote = Quote(options.kind, read_small(options.quote, MAX_QUOTE_BYTES, "quote"), extras)
-    return judge_quote(quote, policy, now=options.time)
+    raw = read_small(options.quote, MAX_QUOTE_BYTES, "quote")
+    if options.kind == "gpu":
+        given = {gpu.REPORT: raw, gpu.CERTIFICATES: extras.get("certificates", b"")}
+        return judge_gpu_report(given, policy, now=options.time)
+    return judge_quote(Quote(options.kind, raw, extras), policy, now=options.time)
 
 
 def _read_collateral(path: Path) -> bytes:
@@ -152,6 +160,7 @@ def show(options: ShowOptions) -> None:
         "quote": f"{len(evidence.quote.quote)} bytes",
         **{f"with {name!r}": f"{len(data)} bytes" for name, data in evidence.quote.extras.items()},
         **_peek(evidence.quote),
+        **_peek_gpu(evidence.quote),
     }
     _table(lines)
 
@@ -166,6 +175,15 @@ def _peek(quote: "Quote") -> dict[str, str]:
     peek = {"snp": snp.peek, "nitro": nitro.peek, "azure": azure.peek}.get(quote.kind, dcap.peek)
     with parsing("quote"):
         return peek(quote.quote)
+
+
+def _peek_gpu(quote: "Quote") -> dict[str, str]:
+    from obfuscatune.parties.attestation import gpu, gpu_report
+
+    if gpu.REPORT not in quote.extras:
+        return {}
+    report = gpu_report.parse(quote.extras[gpu.REPORT])
+    return {"gpu driver": report.driver, "gpu vbios": report.vbios, "gpu nonce": report.nonce.hex()}
 
 
 def _key_hash(pem: bytes) -> str:
@@ -193,9 +211,17 @@ class MeasureOptions:
 
 @takes(MeasureOptions)
 def measure(options: MeasureOptions) -> None:
-    """Print a table [measurements] for a policy: from a TDX event log, from a quote, or of this program."""
+    """Print a table [measurements] for a policy: from a TDX event log, from a quote, or of this program.
+
+    Of a GPU's report, a file for the policy's [gpu] reference.
+    """
     from obfuscatune.parties.attestation.policy import MEASUREMENTS
 
+    if options.kind == "gpu":
+        if options.quote is None:
+            raise UsageError("nothing to measure", expected="--quote, a report of a GPU")
+        print(f"{_UNVERIFIED}\n{_gpu_reference(options.quote)}")
+        return
     found: dict[str, str] = {}
     if options.quote is not None:
         found |= _measured_by_quote(options.quote, options.kind)
@@ -213,14 +239,22 @@ def measure(options: MeasureOptions) -> None:
     if not found:
         raise UsageError("nothing to measure", expected="--event_log, --quote or --simulation")
     if options.quote is not None:
-        print("# Of a quote that was not verified: use this only if you trust the machine that it comes from.")
+        print(_UNVERIFIED)
     print("[measurements]")
     for name, value in found.items():
         if name in names:
             print(f'{name} = ["{value}"]')
 
 
-def _measured_by_quote(path: Path, kind: Kind) -> Mapping[str, str]:
+def _gpu_reference(path: Path) -> str:
+    from obfuscatune.parties.attestation.gpu_reference import write_reference
+    from obfuscatune.parties.attestation.gpu_report import MAX_REPORT_BYTES, parse
+    from obfuscatune.parties.identity import read_small
+
+    return write_reference(parse(read_small(path, MAX_REPORT_BYTES, "report")))
+
+
+def _measured_by_quote(path: Path, kind: "EvidenceKind") -> Mapping[str, str]:
     from obfuscatune.parties.attestation.evidence import MAX_QUOTE_BYTES, Quote
     from obfuscatune.parties.identity import read_small
 
@@ -262,7 +296,8 @@ def collateral(options: CollateralOptions) -> None:
         raise UsageError("what to fetch collateral for", expected="--quote FILE and --output FILE")
     raw = read_small(options.quote, MAX_EVIDENCE_BYTES, "quote or evidence")
     if raw.startswith(b"{"):
-        raw = load_evidence(options.quote).quote.quote
+        quote = load_evidence(options.quote).quote
+        raw = quote.extras.get("td_quote", quote.quote)  # of Azure's machines the quote is beside the report
     text = module.fetch(options.source, raw, options.timeout)
     try:
         write_new(options.output, text, mode=0o644)

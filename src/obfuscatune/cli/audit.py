@@ -23,7 +23,10 @@ class AuditOptions:
     """Options of ``obfuscatune audit``."""
 
     out: Path = option("directory for the report; what is in its cells/ is not run again")
-    profile: str = option("NAME[+switch=value] of a profile, with commas", _DEFAULT_PROFILES)
+    profile: str = option(
+        "NAME[+switch=value] of a profile, with commas; NAME@KofN: K of N workers pool what they recorded",
+        _DEFAULT_PROFILES,
+    )
     knowledge: str = option(
         "what the attacker has: N nothing, B public base, P known text, E embeddings, Q own queries", "N,B,P,E,Q"
     )

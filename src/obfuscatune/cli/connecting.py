@@ -50,7 +50,7 @@ class EnclaveOptions(PartyOptions):
         party = open_party(self.party)
         policy = party.policy if self.policy is None else load_policy(self.policy, self.allow_simulation)
         identity = party.identity if self.identity is None else Identity.load(self.identity)
-        return Enclave(self.enclave or party.enclave_address, policy, identity, self.timeout)
+        return Enclave(self.enclave or party.enclave_address, policy, identity, self.timeout, party.folder)
 
     def connect(self, fingerprint: str | None = None) -> "AttestedChannel":
         """Return a channel to the enclave if the policy accepts it, and to no other identity than ``fingerprint``."""

@@ -15,7 +15,7 @@ from types import FrameType
 from obfuscatune.cli.options import INSECURE_HELP, WORKER_FORMS, ConfigOptions, option, takes
 
 HELP = "Run an enclave that serves jobs of a model provider and a data owner."
-_PLATFORM = "configfs (TDX, SEV-SNP), gramine (SGX), azure, tpm, or simulation:DIR, which protects nothing"
+_PLATFORM = "configfs (TDX, SEV-SNP), gramine (SGX), azure, nitro, tpm, or simulation:DIR, which protects nothing"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +23,16 @@ class ServeOptions(ConfigOptions):
     """Options of ``obfuscatune enclave serve``."""
 
     platform: str = option(_PLATFORM)
+    gpu: str | None = option("nvidia: show a report of this machine's confidential GPU too; or simulation:DIR", None)
     state: Path = option("directory of sealed state, log and sealed files; on any disk")
-    parties: Path = option("directory with the NAME.pub files of who may connect")
+    parties: Path = option("directory with the NAME.pub files of who may connect until the first job")
+    operator: Path | None = option("your NAME.pub, without whose signature nobody is admitted after that", None)
+    take_over: bool = option("take over the state of an enclave of other code first", False, flag="--take_over")
+    escrow: bool = option(
+        "without a sealing key (TDX): keep the state on the disk, for all parties together to release",
+        False,
+        flag="--escrow",
+    )
     listen: str = option("tls://HOST:PORT; port 0 for any", "tls://127.0.0.1:7443")
     worker: list[str] | None = option(
         f"{WORKER_FORMS}; repeated, a job's workers are those that it names by fingerprint, or share the blocks", None
@@ -55,7 +63,11 @@ def serve(options: ServeOptions) -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"  # nothing that a sealed model names is looked up anywhere
     signal.signal(signal.SIGTERM, _stop)
     platform = open_platform(options.platform)
-    from obfuscatune.parties.identity import Identity
+    if options.gpu is not None:
+        from obfuscatune.parties.attestation.gpu_machine import GpuPlatform, open_gpu
+
+        platform = GpuPlatform(platform, open_gpu(options.gpu))
+    from obfuscatune.parties.identity import Identity, PublicIdentity
     from obfuscatune.service.serve import open_service
 
     with open_service(
@@ -63,18 +75,26 @@ def serve(options: ServeOptions) -> None:
         platform,
         listen=options.listen,
         parties=options.parties,
+        operator=None if options.operator is None else PublicIdentity.load(options.operator),
         worker=options.worker or ["spawn"],
         timeout=options.timeout,
         worker_identity=None if options.worker_identity is None else Identity.load(options.worker_identity),
         insecure=options.insecure,
         max_connections=options.max_connections,
         max_store_bytes=int(options.max_store_gb * 1e9),
+        escrow=options.escrow,
+        waiting=_say_that_it_waits if options.take_over else None,
     ) as service:
+        signal.signal(signal.SIGTERM, lambda number, frame: service.leave())
         if platform.simulated:
             print("SIMULATION: this enclave is an ordinary process and protects nothing", file=sys.stderr)
         # One line on stdout once it listens: whoever starts it waits for that.
         print(f"enclave {service.identity.fingerprint} listens at {service.address}", flush=True)
         service.work()
+
+
+def _say_that_it_waits(address: str) -> None:
+    print(f"waits for a hand-over at {address}", flush=True)
 
 
 def _allow_descriptors() -> None:

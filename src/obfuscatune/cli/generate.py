@@ -108,7 +108,8 @@ def _complete_here(options: GenerateOptions, name: str, prompts: "list[tuple[str
 def _ask_enclave(options: GenerateOptions, prompts: list[str]) -> list[str]:
     """Let the enclave that has run a job complete the prompts, greedily; prints as it goes."""
     if options.do_sample or options.num_beams > 1 or options.adapter_name_or_path is not None:
-        raise UsageError("an enclave completes greedily, with the adapter of the job")
+        hint = "obfuscatune connect samples"
+        raise UsageError("an enclave completes greedily here, with the adapter of the job", hint=hint)
     from obfuscatune.parties.job import SignedJob
 
     connecting = EnclaveOptions(

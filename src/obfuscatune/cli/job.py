@@ -190,6 +190,8 @@ class WatchOptions(EnclaveOptions):
 def watch(options: WatchOptions) -> None:
     """Show how far a job is, until it has ended: steps, no content. Connects anew where the connection is lost.
 
+    Says, too, for how long it has stood still between its steps for queries of other jobs, and the bound of this.
+
     Exits with 1 if the job failed, was refused or cancelled, and with 3 if the connection was lost for too long.
     """
     enclave, signed = options.client(), _load(options.file, options.party)
@@ -284,8 +286,10 @@ def _watched(enclave: "Enclave", signed: "SignedJob", patience: float, interval:
     from tqdm import tqdm
 
     from obfuscatune.parties.enclave import LostError
+    from obfuscatune.parties.vocabulary import TURNS
 
     status: Status | None = None
+    print(TURNS, file=sys.stderr)
     try:
         with tqdm(unit="step", file=sys.stderr, leave=False) as bar:
             for status in enclave.watch(signed, interval=interval, patience=patience):

@@ -8,6 +8,7 @@ function that typer can read. The switches of a profile are derived from the pro
 
 import dataclasses
 import inspect
+import math
 import os.path
 import typing
 from collections.abc import Callable, Iterator
@@ -172,8 +173,8 @@ def _parameter(name: str, hint: Any, default: Any, spelling: str, **more: Any) -
         return inspect.Parameter(
             name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[hint, typer.Argument(**more)]
         )
-    if "ceiling" in more:
-        more["callback"] = _at_most(more.pop("ceiling"))
+    if "ceiling" in more or float in kinds:
+        more.setdefault("callback", _at_most(more.pop("ceiling", math.inf)))
     # Short ones: typer's own leave no room for the names, which it would cut at 80 columns.
     metavar = "NAME" if choices else next((short for kind, short in _METAVARS.items() if kind in kinds), "TEXT")
     annotation = Annotated[hint, typer.Option(spelling, metavar=metavar, **more)]
@@ -181,11 +182,14 @@ def _parameter(name: str, hint: Any, default: Any, spelling: str, **more: Any) -
 
 
 def _at_most(ceiling: float) -> Callable[[Any], Any]:
-    """A callback that refuses larger values; typer's own range would take the room of the option's name in the help."""
+    """A callback that refuses larger values, and NaN, which typer's own least value lets through in some versions.
+
+    typer's own range would take the room of the option's name in the help.
+    """
 
     def check(value: Any) -> Any:
-        if value is not None and value > ceiling:
-            raise typer.BadParameter(f"{value} is above {ceiling:g}")
+        if value is not None and not value <= ceiling:
+            raise typer.BadParameter(f"{value} is above {ceiling:g}" if value > ceiling else f"{value} is no number")
         return value
 
     return check

@@ -9,6 +9,7 @@ from typing import Literal
 
 import typer
 
+from obfuscatune.cli import members
 from obfuscatune.cli.connecting import PartyOptions, open_party
 from obfuscatune.cli.options import argument, option, takes
 from obfuscatune.errors import UsageError
@@ -183,4 +184,5 @@ COMMANDS = {
         "Examples:\n\nobfuscatune party seal --model DIR\n\n"
         "obfuscatune party seal --data records.jsonl --held_out kept.jsonl --prompts questions.jsonl",
     ),
+    **members.COMMANDS,
 }

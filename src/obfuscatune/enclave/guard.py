@@ -26,18 +26,23 @@ class _Watched:
 
     def __init__(self, module: nn.Module, name: str, path: str) -> None:
         self._module, self._name, self._path = module, name, f"{path}.{name}"
+        self._place: dict[str, Any] = module._parameters if name in module._parameters else module._buffers
         tensor: Tensor = getattr(module, name)
         self._tensor, self._version, self._value = tensor, version_of(tensor), tensor.detach().clone()
 
-    def require(self, *, values: bool) -> None:
+    def is_untouched(self) -> bool:
+        """Whether it is the same tensor in the same version, and frozen. A decode step asks this of some dozens."""
+        now = self._place.get(self._name)
+        return now is self._tensor and not now.requires_grad and version_of(now) == self._version
+
+    def require(self) -> None:
         """Refuse another tensor or value. A write to ``.data`` shows in values only."""
         now = getattr(self._module, self._name)
         if now.requires_grad:
             raise self._changed("it is to be trained")
-        if values or now is not self._tensor or version_of(now) != self._version:
-            if now.dtype != self._value.dtype or not torch.equal(now, self._value):
-                raise self._changed("it was changed")
-            self._tensor, self._version = now, version_of(now)
+        if now.dtype != self._value.dtype or not torch.equal(now, self._value):
+            raise self._changed("it was changed")
+        self._tensor, self._version = now, version_of(now)
 
     def _changed(self, what: str) -> UnsupportedModelError:
         return UnsupportedModelError(
@@ -69,7 +74,8 @@ class Guard:
             refuse_looking_ahead(self._model.config)
         values, self._number = self._number != self._passes.number, self._passes.number
         for watched in self._watched:
-            watched.require(values=values)
+            if values or not watched.is_untouched():
+                watched.require()
         configurations = getattr(self._model, "peft_config", None) or {}
         now = list(configurations.values())
         if len(now) != len(self._options) or any(a is not b for a, b in zip(now, self._options, strict=True)):

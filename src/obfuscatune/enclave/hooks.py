@@ -10,14 +10,17 @@ _HARMLESS = "transformers.utils.output_capturing"
 
 def own_code(module: nn.Module) -> str | None:
     """Return what a module has that its class has not, in words; None where there is nothing."""
-    if "forward" in vars(module):
+    if "forward" in module.__dict__:
         return "a forward of its own"
     return "a hook" if has_hooks(module) else None
 
 
 def has_hooks(module: nn.Module, *, after: bool = False) -> bool:
     """Whether anybody's hook is on a module; ``after``: one that sees or changes what comes out of it."""
-    if not any(getattr(module, kind) for kind in _KINDS):  # nearly always
+    own = module.__dict__  # a decode step looks at some hundred modules: no loop, no lookup by nn.Module
+    if not (
+        own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    ):  # nearly always
         return False
     kinds = [kind for kind in _KINDS if not (after and kind == "_forward_pre_hooks")]
     hooks = [hook for kind in kinds for hook in getattr(module, kind).values()]

@@ -15,6 +15,7 @@ from obfuscatune.enclave.families.fit import fit
 from obfuscatune.enclave.families.options import refuse_options
 from obfuscatune.enclave.guard import Guard, refuse_looking_ahead
 from obfuscatune.enclave.guarded import guard_class
+from obfuscatune.enclave.inputs import Inputs
 from obfuscatune.enclave.keys import MasterSecret
 from obfuscatune.enclave.lazy import lazy_weights
 from obfuscatune.enclave.links import Link, bytes_of, spread
@@ -51,6 +52,7 @@ def protect(
     timeout: float = 600.0,
     identity: "Identity | str | Path | None" = None,
     insecure: bool = False,
+    queue: bool = True,
     secret: MasterSecret | None = None,
     insecure_test_seed: int | None = None,
     progress: bool = False,
@@ -77,6 +79,7 @@ def protect(
         timeout: seconds to wait for each reply of the worker.
         identity: this enclave's, or the path of its ``NAME.key``, for ``tls://``; the worker must allow it.
         insecure: whether ``tcp://`` may leave this machine: neither encrypted nor authenticated.
+        queue: whether to wait where all places of a worker are taken.
         secret: master secret of an earlier session, to resume it bit for bit; a fresh one otherwise.
         insecure_test_seed: makes the keys predictable, for tests only; refused with a worker over a network.
         progress: show a bar while the weights are keyed.
@@ -88,7 +91,7 @@ def protect(
         UsageError: options that do not fit, no worker at the address, or one that does not let this identity in.
         AttestationError: the worker has another identity than the address names.
         UnsupportedModelError: a model, configuration or adapter that cannot be run exactly.
-        WorkerFault: the worker failed.
+        WorkerFault: the worker failed. BusyError: it has no place, and ``queue`` is off.
     """
     resolved = resolve(profile, **switches)
     causal_lm = _causal_lm(model)
@@ -104,8 +107,10 @@ def protect(
         if weights is not None:
             weights.keep()
             weights.finish()
+        causal_lm.base_model.register_forward_pre_hook(Inputs(causal_lm), with_kwargs=True)
         return Protected(model, resolved, [], None, keys, total_parameters=total)
     decoder = read_decoder(causal_lm)
+    asked = resolved
     resolved = fit(decoder, resolved, {name for name, value in switches.items() if value is not None})
     if resolved.attention == "worker":
         refuse_looking_ahead(causal_lm.config)
@@ -114,7 +119,13 @@ def protect(
         # Workers of our own that multiply at the same time share the cores: more threads would wait for each other.
         threads = max(1, torch.get_num_threads() // len(workers))
     connect = partial(
-        open_session, timeout=timeout, threads=threads, device=device, identity=identity, insecure=insecure
+        open_session,
+        timeout=timeout,
+        threads=threads,
+        device=device,
+        identity=identity,
+        insecure=insecure,
+        queue=queue,
     )
     sessions: list[Session] = []
     try:
@@ -150,6 +161,7 @@ def protect(
         weights.finish()
     for link in links:
         causal_lm.base_model.register_forward_pre_hook(link.passes.begin, with_kwargs=True)
+    causal_lm.base_model.register_forward_pre_hook(Inputs(causal_lm), with_kwargs=True)
     causal_lm.base_model.register_forward_pre_hook(Guard(causal_lm, resolved, links[0].passes))
     if resolved.attention == "worker":
         if getattr(causal_lm, "_supports_sdpa", False):
@@ -167,6 +179,7 @@ def protect(
         held,
         keys,
         total_parameters=total,
+        asked=asked,
         sharing=None if sharing is None else (sharing.workers, workers),
     )
 

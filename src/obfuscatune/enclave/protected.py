@@ -25,7 +25,8 @@ class Protected:
     Attributes:
         model: the very object that was protected, of its old class: ``forward``, ``generate``, ``Trainer`` and PEFT's
             ``save_pretrained`` work as before.
-        profile: the resolved record. links: its workers. secret: the master secret, for a checkpoint; never leaves the
+        profile: the resolved record, as it fits the model. asked: the same before it was fitted: what a resumed run is
+            asked for again. links: its workers. secret: the master secret, for a checkpoint; never leaves the
             enclave.
     """
 
@@ -38,9 +39,11 @@ class Protected:
         secret: MasterSecret,
         *,
         total_parameters: int,
+        asked: Profile | None = None,
         sharing: tuple[Workers, list[str]] | None = None,
     ) -> None:
         self.model, self.profile, self.secret = model, profile, secret
+        self.asked = asked or profile
         self.links = links
         self._held = held
         self._total_parameters, self._sharing = total_parameters, sharing

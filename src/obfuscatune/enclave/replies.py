@@ -8,13 +8,15 @@ import torch
 from torch import Tensor
 
 from obfuscatune.enclave.keys.source import Secret
+from obfuscatune.enclave.shelf import Expected, Placed
+from obfuscatune.errors import ProtocolError
+from obfuscatune.protocol.arena import own
 from obfuscatune.protocol.connection import Frame
 
 if TYPE_CHECKING:
     from obfuscatune.enclave.session import Session
 
 NOT_FINITE_HINT = "a training run that diverged, which a lower learning rate may help; or a faulty worker"
-Expected = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 class Pending(Secret):
@@ -24,6 +26,7 @@ class Pending(Secret):
         self.op, self.layer, self.id = op, layer, number
         self._session, self._expected = session, expected
         self._frame: Frame | None = None
+        self.placed: Placed | None = None  # what it has in the memory that it shares with a worker of this machine
 
     @property
     def most(self) -> int | None:
@@ -33,16 +36,27 @@ class Pending(Secret):
         return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self._expected.values())
 
     @property
+    def bytes_placed(self) -> int:
+        """Bytes of its tensors that were put into shared memory, and not sent."""
+        return 0 if self.placed is None else self.placed.bytes_sent
+
+    @property
     def has_come(self) -> bool:
         """Whether the reply is there, so that `result` will not wait."""
         return self._frame is not None
 
     def take(self, frame: Frame) -> None:
         """Take what the worker sent in this request's turn, not yet checked."""
-        self._frame = frame
+        if self.placed is not None:
+            self.placed.sent_is_read()
+        self._frame = frame  # last: from here on another thread may release it all
 
-    def result(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def result(self, *, in_place: bool = False) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Wait for the reply, and return it checked: fields and tensors. To be called once, by any thread.
+
+        Args:
+            in_place: leave integers in shared memory, where the worker can change them still: for a caller that reads
+                each of them once, and then calls `release`.
 
         Raises:
             WorkerFault: naming worker, layer and call.
@@ -53,16 +67,40 @@ class Pending(Secret):
         frame, self._frame = self._frame, None
         if frame is None:
             raise RuntimeError("a reply that was taken before")
-        fault = fault_of(frame, self.id, self._expected)
+        tensors = self._tensors(frame, in_place)
+        fault = fault_of(frame.fields, tensors, self.id, self._expected)
         if fault is not None:
             what, details = fault
             raise self._session.fault(what, self.layer, call=self.id, **details)
-        return frame.fields, frame.tensors
+        return frame.fields, tensors
+
+    def _tensors(self, frame: Frame, in_place: bool) -> dict[str, Tensor]:
+        if self.placed is None:
+            return frame.tensors
+        try:
+            found = self.placed.found(frame.fields.pop("placed", []), self._expected or {})
+            if not found.keys().isdisjoint(frame.tensors):
+                raise ProtocolError("placed tensors of a reply", expected="others than those that are sent")
+            if not in_place or any(tensor.is_floating_point() for tensor in found.values()):
+                found = own(found)
+        except ProtocolError as error:
+            details = {"got": error.what, "expected": error.expected}
+            raise self._session.fault("the reply breaks the protocol", self.layer, call=self.id, **details) from error
+        self._session.count(self.op, bytes_received=sum(tensor.nbytes for tensor in found.values()))
+        if not in_place:
+            self.release()
+        return {**found, **frame.tensors}
+
+    def release(self) -> None:
+        """Nothing of a result in place is read any more, or the request was not sent."""
+        if self.placed is not None:
+            self.placed.release()
 
 
-def fault_of(frame: Frame, call: int, expected: Expected | None) -> tuple[str, dict[str, Any]] | None:
+def fault_of(
+    reply: Mapping[str, Any], outputs: Mapping[str, Tensor], call: int, expected: Expected | None
+) -> tuple[str, dict[str, Any]] | None:
     """Say what is wrong with the reply to a call, with details for the error; None for nothing."""
-    reply, outputs = frame.fields, frame.tensors
     if reply.get("ok") is not True:
         # The worker's own words: nothing of it may steer a terminal.
         got = ascii(reply.get("message", "no message"))[:300]

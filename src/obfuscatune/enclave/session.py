@@ -12,15 +12,18 @@ import sys
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from obfuscatune.enclave.keys.source import Secret
-from obfuscatune.enclave.replies import Expected, Pending, is_finite
-from obfuscatune.errors import RESTART_HINT, ConnectionClosedError, ProtocolError, UsageError, WorkerFault
+from obfuscatune.enclave.replies import Pending, is_finite
+from obfuscatune.enclave.shelf import PLACED, Expected, Shelf
+from obfuscatune.errors import RESTART_HINT, BusyError, ConnectionClosedError, ProtocolError, UsageError, WorkerFault
+from obfuscatune.protocol.arena import Arena
 from obfuscatune.protocol.connection import Connection, Frame
 from obfuscatune.protocol.frames import PROTOCOL_VERSION
 
@@ -60,20 +63,28 @@ class Session(Secret):
         worker: how messages name the worker: its address, or ``spawned process N``.
         timeout: seconds to wait for one reply.
         process: the worker's process where this enclave started it.
+        queue: whether to wait where the worker's places are taken.
     """
 
     def __init__(
-        self, connection: Connection, *, worker: str, timeout: float, process: "subprocess.Popen[bytes] | None" = None
+        self,
+        connection: Connection,
+        *,
+        worker: str,
+        timeout: float,
+        process: "subprocess.Popen[bytes] | None" = None,
+        queue: bool = True,
     ) -> None:
         self.connection, self.worker, self.process = connection, worker, process
         self.traffic: defaultdict[str, Traffic] = defaultdict(Traffic)
-        self._timeout = timeout
+        self._timeout, self._queue = timeout, queue
         self._last_id = 0
         self._dropped: dict[str, list[int]] = {kind: [] for kind in DROPPED}
         self._under_way: deque[Pending] = deque()
         self._sending, self._receiving, self._counting = threading.RLock(), threading.RLock(), threading.Lock()
         self._ended: str | None = None
         self._process_id = os.getpid()
+        self._shelf: Shelf | None = None
         self._ahead: int | None = None  # sessions before this one in the worker's queue
         connection.settimeout(timeout)
 
@@ -81,6 +92,11 @@ class Session(Secret):
     def has_ended(self) -> bool:
         """Whether it was closed, or ended by a fault."""
         return self._ended is not None
+
+    @property
+    def shares_memory(self) -> bool:
+        """Whether large tensors go through memory that the worker shares."""
+        return self._shelf is not None
 
     def hello(self) -> dict[str, Any]:
         """Greet the worker; returns what it says of itself. Raises WorkerFault where it speaks another version.
@@ -98,7 +114,27 @@ class Session(Secret):
         if reply.get("version") != PROTOCOL_VERSION:
             got = ascii(reply.get("version"))[:20]
             raise self.fault("another protocol version", "-", got=got, expected=PROTOCOL_VERSION)
+        if reply.get("arena") is True and self.connection.shares_memory:
+            self._share_memory()
         return reply
+
+    def _share_memory(self) -> None:
+        """Pass the worker of this machine an arena for the large tensors of its calls."""
+        made = Arena.create()
+        if made is None:
+            return
+        arena, descriptor = made
+        try:
+            reply, _ = self._submit("arena", "-", {"bytes": arena.size}, {}, {}, descriptor=descriptor).result()
+        finally:
+            os.close(descriptor)
+        if reply.get("mapped") is True:  # it is not where a relay between the two passes bytes alone
+            self._shelf = Shelf(arena)
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Return memory for a tensor that will be sent: where the worker reads it without a copy, if there is room."""
+        found = None if self._shelf is None else self._shelf.take(shape, dtype)
+        return torch.empty(*shape, dtype=dtype) if found is None else found
 
     def drop(self, kind: str, number: int) -> None:
         """Let the worker forget a call, a KV cache or a shared tensor, with the next request; for finalizers too."""
@@ -133,6 +169,18 @@ class Session(Secret):
                 and the session goes on.
         """
         self.refuse_not_finite(tensors, layer)
+        return self._submit(op, layer, header, tensors, expected)
+
+    def _submit(
+        self,
+        op: str,
+        layer: str,
+        header: dict[str, Any],
+        tensors: Mapping[str, Tensor],
+        expected: Expected | None,
+        *,
+        descriptor: int | None = None,
+    ) -> Pending:
         with self._sending:
             self._refuse_ended(layer)
             self._last_id += 1
@@ -141,20 +189,26 @@ class Session(Secret):
             dropped = {kind: taken for kind, ids in self._dropped.items() if (taken := _take(ids))}
             if dropped:
                 message["drop"] = dropped
+            if self._shelf is not None and op in PLACED:
+                tensors, fields, pending.placed = self._shelf.place(tensors, expected or {})
+                message |= fields
             busy = bool(self._under_way)
             self._under_way.append(pending)  # first, because the reply may come before the last byte is sent
             started = time.perf_counter()
             try:
-                sent = self.connection.send(message, tensors, meanwhile=self._read_meanwhile if busy else None)
+                sent = self.connection.send(
+                    message, tensors, meanwhile=self._read_meanwhile if busy else None, descriptor=descriptor
+                )
             except UsageError:  # beyond the limits, so not a byte of it was sent
                 self._under_way.remove(pending)
+                pending.release()
                 for kind, ids in dropped.items():
                     self._dropped[kind][:0] = ids
                 raise
             except BaseException as error:
                 self._break(error, layer)
                 raise
-            self._count(op, calls=1, bytes_sent=sent, seconds=time.perf_counter() - started)
+            self.count(op, calls=1, bytes_sent=sent + pending.bytes_placed, seconds=time.perf_counter() - started)
             return pending
 
     def await_reply(self, pending: Pending) -> None:
@@ -168,7 +222,7 @@ class Session(Secret):
                 except BaseException as error:
                     self._break(error, pending.layer)
                     raise
-        self._count(pending.op, seconds=time.perf_counter() - started)
+        self.count(pending.op, seconds=time.perf_counter() - started)
 
     def _read_meanwhile(self) -> bool:
         """Read what has come of the next reply; False where another thread waits for it."""
@@ -189,17 +243,21 @@ class Session(Secret):
             self._say_queued(frame.fields["queued"])
             return
         pending = self._under_way.popleft()
-        self._count(pending.op, bytes_received=frame.size)
         pending.take(frame)
+        self.count(pending.op, bytes_received=frame.size)
 
     def _say_queued(self, ahead: object) -> None:
         """The worker has no place yet, and says so again and again: the wait for a reply starts anew each time."""
+        if not self._queue:
+            hint = "obfuscatune worker --max_sessions 2, or once it has a place"
+            raise BusyError("the worker has no place for another session", where=self.worker, hint=hint)
         if type(ahead) is int and 0 < ahead < (self._ahead or 2**32):  # nobody jumps a queue
             self._ahead = ahead
             sessions = "1 session" if ahead == 1 else f"{ahead} sessions"
             print(f"waiting for the worker at {self.worker}: {sessions} ahead", file=sys.stderr, flush=True)
 
-    def _count(self, op: str, **counts: float) -> None:
+    def count(self, op: str, **counts: float) -> None:
+        """Add to the traffic of one kind of request."""
         with self._counting:
             traffic = self.traffic[op]
             for name, count in counts.items():

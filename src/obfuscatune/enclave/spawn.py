@@ -29,12 +29,13 @@ def open_session(
     device: str | None,
     identity: "Identity | str | Path | None" = None,
     insecure: bool = False,
+    queue: bool = True,
 ) -> Session:
     """Return a session with a new worker (``"spawn"``) or with the one at an address; no request is sent yet.
 
     Args:
         identity: this enclave's, for ``tls://``; the worker must allow it. insecure: whether ``tcp://`` may leave this
-            machine.
+            machine. queue: whether the session waits where the worker's places are taken.
 
     Raises:
         UsageError: bad address, no worker there, one that does not know the identity, or options that only a spawned
@@ -55,7 +56,7 @@ def open_session(
         connection = _connect_secured(address, timeout, identity)
     else:
         connection = Connection(connect(address, timeout=timeout), limits=Limits(), peer=str(address))
-    return Session(connection, worker=str(address), timeout=timeout)
+    return Session(connection, worker=str(address), timeout=timeout, queue=queue)
 
 
 def _connect_secured(address: Address, timeout: float, identity: "Identity | str | Path | None") -> Connection:

@@ -21,14 +21,11 @@ from obfuscatune.errors import (
     UsageError,
     printable,
 )
-from obfuscatune.parties.attestation.policy import Policy
-from obfuscatune.parties.attestation.verdict import Verdict
-from obfuscatune.parties.attestation.verify import judge
 from obfuscatune.parties.channel.address import TlsAddress
-from obfuscatune.parties.channel.client import AttestedChannel, connect_attested, fetch_evidence
+from obfuscatune.parties.channel.client import AttestedChannel
 from obfuscatune.parties.channel.transfer import download, upload
-from obfuscatune.parties.identity import Identity
 from obfuscatune.parties.job import SignedJob
+from obfuscatune.parties.reached import Reached, line_of
 from obfuscatune.parties.sealed.archive import SealedArchive
 from obfuscatune.parties.sealed.extract import extract
 from obfuscatune.parties.sealed.header import read_header
@@ -49,6 +46,7 @@ class Status:
             ``deleted``. reason: of the last but two. step, steps: of the training. missing: digests by kind.
         results: digests of the party's results by kind. workers: which worker has got what of the model.
         resumes_from: the step from which a job goes on that has failed, or was submitted again; 0 for its beginning.
+        answering: seconds that it has stood still for queries of other jobs, see `TURNS`.
     """
 
     job: str
@@ -60,6 +58,7 @@ class Status:
     results: Mapping[str, str] = field(default_factory=dict)
     workers: tuple[Mapping[str, Any], ...] = ()
     resumes_from: int = 0
+    answering: int = 0
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "Status":
@@ -68,11 +67,12 @@ class Status:
         workers = fields.get("workers", [])
         if not all(type(fields.get(name)) is kind for name, kind in kinds.items()) or type(workers) is not list:
             raise ProtocolError("enclave's reply is no status of a job")
-        step = fields.get("resumes_from", 0)
+        step, answering = fields.get("resumes_from", 0), fields.get("answering", 0)
         return cls(
             **{name: fields[name] for name in kinds},
             workers=tuple(w for w in workers if type(w) is dict),
             resumes_from=step if type(step) is int else 0,
+            answering=answering if type(answering) is int else 0,
         )
 
     @property
@@ -83,6 +83,7 @@ class Status:
     def __str__(self) -> str:
         parts = [f"job {printable(self.job)[:16]}", printable(self.status)]
         parts += [f"step {self.step} of {self.steps}"] if self.steps else []
+        parts += [f"{self.answering} s for queries of other jobs"] if self.answering else []
         parts += [f"waits for: {', '.join(map(printable, self.missing))}"] if self.missing else []
         parts += [printable(self.reason)] if self.reason else []
         if self.status in ("waiting", "queued") and self.resumes_from:
@@ -98,29 +99,8 @@ class LostError(ObfuscatuneError):
 
 
 @dataclass(frozen=True)
-class Enclave:
-    """The enclave at an address, for one party.
-
-    Args:
-        address: ``tls://HOST:PORT``. policy: what this party takes for an enclave. identity: the party's.
-        timeout: seconds for a connection, and for each reply.
-    """
-
-    address: str
-    policy: Policy
-    identity: Identity
-    timeout: float = 60.0
-
-    def verify(self) -> Verdict:
-        """Fetch fresh evidence and judge it, without saying who asks. Raises as `fetch_evidence`."""
-        evidence, nonce = fetch_evidence(self.address, timeout=self.timeout)
-        return judge(evidence, self.policy, nonce=nonce)
-
-    def connect(self, fingerprint: str | None = None) -> AttestedChannel:
-        """Connect, if the policy accepts it and it is the one of ``fingerprint``; raises as `connect_attested`."""
-        return connect_attested(
-            self.address, identity=self.identity, policy=self.policy, timeout=self.timeout, enclave=fingerprint
-        )
+class Enclave(Reached):
+    """The enclave at an address, for one party, and the life of its jobs there; arguments as of `Reached`."""
 
     def submit(self, signed: SignedJob, inputs: Iterable[Path] = (), progress: Progress | None = None) -> Status:
         """Give it a job, and this party's sealed inputs; the job starts once those of both are there.
@@ -195,13 +175,17 @@ class Enclave:
                 path = directory / f"{kind}.sealed"
                 if not path.exists() or read_header(path).digest != digest:  # else it came before an interruption
                     _download(channel, signed.job.digest, kind, path, progress)
-            enclave = channel.enclave
+            enclaves = line_of(channel, signed.job.enclave)
         found = []
         for kind, digest in results.items():
             path = directory / f"{kind}.sealed"
             if not keep_sealed:
                 with SealedReader(path, self.identity) as reader:
-                    if reader.digest != digest or reader.header.kind != kind or reader.sender != enclave:
+                    if (
+                        reader.digest != digest
+                        or reader.header.kind != kind
+                        or reader.sender.fingerprint not in enclaves
+                    ):
                         raise SealError("not the result that the enclave has sealed", where=str(path))
                     if not (directory / kind).exists():  # it is there whole, or not at all
                         extract(SealedArchive(reader), directory / kind)

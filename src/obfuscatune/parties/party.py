@@ -39,7 +39,7 @@ class Party(Relations):
     @property
     def enclave(self) -> Enclave:
         """The enclave, which each of its methods judges by this party's policy anew."""
-        return Enclave(self.enclave_address, self.policy, self.identity)
+        return Enclave(self.enclave_address, self.policy, self.identity, folder=self.folder)
 
     def verify(self) -> Verdict:
         """Judge fresh evidence of the enclave by this party's policy; the verdict says rule by rule what held."""

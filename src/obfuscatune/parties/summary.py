@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from obfuscatune.errors import printable
 from obfuscatune.parties.exposure import statement
 from obfuscatune.parties.job import Job, SignedJob
+from obfuscatune.parties.vocabulary import TURNS
 from obfuscatune.settings import TrainingSettings
 
 _TERA = 1e12
@@ -38,6 +39,7 @@ def review(signed: SignedJob, *, model_bytes: int | None = None) -> list[str]:
         _line("report_to", "owner"),
         _line("max_queries", job.max_queries),
         _line("max_new_tokens", job.max_new_tokens),
+        _line("while it runs", TURNS),
         _line("dtype", job.dtype),
         "",
         *_training(job),

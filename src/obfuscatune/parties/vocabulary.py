@@ -10,7 +10,12 @@ from obfuscatune.profiles import SWITCHES, Profile, resolve
 Role = Literal["provider", "owner"]
 ROLES: tuple[Role, ...] = ("provider", "owner")
 MAX_QUERIES = 1_000_000
+TURN_SECONDS = 10.0  # that queries of other jobs get at most between two steps of one that runs
 MAX_WORKERS = 16
+TURNS = (
+    f"other jobs' models may be asked between two steps: for as long as the job has had since, at most "
+    f"{TURN_SECONDS:g} s and a token; loading one counts, and one load may go beyond"
+)
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _MAX_OPERATOR = 64  # characters
 

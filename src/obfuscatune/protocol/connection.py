@@ -17,7 +17,7 @@ import torch
 from obfuscatune.errors import ConnectionClosedError, ProtocolError, UsageError
 from obfuscatune.protocol.frames import PREFIX, TensorSpec, check_bools, decode_header, decode_prefix, encode_head
 from obfuscatune.protocol.limits import DEFAULT_LIMITS, Limits
-from obfuscatune.protocol.stream import stream_of
+from obfuscatune.protocol.stream import PlainStream, stream_of
 
 NO_TENSORS: Mapping[str, torch.Tensor] = MappingProxyType({})
 _GLANCE_SECONDS = 0.05  # how long `send` waits before it looks again whether somebody else reads
@@ -59,6 +59,20 @@ class Connection:
         self._missing: list[Any] = []  # its buffers that are still to be filled
         self._begun = False  # whether a byte of it has come
 
+    @property
+    def shares_memory(self) -> bool:
+        """Whether a descriptor can be passed: over a unix socket of which no recording is made."""
+        return isinstance(self._stream, PlainStream) and self._stream.passes_descriptors and self._tap is None
+
+    def expect_descriptor(self) -> None:
+        """Keep a descriptor that comes with a later frame; see `take_descriptor`."""
+        if isinstance(self._stream, PlainStream):
+            self._stream.expect_descriptor()
+
+    def take_descriptor(self) -> int | None:
+        """Return the descriptor that came, which is the caller's to close; None where none has."""
+        return self._stream.take_descriptor() if isinstance(self._stream, PlainStream) else None
+
     def settimeout(self, seconds: float | None) -> None:
         """Bound the wait for a frame, from when it is asked for to its end, and for one to be taken; None: for ever."""
         if seconds is not None and not 0 < seconds < 2**31:
@@ -75,6 +89,7 @@ class Connection:
         tensors: Mapping[str, torch.Tensor] = NO_TENSORS,
         *,
         meanwhile: Callable[[], bool] | None = None,
+        descriptor: int | None = None,
     ) -> int:
         """Send one frame and return its size in bytes.
 
@@ -83,6 +98,7 @@ class Connection:
         Args:
             meanwhile: called while the peer takes no byte, when it has sent some; it reads them, by `receive_part`, and
                 returns False where somebody else reads.
+            descriptor: passed to the peer with the frame, where `shares_memory`.
 
         Raises:
             UsageError: the frame breaks a rule or a limit (`encode_head`); nothing was sent, the connection stays open.
@@ -92,6 +108,8 @@ class Connection:
         specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
         head, payload_length = encode_head(fields, specs, self.limits)
         buffers = [head, *(_array(tensor) for tensor in tensors.values() if tensor.numel())]
+        if descriptor is not None and isinstance(self._stream, PlainStream):
+            self._stream.attach(descriptor)
         try:
             self._send(buffers, len(head) + payload_length, meanwhile)
         except BaseException:

@@ -79,7 +79,7 @@ def encode_head(
         if _TABLE in fields:
             raise ProtocolError("reserved header key", got=_TABLE)
         _check_fields(fields, limits)
-        payload_length = _read_table(table, limits)[1]
+        payload_length = read_table(table, limits)[1]
         header = _pack(fields, table)
         _check_lengths(len(header), payload_length, limits)
     except ProtocolError as error:
@@ -132,7 +132,7 @@ def decode_header(
         raise ProtocolError("header is not a map with a tensor table", got=type(fields).__name__, expected="map")
     table = fields.pop(_TABLE)
     _check_fields(fields, limits)
-    specs, total = _read_table(table, limits)
+    specs, total = read_table(table, limits)
     if total != payload_length:
         raise ProtocolError("payload length differs from the tensor table", got=payload_length, expected=total)
     # One comparison refuses repeated keys, longer integer forms, float32, and a table that is not last.
@@ -217,7 +217,7 @@ def _check_fields(fields: Mapping[str, Any], limits: Limits) -> None:
     raise ProtocolError("header nested too deeply", expected=f"at most {limits.max_depth} levels")
 
 
-def _read_table(table: Any, limits: Limits) -> tuple[list[TensorSpec], int]:
+def read_table(table: Any, limits: Limits) -> tuple[list[TensorSpec], int]:
     """Return the rows of a tensor table and the bytes of all its tensors; python integers, so no product overflows."""
     if type(table) is not list or len(table) > limits.max_tensors:
         got = len(table) if type(table) is list else type(table).__name__

@@ -21,7 +21,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import replace
 from typing import Any
 
@@ -42,6 +42,7 @@ KEPT_SECONDS = 7 * 86_400  # for which results that nobody has fetched make no r
 _MAX_NOTED = 1000  # refusals of one party that the log tells of, in one life of the enclave: it must not be flooded
 _MAX_STEPS = 1 << 53
 _MAX_WORD = 80  # of the log
+MAX_COUNTED = 8  # questions of a job, as many as its parties may have under way
 PAUSED = "paused until the disk has room"
 
 
@@ -50,8 +51,8 @@ class Book:
 
     Args:
         state: where it is kept, under its lock. log: of all that happens. store: of the inputs and results.
-        parties: who shares it. ended: gives the fingerprints of identities that their owners have ended; asked whenever
-            consent is checked.
+        parties: who shares it. ended: gives the fingerprints of whom no job may be; asked whenever consent is
+            checked. left: of parties that have left, under whatever identity.
     """
 
     def __init__(
@@ -61,9 +62,12 @@ class Book:
         store: Store,
         parties: Parties = tuple,
         *,
-        ended: Callable[[], frozenset[str]] = frozenset,
+        ended: Callable[[], Container[str]] = frozenset,
+        left: Callable[[], frozenset[str]] = frozenset,
     ) -> None:
         self.state, self.log, self.store, self._parties, self._ended = state, log, store, parties, ended
+        self._left, self._enclaves = left, state.fingerprints
+        self.committed: Callable[[], None] = lambda: None  # called after each commit, and before anything is done
         self.changed = threading.Condition(state.lock)
         self._files = JobFiles(store.directory / "jobs")
         self._records = {digest: Record.from_fields(fields) for digest, fields in state.jobs.items()}
@@ -73,6 +77,8 @@ class Book:
         self._noted_of: Counter[str] = Counter()
         self._committed = log.length
         with state.lock:
+            if state.handed:  # nothing of it is ours to change
+                return
             self._files.remove_all_but(kept)
             store.remove_unnamed(self._named())
             for digest in self._signed:
@@ -87,7 +93,8 @@ class Book:
                 elif record.status == "running":
                     stopped = replace(record, status="failed", reason="Interrupted", ended=int(time.time()))
                     self._enter(digest, stopped, "failed", cause=stopped.reason)
-            self.review()  # the crash may have come between an upload and its entry
+            self.end_jobs_of_who_left()  # the crash may have come between a removal and this
+            self.review()  # or between an upload and its entry
 
     def submit(self, signed: SignedJob, party: str) -> str:
         """Take a job in, or find it; queue it if nothing is missing. Return its digest.
@@ -99,8 +106,7 @@ class Book:
         with self.state.lock:
             record = self._records.get(digest)
             try:
-                fingerprint = self.state.identity.public.fingerprint
-                check_job(signed, enclave=fingerprint, now=time.time(), ended=self._ended())
+                check_job(signed, enclaves=self._enclaves, now=time.time(), ended=self._ended())
                 if record is not None and record.status in USED_UP:
                     raise ConsentError("job is used up", got=record.status, hint="make a new one, and let both sign it")
             except ConsentError as error:
@@ -184,6 +190,7 @@ class Book:
             checkpoint=None,
             checkpoint_step=0,
             fetched=(),
+            counted="",
             steps=0,
             step=0,
             workers=[],
@@ -209,8 +216,13 @@ class Book:
     def _named(self) -> set[str]:
         """Return the digests of all files that some job needs."""
         named = {file for record in self._records.values() for file in (*record.results.values(), record.checkpoint)}
-        kept = [signed for digest, signed in self._signed.items() if self._records[digest].status != "deleted"]
-        named |= {file for signed in kept for file in signed.job.inputs.values()}
+        left = self._left()
+        for digest, signed in self._signed.items():
+            if self._records[digest].status == "running":
+                named |= set(signed.job.inputs.values())
+            elif self._records[digest].status != "deleted":
+                inputs = signed.job.inputs.items()
+                named |= {file for kind, file in inputs if getattr(signed.job, OWNERS[kind]) not in left}
         return {file for file in named if file is not None}
 
     def _charge(self, digest: str) -> None:
@@ -246,10 +258,10 @@ class Book:
                     self._enter(digest, replace(record, status="queued"), "queued", profile=profile)
             self.changed.notify_all()
 
-    def _check(self, digest: str, ended: frozenset[str]) -> None:
+    def _check(self, digest: str, ended: Container[str]) -> None:
         """Check a job and its inputs against what both owners have agreed to, as of now."""
         signed, now = self._signed[digest], time.time()
-        check_job(signed, enclave=self.state.identity.public.fingerprint, now=now, ended=ended)
+        check_job(signed, enclaves=self._enclaves, now=now, ended=ended)
         for kind, file in signed.job.inputs.items():
             found = read_header(self.store.path(file))
             check_input(signed, kind, found.digest, found.header, now=now)
@@ -266,7 +278,7 @@ class Book:
         """
         with self.state.lock:
             queued = [(record.order, digest) for digest, record in self._records.items() if record.status == "queued"]
-            if not queued:
+            if not queued or self.state.handed:
                 return None
             _, digest = min(queued)
             ended = self._ended()
@@ -286,11 +298,12 @@ class Book:
     def has_queued(self) -> bool:
         """Return whether a job is queued."""
         with self.state.lock:
-            return any(record.status == "queued" for record in self._records.values())
+            return not self.state.handed and any(record.status == "queued" for record in self._records.values())
 
     def placed(self, digest: str, workers: list[dict[str, Any]]) -> None:
         """Enter which worker has got what of the model; an entry of the log for each."""
         with self.state.lock:
+            self._require_here()
             kept = [{name: part[name] for name in ("worker", "blocks", "parameters", "form")} for part in workers]
             record = self._records[digest]  # the job has the operators' names
             self._set(digest, replace(record, workers=kept[: max(WORKERS, record.named)]))
@@ -322,10 +335,34 @@ class Book:
         return self.record(digest).cancelled
 
     def is_gone(self, digest: str) -> bool:
-        """Return whether nothing of a job is kept any more."""
+        """Return whether nothing of a job may be used any more: it was deleted, or one of its parties has left."""
         with self.state.lock:
             record = self._records.get(digest)
-            return record is None or record.retired or record.status == "deleted"
+            if record is None or record.retired or record.status == "deleted":
+                return True
+            return not self._left().isdisjoint(record.parties)
+
+    def end_jobs_of_who_left(self) -> None:
+        """Refuse or cancel what has not ended of the jobs of parties that have left, and remove their sealed inputs.
+
+        Results stay for the partner to fetch. Raises StorageError: it is done at the next start, and no job starts.
+        """
+        with self.state.lock:
+            left, files = self._left(), set()
+            for digest, record in list(self._records.items()):
+                if left.isdisjoint(record.parties):
+                    continue
+                if record.status in ("waiting", "queued"):
+                    self._refuse(digest, ConsentError("a party of the job has left"))
+                elif record.status == "running" and not record.cancelled:
+                    self.note("cancel", digest, next(name for name in record.parties if name in left))
+                    self._set(digest, replace(record, cancelled=True))
+                    self.commit()
+                if digest in self._signed:
+                    files |= set(self._signed[digest].job.inputs.values())
+            for file in files - self._named():
+                self._drop(file)
+            self.changed.notify_all()
 
     def delete(self, digest: str, party: str) -> None:
         """Remove what is kept of a job: results, checkpoint, and the inputs that no other job needs.
@@ -346,11 +383,11 @@ class Book:
             for file in files - self._named():
                 self._drop(file)
 
-    def progress(self, digest: str, step: int, steps: int) -> None:
-        """Note how far a running job is; kept in memory until the next commit."""
+    def progress(self, digest: str, step: int, steps: int, answering: float = 0.0) -> None:
+        """Note how far a running job is, and for how many seconds it stood still; in memory until the next commit."""
         with self.state.lock:  # bounded: a number that the state cannot hold would stop all jobs
             step, steps = min(step, _MAX_STEPS), min(steps, _MAX_STEPS)
-            self._set(digest, replace(self._records[digest], step=step, steps=steps))
+            self._set(digest, replace(self._records[digest], step=step, steps=steps, answering=int(answering)))
 
     def checkpointed(self, digest: str, step: int, checkpoint: str) -> None:
         """Make a checkpoint the one to resume from, and drop the one before."""
@@ -394,31 +431,45 @@ class Book:
             record = replace(self._records[digest], status="failed", reason=reason, ended=int(time.time()))
             self._enter(digest, record, "failed", cause=_reason(error))
 
-    def check_query(self, digest: str, party: str, prompts: int, tokens: int) -> None:
+    def check_query(self, digest: str, party: str, prompts: int, tokens: int, question: str = "") -> None:
         """Check that a party may now ask for completions of ``prompts`` prompts, of up to ``tokens`` tokens each.
+
+        ``question`` is the digest of all of it: prompts of one that was counted and not answered are not counted again.
 
         Raises:
             UsageError: the job is not done. ConsentError: beyond the job, see `consent`.
         """
+        self._require_here()
         record = self.record(digest)
         if record.status != "done":
             raise UsageError("the job is not done", got=record.status, hint="obfuscatune job watch")
-        job = self.signed(digest).job
+        if not self._left().isdisjoint(record.parties):
+            raise ConsentError("a party of the job has left", hint="fetch its results; it answers no more")
+        job, prompts = self.signed(digest).job, 0 if question in record.counted.split() else prompts
         check_query(job, party, prompts=prompts, before=record.queries, tokens=tokens, now=time.time())
 
-    def count_query(self, digest: str, party: str, prompts: int, tokens: int) -> None:
-        """Count prompts before they are answered, so that no crash gives any away; checks and raises as above."""
+    def count_query(self, digest: str, party: str, prompts: int, tokens: int, question: str) -> None:
+        """Count prompts before they are answered, so that no crash gives any away; checks and raises as above.
+
+        The last few questions stay in the record, so that who asks one again after a crash pays once. All that decides
+        an answer is in its question, the seed too, so nobody gets a second answer for it.
+        """
         with self.state.lock:
-            self.check_query(digest, party, prompts, tokens)
+            self.check_query(digest, party, prompts, tokens, question)
             record = self._records[digest]
-            counted = replace(record, queries=record.queries + prompts)
+            known = record.counted.split()
+            if question in known:  # no entry in the log, which nobody may fill for nothing
+                return
+            last = " ".join([*known, question][-MAX_COUNTED:])
+            counted = replace(record, queries=record.queries + prompts, counted=last)
             self._enter(digest, counted, "query", party=party, prompts=prompts)
 
-    def query_failed(self, digest: str, party: str, prompts: int) -> None:
+    def query_failed(self, digest: str, party: str, prompts: int, question: str) -> None:
         """Give back the prompts of a query that was counted and not answered."""
         with self.state.lock:
             record = self._records[digest]
-            given_back = replace(record, queries=max(0, record.queries - prompts))
+            left = " ".join(other for other in record.counted.split() if other != question)
+            given_back = replace(record, queries=max(0, record.queries - prompts), counted=left)
             self._enter(digest, given_back, "query-failed", party=party, prompts=prompts)
 
     def fetched(self, digest: str, party: str, kind: str) -> None:
@@ -443,17 +494,51 @@ class Book:
             signed = self._signed.get(digest)
             return {} if signed is None else {each.fingerprint: each.operator for each in signed.job.workers}
 
+    def hand_over(self, to: str, statement: str) -> None:
+        """Enter to whom the state goes and under which statement: the last entry of this enclave.
+
+        Raises:
+            ConsentError: it was handed over to another, or under another statement. StorageError: it is as it was.
+        """
+        with self.state.lock:
+            handed = {"statement": statement, "to": to}
+            if self.state.handed:
+                if self.state.handed != handed:
+                    got = self.state.handed["to"][:16]
+                    raise ConsentError("the enclave was handed over already", got=f"to {got}", expected=to[:16])
+                return
+            self.log.append("handed-over", **handed)
+            self.state.handed = handed
+            try:
+                self._commit()
+            except BaseException:
+                self.state.handed = {}
+                raise
+            self.changed.notify_all()
+
+    def _require_here(self) -> None:
+        if self.state.handed:
+            hint = "the new enclave goes on with it"
+            raise ConsentError("the enclave was handed over", got=f"to {self.state.handed['to'][:16]}", hint=hint)
+
     def note(self, event: str, job: str | None = None, party: str | None = None, **details: str | int) -> None:
         """Write an entry into the log and commit it."""
         with self.state.lock:
+            self._require_here()
             self.log.append(event, job=job, party=party, **details)
             self.commit()
 
     def commit(self) -> None:
-        """Seal the book and the log's head."""
+        """Seal the book and the log's head; raises ConsentError once it was handed over, and as `State.commit`."""
+        with self.state.lock:
+            self._require_here()
+            self._commit()
+
+    def _commit(self) -> None:
         with self.state.lock:
             self.state.log_head, self.state.log_length = self.log.head, self.log.length
             self.state.commit()
+            self.committed()
             self._committed = self.log.length
 
     def committed_log(self, start: int) -> tuple[dict[str, object], bytes]:
@@ -509,11 +594,17 @@ class Book:
             **details,
         )
         self._drop(record.checkpoint)
+        if digest in self._signed and not (left := self._left()).isdisjoint(record.parties):
+            job = self._signed[digest].job
+            files = {file for kind, file in job.inputs.items() if getattr(job, OWNERS[kind]) in left}
+            for file in files - self._named():
+                self._drop(file)
 
     def _enter(
         self, digest: str, record: Record, event: str, *, party: str | None = None, **details: str | int
     ) -> None:
         """Log a change, make it, commit both."""
+        self._require_here()
         before = self._records.get(digest)
         self.log.append(event, job=digest, party=party, **details)
         self._set(digest, record)

@@ -5,6 +5,8 @@ by the owner that the job names, and its terms, sealed and signed together with 
 So neither a stolen job file nor a careless signature gives away more than the owner of an input has put down with it.
 """
 
+from collections.abc import Container
+
 from obfuscatune.errors import ConsentError
 from obfuscatune.parties.job import Job, SignedJob
 from obfuscatune.parties.sealed.fields import Header
@@ -15,12 +17,12 @@ from obfuscatune.parties.vocabulary import ROLES, Role
 OWNERS: dict[str, Role] = {"model": "provider", "data": "owner", "prompts": "owner"}
 
 
-def check_job(signed: SignedJob, *, enclave: str, now: float, ended: frozenset[str] = frozenset()) -> None:
+def check_job(signed: SignedJob, *, enclaves: frozenset[str], now: float, ended: Container[str] = frozenset()) -> None:
     """Check what the job itself tells; its signatures were verified when it was read.
 
     Args:
-        signed: the job. enclave: this enclave's fingerprint. now: Unix seconds. ended: fingerprints of identities
-            that their owners have ended.
+        signed: the job. enclaves: fingerprints of this enclave and of those that it goes on for. now: Unix seconds.
+        ended: fingerprints of whom no job may be: their identity has ended, or they are no members.
 
     Raises:
         ConsentError: not signed by both, for another enclave, expired, or of an identity that has ended.
@@ -33,9 +35,10 @@ def check_job(signed: SignedJob, *, enclave: str, now: float, ended: frozenset[s
     gone = [role for role in ROLES if getattr(job, role) in ended]
     if gone:
         hint = "make a new job, with the identity that succeeds it"
-        raise ConsentError(f"the identity of the {' and of the '.join(gone)} has ended", hint=hint)
-    if job.enclave != enclave:
-        raise ConsentError("job is for another enclave", got=job.enclave[:16], expected=enclave[:16])
+        raise ConsentError(f"the identity of the {' and of the '.join(gone)} has ended, or left", hint=hint)
+    if job.enclave not in enclaves:
+        expected = " or ".join(sorted(name[:16] for name in enclaves))
+        raise ConsentError("job is for another enclave", got=job.enclave[:16], expected=expected)
     if now >= job.expires:
         raise ConsentError("job has expired", hint="make a new one, and let both sign it")
 

@@ -14,7 +14,7 @@ from obfuscatune.parties.job import MAX_JOB_BYTES, SignedJob
 from obfuscatune.parties.vocabulary import Role
 
 # Of one record in the state, and of one whose job is retired: what a party's share is counted by. More than their
-# length: a canonical text has a limit of values too, of which they have 76 and 20, and 9 of each further worker.
+# length: a canonical text has a limit of values too, of which they have 78 and 20, and 9 of each further worker.
 RECORD_BYTES, RETIRED_BYTES, WORKER_BYTES = 7168, 1792, 1024
 WORKERS = 4  # that a record has room for without more
 USED_UP = ("done", "refused", "cancelled", "deleted")  # nothing makes it run again
@@ -30,9 +30,10 @@ class Record:
         status: as in the drawing at the head of `book`. reason: why it was refused or failed: an error's class.
         step, steps: how far the training is, and where it ends. checkpoint, checkpoint_step: digest and
             step of the last one.
-        results: digests of sealed results, by kind. queries: prompts answered so far. starts: since the last
-            checkpoint. workers: what each has got of the model, as `placement` tells. cancelled: whether a party has
-            asked for the end of a running job.
+        results: digests of sealed results, by kind. queries: prompts answered so far. counted: digests of the
+            questions that were counted last, see `Book.count_query`. answering: seconds that the job has stood still
+            for queries of others. starts: since the last checkpoint. workers: what each has got of the model, as
+            `placement` tells. cancelled: whether a party has asked for the end of a running job.
         named: how many workers the job names.
         ended: Unix second. fetched: "role kind" of results that were fetched whole.
         retired: its files have made room for others'; nothing but this record is left.
@@ -50,6 +51,8 @@ class Record:
     checkpoint_step: int = 0
     results: dict[str, str] = field(default_factory=dict)
     queries: int = 0
+    counted: str = ""  # one value, not several: see above
+    answering: int = 0
     starts: int = 0
     workers: list[dict[str, Any]] = field(default_factory=list)
     cancelled: bool = False

@@ -4,20 +4,20 @@ import contextlib
 import json
 import os
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 from obfuscatune.errors import (
     BusyError,
     ConsentError,
-    FormatError,
     ObfuscatuneError,
     ProtocolError,
     StorageError,
     UsageError,
 )
+from obfuscatune.parties.channel.server import Parts, Reply
 from obfuscatune.parties.channel.transfer import Piece, serve_piece
 from obfuscatune.parties.identity import PublicIdentity
 from obfuscatune.parties.job import SignedJob
@@ -25,43 +25,12 @@ from obfuscatune.parties.sealed.header import open_file
 from obfuscatune.service.answers import Answers
 from obfuscatune.service.book import Book
 from obfuscatune.service.consent import OWNERS
+from obfuscatune.service.queries import Query, read_prompts, read_settings
 from obfuscatune.service.records import Record
 from obfuscatune.training.completion import Completion
-from obfuscatune.training.data import ROLES, Prompt
 
-MAX_PROMPTS = 256
-MAX_PROMPT_BYTES = 1 << 20
 MAX_WAITING = 4  # queries of one party at a time: each holds a connection and its prompts
-_MAX_TOKENS = 65_536
-
-Reply = tuple[dict[str, Any], bytes]
-
-
-@dataclass
-class Query:
-    """Prompts of a party on their way to the thread that has the model. Secret."""
-
-    job: str
-    party: str
-    prompts: list[Prompt] = field(repr=False)
-    max_new_tokens: int
-    done: threading.Event = field(default_factory=threading.Event, repr=False)
-    completions: list[Completion] = field(default_factory=list, repr=False)
-    error: BaseException | None = field(default=None, repr=False)
-    _taken: bool = field(default=False, repr=False)
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
-
-    def take(self) -> bool:
-        """Return whether it is to be answered, or else dropped: whoever asked waits no longer."""
-        with self._lock:
-            self._taken = True
-            return bool(self.prompts)
-
-    def drop(self) -> None:
-        """Forget the prompts, unless they are being answered."""
-        with self._lock:
-            if not self._taken:
-                self.prompts.clear()
+LOOK_SECONDS = 0.5  # in which a client that has left is noticed, where there is nothing to send
 
 
 class Requests:
@@ -81,7 +50,7 @@ class Requests:
         self._lock = threading.Lock()  # of the two below
         self._waiting: Counter[str] = Counter()
         self._fetched: set[tuple[str, str, str]] = set()
-        self._operations: dict[str, Callable[[PublicIdentity, dict[str, Any], bytes], Reply]] = {
+        self._operations: dict[str, Callable[[PublicIdentity, dict[str, Any], bytes], Reply | Parts]] = {
             "submit": self._submit,
             "resume_upload": self._resume_upload,
             "upload": self._upload,
@@ -94,8 +63,8 @@ class Requests:
             "delete": self._delete,
         }
 
-    def handle(self, party: PublicIdentity, fields: dict[str, Any], payload: bytes) -> Reply:
-        """Answer one request.
+    def handle(self, party: PublicIdentity, fields: dict[str, Any], payload: bytes) -> Reply | Parts:
+        """Answer one request; a query in parts, of which all but the last are there only where it wants a stream.
 
         Raises:
             ObfuscatuneError: what the party is told: no content, and nothing of jobs that are not its own.
@@ -171,6 +140,7 @@ class Requests:
             "missing": self._book.missing(digest) if record.status == "waiting" else {},
             "results": self._book.results_for(digest, party.fingerprint),
             "queries": record.queries,
+            "answering": record.answering,
             "workers": [{**part, "operator": operators.get(part["worker"], "")} for part in record.workers],
         }
 
@@ -214,26 +184,41 @@ class Requests:
         head, lines = self._book.committed_log(start)
         return {"head": head}, lines
 
-    def _generate(self, party: PublicIdentity, fields: dict[str, Any], payload: bytes) -> Reply:
-        digest, tokens, wait = self._own(party, fields)[0], fields.get("max_new_tokens"), fields.get("wait", self._wait)
-        if type(tokens) is not int or not 1 <= tokens <= _MAX_TOKENS:
-            raise UsageError("max_new_tokens", expected=f"1 to {_MAX_TOKENS}")
+    def _generate(self, party: PublicIdentity, fields: dict[str, Any], payload: bytes) -> Reply | Parts:
+        digest, wait, streaming = self._own(party, fields)[0], fields.get("wait", self._wait), fields.get("stream", 0)
+        chosen = read_settings(fields)
         if type(wait) not in (int, float) or not 0 < wait < float("inf"):
             raise UsageError("wait", expected="seconds for which the client stays")
-        query = Query(digest, party.fingerprint, _prompts(payload), tokens)
-        known = self._answers.get(digest, party.fingerprint, query.prompts, tokens)
-        self._book.check_query(digest, party.fingerprint, 0 if known is not None else len(query.prompts), tokens)
-        if known is not None:
-            return _reply(known)
-        with self._place(party.fingerprint):
+        if type(streaming) is not int or streaming not in (0, 1):
+            raise UsageError("stream", expected="0 or 1")
+        query = Query(digest, party.fingerprint, read_prompts(payload), chosen, bool(streaming))
+        if streaming and len(query.prompts) > 1:
+            raise UsageError("a stream of several prompts", got=len(query.prompts), expected=1)
+        known, asked = self._answers.get(query.question), (len(query.prompts), chosen.longest, query.question)
+        self._book.check_query(digest, party.fingerprint, *((0, chosen.longest) if known is not None else asked))
+        return _reply(query, known) if known is not None else self._parts(query, min(wait, self._wait))
+
+    def _parts(self, query: Query, wait: float) -> Parts:
+        """Hand a query over, and yield what there is of its answer; one whose client leaves is given up."""
+        until = time.monotonic() + wait
+        with self._place(query.party):
             self._ask(query)
-            answered = query.done.wait(min(wait, self._wait))
+            try:
+                while not query.done and (rest := until - time.monotonic()) > 0:
+                    found = query.next(min(LOOK_SECONDS, rest))
+                    if found is not None:
+                        yield {"tokens": found[1]}, found[0].encode()
+                    elif not query.done:
+                        yield None
+            except GeneratorExit:
+                query.leave()
+                raise
             query.drop()
-        if not answered:
+        if not query.done:
             raise BusyError("the enclave is busy", hint="ask again when the running job is done")
         if query.error is not None:
             raise _told(query.error)
-        return _reply(query.completions)
+        return _reply(query, query.completions)
 
     @contextlib.contextmanager
     def _place(self, party: str) -> Iterator[None]:
@@ -259,6 +244,8 @@ def _told(error: BaseException) -> ObfuscatuneError:
 
     What is said of a prompt, by its number, and of consent is this party's own business.
     """
+    if isinstance(error, BusyError):
+        return error
     if isinstance(error, StorageError):
         return BusyError("the enclave's disk is full", hint="ask again when its operator has made room")
     of_prompt = isinstance(error, UsageError) and (error.where or "").startswith("prompt ")
@@ -267,50 +254,14 @@ def _told(error: BaseException) -> ObfuscatuneError:
     return ObfuscatuneError("the query failed in the enclave", got=type(error).__name__)
 
 
-def _reply(completions: list[Completion]) -> Reply:
-    """Return the texts, and in the fields what is counted of each."""
+def _reply(query: Query, completions: list[Completion]) -> Reply:
+    """Return the texts, and in the fields what is counted of each; of a stream the rest of its text."""
     fields = {
         "prompt_tokens": [completion.prompt_tokens for completion in completions],
         "completion_tokens": [completion.tokens for completion in completions],
         "ended": [int(completion.ended) for completion in completions],
     }
-    return fields, json.dumps([completion.text for completion in completions], ensure_ascii=False).encode()
-
-
-def _prompts(payload: bytes) -> list[Prompt]:
-    """Return the prompts of a query: a JSON list of texts, or of lists of messages with a role and a content."""
-    problem: FormatError | None = None
-    if len(payload) > MAX_PROMPT_BYTES:
-        raise FormatError("prompts are too long", got=f"{len(payload)} bytes", expected=f"at most {MAX_PROMPT_BYTES}")
-    prompts: Any = None
-    try:
-        prompts = json.loads(payload.decode("utf-8"))
-    except (ValueError, RecursionError):
-        problem = FormatError("prompts are not JSON")
-    if problem is not None:  # outside the handler: the decoder's exception holds the text
-        raise problem
-    fits = isinstance(prompts, list) and 1 <= len(prompts) <= MAX_PROMPTS
-    found = [_prompt(prompt) for prompt in prompts] if fits else []
-    if not found or None in found:
-        raise FormatError("not a list of prompts", expected=f"1 to {MAX_PROMPTS} texts, or lists of messages")
-    return [prompt for prompt in found if prompt is not None]
-
-
-def _prompt(value: Any) -> Prompt | None:
-    if _is_text(value):
-        return str(value)
-    if not isinstance(value, list) or not value:
-        return None
-    turns = []
-    for message in value:
-        if not isinstance(message, dict) or set(message) != {"role", "content"} or message["role"] not in ROLES:
-            return None
-        if not _is_text(message["content"]):
-            return None
-        turns.append((message["role"], message["content"]))
-    return tuple(turns)
-
-
-def _is_text(value: Any) -> bool:
-    """Whether it is a text with something in it, and no half of a surrogate pair, which no tokenizer takes."""
-    return isinstance(value, str) and bool(value.strip()) and not any("\ud800" <= char <= "\udfff" for char in value)
+    texts = [completion.text for completion in completions]
+    if query.streaming:
+        return fields, "".join(texts)[query.sent :].encode()
+    return fields, json.dumps(texts, ensure_ascii=False).encode()

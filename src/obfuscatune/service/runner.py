@@ -24,19 +24,23 @@ from obfuscatune.parties.identity import Identity, PublicIdentity
 from obfuscatune.parties.job import Job, SignedJob
 from obfuscatune.parties.sealed.archive import SealedArchive, seal_files
 from obfuscatune.parties.sealed.fields import Kind
+from obfuscatune.parties.sealed.header import read_header
 from obfuscatune.parties.sealed.reader import SealedReader
 from obfuscatune.parties.terms import Terms
+from obfuscatune.service.generation import Enough, Row, compute
+from obfuscatune.service.memory import require_memory
 from obfuscatune.service.model import open_model
 from obfuscatune.service.placement import Placed, Workers, placed
+from obfuscatune.service.queries import Query
 from obfuscatune.service.results import complete_prompts, named, training_report
 from obfuscatune.service.scratch import ram_directory
 from obfuscatune.service.store import Store
 from obfuscatune.training.arguments import add_adapter, training_arguments
 from obfuscatune.training.chat import spells_special
 from obfuscatune.training.checkpoints import load_checkpoint, save_adapter
-from obfuscatune.training.completion import Completion, prompt_ids
+from obfuscatune.training.completion import prompt_ids, stop_tokens
 from obfuscatune.training.data import Prompt, completed_row, read_prompts, read_rows
-from obfuscatune.training.encoding import Collator, encode_rows
+from obfuscatune.training.encoding import Collator, encode_rows, vocabulary_of
 from obfuscatune.training.origin import check_origin
 from obfuscatune.training.trainer import ProtectedTrainer
 
@@ -50,21 +54,25 @@ class Hooks:
     """Whom the runner tells: ``progress(step, steps)``, ``checkpoint(step, digest)``, and what each worker has got.
 
     ``store(act)`` returns what ``act`` does, which writes a sealed file: it may wait until the disk has room.
+    ``between()`` is called where the job can stand still for the queries of others, which it lets be answered; it
+    returns the seconds of this so far.
     """
 
     progress: Callable[[int, int], None]
     checkpoint: Callable[[int, str], None]
     placed: Callable[[Sequence[Placed]], None]
     store: Callable[[Callable[[], str]], str] = lambda act: act()
+    between: Callable[[], float] = lambda: 0.0
 
 
 class Runner:
-    """Runs jobs one at a time, in the thread that calls it, and keeps the last model for queries.
+    """Runs jobs one at a time, in the thread that calls it, and keeps one model for queries, beside the job too.
 
     Args:
         identity: the enclave's. store: of the sealed files. workers: whom the operator offers. timeout: seconds for
             each of a worker's replies. worker_identity: by which a ``tls://`` worker knows the enclave, its own by
-            default. insecure: as of `protect`.
+            default. insecure: as of `protect`. former: of enclaves that have handed over to this one: they open what
+            was sealed to those.
     """
 
     def __init__(
@@ -76,12 +84,15 @@ class Runner:
         timeout: float = 600.0,
         worker_identity: Identity | None = None,
         insecure: bool = False,
+        former: Sequence[Identity] = (),
     ) -> None:
+        self._former = {each.public.fingerprint: each for each in former}
         self._identity, self._store, self._workers, self._timeout = identity, store, workers, timeout
         self._worker_identity, self._insecure = worker_identity or identity, insecure
         self._alive: contextlib.ExitStack | None = None
         self._loaded: tuple[str, Protected, Any] | None = None  # job, model, tokenizer
         self._write = Hooks.store
+        self._running = False
 
     def run(self, signed: SignedJob, checkpoint: str | None, hooks: Hooks) -> dict[str, str]:
         """Train, complete the job's prompts, and return the digests of the sealed results by kind.
@@ -94,49 +105,71 @@ class Runner:
             ConsentError: more prompts than the provider's terms allow.
         """
         job, self._write = signed.job, hooks.store
-        with self._open(job, checkpoint) as (protected, tokenizer, ram, keep):
+        self.close()  # a job is not refused memory for the sake of queries; they are, see `_opened`
+        with self._runs(), self._open(job, checkpoint) as (protected, tokenizer, ram, keep):
             hooks.placed(placed(job, protected.links))
             prompts = self._prompts(job, ram)  # now, because their fault should not cost a training
             prompt_ids(protected.model.config, tokenizer, named(prompts), job.max_new_tokens)
             history = self._train(job, protected, tokenizer, ram, hooks)
             protected.model.eval()
             results = {"adapter": self._seal_adapter(signed, protected, ram)}
-            results["report"] = self._seal_report(signed, history, placed(job, protected.links))
+            results["report"] = self._seal_report(signed, history, placed(job, protected.links), hooks.between())
             if job.prompts is not None:
-                results["output"] = self._seal_generations(signed, protected, tokenizer, prompts)
+                results["output"] = self._seal_generations(signed, protected, tokenizer, prompts, hooks.between)
             if job.queries_by:
                 keep()
         return results
 
-    def check(self, signed: SignedJob, adapter: str, prompts: Sequence[Prompt], max_new_tokens: int) -> None:
-        """Load the trained model of a job that is done, unless it is there, and check that it takes the prompts.
+    def check(self, signed: SignedJob, adapter: str, query: Query) -> list[Row]:
+        """Load the trained model of a job that is done, unless it is there, and return the rows of a query that fits.
 
-        Nothing is computed. Raises as :meth:`run`, and UsageError for a prompt, after which the model is still there.
+        Nothing is computed. Raises as :meth:`run`, BusyError where the model does not fit beside a job that runs, and
+        UsageError for a prompt, after which the model is still there.
         """
         protected, tokenizer = self._opened(signed, adapter)
-        for where, prompt in named(prompts):
+        prompts = named(query.prompts)
+        if (query.streaming or query.settings.stop) and not tokenizer.is_fast:
+            got = type(tokenizer).__name__
+            raise UsageError("the tokenizer can neither stream nor stop at texts", got=got, where="prompt 1")
+        for where, prompt in prompts:
             if not isinstance(prompt, str) and spells_special(tokenizer, prompt) is not None:
                 raise UsageError("a message spells a special token", where=where)
-        prompt_ids(protected.model.config, tokenizer, named(prompts), max_new_tokens)
+        ids = prompt_ids(protected.model.config, tokenizer, prompts, query.settings.longest)
+        return [Row(query, where, row, tokenizer) for (where, _), row in zip(prompts, ids, strict=True)]
 
-    def answer(
-        self, signed: SignedJob, adapter: str, prompts: Sequence[Prompt], max_new_tokens: int
-    ) -> list[Completion]:
-        """Complete prompts that were checked, with the trained model of a job that is done. Raises as :meth:`run`.
+    def answer(self, signed: SignedJob, adapter: str, rows: Sequence[Row], enough: Enough) -> None:
+        """Compute one round of rows that were checked, with the trained model of a job that is done.
 
-        The model stays, whatever a query does. Where the worker has gone since it was opened, it is opened once more.
+        The model stays, whatever a query does. Where the worker has gone since it was opened, it is opened once more,
+        and the rows go on with what they have. Raises as :meth:`run`.
         """
-        protected, tokenizer = self._opened(signed, adapter)
+        for last in (False, True):
+            protected, tokenizer = self._opened(signed, adapter)
+            live = [row for row in rows if not row.done]
+            try:
+                if live:
+                    ends = stop_tokens(protected.model, tokenizer)
+                    compute(protected.model, tokenizer, live, ends, enough)
+                return
+            except (WorkerFault, UsageError):  # the second where the session had ended before
+                if last:
+                    raise
+                self.close()
+
+    @contextlib.contextmanager
+    def _runs(self) -> Iterator[None]:
+        self._running = True
         try:
-            return complete_prompts(protected, tokenizer, prompts, max_new_tokens)
-        except (WorkerFault, UsageError):  # the second where the session had ended before
-            self.close()
-        protected, tokenizer = self._opened(signed, adapter)
-        return complete_prompts(protected, tokenizer, prompts, max_new_tokens)
+            yield
+        finally:
+            self._running = False
 
     def _opened(self, signed: SignedJob, adapter: str) -> tuple[Protected, Any]:
         """Return the model of a job and its tokenizer, opened if it is not."""
         if self._loaded is None or self._loaded[0] != signed.job.digest:
+            self.close()
+            if self._running:
+                self._require_memory(signed.job)
             with self._open(signed.job, None, adapter) as (_, _, _, keep):
                 keep()
         if self._loaded is None:
@@ -161,7 +194,6 @@ class Runner:
         self, job: Job, checkpoint: str | None, adapter: str | None = None
     ) -> Iterator[tuple[Protected, Any, Path, Callable[[], None]]]:
         """Yield the protected model with its LoRA, the tokenizer, a directory in memory, and how to keep the model."""
-        self.close()
         profile = job.resolved
         workers = self._workers.of(job)
         with contextlib.ExitStack() as stack:
@@ -184,19 +216,30 @@ class Runner:
                     timeout=self._timeout,
                     identity=self._worker_identity,
                     insecure=self._insecure,
+                    # The place may be that of the job that runs, which stands still meanwhile.
+                    queue=not self._running or adapter is None,
                     secret=secret,
                 )
             )
             reader.close()
 
             def keep() -> None:
+                self.close()
                 self._alive, self._loaded = stack.pop_all(), (job.digest, protected, opened.tokenizer)
 
             yield protected, opened.tokenizer, ram, keep
 
+    def _require_memory(self, job: Job) -> None:
+        with self._reader(job.model, "model") as reader:
+            weights = reader.payload_bytes
+        require_memory(weights, self._workers.of(job), remote=job.resolved.remote)
+
     def _reader(self, digest: str, kind: Kind) -> SealedReader:
         """Open a sealed input; the disk may have changed since it was agreed to."""
-        reader = SealedReader(self._store.path(digest), self._identity)
+        path = self._store.path(digest)
+        names = [recipient.fingerprint for recipient in read_header(path).header.recipients] if self._former else []
+        former = next((self._former[name] for name in names if name in self._former), self._identity)
+        reader = SealedReader(path, self._identity if self._identity.public.fingerprint in names else former)
         if reader.digest != digest or reader.header.kind != kind:
             reader.close()
             raise SealError("a sealed file was exchanged on the disk", got=reader.digest, expected=digest)
@@ -259,9 +302,10 @@ class Runner:
     def _train(self, job: Job, protected: Protected, tokenizer: Any, ram: Path, hooks: Hooks) -> list[dict[str, Any]]:
         """Train, and return the Trainer's log: losses, and evaluations where rows are held out."""
         settings = job.settings
-        positions = getattr(protected.model.config, "max_position_embeddings", settings.max_length)
+        config: Any = protected.model.config
+        positions = getattr(config, "max_position_embeddings", settings.max_length)
         rows, held_out = [
-            None if path is None else _encoded(path, tokenizer, min(settings.max_length, positions))
+            None if path is None else _encoded(path, tokenizer, min(settings.max_length, positions), config)
             for path in self._rows(job.data, "data", ram)
         ]
         found = sorted((ram / "run").glob("checkpoint-*"))
@@ -296,18 +340,26 @@ class Runner:
         return self._seal("adapter", _files(path), [*recipients, self._identity.public])
 
     def _seal_generations(
-        self, signed: SignedJob, protected: Protected, tokenizer: Any, prompts: Sequence[Prompt]
+        self,
+        signed: SignedJob,
+        protected: Protected,
+        tokenizer: Any,
+        prompts: Sequence[Prompt],
+        between: Callable[[], Any],
     ) -> str:
         job = signed.job
-        completions = [each.text for each in complete_prompts(protected, tokenizer, prompts, job.max_new_tokens)]
+        found = complete_prompts(protected, tokenizer, prompts, job.max_new_tokens, between)
+        completions = [each.text for each in found]
         rows = [completed_row(prompt, text) for prompt, text in zip(prompts, completions, strict=True)]
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         recipients = _parties(signed, job.generations_to) or [self._identity.public]
         return self._seal("output", {"generations.jsonl": lines.encode()}, recipients)
 
-    def _seal_report(self, signed: SignedJob, history: list[dict[str, Any]], parts: Sequence[Placed]) -> str:
+    def _seal_report(
+        self, signed: SignedJob, history: list[dict[str, Any]], parts: Sequence[Placed], waited: float
+    ) -> str:
         """Seal what tells whether the training worked to the owner alone: losses tell of the data."""
-        report = training_report(signed.job, history, parts)
+        report = training_report(signed.job, history, parts, waited)
         return self._seal("report", {"report.json": report}, _parties(signed, ["owner"]))
 
     def _seal(self, kind: Kind, files: dict[str, Path | bytes], recipients: list[PublicIdentity]) -> str:
@@ -331,7 +383,7 @@ def _check_targets(job: Job, config: Any) -> None:
 
 
 class _SealCheckpoints(TrainerCallback):
-    """Seals each checkpoint that the Trainer has written into memory, and removes it there."""
+    """Seals each checkpoint that the Trainer has written into memory, and removes it there; tells of each step."""
 
     def __init__(self, seal: Callable[[Path], str], hooks: Hooks) -> None:
         self._seal, self._hooks = seal, hooks
@@ -341,6 +393,13 @@ class _SealCheckpoints(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         self._hooks.progress(state.global_step, state.max_steps)
+        self._hooks.between()
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        self._hooks.between()
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        self._hooks.between()
 
     def on_save(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         path = Path(args.output_dir) / f"checkpoint-{state.global_step}"
@@ -351,9 +410,9 @@ class _SealCheckpoints(TrainerCallback):
         self._hooks.checkpoint(state.global_step, digest)
 
 
-def _encoded(path: Path, tokenizer: Any, max_length: int) -> Any:
+def _encoded(path: Path, tokenizer: Any, max_length: int, config: Any) -> Any:
     """The rows of a file in memory, which is removed."""
-    rows, _ = encode_rows(read_rows(path), tokenizer, max_length)
+    rows, _ = encode_rows(read_rows(path), tokenizer, max_length, vocabulary=vocabulary_of(config))
     path.unlink()
     return rows
 

@@ -5,8 +5,6 @@ directory/log.jsonl       the audit log                                no conten
 directory/store/          inputs, checkpoints, results                 sealed to their recipients
 """
 
-import collections
-import functools
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -14,28 +12,32 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from obfuscatune.durable import write_new
-from obfuscatune.errors import ConsentError, UsageError
+from obfuscatune.errors import ConsentError, StorageError, UsageError
 from obfuscatune.parties.attestation.platform import Platform
 from obfuscatune.parties.canonical import encode
 from obfuscatune.parties.channel.server import AttestedServer
 from obfuscatune.parties.identity import Identity, PublicIdentity
-from obfuscatune.parties.succession import load_successions, successors
+from obfuscatune.service.answering import STOPS, Answering
 from obfuscatune.service.answers import Answers
 from obfuscatune.service.book import Book
+from obfuscatune.service.escrow import Escrow
 from obfuscatune.service.log import AuditLog
+from obfuscatune.service.members import Members
+from obfuscatune.service.membership import MemberRequests
 from obfuscatune.service.patience import Patience, Stopped
 from obfuscatune.service.placement import Workers
-from obfuscatune.service.requests import Query, Requests
+from obfuscatune.service.requests import Requests
 from obfuscatune.service.runner import RAM_PREFIX, Hooks, Runner
 from obfuscatune.service.scratch import ram_directory
 from obfuscatune.service.state import State
 from obfuscatune.service.store import Store
-from obfuscatune.training.completion import Completion
+from obfuscatune.service.takeover import wait_for_hand_over
+from obfuscatune.service.turns import Turns
 
 logger = logging.getLogger(__name__)
 QUERY_SECONDS = 600.0
-# What ends the service. A panic in a tokenizer's Rust is no Exception, and a party's file can make one.
-_STOPS = (SystemExit, KeyboardInterrupt)
+LEAVING_SECONDS = 20.0  # for queries that are being answered when the operator stops the enclave
+_DRAINING_SECONDS = 2.0  # for replies to get to their parties
 
 
 class Service:
@@ -49,35 +51,41 @@ class Service:
         self, book: Book, runner: Runner, server_of: Callable[[Requests], AttestedServer], *, max_file_bytes: int
     ) -> None:
         self._book, self._runner = book, runner
-        self._queries: collections.deque[Query] = collections.deque()
         self._stopped = False
         self._patiently = Patience(book, lambda: self._stopped)
-        self._answers = Answers()
-        requests = Requests(book, self._ask, self._answers, wait=QUERY_SECONDS, max_file_bytes=max_file_bytes)
+        answers = Answers()
+        self._answering = Answering(book, runner, answers, self._patiently, lambda: self._stopped)
+        requests = Requests(book, self._answering.add, answers, wait=QUERY_SECONDS, max_file_bytes=max_file_bytes)
         self._server = server_of(requests)
         self.address, self.identity = self._server.address, book.state.identity.public
         self._thread = threading.Thread(target=self._server.serve_forever, name="channel", daemon=True)
 
     def work(self) -> None:
-        """Serve, and run what is queued, one after the other; queries go before jobs."""
+        """Serve, and run what is queued, one after the other; queries have turns within jobs too."""
         self._thread.start()
         try:
             while True:
                 with self._book.changed:
-                    while not (self._stopped or self._queries or self._book.has_queued() or self._holds_deleted()):
+                    while not (
+                        self._stopped or self._answering.wanted or self._book.has_queued() or self._holds_deleted()
+                    ):
                         self._book.changed.wait()
                     if self._stopped:
                         return
-                    deleted = self._holds_deleted()
-                    query = self._queries.popleft() if self._queries and not deleted else None
-                if deleted:
-                    self._runner.close()
-                elif query is not None:
-                    self._answer(query)
-                elif (digest := self._patiently(self._book.next)) is not None:
-                    self._run(digest)
+                self._forget_deleted()
+                self._answering.turn()
+                if not self._stopped and (digest := self._patiently(self._book.next)) is not None:
+                    self._run_unless_handed_over(digest)
         except Stopped:
             return
+
+    def _run_unless_handed_over(self, digest: str) -> None:
+        try:
+            self._run(digest)
+        except ConsentError:
+            if not self._book.state.handed:
+                raise
+            self._runner.close()
 
     def stop(self) -> None:
         """Let :meth:`work` return when what it does is done."""
@@ -85,79 +93,76 @@ class Service:
             self._stopped = True
             self._book.changed.notify_all()
 
+    def leave(self) -> None:
+        """End the process, once the queries that are being computed are answered; a job goes on at the next start.
+
+        For a handler of signals, in the main thread. Raises SystemExit, here or where it may; a second time at once.
+        """
+        self._stopped = True
+        if not self._answering.hurry(LEAVING_SECONDS):
+            raise SystemExit(0)
+
     def close(self) -> None:
         """Stop listening and forget the model. What was committed is on the disk."""
+        self._answering.close()
+        self._server.drain(_DRAINING_SECONDS)
         self._server.close()
         self._runner.close()
+
+    def expel(self, parties: frozenset[str]) -> None:
+        """End the connections, queries and jobs of identities that are members no more."""
+        for party in parties:
+            self._server.expel(party)
+        self._answering.expel(parties)
+        try:
+            self._book.end_jobs_of_who_left()
+        except StorageError as error:  # none of them starts meanwhile, and the next start ends them
+            logger.warning("%s", error)
 
     def _holds_deleted(self) -> bool:
         """Whether the model that is kept for queries is of a job that a party has deleted, or that has made room."""
         return self._runner.kept is not None and self._book.is_gone(self._runner.kept)
 
-    def _ask(self, query: Query) -> None:
-        with self._book.changed:
-            # Without those whose party waits no longer: one that asks and leaves must not fill the memory.
-            self._queries = collections.deque(one for one in self._queries if one.prompts)
-            self._queries.append(query)
-            self._book.changed.notify_all()
-
-    def _answer(self, query: Query) -> None:
-        question = (query.job, query.party, query.prompts, query.max_new_tokens)
-        try:
-            if not query.take():
-                return
-            known = self._answers.get(*question)  # asked twice at once, or answered while whoever asked was away
-            query.completions = self._complete(query) if known is None else known
-            self._answers.put(*question, query.completions)
-        except _STOPS:
-            raise
-        except BaseException as error:  # goes to the party that asked; the service goes on, and with it the model
-            query.error = error
-        finally:
-            query.done.set()
-
-    def _complete(self, query: Query) -> list[Completion]:
-        """Check, count, compute, in this order: a prompt that is refused costs nothing, and no crash gives any away."""
-        asked = (query.job, query.party, len(query.prompts), query.max_new_tokens)
-        self._book.check_query(*asked)
-        adapter = self._book.record(query.job).results["adapter"]
-        self._runner.check(self._book.signed(query.job), adapter, query.prompts, query.max_new_tokens)
-        self._book.count_query(*asked)
-        try:
-            return self._runner.answer(self._book.signed(query.job), adapter, query.prompts, query.max_new_tokens)
-        except _STOPS:
-            raise
-        except BaseException:
-            self._patiently(lambda: self._book.query_failed(query.job, query.party, len(query.prompts)))
-            raise
+    def _forget_deleted(self) -> None:
+        if self._holds_deleted():
+            self._runner.close()
 
     def _run(self, digest: str) -> None:
         book, patiently = self._book, self._patiently
 
+        def turn(seconds: float) -> None:
+            self._forget_deleted()
+            self._answering.turn(seconds)
+
+        turns = Turns(turn, lambda: self._answering.wanted)
+
         def progress(step: int, steps: int) -> None:
-            book.progress(digest, step, steps)
+            book.progress(digest, step, steps, turns.seconds)
             if book.is_cancelled(digest):
                 raise ConsentError("a party has cancelled the job")
+            if book.state.handed:
+                raise ConsentError("the enclave was handed over")
 
         hooks = Hooks(
             progress=progress,
             checkpoint=lambda step, file: patiently(lambda: book.checkpointed(digest, step, file), digest),
             placed=lambda parts: patiently(lambda: book.placed(digest, [part.to_dict() for part in parts]), digest),
             store=lambda act: patiently(act, digest),
+            between=turns,
         )
         logger.info("job %s starts", digest[:16])
         try:
             results = self._runner.run(book.signed(digest), book.record(digest).checkpoint, hooks)
-        except _STOPS:
+        except STOPS:
             raise
         except BaseException as error:  # the job has failed, not the service
             logger.warning("job %s failed: %s", digest[:16], type(error).__name__)
             failure = error
-            patiently(lambda: book.failed(digest, failure))
-            self._runner.close()
+            if not book.state.handed:  # else it goes on elsewhere, from its last checkpoint
+                patiently(lambda: book.failed(digest, failure))
         else:
             patiently(lambda: book.finished(digest, results), digest)
-            if book.is_cancelled(digest):
+            if book.is_cancelled(digest) and self._runner.kept == digest:
                 self._runner.close()
             logger.info("job %s is %s", digest[:16], book.record(digest).status)
 
@@ -169,22 +174,28 @@ def open_service(
     *,
     listen: str,
     parties: Path,
+    operator: PublicIdentity | None = None,
     worker: str | Sequence[str],
     timeout: float = 600.0,
     worker_identity: Identity | None = None,
     insecure: bool = False,
     max_connections: int = 512,
     max_store_bytes: int = 1 << 40,
+    waiting: Callable[[str], None] | None = None,
+    escrow: bool = False,
 ) -> Iterator[Service]:
     """Yield a service on the state of ``directory``, not working yet.
 
     Args:
         directory: of state, log and store; on any disk. platform: the TEE. listen: ``tls://HOST:PORT``.
-        parties: directory of the ``.pub`` files of who may connect; read anew for each connection.
+        parties: directory of the ``.pub`` files of who may connect at first, see `members`. operator: who runs it,
+            without whose signature nobody is admitted later.
         worker: one or several, as of `protect`; those at ``tls://`` are known by their identities, which jobs can name.
         timeout, insecure: as of `protect`. worker_identity: what the worker knows the enclave by; default: the
             enclave's own, whose public half is written to ``directory/enclave.pub`` for it.
         max_connections: as of `AttestedServer`. max_store_bytes: that uploads may take.
+        escrow: keep the state of a platform without a sealing key on the disk, under a key of all parties.
+        waiting: given, it takes over the state of another enclave first, and calls this with where it waits for it.
 
     Raises:
         RollbackError, SealError: a state that is not the last one, or not of this code on this platform.
@@ -194,16 +205,21 @@ def open_service(
         parties.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError("cannot make the directory of parties", got=error.strerror, where=str(parties)) from None
-    if not load_parties(parties):
-        logger.warning("nobody may connect yet: put the parties' NAME.pub files into %s", parties)
     workers = Workers.parse([worker] if isinstance(worker, str) else worker, insecure=insecure)
     with ram_directory(RAM_PREFIX):
         pass  # removes what an enclave that was killed has left in memory
     with State.open(directory, platform) as state:
+        if waiting is not None:
+            wait_for_hand_over(
+                state, directory, platform, listen=listen, parties=parties, operator=operator, waiting=waiting
+            )
         log = AuditLog.open(directory / "log.jsonl", state.log_head, state.log_length)
-        known = functools.partial(fingerprints, parties)
-        store = Store(directory / "store", max_store_bytes, known)
-        book = Book(state, log, store, known, ended=lambda: ended(parties))
+        members = Members(state, parties, operator)
+        store = Store(directory / "store", max_store_bytes, members.parties)
+        book = Book(state, log, store, members.parties, ended=members.strangers, left=members.left)
+        members.note = book.note
+        if escrow and state.in_memory:
+            book.committed = Escrow(state, directory).write
         runner = Runner(
             state.identity,
             book.store,
@@ -211,6 +227,7 @@ def open_service(
             timeout=timeout,
             insecure=insecure,
             worker_identity=worker_identity,
+            former=state.former_identities,
         )
         _publish(state.identity.public, directory / "enclave.pub")
 
@@ -219,15 +236,29 @@ def open_service(
                 listen,
                 identity=state.identity,
                 attester=platform.attester,
-                allow=lambda client: client in load_parties(parties),
-                handle=requests.handle,
+                allow=members.allows,
+                handle=MemberRequests(members, book, requests.handle, simulated=platform.simulated).handle,
                 idle_timeout=QUERY_SECONDS,
                 max_connections=max_connections,
+                members=members.told,
             )
 
         service = Service(book, runner, server_of, max_file_bytes=max_store_bytes)
+        members.removed = service.expel
         try:
-            book.note("enclave-started", simulated=int(platform.simulated), dropped=log.dropped_bytes)
+            if not members.current:
+                logger.warning("nobody may connect yet: put the parties' NAME.pub files into %s", parties)
+            if state.handed:
+                logger.warning("the state was handed over to %s: nothing is done here any more", state.handed["to"])
+            else:
+                book.note(
+                    "enclave-started",
+                    simulated=int(platform.simulated),
+                    dropped=log.dropped_bytes,
+                    enclave=state.identity.public.fingerprint,
+                    former=len(state.former),
+                    **({} if members.founded is None else {"members": members.founded.digest}),
+                )
             yield service
         finally:
             service.close()
@@ -241,33 +272,3 @@ def _publish(identity: PublicIdentity, path: Path) -> None:
         write_new(path, encode(identity.to_dict()) + b"\n", mode=0o644)
     except OSError as error:
         raise UsageError("cannot write the enclave's identity", got=error.strerror, where=str(path)) from None
-
-
-def fingerprints(directory: Path) -> list[str]:
-    """Return the fingerprints of all who may connect: who shares the room."""
-    return [party.fingerprint for party in load_parties(directory)]
-
-
-def load_parties(directory: Path) -> list[PublicIdentity]:
-    """Return the identities of a directory's ``.pub`` files, without those that have ended, and their successors.
-
-    Raises:
-        UsageError: it cannot be read. FormatError: a file in it that is none. SealError: a forged succession.
-    """
-    if not directory.is_dir():
-        raise UsageError("no such directory of parties", where=str(directory), hint="put their NAME.pub files there")
-    ends = successors(load_successions(directory))
-    found: list[PublicIdentity] = []
-    for path in sorted(directory.glob("*.pub")):
-        current: PublicIdentity | None = PublicIdentity.load(path)
-        for _ in range(len(ends)):  # a chain of successions, which may be a circle
-            if current is not None:
-                current = ends.get(current.fingerprint, current)
-        if current is not None and current.fingerprint not in ends and current not in found:
-            found.append(current)
-    return found
-
-
-def ended(directory: Path) -> frozenset[str]:
-    """Return the fingerprints of the identities that have ended; raises as `load_parties`."""
-    return frozenset(each.identity.fingerprint for each in load_successions(directory))

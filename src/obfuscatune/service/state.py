@@ -2,11 +2,12 @@
 
 One file, ``state.sealed``:
 
-    "obfuscatune enclave state 2" || 0x00 || version (8 bytes, big endian) || nonce (12) || AES-256-GCM
+    "obfuscatune enclave state 3" || 0x00 || version (8 bytes, big endian) || nonce (12) || AES-256-GCM
 
-under HKDF-SHA256(sealing key of the platform, info "obfuscatune enclave state 2"), with magic and version as associated
-data. The plain text is canonical JSON: format, version, identity, jobs, head and length of the audit log. The nonce is
-random and not the version: after a crash the same version is written again with other content.
+under HKDF-SHA256(sealing key of the platform, info "obfuscatune enclave state 3"), with magic and version as associated
+data. The plain text is canonical JSON: format, version, identity, jobs, members, head and length of the audit log, and
+to whom all of it was handed over. The nonce is random and not the version: after a crash the same version is written
+again with other content.
 
 Rollback: each commit writes version n + 1 beside, renames, and only then moves the platform's counter from n to n + 1.
 A state opens where its version is the counter, or one more (the crash came between rename and counter); everything else
@@ -42,7 +43,7 @@ from obfuscatune.parties.canonical import decode, encode
 from obfuscatune.parties.identity import Identity, read_small
 from obfuscatune.service.entries import NO_ENTRIES
 
-FORMAT = "obfuscatune enclave state 2"
+FORMAT = "obfuscatune enclave state 3"
 MAX_BYTES = 16 << 20
 NEW_IDENTITY = (
     "no state is here, though the platform's counter has been used: if there was a state, put it back; otherwise this "
@@ -69,6 +70,9 @@ class State:
         identity: made at the first start, the same ever after.
         jobs: JSON object by job digest; at most 6 levels deep, about 100,000 values in all. Whoever changes it while
             others may commit holds ``lock``.
+        members: the chain of memberships, one canonical text a change; empty while it is open.
+        former: of enclaves that have handed over to this one, oldest first: see `handover`.
+        handed: to whom the state was handed over, and under which statement; empty where it was not.
         log_head: digest of the last entry of the audit log that is committed.
         log_length: number of its entries.
         in_memory: nothing is written, since the platform has no sealing key.
@@ -82,6 +86,9 @@ class State:
         self._unconfirmed = True  # there may be files of a next version that no counter has confirmed
         self.identity: Identity
         self.jobs: dict[str, Any] = {}
+        self.members: list[str] = []
+        self.former: list[dict[str, Any]] = []
+        self.handed: dict[str, str] = {}
         self.log_head, self.log_length = NO_ENTRIES, 0
         self.in_memory = key is None
         self.lock = threading.RLock()
@@ -177,8 +184,36 @@ class State:
         fields = decode(plain, "the enclave's state", max_bytes=MAX_BYTES)
         if fields.get("format") != FORMAT or fields.get("version") != self._version:
             raise FormatError("the enclave's state is of another version", expected=FORMAT, where=str(self._path))
+        self._take(fields)
+
+    @property
+    def former_identities(self) -> list[Identity]:
+        """The identities of enclaves that have handed over to this one: they open what was sealed to those."""
+        found = [base64.b64decode(each["identity"]) for each in self.former]
+        return [Identity.from_bytes(data, "a former identity of the enclave") for data in found]
+
+    @property
+    def fingerprints(self) -> frozenset[str]:
+        """Fingerprints by which jobs may name this enclave."""
+        identities = [self.identity, *self.former_identities]
+        return frozenset(identity.public.fingerprint for identity in identities)
+
+    def fields(self) -> dict[str, Any]:
+        """Return all of it but version and format. Secret: what an enclave hands over."""
+        return {
+            "former": self.former,
+            "handed": self.handed,
+            "identity": base64.b64encode(self.identity.to_bytes()).decode(),
+            "jobs": self.jobs,
+            "log_head": self.log_head,
+            "log_length": self.log_length,
+            "members": self.members,
+        }
+
+    def _take(self, fields: dict[str, Any]) -> None:
         self.identity = Identity.from_bytes(base64.b64decode(fields["identity"]), "the enclave's identity")
         self.jobs, self.log_head, self.log_length = fields["jobs"], fields["log_head"], fields["log_length"]
+        self.members, self.handed, self.former = fields["members"], fields["handed"], fields["former"]
 
     def _check_version(self, version: int) -> None:
         self._version = version
@@ -202,10 +237,7 @@ class State:
         fields = {
             "format": FORMAT,
             "version": version,
-            "identity": base64.b64encode(self.identity.to_bytes()).decode(),
-            "jobs": self.jobs,
-            "log_head": self.log_head,
-            "log_length": self.log_length,
+            **self.fields(),
         }
         plain = encode(fields)
         if len(plain) > MAX_BYTES:

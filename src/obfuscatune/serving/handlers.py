@@ -28,6 +28,7 @@ from obfuscatune.serving.row import Row
 from obfuscatune.serving.sampling import Settings
 from obfuscatune.serving.text import Text
 from obfuscatune.training.chat import prompt_tokens, spells_special
+from obfuscatune.training.encoding import check_embedded, vocabulary_of
 
 
 class Served(Protocol):
@@ -76,6 +77,11 @@ class Manager(BaseGenerateManager):
     @property
     def failure(self) -> Refusal | None:
         """Why the request failed, once it has."""
+        return None
+
+    @property
+    def prompt_tokens(self) -> int | None:
+        """How many tokens the prompt has, where transformers' handlers do not see them."""
         return None
 
     @abstractmethod
@@ -151,6 +157,10 @@ class Generation(Manager):
     def _submit(self, prompt: list[int], settings: Settings, *, streaming: bool) -> Row:
         if not prompt:
             raise Refusal(400, "the prompt has no token", code="invalid_value", param="prompt")
+        try:
+            check_embedded(prompt, vocabulary_of(self._served.model.config), "prompt")
+        except UsageError as error:
+            raise Refusal(400, error.what, code="invalid_value", param="prompt") from None
         positions = self._served.positions
         if positions is not None:
             if len(prompt) >= positions:
@@ -225,13 +235,23 @@ async def _ended(chunks: Any, manager: Manager) -> AsyncIterator[str]:
             # The handlers join what has come meanwhile: pieces may be before an error. In a piece quotes are escaped.
             pieces, error, _ = chunk.partition('data: {"error"')
             if pieces:
-                yield pieces
+                yield pieces if manager.prompt_tokens is None else _counted(pieces, manager.prompt_tokens)
             if error:
                 yield f"data: {json.dumps((manager.failure or Refusal.internal()).body())}\n\n"
                 return
         yield "data: [DONE]\n\n"
     finally:
         manager.end()
+
+
+def _counted(chunk: str, prompt_tokens: int) -> str:
+    """Return a stream's chunk; in the one that has the usage, with so many tokens of the prompt."""
+    if '"usage":{' not in chunk:  # in a text its quotation marks are escaped
+        return chunk
+    content = json.loads(chunk.removeprefix("data: "))
+    usage = content["usage"]
+    usage |= {"prompt_tokens": prompt_tokens, "total_tokens": prompt_tokens + usage["completion_tokens"]}
+    return f"data: {json.dumps(content, separators=(',', ':'), ensure_ascii=False)}\n\n"
 
 
 @dataclass(frozen=True)

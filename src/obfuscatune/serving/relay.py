@@ -6,7 +6,7 @@ that has changed is met before it hears a word; then the session is over.
 """
 
 import asyncio
-import json
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +16,8 @@ from transformers.cli.serving.utils import _StreamError
 
 from obfuscatune.errors import (
     AttestationError,
+    BusyError,
+    ConnectionClosedError,
     ConsentError,
     ObfuscatuneError,
     ProtocolError,
@@ -30,11 +32,13 @@ from obfuscatune.serving.handlers import ChatHandler, Manager, Offer, TextHandle
 from obfuscatune.serving.limits import Limits
 from obfuscatune.serving.metrics import Metrics
 from obfuscatune.serving.models import NO_FAMILY, Defaults
+from obfuscatune.serving.question import NoCompletionError, Question
 from obfuscatune.serving.refusal import Refusal
 from obfuscatune.serving.sampling import Settings
 
 RENEWAL_SECONDS = 60.0
-_MOST_TOKENS = 1 << 53
+AGAIN_SECONDS = 60.0  # for which a question is asked again whose connection broke
+_PAUSE = 0.5  # seconds before that
 PARALLEL = 4  # queries of one party that an enclave takes at a time
 
 
@@ -90,9 +94,41 @@ class Enclave:
             self._on_fault()
             raise
 
-    async def complete(self, prompt: Any, longest: int) -> tuple[str, int, int, bool]:
-        """Return text, tokens of prompt and completion, and whether it ended by itself; raises Refusal."""
-        fields = {"op": "generate", "max_new_tokens": longest, "wait": self._seconds}
+    def ask(self, question: Question) -> None:
+        """Ask a question, once more with what it has where the connection broke; in a thread of its own.
+
+        The enclave knows a question that is asked again, and counts it once. Raises what it says, and AttestationError.
+        """
+        until, broke = time.monotonic() + min(AGAIN_SECONDS, self._seconds), False
+        while True:
+            try:
+                return self._ask(question)
+            except (ConnectionClosedError, BusyError, UsageError) as error:
+                broke = broke or (isinstance(error, ConnectionClosedError) and question.begun)
+                if not broke or question.given_up or time.monotonic() > until or not _is_away(error):
+                    raise
+            time.sleep(_PAUSE)
+
+    def _ask(self, question: Question) -> None:
+        if self.fault is not None:
+            raise self.fault
+        try:
+            with self._connect() as channel:
+                with self._lock:
+                    self._verdict, self._judged = channel.verdict, time.time()
+                if not question.over(channel):
+                    return
+                fields = {**question.fields, "job": self.job.digest, "wait": self._seconds}
+                # A part for each token, one for the rest, and the counts.
+                parts = channel.stream(fields, question.payload, timeout=self._seconds, most=question.longest + 2)
+                question.take(parts)
+        except AttestationError as error:
+            self.fault = error
+            self._on_fault()
+            raise
+
+    async def complete(self, question: Question) -> None:
+        """Have a question answered, in its turn; one that is given up is no longer computed. Raises Refusal."""
         if self._waiting >= Limits.max_queue:
             raise Refusal(429, f"{self._waiting} requests wait already", code="queue_full", retry_after=5)
         self._waiting += 1
@@ -101,22 +137,17 @@ class Enclave:
         finally:  # a client that leaves while it waits waits no more
             self._waiting -= 1
         self._running += 1
-        # The thread goes on where the client leaves, and has the place until the enclave has answered.
-        work = asyncio.ensure_future(asyncio.to_thread(self.request, fields, json.dumps([prompt]).encode()))
+        work = asyncio.ensure_future(asyncio.to_thread(self.ask, question))
         work.add_done_callback(self._release)
         try:
-            counts, payload = await asyncio.shield(work)
-            texts = json.loads(payload)
-            one = [counts[name][0] for name in ("prompt_tokens", "completion_tokens", "ended")]
-            if not (isinstance(texts, list) and isinstance(texts[0], str) and all(type(n) is int for n in one)):
-                raise TypeError
-            if not (0 <= one[0] < _MOST_TOKENS and 0 <= one[1] <= longest):
-                raise ValueError
-            return texts[0], one[0], one[1], bool(one[2])
+            await asyncio.shield(work)
+        except asyncio.CancelledError:
+            question.give_up()
+            raise
+        except NoCompletionError:
+            raise Refusal(502, "the enclave's reply is no completion", code="bad_gateway") from None
         except ObfuscatuneError as error:
             raise _refusal(error) from None
-        except (ValueError, LookupError, TypeError, RecursionError):
-            raise Refusal(502, "the enclave's reply is no completion", code="bad_gateway") from None
 
     def _release(self, work: "asyncio.Future[Any]") -> None:
         self._running -= 1
@@ -179,60 +210,84 @@ class Prompts:
 
 
 class Relayed(Manager):
-    """One request to an enclave. Its answer comes whole, so a stream of it has one piece."""
+    """One request to an enclave."""
 
     def __init__(self, enclave: Enclave, metrics: Metrics, longest: int) -> None:
         self._enclave, self._metrics, self._longest = enclave, metrics, longest
         self._failure: Refusal | None = None
         self._task: asyncio.Task[None] | None = None
+        self._question: Question | None = None
         self._started = time.monotonic()
-        self.total_tokens = self._prompt_tokens = 0
+        self._first: float | None = None
 
     @property
     def failure(self) -> Refusal | None:
         """Why the request failed, once it has."""
         return self._failure
 
+    @property
+    def total_tokens(self) -> int:
+        """How many tokens the completion has so far."""
+        return 0 if self._question is None else self._question.tokens
+
+    @property
+    def prompt_tokens(self) -> int | None:
+        """How many tokens the prompt has, once the enclave has told."""
+        return None if self._question is None else self._question.prompt_tokens
+
     def stream(self, prompt: Any, settings: Settings) -> tuple["asyncio.Queue[Any]", "Relayed"]:
         """Return the queue of pieces, and this, which counts them."""
         queue: asyncio.Queue[Any] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+
+        def show(piece: str) -> None:
+            self._first = self._first or time.monotonic() - self._started
+            with contextlib.suppress(RuntimeError):  # the loop has ended, and with it whoever waited
+                loop.call_soon_threadsafe(queue.put_nowait, piece)
 
         async def run() -> None:
             try:
-                queue.put_nowait(await self._ask(prompt, settings))
+                await self._ask(prompt, settings, show)
                 queue.put_nowait(None)
-            except Exception as error:  # whatever it is, whoever reads the stream must hear its end
+            except asyncio.CancelledError:
+                raise
+            except BaseException as error:  # whatever it is, a panic of Rust too: the stream's reader must hear its end
                 self._failure = error if isinstance(error, Refusal) else Refusal.internal()
                 queue.put_nowait(_StreamError(self._failure.message))
 
-        _check(settings)
         self._task = asyncio.ensure_future(run())
         return queue, self
 
     async def complete(self, prompt: Any, settings: Settings) -> tuple[str, int, list[int]]:
         """Return text, count of the prompt's tokens, and as many tokens as the answer has; raises Refusal."""
-        _check(settings)
-        text = await self._ask(prompt, settings)
-        return text, self._prompt_tokens, [0] * self.total_tokens
+        question = await self._ask(prompt, settings, None)
+        return question.text, question.prompt_tokens, [0] * question.tokens
 
     def cancel(self) -> None:
-        """Nobody waits any more. What the enclave has begun it finishes, and has counted."""
+        """Nobody waits any more. The enclave computes no more of it, and has counted it."""
         if self._task is not None:
             self._task.cancel()
 
     end = cancel
 
-    async def _ask(self, prompt: Any, settings: Settings) -> str:
+    async def _ask(self, prompt: Any, settings: Settings, show: Callable[[str], None] | None) -> Question:
         # What the job allows at most; the enclave refuses more.
         settings.longest = min(settings.longest, self._longest)
         if len(prompt) == 1 and isinstance(prompt[0], str):  # a text, not messages
             prompt = prompt[0]
-        text, self._prompt_tokens, self.total_tokens, ended = await self._enclave.complete(prompt, settings.longest)
-        places = [place for place in map(text.find, settings.stop) if place >= 0]
-        settings.stopped = ended or bool(places)
-        self._metrics.generated(self.total_tokens)
-        self._metrics.completed(self._prompt_tokens, time.monotonic() - self._started, None, cancelled=False)
-        return text[: min(places)] if places else text
+        question = self._question = Question(prompt, settings, show)
+        try:
+            await self._enclave.complete(question)
+        except asyncio.CancelledError:
+            self._metrics.completed(question.prompt_tokens, self._age(), self._first, cancelled=True)
+            raise
+        settings.stopped = question.ended
+        self._metrics.generated(question.tokens)
+        self._metrics.completed(question.prompt_tokens, self._age(), self._first, cancelled=False)
+        return question
+
+    def _age(self) -> float:
+        return time.monotonic() - self._started
 
 
 def offer(enclave: Enclave, limits: Limits, metrics: Metrics) -> Offer:
@@ -248,10 +303,9 @@ def offer(enclave: Enclave, limits: Limits, metrics: Metrics) -> Offer:
     )
 
 
-def _check(settings: Settings) -> None:
-    if settings.temperature > 0:
-        message = "an enclave completes greedily: temperature has to be 0 or left out"
-        raise Refusal(400, message, code="unsupported_parameter", param="temperature")
+def _is_away(error: ObfuscatuneError) -> bool:
+    """Whether an enclave that was there a moment ago cannot be reached for now."""
+    return isinstance(error, ConnectionClosedError | BusyError) or error.what == "no enclave answers"
 
 
 def _refusal(error: ObfuscatuneError) -> Refusal:

@@ -7,8 +7,10 @@ data.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -30,6 +32,7 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 # PEFT reads the configuration first, so it comes last: an adapter without one is not taken for an adapter.
 _ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
 
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES)
 _TORCH_WRITE_ERRORS = ("PytorchStreamWriter", "inline_container", "iostream", "No space")
 
 
@@ -195,7 +198,9 @@ def _all_or_nothing(path: Path, what: str) -> Iterator[None]:
         shutil.rmtree(path, ignore_errors=True)
         if not _is_failed_write(error):
             raise
-        reason = getattr(error, "strerror", None) or (str(error) or type(error).__name__).splitlines()[0][:200]
+        # Of a library's words those of the system alone: the rest may quote what was to be written.
+        known = next((words for words in map(os.strerror, _DISK_ERRORS) if words in str(error)), None)
+        reason = getattr(error, "strerror", None) or known or f"a {type(error).__name__} in the writer"
         hint = "free some space, or choose another --output_dir"
         raise ObfuscatuneError(f"cannot save the {what}", got=reason, where=str(path.parent), hint=hint) from error
 

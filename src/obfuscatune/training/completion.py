@@ -9,7 +9,7 @@ import torch
 from obfuscatune.errors import UsageError
 from obfuscatune.training.chat import prompt_tokens
 from obfuscatune.training.data import Prompt
-from obfuscatune.training.encoding import check_known, start_tokens
+from obfuscatune.training.encoding import check_embedded, check_known, start_tokens, vocabulary_of
 from obfuscatune.training.quiet import Quiet
 
 
@@ -80,9 +80,10 @@ def prompt_ids(
 
     Raises:
         UsageError: a prompt that leaves no room for the completion, or messages without a chat template.
-        DataError: messages that the chat template refuses, or a text that the tokenizer does not know.
+        DataError: messages that the chat template refuses, a text that the tokenizer does not know, or a token that
+            the model has no embedding of.
     """
-    positions = getattr(config, "max_position_embeddings", None)
+    positions, vocabulary = getattr(config, "max_position_embeddings", None), vocabulary_of(config)
     start = len(start_tokens(tokenizer))
     found = []
     for where, prompt in prompts:
@@ -92,6 +93,7 @@ def prompt_ids(
             check_known(tokenizer, ids[start:], where)
         else:
             ids = prompt_tokens(tokenizer, prompt, where)
+        check_embedded(ids, vocabulary, where)
         if positions is not None and len(ids) + max_new_tokens > positions:
             got = f"{len(ids)} tokens and {max_new_tokens} new ones"
             raise UsageError("prompt is too long for the model", got=got, expected=f"at most {positions}", where=where)

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -74,7 +75,7 @@ def pair_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str
 
 
 def encode_rows(
-    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int, *, vocabulary: int | None = None
 ) -> tuple[list[dict[str, list[int]]], EncodingSummary]:
     """Turn rows into ``input_ids``, ``attention_mask`` and ``labels``; the loss is on completions or assistant turns.
 
@@ -82,10 +83,14 @@ def encode_rows(
     leaves the last answer open. A row longer than ``max_length`` loses the left of what precedes its last answer, the
     start token apart; an answer that is too long by itself is cut at its end.
 
+    Args:
+        vocabulary: rows of the model's embedding, see `vocabulary_of`; not looked at where None.
+
     Raises:
         UsageError: no end-of-text token, no chat template for messages, or ``max_length`` leaves no room.
         DataError: a row whose messages the chat template refuses, or whose answers cannot be told apart; one of which
-            the tokenizer makes nothing, or mostly the token for what it does not know.
+            the tokenizer makes nothing, or mostly the token for what it does not know; one with a token that the model
+            has no embedding of.
     """
     start = start_tokens(tokenizer)
     if max_length < len(start) + 2:
@@ -96,6 +101,7 @@ def encode_rows(
     special = _special(tokenizer)
     for row in rows:
         ids, learnt, ended = _learnt(row, tokenizer, start)
+        check_embedded(ids, vocabulary, row.where)
         kept = int(ids[0] == tokenizer.bos_token_id and not learnt[0])
         room = max_length - kept
         last = len(ids) - 1 - learnt[::-1].index(True)  # of the tokens with a loss; then back to where its answer opens
@@ -127,6 +133,27 @@ def check_known(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], where
         got = f"{count} unknown of {len(tokens)} tokens"
         hint = "is it the model's tokenizer, and are all of its files there"
         raise DataError("the tokenizer does not know the text", got=got, where=where, hint=hint)
+
+
+def vocabulary_of(config: Any) -> int:
+    """Return the number of tokens that a model has an embedding of, by its configuration."""
+    return int(config.get_text_config().vocab_size)
+
+
+def check_embedded(tokens: Sequence[int], vocabulary: int | None, where: str) -> None:
+    """Refuse a token beyond the embedding: a special one of pictures or sounds, which a text spells.
+
+    Raises:
+        DataError: there is one. It names the token's number, which the tokenizer's owner chose.
+    """
+    if vocabulary is not None and (largest := max(tokens, default=0)) >= vocabulary:
+        raise DataError(
+            "the text spells a special token that the model has no embedding of",
+            got=f"token {largest}",
+            expected=f"below {vocabulary}",
+            where=where,
+            hint="tokenizers have such tokens for pictures and sounds; leave it out, or write it otherwise",
+        )
 
 
 def _special(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:

@@ -150,7 +150,7 @@ def load_tokenizer(name: str, config: Any) -> Any:
 
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # tokenizers raises its own as such
         raise _unreadable("the tokenizer", name, error) from error
     known = tokenizer.get_vocab()
     rows, size = config.get_text_config().vocab_size, 1 + max(known.values(), default=-1)
@@ -235,7 +235,10 @@ def _refuse_differences(what: str, missing: Collection[str], unexpected: Collect
 
 
 def _unreadable(what: str, name: str, error: Exception) -> UsageError:
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    # transformers says as an OSError which file or name there is not. Other errors may quote what they could not read,
+    # and in an enclave both owners are told.
+    words = str(error).splitlines() if isinstance(error, OSError) else ()
+    first = next((line.strip() for line in words if line.strip()), f"a {type(error).__name__} in the reader")
     return UsageError(
         f"cannot load {what}",
         got=first[:200],

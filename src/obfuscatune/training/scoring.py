@@ -9,7 +9,14 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from obfuscatune.errors import DataError, UsageError
-from obfuscatune.training.encoding import IGNORED_LABEL, Collator, pair_tokens, start_tokens
+from obfuscatune.training.encoding import (
+    IGNORED_LABEL,
+    Collator,
+    check_embedded,
+    pair_tokens,
+    start_tokens,
+    vocabulary_of,
+)
 from obfuscatune.training.jsonl import check_keys, check_text, read_objects
 
 
@@ -61,7 +68,7 @@ def score_choices(
     batch only, and the log-softmax in float32. The model is in evaluation mode meanwhile.
 
     Raises:
-        UsageError: a prompt with a choice exceeds the model's positions.
+        UsageError: a prompt with a choice exceeds the model's positions, or has a token that it has no embedding of.
     """
     rows = [row for index, question in enumerate(questions) for row in _choice_rows(question, index, model, tokenizer)]
     was_training = model.training
@@ -87,12 +94,13 @@ def accuracy(predicted: Sequence[int], questions: Sequence[Question]) -> float:
 def _choice_rows(
     question: Question, index: int, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase
 ) -> list[dict[str, list[int]]]:
-    positions = getattr(model.config, "max_position_embeddings", None)
+    positions, vocabulary = getattr(model.config, "max_position_embeddings", None), vocabulary_of(model.config)
     rows = []
     for choice in question.choices:
         prompt, tokens = pair_tokens(tokenizer, question.prompt, f" {choice}")
         prompt = start_tokens(tokenizer) + prompt
         ids = prompt + tokens
+        check_embedded(ids, vocabulary, f"question {index}")
         if positions is not None and len(ids) > positions:
             raise UsageError(
                 "a prompt with its choice is too long for the model",

@@ -145,7 +145,7 @@ class ProtectedTrainer(Trainer):
             self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()  # all files are there
         if self.is_world_process_zero():
-            finish_checkpoint(path, self._protected.profile, self._made_with)
+            finish_checkpoint(path, self._protected.asked, self._made_with)
             if limit:
                 best = self.state.best_model_checkpoint
                 keep_last(limit, path, *([Path(best)] if best is not None and Path(best) != path else []))

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import importlib
 import logging
 import os
 import signal
@@ -35,6 +36,8 @@ def _serve(options: argparse.Namespace) -> None:
     each = int(options.memory_gb * 1e9) if options.memory_gb else budget_of_each(free, options.max_sessions)
     context = None if credentials is None else worker_context(credentials)
     service = Service(_own(options.device), options.threads, each, context)
+    # The first backward of a process makes torch import this, 0.3 s. Sessions are forks of this process.
+    importlib.import_module("torch.fx.experimental.symbolic_shapes")
     listener = socket.socket(fileno=options.listener)
     acceptor = Acceptor(listener, service, Bounds(max_sessions=options.max_sessions))
     shown = _shown(listener, credentials)

@@ -57,18 +57,28 @@ class ResidueSegment(Segment):
         self._turned = weight.mT.contiguous() if not weight.is_cpu else weight.mT
         self._exact = int8_products_are_exact(weight.device)
 
-    def multiply(self, x: Tensor, *, transpose: bool) -> Tensor:
-        """Return ``x W mod p`` int8 ``[L, rows, out]``, or with the transpose, for x int8 ``[L, rows, in]``."""
+    def shape_of_product(self, x: Tensor, *, transpose: bool) -> tuple[int, ...]:
+        """Return the shape of `multiply`'s result. Raises ProtocolError where the weight does not fit to x."""
         weight = self.weight["weight"]
-        inputs = weight.shape[2 if transpose else 1]
+        inputs, outputs = weight.shape[1:] if not transpose else (weight.shape[2], weight.shape[1])
         if x.dtype != torch.int8 or x.ndim != 3 or (x.shape[0], x.shape[2]) != (len(self.primes), inputs):
             expected = f"int8 [{len(self.primes)}, rows, {inputs}]"
             raise ProtocolError("rows of shares", got=f"{list(x.shape)} {x.dtype}", expected=expected)
-        columns = weight.mT if transpose else self._turned.mT
-        y = (torch.empty if self.group.size == 1 else torch.zeros)(
-            *x.shape[:2], columns.shape[2], dtype=torch.int8, device=x.device
-        )
-        sums = torch.empty(y.shape[1:], dtype=torch.int32, device=x.device)  # one for all: new memory costs page faults
+        return (*x.shape[:2], outputs)
+
+    def multiply(self, x: Tensor, *, transpose: bool, out: Tensor | None = None) -> Tensor:
+        """Return ``x W mod p`` int8 ``[L, rows, out]``, or with the transpose, for x int8 ``[L, rows, in]``.
+
+        Args:
+            out: where it is put, if given.
+        """
+        shape = self.shape_of_product(x, transpose=transpose)
+        columns = self.weight["weight"].mT if transpose else self._turned.mT
+        if self.group.size > 1:
+            y = torch.zeros(shape, dtype=torch.int8, device=x.device)  # the planes of the others, to be added
+        else:
+            y = torch.empty(shape, dtype=torch.int8, device=x.device) if out is None else out
+        sums = torch.empty(shape[1:], dtype=torch.int32, device=x.device)  # one for all: new memory costs page faults
         for i in range(self.mine.start, self.mine.stop):
             plane = columns[i - self.mine.start]
             if not self._exact:
@@ -78,7 +88,7 @@ class ResidueSegment(Segment):
             else:
                 sums = int8_product(x[i], plane)
             reduce(sums, self.primes[i], out=y[i])
-        return y if self.group.size == 1 else self.group.sum_(y)  # the planes of the others are zeros here
+        return y if self.group.size == 1 else self.group.sum_(y)
 
 
 def refuse_second_point(sharing: Any, point: int) -> None:

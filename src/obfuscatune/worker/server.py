@@ -59,7 +59,7 @@ def serve_connection(
                 connection.settimeout(None)
                 group = ALONE if join is None else join()
                 ending.callback(group.leave_session)
-                session = WorkerSession(device, budget, group)
+                session = WorkerSession(device, budget, group, connection if connection.shares_memory else None)
             outputs: dict[str, torch.Tensor] = {}
             if type(number) is int and number > last:
                 last = number

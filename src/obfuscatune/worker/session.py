@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from obfuscatune.errors import ProtocolError
+from obfuscatune.protocol.arena import Arena, own
 from obfuscatune.protocol.bits import unpack_mask
+from obfuscatune.protocol.connection import Connection
 from obfuscatune.protocol.expand import tensors_drawn
-from obfuscatune.protocol.frames import PROTOCOL_VERSION
+from obfuscatune.protocol.frames import PROTOCOL_VERSION, TensorSpec
 from obfuscatune.protocol.limits import Limits
 from obfuscatune.protocol.memory import peak_memory_bytes
 from obfuscatune.worker.adapters import HeldFactors, SlotInputs
@@ -45,12 +47,23 @@ class WorkerSession:
         device: where weights live and products are computed.
         budget: bytes that the session may hold there; None: it may take what there is.
         group: of the processes that share the weights. Rank 0 hands every request on to the others.
+        passing: the connection, where an enclave of this machine can pass an arena over it.
 
     Attribute ``ledger``: what it holds, counted.
     """
 
-    def __init__(self, device: torch.device, budget: int | None = None, group: Group = ALONE) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        budget: int | None = None,
+        group: Group = ALONE,
+        passing: Connection | None = None,
+    ) -> None:
         self.device, self.ledger, self.group = device, Ledger(budget), group
+        self._passing = passing if group.size == 1 else None  # another process of a group has not the arena
+        self._arena: Arena | None = None
+        if self._passing is not None:
+            self._passing.expect_descriptor()
         self._segments: dict[str, Segment] = {}
         self._pushed: dict[str, dict[str, Tensor]] = {}
         self._calls: dict[int, tuple[Segment, dict[str, Tensor], dict[str, Tensor]]] = {}
@@ -60,6 +73,7 @@ class WorkerSession:
         self._busy_seconds = 0.0
         self._operations = {
             "hello": self._hello,
+            "arena": self._take_arena,
             "define": self._define,
             "hold": self._hold,
             "forward": self._forward,
@@ -107,13 +121,61 @@ class WorkerSession:
             if not made.keys().isdisjoint(tensors):
                 raise ProtocolError("tensors to draw", got=sorted(made), expected="others than those that are sent")
             tensors = {**tensors, **made}
-        return operation(header, {name: tensor.to(self.device) for name, tensor in tensors.items()})
+        if "placed" in header:
+            tensors = {**tensors, **self._placed(header, tensors)}
+        reply, outputs = operation(header, {name: tensor.to(self.device) for name, tensor in tensors.items()})
+        return self._place(header, reply, outputs) if "places" in header else (reply, outputs)
+
+    # memory that an enclave of this machine shares
+
+    def _take_arena(self, header: dict[str, Any], tensors: dict[str, Tensor]) -> Reply:
+        """Map the enclave's arena; say that it did not come where something between the two passes bytes alone."""
+        descriptor = None if self._passing is None else self._passing.take_descriptor()
+        if descriptor is None:
+            return {"mapped": False}, {}
+        self._arena = Arena.received(descriptor, header.get("bytes"))
+        return {"mapped": True}, {}
+
+    def _mapped(self) -> Arena:
+        if self._arena is None:
+            raise ProtocolError("placed tensors", expected="an arena that was passed before")
+        return self._arena
+
+    def _placed(self, header: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The request's tensors in the arena: copies, unless the operation is done with them when it answers."""
+        views = self._mapped().read(header["placed"])
+        if not views.keys().isdisjoint(tensors):
+            raise ProtocolError("placed tensors", got=sorted(views), expected="others than those that are sent")
+        return views if header["op"] == "multiply" else own(views)
+
+    def _place(self, header: dict[str, Any], reply: dict[str, Any], outputs: dict[str, Tensor]) -> Reply:
+        """Put the reply's tensors where the enclave wants them; what has another size than it expects is sent."""
+        arena, sent, rows = self._mapped(), {}, []
+        for name, tensor in outputs.items():
+            place = self._place_of(header, name, tensor.dtype, tuple(tensor.shape))
+            if place is None:
+                sent[name] = tensor
+                continue
+            if place.data_ptr() != tensor.data_ptr():
+                place.copy_(tensor)
+            rows.append(arena.row(name, place))
+        return {**reply, "placed": rows}, sent
+
+    def _place_of(self, header: dict[str, Any], name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor | None:
+        """Where the enclave wants a tensor of the reply; None where it says nothing of it, or of another size."""
+        places = header.get("places", {})
+        if not isinstance(places, dict) or not all(type(p) is list and len(p) == 2 for p in places.values()):
+            raise ProtocolError("places of a reply", expected="[offset, bytes] by name")
+        spec = TensorSpec(name, dtype, shape)
+        offset, length = places.get(name, (None, None))
+        return self._mapped().view(spec, offset) if length == spec.nbytes else None
 
     def _hello(self, header: dict[str, Any], tensors: dict[str, Tensor]) -> Reply:
         threads = torch.get_num_threads()
         memory = free_bytes(self.device) if self.ledger.budget is None else self.ledger.budget
         memory *= self.group.size  # each process has its part of the weights
         told = {"version": PROTOCOL_VERSION, "device": str(self.device), "threads": threads, "memory_bytes": memory}
+        told["arena"] = self._passing is not None
         return told, {}
 
     def _define(self, header: dict[str, Any], tensors: dict[str, Tensor]) -> Reply:
@@ -237,7 +299,13 @@ class WorkerSession:
                 "product", got=sorted(tensors), expected="x, for a linear segment or a share, and transpose"
             )
         started = time.perf_counter()
-        y = segment.multiply(tensors["x"], transpose=transpose)
+        if isinstance(segment, ResidueSegment):
+            x = tensors["x"]
+            shape = segment.shape_of_product(x, transpose=transpose)
+            place = self._place_of(header, "y", torch.int8, shape) if x.is_cpu else None
+            y = segment.multiply(x, transpose=transpose, out=place)
+        else:
+            y = segment.multiply(tensors["x"], transpose=transpose)
         self._busy_seconds += time.perf_counter() - started
         return {}, {"y": y}
 

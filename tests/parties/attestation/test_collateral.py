@@ -13,9 +13,10 @@ import pytest
 from obfuscatune.cli import main
 from obfuscatune.errors import FormatError, ObfuscatuneError, UsageError
 from obfuscatune.parties.attestation import collateral as module
-from obfuscatune.parties.attestation.evidence import Quote
+from obfuscatune.parties.attestation.evidence import Evidence, Quote
 from obfuscatune.parties.attestation.verify import judge_quote
 
+from .enclaves import claims
 from .samples import TDX_POLICY, TDX_TIME, failed, load, needs_samples
 
 pytestmark = needs_samples
@@ -100,5 +101,12 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         assert "good until 2025-07-19" in out and "EXPIRED: fetch it again" in out
         assert json.loads(output.read_bytes()) == json.loads(load(SAMPLE))
         assert main(command) == 2  # nothing is overwritten
+        # Evidence of an Azure machine: its quote is beside the paravisor's report.
+        azure = Evidence(Quote("azure", b"HCL report", {"td_quote": load(QUOTE)}), claims().to_dict())
+        quote.write_bytes(azure.to_bytes())
+        other = tmp_path / "other.json"
+        assert main([*command[:-1], str(other)]) == 1
+        assert other.read_bytes() == output.read_bytes()
+        capsys.readouterr()
     assert main(["attest", "collateral", "show", str(output)]) == 1
     assert "all of it is good until 2025-07-19" in capsys.readouterr().out

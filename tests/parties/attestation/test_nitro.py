@@ -1,9 +1,11 @@
 """AWS Nitro: the genuine sample at its own time, documents under a root of the tests, and what is refused of both."""
 
+import ctypes
 import dataclasses
 import datetime
 import hashlib
 import random
+from pathlib import Path
 from typing import Any
 
 import cbor2
@@ -14,9 +16,11 @@ from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 from cryptography.hazmat.primitives.hashes import SHA384
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from obfuscatune.errors import FormatError
+from obfuscatune.errors import AttestationError, FormatError
 from obfuscatune.parties.attestation import nitro as module
-from obfuscatune.parties.attestation.evidence import Evidence, Quote, report_data
+from obfuscatune.parties.attestation import nitro_enclave
+from obfuscatune.parties.attestation.evidence import Evidence, Quote, attest, report_data
+from obfuscatune.parties.attestation.platform import open_platform
 from obfuscatune.parties.attestation.policy import Policy
 from obfuscatune.parties.attestation.verify import judge, judge_quote
 
@@ -168,3 +172,71 @@ def test_a_key_of_another_curve_is_refused() -> None:
     cloud = Cloud(curve=SECP256R1())
     found = judge_quote(Quote("nitro", cloud.document()), cloud.policy(measurements={}))
     assert failed(found)[0] == "certificates"
+
+
+# Within an enclave: the module's device, played by its documented interface
+
+
+@pytest.fixture
+def device(cloud: Cloud, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A file in place of /dev/nsm, and in place of the kernel's call what answers by ``cloud``."""
+
+    def ioctl(handle: int, code: int, message: Any) -> None:
+        assert code == 0xC0200A00 and ctypes.sizeof(message) == 32
+        request = cbor2.loads(ctypes.string_at(message.request, message.request_bytes))
+        assert set(request) == {"Attestation"} and request["Attestation"]["nonce"] is None
+        answer = respond(request["Attestation"]["user_data"])
+        assert len(answer) <= message.response_bytes
+        ctypes.memmove(message.response, answer, len(answer))
+        message.response_bytes = len(answer)
+
+    def respond(user_data: bytes) -> bytes:
+        return cbor2.dumps({"Attestation": {"document": cloud.document(user_data=user_data)}})
+
+    monkeypatch.setattr(nitro_enclave.fcntl, "ioctl", ioctl)
+    path = tmp_path / "nsm"
+    path.touch()
+    return path
+
+
+def test_an_enclave_asks_its_module(device: Path, cloud: Cloud) -> None:
+    platform = nitro_enclave.NitroPlatform(device)
+    assert platform.sealing_key() is None and platform.counter is None and not platform.simulated
+    assert platform.measurements() == {"nitro_pcr0": "01" * 48, "nitro_pcr8": "00" * 48}
+    found = judge(attest(platform.attester, claims().to_dict()), cloud.policy(), nonce=NONCE, tls_key=TLS_KEY)
+    assert found.accepted, str(found)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"",
+        b"\xff",
+        cbor2.dumps([]),
+        cbor2.dumps({"Error": "InvalidOperation"}),
+        cbor2.dumps({"Attestation": {"document": "text"}}),
+        cbor2.dumps({"Attestation": []}),
+        cbor2.dumps({"Attestation": {"document": b"none"}}),
+    ],
+)
+def test_a_module_that_gives_no_document(answer: bytes, device: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ioctl(handle: int, code: int, message: Any) -> None:
+        ctypes.memmove(message.response, answer, len(answer))
+        message.response_bytes = len(answer)
+
+    monkeypatch.setattr(nitro_enclave.fcntl, "ioctl", ioctl)
+    with pytest.raises(AttestationError, match="Nitro module"):
+        nitro_enclave.NitroAttester(device).quote(bytes(64))
+
+
+def test_a_module_that_answers_another_and_a_machine_without_one(
+    device: Path, cloud: Cloud, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(AttestationError, match="other report data"):
+        monkeypatch.setattr(cloud, "document", lambda user_data: Cloud.document(cloud, user_data=bytes(64)))
+        nitro_enclave.NitroAttester(device).quote(b"\1" * 64)
+    monkeypatch.undo()
+    with pytest.raises(AttestationError, match="Inappropriate ioctl"):
+        nitro_enclave.NitroAttester(device).quote(bytes(64))  # an ordinary file
+    with pytest.raises(AttestationError, match="no Nitro module here"):
+        open_platform("nitro")

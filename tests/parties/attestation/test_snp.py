@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from obfuscatune.parties.attestation import snp as module
 from obfuscatune.parties.attestation.certificates import Certificate, read_chain, to_pem
 from obfuscatune.parties.attestation.evidence import Quote
 from obfuscatune.parties.attestation.policy import Policy
+from obfuscatune.parties.attestation.simulated_pki import Flaws
+from obfuscatune.parties.attestation.simulated_snp import SimulatedSnp
 from obfuscatune.parties.attestation.verify import judge, judge_quote
 
 from .enclaves import NONCE, TLS_KEY, evidence, policy, root
@@ -171,8 +174,8 @@ def test_turin_reads_its_own_layout_of_the_tcb() -> None:
         (0x30, 1, "vmpl", {"max_vmpl": 1}),
         (0x33, 0xFF, "vmpl", {}),
         (0x40, 1, "platform", {"allow_smt": True}),
-        (0x48, 1 << 2, "chip", {}),
-        (0x48, 7 << 2, "chip", {}),
+        (0x48, 1 << 2, "certificates", {}),
+        (0x48, 7 << 2, "certificates", {}),
         (0x180, 5, "chip", {}),
         (0x1A0, None, "chip", {}),
         (0x1F0, 2, "launch tcb", {"min_tcb": {"bootloader": 2, "tee": 0, "snp": 8, "microcode": 115}}),
@@ -232,14 +235,70 @@ measurement = ["{"00" * 48}"]
     assert Policy.load(tmp_path / "policy.toml").certificates == certificates
 
 
+# A provider's key in place of the chip's
+
+
+@pytest.fixture(scope="module")
+def loaned(simulated_snp) -> SimulatedSnp:
+    """A platform that signs with the VLEK of a provider, and otherwise as the simulated one."""
+    root_, keys = hardware(simulated_snp)
+    return SimulatedSnp(keys, root_, bytes(48), bytes(range(64)), Flaws(), "Cloud One")
+
+
+def hardware(simulated_snp) -> tuple[x509.Certificate, dict]:
+    stored = json.loads((Path(simulated_snp.root).parent / "hardware.key").read_text())["keys"]
+    keys = {name: load_pem_private_key(text.encode(), None) for name, text in stored.items()}
+    return x509.load_der_x509_certificate(root(simulated_snp)), keys
+
+
+def test_a_vlek_is_accepted_of_the_providers_that_the_policy_names(loaned: SimulatedSnp, simulated_snp) -> None:
+    named = policy(simulated_snp, measurements={}, vlek_providers=("Cloud Two", "Cloud One"))
+    report = loaned.quote(bytes(64))
+    found = judge_quote(report, named)
+    assert not found.failed and rules(found)["provider"] is True, str(found)
+    assert "any chip and TCB" in str(found)
+    for others in ((), ("Cloud Two",), ("Cloud",)):
+        found = judge_quote(report, replace(named, vlek_providers=others))
+        assert failed(found) == ["provider"] and "VLEK of Cloud One" in str(found)
+    assert "provider" not in rules(judge_quote(simulated_snp.attester.quote(bytes(64)), named))
+    # The host hands out none: the policy's are of chips and of the provider, the report says which has signed it.
+    vcek = read_chain(simulated_snp.attester.quote(bytes(64)).extras["certificates"], "chain")[0]
+    own = replace(named, certificates=to_pem(vcek.der) + report.extras["certificates"])
+    assert not judge_quote(Quote("snp", report.quote), own).failed
+
+
+def test_a_vlek_is_not_taken_for_a_vcek_nor_the_other_way_round(loaned: SimulatedSnp, simulated_snp) -> None:
+    """All keys are the same here, and every signature holds: what differs is what AMD says that the keys are for."""
+    named = policy(simulated_snp, measurements={}, vlek_providers=("Cloud One",))
+    borrowed, own = loaned.quote(bytes(64)), simulated_snp.attester.quote(bytes(64))
+    for report, chain in ((borrowed, own), (own, borrowed)):
+        swapped = judge_quote(with_extra(report, "certificates", chain.extras["certificates"]), named)
+        assert failed(swapped) == ["certificates"] and "SEV-V" in str(swapped)
+    parts, others = (read_chain(each.extras["certificates"], "chain") for each in (borrowed, own))
+    mixed = b"".join(to_pem(each.der) for each in (parts[0], others[1], parts[2]))  # by the authority of the chips
+    assert failed(judge_quote(with_extra(borrowed, "certificates", mixed), named)) == ["certificates"]
+
+
+@pytest.mark.parametrize("count", [50, pytest.param(1000, marks=pytest.mark.slow)])
+def test_corruptions_of_a_report_by_a_vlek_are_refused(count: int, loaned: SimulatedSnp, simulated_snp) -> None:
+    named = policy(simulated_snp, measurements={}, vlek_providers=("Cloud One",))
+    report, generator = loaned.quote(bytes(64)), random.Random(7)
+    for number in range(count):
+        parts = {"": report.quote, "certificates": report.extras["certificates"]}
+        name = ("", "certificates")[number % 2]
+        data = bytearray(parts[name])
+        data[generator.randrange(len(data))] ^= 1 << generator.randrange(8)
+        parts[name] = bytes(data)
+        assert judge_quote(Quote("snp", parts[""], {"certificates": parts["certificates"]}), named).failed
+
+
 # AMD's revocation list
 
 
 def revocation(simulated_snp, *, serials=(), days=(-1, 30), key="root") -> bytes:
-    hardware = json.loads((Path(simulated_snp.root).parent / "hardware.key").read_text())
-    signer, now = load_pem_private_key(hardware["keys"][key].encode(), None), datetime.datetime.now(datetime.UTC)
+    ark, keys = hardware(simulated_snp)
+    signer, now = keys[key], datetime.datetime.now(datetime.UTC)
     start, end = (now + datetime.timedelta(days=n) for n in days)
-    ark = x509.load_der_x509_certificate(root(simulated_snp))
     builder = x509.CertificateRevocationListBuilder(ark.subject, start, end)
     for serial in serials:
         revoked = x509.RevokedCertificateBuilder(serial, start).build()

@@ -145,6 +145,61 @@ def test_a_late_reply_is_never_taken_for_the_next(start: Callable[..., Enclave],
             channel.request({})
 
 
+def test_a_reply_in_parts(start: Callable[..., Enclave], connect: Callable[..., Any]) -> None:
+    """Each part is there before the next one is made; then the channel takes the next request."""
+    taken = threading.Semaphore(0)
+
+    def handle(client: Any, fields: dict[str, Any], payload: bytes) -> Any:
+        for number in range(3):
+            yield None
+            yield {"n": number}, b"part"
+            assert taken.acquire(timeout=20)
+        if fields.get("fail"):
+            raise UsageError("enough")
+        return {"end": 1}, payload
+
+    with connect(start(handle)) as channel:
+        for _ in range(2):
+            found = []
+            for reply, data in channel.stream({}, b"x", most=4):
+                found.append((reply, data))
+                taken.release()
+            assert found == [*(({"n": number}, b"part") for number in range(3)), ({"end": 1}, b"x")]
+            taken.acquire()
+        for _ in range(3):
+            taken.release()
+        with pytest.raises(UsageError, match="enough"):
+            list(channel.stream({"fail": True}, most=4))
+        for _ in range(3):
+            taken.release()
+        with pytest.raises(ProtocolError, match="too many parts"):
+            list(channel.stream({}, most=3))
+        with pytest.raises(ConnectionClosedError):
+            channel.request({})
+
+
+@pytest.mark.parametrize("silent", [True, False])
+def test_who_leaves_a_reply_in_parts_ends_it(
+    silent: bool, start: Callable[..., Enclave], connect: Callable[..., Any]
+) -> None:
+    ended = threading.Event()
+
+    def handle(*_: Any) -> Any:
+        try:
+            yield {"n": 0}, b""
+            while True:
+                yield None if silent else ({"n": 1}, bytes(1 << 16))
+        finally:
+            ended.set()
+
+    with connect(start(handle)) as channel:
+        parts = channel.stream({}, most=1 << 30)
+        assert next(parts) == ({"n": 0}, b"")
+        assert not ended.is_set()
+        parts.close()
+        assert ended.wait(20)
+
+
 def authenticated(stream: frames.Stream, owner: Identity) -> None:
     assert answer_to(stream, handshake.authenticate(owner, greet(stream))) == {"type": "accepted"}
 
@@ -173,7 +228,16 @@ def test_a_wrong_request_ends_the_connection(message: Any, enclave: Enclave, own
 
 @pytest.mark.parametrize(
     "reply",
-    [{"fields": {}, "id": 2}, {"fields": {}, "id": True}, {"id": 1}, {"fields": 1, "id": 1}, {"error": "usage"}],
+    [
+        {"fields": {}, "id": 2},
+        {"fields": {}, "id": True},
+        {"id": 1},
+        {"fields": 1, "id": 1},
+        {"error": "usage"},
+        {"fields": {}, "id": 1, "more": 2},
+        {"fields": {}, "id": 1, "more": True},
+        {"error": "usage", "id": 1, "message": "", "more": 1},
+    ],
 )
 def test_a_wrong_reply_ends_the_channel(
     reply: dict[str, Any], enclave: Enclave, owner: Identity, policy: Policy

@@ -72,7 +72,7 @@ def test_cells_of_the_large_model_do_not_share_a_small_machine() -> None:
 
 
 @pytest.mark.slow
-def test_a_short_audit(tmp_path: Path) -> None:
+def test_a_short_audit(trained: Path, tmp_path: Path) -> None:
     """In minutes, what the bars of a full run are about: `balanced` links at 4d tokens, `strict` does not."""
     plan = make_plan(
         model="tiny",
@@ -82,6 +82,7 @@ def test_a_short_audit(tmp_path: Path) -> None:
         tokens="4d",
         seeds=2,
     )
+    (tmp_path / "fixtures").symlink_to(trained)
     path, findings = run(plan, tmp_path, command=["audit"])
     assert findings.conclusive
     assert failed_claims(findings) == []

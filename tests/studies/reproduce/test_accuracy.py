@@ -71,6 +71,7 @@ def test_nothing_is_computed_twice(results: Path, presets: None, monkeypatch: py
 
     before = (results / "accuracy.csv").read_bytes()
     planned = accuracy.plan(choose("tiny", methods=("balanced",)), results, None, "cpu")
+    assert planned
     for _, cell in planned:
         assert (results / "cells" / f"{cell.key}.json").is_file()
     monkeypatch.setattr("obfuscatune.studies.reproduce.accuracy.run_trial", fail)

@@ -244,6 +244,10 @@ def test_what_cannot_be_done_is_refused(
         ProtectedLM(protected.protected)
     with pytest.raises(UsageError, match="webqs has no few-shot prompt"):
         evaluate(protected, ["webqs"], data_dir=data_dir, num_fewshot=1)
+    with pytest.raises(UsageError, match="no embedding of: got token 258, expected below 258"):
+        protected._model_call(torch.tensor([[0, 258]]))
+    with pytest.raises(UsageError, match="no embedding of"):
+        protected._model_generate(torch.tensor([[0, 258]]), 4, [])
     with pytest.raises(UsageError, match="cannot load the data"):
         evaluate(protected, ["piqa"], limit=1)  # from the hub, which no test can reach
     (tmp_path / "piqa").mkdir()

@@ -5,6 +5,7 @@ evaluation under autograd, an exception), its lease tells the worker to forget t
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -16,13 +17,17 @@ from obfuscatune.enclave.freivalds import Check
 from obfuscatune.enclave.session import Session
 from obfuscatune.errors import UsageError
 
+_NOTHING = nullcontext()
 
-def without_autocast() -> torch.autocast:
+
+def without_autocast() -> AbstractContextManager[Any]:
     """A context in which torch computes in the dtypes that tensors have: keys, shares of a sum and checks need them.
 
     Under ``torch.autocast`` a remote layer so computes in the dtype of its weights, which is more exact than the plain
     one, and not in half of it.
     """
+    if not torch.is_autocast_enabled("cpu"):  # nearly always; the context costs as much as a small product
+        return _NOTHING
     return torch.autocast("cpu", enabled=False)
 
 
@@ -55,7 +60,8 @@ class RemoteCall:
         factors: names of all pushed LoRA factors that this call uses; push: those of them in ``tensors`` that the
             worker does not have yet in this value.
         held: slots whose factors the worker holds, by slot name.
-        when_sent: what to do once the worker has answered.
+        when_sent: what to do once the worker has answered. added: what the enclave adds to the un-keyed output
+            ``[..., out]``, from the reply's tensors.
         check: verifies ``y = x W``, and the backward's ``dx = dy W^T``, of a linear segment without a LoRA slot.
     """
 
@@ -70,6 +76,7 @@ class RemoteCall:
     push: set[str] = field(default_factory=set)
     held: dict[str, Held] = field(default_factory=dict)
     when_sent: list[Callable[[], None]] = field(default_factory=list)
+    added: list[Callable[[dict[str, Tensor]], Tensor]] = field(default_factory=list)
     check: Check | None = None
     id: int = 0
 

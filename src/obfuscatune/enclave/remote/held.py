@@ -144,12 +144,13 @@ class HeldSlot(Slot):
             UsageError: the anchor was stepped by a stock optimizer, or another adapter was chosen.
         """
         self.refuse_hooks()
-        if not self.stands():
+        names = self.in_use()
+        if not names:
             return
-        if list(self.lora.active_adapters) != [self._adapter]:
+        if list(names) != [self._adapter]:
             raise UsageError(
                 "adapter in use is not the one on the worker",
-                got=self.lora.active_adapters,
+                got=names,
                 expected=self._adapter,
                 where=self.layer.path,
                 hint="lora_placement='enclave' takes any adapter on these layers; here it is the one of `protect`",

@@ -33,6 +33,9 @@ from obfuscatune.enclave.remote.calls import RemoteCall, version_of
 from obfuscatune.enclave.remote.passes import Passes
 from obfuscatune.errors import UnsupportedModelError
 
+# Of PEFT's layer, what it calls in its forward.
+_CALLED = ("base_layer", "lora_A", "lora_B")
+_CALLED_WITH_DROPOUT = (*_CALLED, "lora_dropout")
 RankKey = Callable[[int], Key]
 _OWN_CODE = "attention='enclave', mlp='enclave' and lora_placement='enclave' together run PEFT's own code"
 
@@ -58,14 +61,13 @@ class Slot(ABC):
     def contribute(self, call: RemoteCall, x: Tensor | None) -> None:
         """Add to ``call`` what this slot sends. x: the layer's plain input ``[..., in]``, where the enclave has it."""
 
-    def finish(self, outputs: dict[str, Tensor]) -> Tensor | None:
-        """Return what the enclave adds to the un-keyed output ``[..., out]`` from the reply; None for nothing."""
-        return None
-
-    def stands(self) -> bool:
-        """Whether PEFT's layer is in the model still, and in use."""
-        there = self.holder._modules.get(self.layer.name) is self.lora
-        return there and not self.lora.disable_adapters and bool(self.lora.active_adapters)
+    def in_use(self) -> list[str]:
+        """Names of the adapters that are in use; none where PEFT's layer is not in the model any more."""
+        there: Any = self.holder._modules.get(self.layer.name)
+        if there is not self.lora or there.disable_adapters:
+            return []
+        names: list[str] = there.active_adapters
+        return names
 
     def active(self) -> str | None:
         """Name of the adapter in use, or None where adapters are disabled, or were unloaded.
@@ -75,14 +77,15 @@ class Slot(ABC):
             plain LoRA, or code of the caller's in PEFT's layer.
         """
         self.refuse_hooks()
-        if not self.stands():
+        names = self.in_use()
+        if not names:
             return None
-        if len(self.lora.active_adapters) != 1 or self.lora.merged:
+        if len(names) != 1 or self.lora.merged:
             raise UnsupportedModelError(
                 "more than one active adapter, or a merged one", where=self.layer.path, hint="model.set_adapter(NAME)"
             )
-        name: str = self.lora.active_adapters[0]
-        if name not in self.lora.lora_A:
+        name = names[0]
+        if name not in self.lora._modules["lora_A"]._modules:
             return None
         refuse_variants(self.lora, self.layer.path, [name])
         self.refuse_code_within(name)
@@ -97,11 +100,9 @@ class Slot(ABC):
 
     def refuse_code_within(self, adapter: str) -> None:
         """Refuse hooks and forwards that are set on what PEFT's layer would call, and is not called here."""
-        lora = self.lora
-        parts = {"base_layer": lora.base_layer, "lora_A": lora.lora_A[adapter], "lora_B": lora.lora_B[adapter]}
-        if not self.calls_dropout:
-            parts["lora_dropout"] = lora.lora_dropout[adapter]
-        for name, part in parts.items():
+        modules = self.lora._modules  # at each call: not by nn.Module's lookup
+        for name in _CALLED if self.calls_dropout else _CALLED_WITH_DROPOUT:
+            part = modules[name] if name == "base_layer" else modules[name]._modules[adapter]
             if (own := own_code(part)) is not None:
                 raise UnsupportedModelError(
                     f"{own} within a LoRA layer that is computed in part on the worker",
@@ -212,7 +213,7 @@ class SplitOutput(_Pushing):
         self._key, self._offset = key, offset
 
     def contribute(self, call: RemoteCall, x: Tensor | None) -> None:
-        """Send, where needed, ``A*`` ``[in, r]``, and ask for ``v`` ``[..., r]``."""
+        """Send, where needed, ``A*`` ``[in, r]``, ask for ``v`` ``[..., r]``, and add ``s (x A) B``."""
         adapter = self.active()
         if adapter is None:
             return
@@ -220,17 +221,14 @@ class SplitOutput(_Pushing):
         rank_key = self.rank_key(a.shape[0])
         self.push(call, "A", a, {"A": lambda: encode(self._key.apply_inverse_transpose(a).T, rank_key)})
         call.shapes[f"v.{self.name}"] = (*call.rows, a.shape[0])
+        call.added.append(lambda outputs: self._added(outputs[f"v.{self.name}"], adapter, a, rank_key))
 
-    def finish(self, outputs: dict[str, Tensor]) -> Tensor | None:
-        """Return ``s (x A) B``."""
-        v, adapter = outputs.get(f"v.{self.name}"), self.active()
-        if v is None or adapter is None:
-            return None
-        a, b = self.lora.lora_A[adapter].weight, self.lora.lora_B[adapter].weight
-        low_rank = decode(v.to(a.dtype), self.rank_key(a.shape[0]))
+    def _added(self, v: Tensor, adapter: str, a: Tensor, rank_key: Key) -> Tensor:
+        """Return ``s (x A) B`` ``[..., out]``, from the worker's v ``[..., r]``."""
+        low_rank = decode(v.to(a.dtype), rank_key)
         if self._offset is not None:
             low_rank = low_rank + self._offset.to(a.dtype) @ a.T
-        product: Tensor = (low_rank * self.lora.scaling[adapter]) @ b.T
+        product: Tensor = (low_rank * self.lora.scaling[adapter]) @ self.lora.lora_B[adapter].weight.T
         return product
 
 

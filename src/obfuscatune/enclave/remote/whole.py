@@ -81,9 +81,8 @@ class RemotePart(Fixed):
         outputs = call.run()
         y = decode(outputs["y"], self.placed.key_out)
         y = y if self.bias is None else y + self.bias
-        for slot in self._slots:
-            if (added := slot.finish(outputs)) is not None:
-                y = y + added.to(y.dtype)
+        for add in call.added:
+            y = y + add(outputs).to(y.dtype)
         return y if self._dropout is None else self._dropout(y)
 
 

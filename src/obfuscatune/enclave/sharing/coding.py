@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from obfuscatune.protocol.native import BUILD_HINT, kernel
 from obfuscatune.protocol.residues import centred
 
 Rules = tuple[tuple[tuple[int, ...], ...], ...]  # by prime, and share
-_FEW_NUMBERS = 1 << 17  # what one thread does before two have met
+_FEW_NUMBERS = 1 << 15  # what one thread does before two have met
 
 
 @dataclass(frozen=True, slots=True, repr=False)  # a repr would show shares
@@ -46,6 +47,7 @@ def encode(
     most: float | None,
     vectors: Tensor,
     weights: Rules | None = None,
+    out: Sequence[Tensor] | None = None,
 ) -> Rows:
     """Return the shares of rows ``[n, width]`` float32; those of one that is not finite are of zeros.
 
@@ -55,6 +57,7 @@ def encode(
         most: the largest norm of a row; None where ``x column`` is rounded as it is.
         vectors: int16 ``[L, checks, width]``, centred.
         weights: for each prime the coefficients of each share that is made; those of the scheme where None.
+        out: where each share that is made is put, int8 ``[L, n, width]``, contiguous; new memory where None.
     """
     n, width = x.shape
     rules = share_rules(scheme) if weights is None else weights
@@ -64,17 +67,20 @@ def encode(
     native = _kernel_or_warning()
     if native is None:
         shares, scales, images = reference.encode(scheme.primes, x, column, drawn, rules, room, half, vectors)
+        if out is not None:
+            shares = [place.copy_(share) for place, share in zip(out, shares, strict=True)]
         return Rows([*drawn, *shares], scales, images)
     x, column, drawn, vectors = x.contiguous(), column.contiguous(), drawn.contiguous(), vectors.contiguous()
     coefficients = _int16(rules)
     primes = _primes(scheme)
-    out = torch.empty(made, len(primes), n, width, dtype=torch.int8)
+    out = out or [torch.empty(len(primes), n, width, dtype=torch.int8) for _ in range(made)]
+    pointers = _pointers(out)
     scales = torch.empty(n, dtype=torch.float64)
     images = torch.empty(n, len(primes), vectors.shape[1], dtype=torch.int16)
     record = _Encoding(
         x.data_ptr(), column.data_ptr(), n, width, room, half, primes.data_ptr(), len(primes), drawn.data_ptr(),
-        len(drawn), coefficients.data_ptr(), made, vectors.data_ptr(), vectors.shape[1], out.data_ptr(),
-        scales.data_ptr(), images.data_ptr(),
+        len(drawn), coefficients.data_ptr(), made, vectors.data_ptr(), vectors.shape[1],
+        ctypes.cast(pointers, ctypes.c_void_p), scales.data_ptr(), images.data_ptr(),
     )  # fmt: skip
     _each(native.encode, record, n, width)
     return Rows([*drawn, *out], scales, images)
@@ -92,7 +98,9 @@ def decode(
     """Return the products ``[n, width]`` float32, NaN of rows that were not finite; None where one is not right.
 
     Args:
-        points: as many as are needed. replies: of the workers there, int8 ``[L, n, width]``, any numbers.
+        points: as many as are needed.
+        replies: of the workers there, int8 ``[L, n, width]``, any numbers. They may lie in memory that a worker can
+            change: each byte is read once, and what is checked is what was read.
         column: ``[width]`` float64, what the result is multiplied by.
         rows: what `encode` returned of this call. vectors: int16 ``[L, checks, width]``, from `for_results`.
     """
@@ -100,12 +108,13 @@ def decode(
     rules = result_rules(scheme, tuple(points))
     native = _kernel_or_warning()
     if native is None:
+        replies = [reply.clone() for reply in replies]  # which a worker of this machine may change at any time
         return reference.decode(scheme.primes, replies, rules, vectors, rows.images, rows.scales, column)
     replies = [reply.contiguous() for reply in replies]
     coefficients, primes = _int16(rules), _primes(scheme)
     column, scales, images, vectors = column.contiguous(), rows.scales, rows.images, vectors.contiguous()
     out = torch.empty(n, width, dtype=torch.float32)
-    pointers = (ctypes.c_void_p * len(replies))(*[reply.data_ptr() for reply in replies])
+    pointers = _pointers(replies)
     record = _Decoding(
         ctypes.cast(pointers, ctypes.c_void_p), len(replies), n, width, primes.data_ptr(), len(primes),
         coefficients.data_ptr(), vectors.data_ptr(), vectors.shape[1], images.data_ptr(), scales.data_ptr(),
@@ -179,6 +188,10 @@ def _each(function: Callable[..., int], record: ctypes.Structure, n: int, width:
         return n if done >= end else done
 
     return min(map(rows, range(threads)) if threads == 1 else _pool().map(rows, range(threads)))
+
+
+def _pointers(tensors: Sequence[Tensor]) -> Any:
+    return (ctypes.c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
 
 
 @functools.cache

@@ -30,6 +30,7 @@ from obfuscatune.errors import UsageError, WorkerFault
 from obfuscatune.protocol.expand import drawn
 
 TILE_ROWS = 256  # a call's rows go in parts, so that encoding, products and decoding overlap
+_TILE_ROWS_HERE = 512  # at workers of this machine: they share its cores, and read their weights once for each part
 _AHEAD = 4  # parts under way
 
 
@@ -80,6 +81,7 @@ class Workers(Secret):
         self._waiting = Waiting(len(self.sessions)) if scheme.spares else None
         if self._waiting is not None:
             weakref.finalize(self, self._waiting.close)
+        self._tile = _TILE_ROWS_HERE if all(session.shares_memory for session in self.sessions) else TILE_ROWS
         self._number = uniform.number()
         self._segments = 0
 
@@ -112,10 +114,10 @@ class Workers(Secret):
         side = weight.backward if transpose else weight.forward
         out = torch.empty(len(x), len(side.after))
         under_way: deque[tuple[int, _Part]] = deque()
-        for start in range(0, len(x), TILE_ROWS):
+        for start in range(0, len(x), self._tile):
             if len(under_way) == _AHEAD:
                 self._finish(weight, *under_way.popleft(), out, transpose=transpose)
-            under_way.append((start, self._send(weight, x[start : start + TILE_ROWS], transpose=transpose)))
+            under_way.append((start, self._send(weight, x[start : start + self._tile], transpose=transpose)))
         while under_way:
             self._finish(weight, *under_way.popleft(), out, transpose=transpose)
         return out
@@ -124,15 +126,18 @@ class Workers(Secret):
         side, (images, _) = weight.backward if transpose else weight.forward, self._vectors(weight, transpose)
         started = time.process_time()
         seeds, planes = self._uniform.drawn(self.scheme, x.shape)
-        rows = coding.encode(self.scheme, x, side.before, planes, most=side.most, vectors=images)
+        asked = [i for i in range(len(self.sessions)) if not self._is_out(i)]
+        made = range(len(seeds), len(self.sessions))
+        memory = [self.sessions[i].empty if i in asked else torch.empty for i in made]
+        out = [empty(planes.shape[1:], dtype=torch.int8) for empty in memory]
+        rows = coding.encode(self.scheme, x, side.before, planes, most=side.most, vectors=images, out=out)
         self.seconds.encode += time.process_time() - started
         started = time.perf_counter()
         header = {"segment": weight.segment, "transpose": transpose}
         expected = {"y": ((len(self.scheme.primes), len(x), len(side.after)), torch.int8)}
         part = _Part(rows, len(x), {}, Box())
-        for i, session in enumerate(self.sessions):
-            if i in self._lost or (self._waiting is not None and self._waiting.is_late(i)):
-                continue
+        for i in asked:
+            session = self.sessions[i]
             try:
                 message = self._share("x", header, seeds, rows.shares, i)
                 part.pending[i] = session.submit("multiply", weight.path, *message, expected)
@@ -146,6 +151,10 @@ class Workers(Secret):
         rows.shares.clear()  # sent; two of them together are the rows
         self.seconds.send += time.perf_counter() - started
         return part
+
+    def _is_out(self, i: int) -> bool:
+        """Whether a worker is lost, or owes so many replies that it is asked for no more."""
+        return i in self._lost or (self._waiting is not None and self._waiting.is_late(i))
 
     def _share(
         self, name: str, header: dict[str, Any], seeds: Sequence[bytes], shares: Sequence[Tensor], i: int
@@ -165,6 +174,9 @@ class Workers(Secret):
         self.seconds.decode += time.process_time() - started
         if y is None:
             raise self._wrong(weight, part, replies, side, vectors)
+        if self._waiting is None:
+            for pending in part.pending.values():
+                pending.release()
         out[start : start + part.count] = y
 
     def _decode(self, replies: Mapping[int, Tensor], part: _Part, side: Side, vectors: Tensor) -> Tensor | None:
@@ -177,7 +189,7 @@ class Workers(Secret):
         """As many replies as are needed, the first that come; all of them where there is no spare."""
         if self._waiting is None:
             try:
-                return {i: pending.result()[1]["y"] for i, pending in part.pending.items()}
+                return {i: pending.result(in_place=True)[1]["y"] for i, pending in part.pending.items()}
             except WorkerFault:
                 self.close()
                 raise
@@ -187,7 +199,9 @@ class Workers(Secret):
             if len(found) == self.scheme.needed:
                 return found
         self.close()
-        raise WorkerFault("too few replies", worker=self._names(part.pending), layer="-", call=0, got=len(found))
+        asked = next(iter(part.pending.values()))
+        names = self._names(part.pending)
+        raise WorkerFault("too few replies", worker=names, layer=asked.layer, call=asked.id, got=len(found))
 
     def _take(self, answer: tuple[int, Answer], found: dict[int, Tensor]) -> None:
         i, reply = answer
@@ -233,8 +247,9 @@ class Workers(Secret):
         weight.check.discard()
         self.close()
         hint = None if liars else "with a spare worker, spares=1, the one that is wrong is named"
-        names = self._names(liars or replies)
-        return WorkerFault("a product is wrong", worker=names, layer=weight.path, call=0, hint=hint)
+        named = liars or list(replies)
+        call = part.pending[named[0]].id  # to each of them, unless one has been lost, of the same number
+        return WorkerFault("a product is wrong", worker=self._names(named), layer=weight.path, call=call, hint=hint)
 
     def _vectors(self, weight: SharedWeight, transpose: bool) -> tuple[Tensor, Tensor]:
         sides = weight.check.sides(transpose=transpose)

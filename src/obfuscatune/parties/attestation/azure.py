@@ -1,6 +1,7 @@
 """Azure's confidential machines: a hardware report for a paravisor, whose TPM's key it binds, and a quote of that TPM.
 
-    SNP report over SHA-256(runtime data) -> runtime data, JSON, has the key HCLAkPub -> quote of the TPM by that key
+    SNP report, or quote of a TD, over SHA-256(runtime data) || zeros -> runtime data, JSON, has the key HCLAkPub
+    -> quote of the TPM by that key
 
 The report is for the paravisor (HCL), which runs at the most privileged level of the guest and keeps the TPM; what the
 guest has booted is in the TPM's PCRs. So a policy names both: what pins the paravisor, and PCRs.
@@ -9,53 +10,72 @@ guest has booted is in the TPM's PCRs. So a policy names both: what pins the par
                 | size of the rest | version 1 | type (2: SNP, 4: TDX) | hash (1: SHA-256) | length
                 | runtime data | zeros
 
-All numbers are u32, little-endian. Only SNP is taken: of a TDX machine the report has no signature, and its quote comes
-from the cloud's own service. Format: OpenHCL, openhcl_attestation_protocol (igvm_attest).
+All numbers are u32, little-endian. Under TDX the report is a TD report (1024, then zeros): only the processor that made
+it can check it. The machine trades it for a quote (`azure_vm`), which stands in its place in evidence, as ``td_quote``;
+the report itself is left out: its bytes are zeros. Format: OpenHCL, openhcl_attestation_protocol (igvm_attest).
 """
 
 import base64
 import hashlib
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey, RSAPublicNumbers
 
 from obfuscatune.errors import FormatError
-from obfuscatune.parties.attestation import snp, tpm
+from obfuscatune.parties.attestation import dcap, snp, tpm
 from obfuscatune.parties.attestation.evidence import Quote
-from obfuscatune.parties.attestation.fields import Fields
+from obfuscatune.parties.attestation.fields import Fields, parsing
 from obfuscatune.parties.attestation.policy import Policy
 from obfuscatune.parties.attestation.tpm_structures import parse_quote, parse_signature
 from obfuscatune.parties.attestation.verdict import Checked, Rule
 
 _MAGIC, _VERSION, _REQUEST = b"HCLA", 1, 2
-_SNP, _TDX, _SHA256 = 2, 4, 1
+_TYPES, _SHA256 = {2: "snp", 4: "tdx"}, 1
 _RESERVED_BYTES, _REST_HEADER_BYTES = 12, 20
+_REPORT_AT = 32
+TD_REPORT_BYTES = 1024
 _KEY_NAME = "HCLAkPub"
 _RSA_BITS, _RSA_EXPONENT = 2048, 65_537
-_EXTRAS = ("tpm_quote", "signature", "pcrs")
+_TPM_EXTRAS = {"tpm_quote", "signature", "pcrs"}
+TD_QUOTE = "td_quote"
+# What may come with the report of each kind of hardware, beside what is the TPM's.
+_HARDWARE_EXTRAS = {"snp": {"certificates"}, "tdx": {TD_QUOTE, "collateral"}}
+
+
+@dataclass(frozen=True)
+class HclReport:
+    """What an HCL report is made of. Nothing of it is verified.
+
+    Attributes:
+        hardware: "snp" or "tdx". report: of the hardware, 1184 bytes. runtime: the runtime data, JSON.
+    """
+
+    hardware: str
+    report: bytes
+    runtime: bytes
 
 
 def check(quote: Quote, policy: Policy, now: float) -> Checked:
-    """Verify report, runtime data and the TPM's quote at Unix second ``now``, and judge the platform.
+    """Verify hardware, runtime data and the TPM's quote at Unix second ``now``, and judge the platform.
 
     Raises:
-        FormatError: one of them breaks its format, or it is of a TDX machine.
+        FormatError: one of them breaks its format.
     """
-    report, runtime = _split(quote.quote)
-    certificates = {name: data for name, data in quote.extras.items() if name == "certificates"}
-    hardware = snp.check(Quote("snp", report, certificates), policy, now)
+    parts = parse(quote.quote)
+    hardware = _check_hardware(parts, quote, policy, now)
     rules = list(hardware.rules)
-    bound = hardware.report_data == hashlib.sha256(runtime).digest() + bytes(32)
-    rules.append(Rule("runtime data", bound, "genuine" if bound else "not what the report binds", "genuine"))
+    bound = hardware.report_data == hashlib.sha256(parts.runtime).digest() + bytes(32)
+    rules.append(Rule("runtime data", bound, "genuine" if bound else "not what the hardware binds", "genuine"))
     if not bound:
         return Checked(rules)
-    key = _attestation_key(runtime)
-    if not any(name in quote.extras for name in _EXTRAS):
+    key = _attestation_key(parts.runtime)
+    given = set(quote.extras) - _HARDWARE_EXTRAS[parts.hardware]
+    if not given:
         rules.append(Rule("tpm quote", None, "none", "a quote of the machine's TPM"))
         return Checked(rules)
-    if set(quote.extras) - {"certificates"} != set(_EXTRAS):
-        raise FormatError("what comes with an HCL report", expected=", ".join(_EXTRAS))
+    if given != _TPM_EXTRAS:
+        raise FormatError("what comes with an HCL report", expected=", ".join(sorted(_TPM_EXTRAS)))
     message, signature = quote.extras["tpm_quote"], parse_signature(quote.extras["signature"])
     attested = parse_quote(message)
     values = tpm.read_pcrs(quote.extras["pcrs"], attested)
@@ -71,13 +91,18 @@ def check(quote: Quote, policy: Policy, now: float) -> Checked:
 
 def peek(report: bytes) -> dict[str, str]:
     """Return what a report says, NOT verified; raises FormatError where it is none."""
-    hardware, runtime = _split(report)
-    _attestation_key(runtime)
-    return {**snp.peek(hardware), "runtime data": f"{len(runtime)} bytes"}
+    parts = parse(report)
+    _attestation_key(parts.runtime)
+    found = snp.peek(parts.report) if parts.hardware == "snp" else {}
+    return {**found, "hardware": parts.hardware, "runtime data": f"{len(parts.runtime)} bytes"}
 
 
-def _split(data: bytes) -> tuple[bytes, bytes]:
-    """Return hardware report and runtime data; nothing is hidden between, behind or in what is reserved."""
+def parse(data: bytes) -> HclReport:
+    """Return the parts of an HCL report; nothing is hidden between, behind or in what is reserved.
+
+    Raises:
+        FormatError: another format, or a length that does not fit.
+    """
     reader = Fields(data, "HCL report")
     head = (reader.take(4), reader.number(4))
     size = reader.number(4)
@@ -90,16 +115,33 @@ def _split(data: bytes) -> tuple[bytes, bytes]:
         raise FormatError("not an HCL report of a machine", expected='"HCLA", version 1')
     report = reader.take(snp.REPORT_BYTES)
     told, version, kind, hashed, length = (reader.number(4) for _ in range(5))
-    if kind == _TDX:
-        raise FormatError("HCL report of a TDX machine, which is not verified yet", expected="SNP")
-    if (version, kind, hashed) != (1, _SNP, _SHA256) or told != length + _REST_HEADER_BYTES:
+    if kind not in _TYPES or (version, hashed) != (1, _SHA256) or told != length + _REST_HEADER_BYTES:
         raise FormatError("runtime data of an HCL report of an unknown form")
     runtime = reader.take(length)
     if size != reader.at:
         raise FormatError("size of an HCL report", got=size, expected=reader.at)
     if any(reader.take(reader.left)):
         raise FormatError("bytes behind the HCL report")
-    return report, runtime
+    return HclReport(_TYPES[kind], report, runtime)
+
+
+def without_report(data: bytes) -> bytes:
+    """Return the HCL report with zeros for the hardware's report, as evidence of a TD has it."""
+    return data[:_REPORT_AT] + bytes(snp.REPORT_BYTES) + data[_REPORT_AT + snp.REPORT_BYTES :]
+
+
+def _check_hardware(parts: HclReport, quote: Quote, policy: Policy, now: float) -> Checked:
+    """Judge the report of SNP, or the quote of a TD that stands for its report."""
+    extras = {name: data for name, data in quote.extras.items() if name in _HARDWARE_EXTRAS[parts.hardware]}
+    if parts.hardware == "snp":
+        return snp.check(Quote("snp", parts.report, extras), policy, now)
+    raw = extras.pop(TD_QUOTE, None)
+    if raw is None:
+        hint = "a TD report is checked by its processor alone: the machine trades it for a quote"
+        return Checked([Rule("td quote", False, "none", f"a quote of the TD in {TD_QUOTE}; {hint}")])
+    if any(parts.report):
+        raise FormatError("HCL report with the TD report that its quote stands for", expected="zeros")
+    return dcap.check(Quote("tdx", raw, extras), policy, now)
 
 
 def _attestation_key(runtime: bytes) -> RSAPublicKey:
@@ -113,7 +155,8 @@ def _attestation_key(runtime: bytes) -> RSAPublicKey:
         raise FormatError("runtime data without one key of the TPM", expected=_KEY_NAME) from None
     if kind != ("RSA", ["sign"], _RSA_EXPONENT, _RSA_BITS):
         raise FormatError("key of the TPM in the runtime data", expected="RSA-2048 for signatures")
-    return RSAPublicNumbers(exponent, modulus).public_key()
+    with parsing("key of the TPM in the runtime data"):
+        return RSAPublicNumbers(exponent, modulus).public_key()
 
 
 def _base64url(text: str) -> bytes:

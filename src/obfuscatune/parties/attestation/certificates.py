@@ -3,6 +3,7 @@
 import base64
 
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric.ec import SECP384R1, EllipticCurvePublicKey
 
 from obfuscatune.errors import FormatError
 from obfuscatune.parties.attestation.fields import parsing
@@ -13,6 +14,7 @@ MAX_CERTIFICATES = 6
 _HEADERS = slice(0, 8)
 _ZERO_SERIAL = bytes.fromhex("a003020102 020100")
 _LINE = 64
+_BASE_CONSTRAINTS = "2.5.29.19"
 _BEGIN, _END = b"-----BEGIN CERTIFICATE-----\n", b"-----END CERTIFICATE-----\n"
 
 
@@ -69,6 +71,25 @@ def read_chain(pem: bytes, what: str) -> list[Certificate]:
         raise FormatError(f"{what} are no chain of at most {MAX_CERTIFICATES} PEM certificates")
     # Azure's service leaves a line empty between them.
     return [_read_block(block.removeprefix(b"\n") if number else block, what) for number, block in enumerate(blocks)]
+
+
+def p384_chain_problem(chain: list[Certificate], now: float) -> str:
+    """Return what is wrong with a chain of P-384 keys, root first, at Unix second ``now``; "" where nothing is."""
+    for issuer, certificate in zip([chain[0], *chain], chain, strict=False):
+        if not isinstance(certificate.key, EllipticCurvePublicKey) or not isinstance(certificate.key.curve, SECP384R1):
+            return "a certificate without a P-384 key"
+        if not certificate.issued_by(issuer):
+            return "a certificate that its issuer has not signed"
+        if not certificate.valid_at(now):
+            return f"a certificate outside its life, which ends {certificate.fields.not_valid_after_utc:%Y-%m-%d %H:%M}"
+        constraints = certificate.extensions.get(_BASE_CONSTRAINTS)
+        authority = isinstance(constraints, x509.BasicConstraints) and constraints.ca
+        if authority == (certificate is chain[-1]):
+            return "an issuer that is no authority, or a last certificate that is one"
+        limit = constraints.path_length if isinstance(constraints, x509.BasicConstraints) else None
+        if limit is not None and len(chain) - 2 - chain.index(certificate) > limit:
+            return "a chain that is longer than a certificate of it allows"
+    return ""
 
 
 def to_pem(der: bytes) -> bytes:

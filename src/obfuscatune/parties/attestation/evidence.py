@@ -35,7 +35,8 @@ class Quote:
         quote: its raw bytes.
         extras: by name, all untrusted until verified: ``certificates`` (snp: PEM of VCEK, ASK, ARK), ``collateral``
             (sgx, tdx: the JSON of dcap-qvl), ``event_log`` (tdx), ``signature``, ``key`` and ``pcrs`` (tpm),
-            ``tpm_quote``, ``signature``, ``pcrs`` and ``certificates`` (azure).
+            ``tpm_quote``, ``signature``, ``pcrs``, and ``certificates`` or ``td_quote`` (azure), ``gpu_report`` and
+            ``gpu_certificates`` (all: of the machine's GPU).
     """
 
     kind: Kind

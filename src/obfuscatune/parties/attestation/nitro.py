@@ -12,14 +12,13 @@ import hashlib
 from typing import Any
 
 import cbor2
-from cryptography import x509
 from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ec import ECDSA, SECP384R1, EllipticCurvePublicKey
+from cryptography.hazmat.primitives.asymmetric.ec import ECDSA, EllipticCurvePublicKey
 from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 from cryptography.hazmat.primitives.hashes import SHA384
 
 from obfuscatune.errors import FormatError
-from obfuscatune.parties.attestation.certificates import Certificate
+from obfuscatune.parties.attestation.certificates import Certificate, p384_chain_problem
 from obfuscatune.parties.attestation.evidence import Quote
 from obfuscatune.parties.attestation.fields import parsing
 from obfuscatune.parties.attestation.policy import Policy
@@ -29,7 +28,6 @@ from obfuscatune.parties.attestation.verdict import Checked, Rule
 _PROTECTED = bytes.fromhex("a1013822")  # {1: -35}: the algorithm, ES384
 _SIGNATURE_BYTES, _PCR_BYTES, _PCRS = 96, 48, 32
 _MAX_CHAIN = 8
-_BASE_CONSTRAINTS = "2.5.29.19"
 _FIELDS = {
     *("module_id", "digest", "timestamp", "pcrs", "certificate", "cabundle"),
     *("public_key", "user_data", "nonce"),
@@ -51,7 +49,7 @@ def check(quote: Quote, policy: Policy, now: float) -> Checked:
     genuine = hashlib.sha256(root).hexdigest() == AWS_NITRO_ROOT
     simulation = not genuine and policy.allow_simulation and root in policy.simulation_roots
     expected = "Amazon's root" + (", or the policy's for simulation" if policy.allow_simulation else "")
-    problem = _chain_problem(chain, now)
+    problem = p384_chain_problem(chain, now)
     if not genuine and not simulation:
         problem = "certificates under another root"
     under = "under the simulation's root" if simulation else "under Amazon's root"
@@ -119,25 +117,6 @@ def _report_data(fields: dict[str, Any]) -> bytes:
     if type(data) is not bytes or len(data) != _REPORT_DATA_BYTES:
         raise FormatError("user data of a Nitro document", expected=f"{_REPORT_DATA_BYTES} bytes")
     return data
-
-
-def _chain_problem(chain: list[Certificate], now: float) -> str:
-    """Return what is wrong with the certificates, root first."""
-    for issuer, certificate in zip([chain[0], *chain], chain, strict=False):
-        if not isinstance(certificate.key, EllipticCurvePublicKey) or not isinstance(certificate.key.curve, SECP384R1):
-            return "a certificate without a P-384 key"
-        if not certificate.issued_by(issuer):
-            return "a certificate that its issuer has not signed"
-        if not certificate.valid_at(now):
-            return f"a certificate outside its life, which ends {certificate.fields.not_valid_after_utc:%Y-%m-%d %H:%M}"
-        constraints = certificate.extensions.get(_BASE_CONSTRAINTS)
-        authority = isinstance(constraints, x509.BasicConstraints) and constraints.ca
-        if authority == (certificate is chain[-1]):
-            return "an issuer that is no authority, or a last certificate that is one"
-        limit = constraints.path_length if isinstance(constraints, x509.BasicConstraints) else None
-        if limit is not None and len(chain) - 2 - chain.index(certificate) > limit:
-            return "a chain that is longer than a certificate of it allows"
-    return ""
 
 
 def _signed(leaf: Certificate, payload: bytes, signature: bytes) -> bool:

@@ -4,7 +4,8 @@
 |---|---|---|---|
 | ``configfs`` | TDX or SEV-SNP guest, by configfs-tsm | SNP: from the chip; TDX: none | none |
 | ``gramine`` | SGX, by Gramine | from MRENCLAVE and the processor | none |
-| ``azure`` | SEV-SNP guest of Azure, by its paravisor's report and vTPM | as ``tpm`` | in the TPM |
+| ``azure`` | SEV-SNP or TDX guest of Azure, by its paravisor's report and vTPM | as ``tpm`` | in the TPM |
+| ``nitro`` | AWS Nitro enclave, by its security module | none | none |
 | ``tpm`` | vTPM | from its seed and the PCRs | in the TPM |
 | ``simulation:DIR`` | TDX, simulated: protects nothing | from DIR | in DIR |
 | ``simulation-snp:DIR`` | SEV-SNP, simulated: protects nothing | from DIR | in DIR |
@@ -16,7 +17,7 @@ from typing import Literal, Protocol
 from obfuscatune.errors import UsageError
 from obfuscatune.parties.attestation.evidence import Attester
 
-SPECIFICATIONS = ("configfs", "gramine", "tpm", "azure", "simulation:DIR", "simulation-snp:DIR")
+SPECIFICATIONS = ("configfs", "gramine", "tpm", "azure", "nitro", "simulation:DIR", "simulation-snp:DIR")
 
 
 class Counter(Protocol):
@@ -85,7 +86,7 @@ def open_platform(specification: str) -> Platform:
     kind, colon, rest = specification.partition(":")
     if kind in ("simulation", "simulation-snp") and rest:
         return _simulated("tdx" if kind == "simulation" else "snp", Path(rest))
-    if colon or kind not in ("configfs", "gramine", "tpm", "azure"):
+    if colon or kind not in ("configfs", "gramine", "tpm", "azure", "nitro"):
         raise UsageError("platform", got=repr(specification), expected=" or ".join(SPECIFICATIONS))
     if kind == "configfs":
         from obfuscatune.parties.attestation.configfs import ConfigfsPlatform
@@ -99,6 +100,10 @@ def open_platform(specification: str) -> Platform:
         from obfuscatune.parties.attestation.azure_vm import AzurePlatform
 
         return AzurePlatform()
+    if kind == "nitro":
+        from obfuscatune.parties.attestation.nitro_enclave import NitroPlatform
+
+        return NitroPlatform()
     from obfuscatune.parties.attestation.vtpm import VtpmPlatform
 
     return VtpmPlatform()

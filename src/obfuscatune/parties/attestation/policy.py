@@ -14,6 +14,7 @@ from typing import Any
 from obfuscatune.errors import FormatError, UsageError
 from obfuscatune.parties.attestation.certificates import MAX_CHAIN_BYTES, read_chain
 from obfuscatune.parties.attestation.evidence import KINDS, Kind
+from obfuscatune.parties.attestation.gpu_reference import MAX_REFERENCE_BYTES, GpuReference, read_reference
 from obfuscatune.parties.attestation.tables import Table
 from obfuscatune.parties.identity import read_small
 
@@ -22,17 +23,18 @@ _SNP = {
     **{"measurement": 48, "host_data": 32, "id_key_digest": 48, "author_key_digest": 48},
     **{"family_id": 16, "image_id": 16},
 }
+_TDX = {
+    **{"mrtd": 48, "rtmr0": 48, "rtmr1": 48, "rtmr2": 48, "rtmr3": 48},
+    **{"mrseam": 48, "mrconfigid": 48, "mrowner": 48, "mrownerconfig": 48, "mrservicetd": 48},
+}
 _PCRS = {f"pcr{number}": 32 for number in range(24)}
 MEASUREMENTS: Mapping[Kind, Mapping[str, int]] = {
     "sgx": {"mrenclave": 32, "mrsigner": 32},
-    "tdx": {
-        **{"mrtd": 48, "rtmr0": 48, "rtmr1": 48, "rtmr2": 48, "rtmr3": 48},
-        **{"mrseam": 48, "mrconfigid": 48, "mrowner": 48, "mrownerconfig": 48, "mrservicetd": 48},
-    },
+    "tdx": _TDX,
     "snp": _SNP,
     "tpm": _PCRS,
     "nitro": {f"nitro_pcr{number}": 48 for number in range(32)},
-    "azure": {**_SNP, **_PCRS},
+    "azure": {**_SNP, **_TDX, **_PCRS},
 }
 # Of each kind one of these sets must be named: what pins the code. A signer alone would accept all that it ever signed.
 PINS: Mapping[Kind, tuple[frozenset[str], ...]] = {
@@ -44,7 +46,7 @@ PINS: Mapping[Kind, tuple[frozenset[str], ...]] = {
     "nitro": (frozenset({"nitro_pcr0"}),),  # the whole image
     # The paravisor, or who signed it, and what the guest has booted.
     "azure": tuple(
-        frozenset({f"pcr{number}", name}) for number in range(16) for name in ("measurement", "id_key_digest")
+        frozenset({f"pcr{number}", name}) for number in range(16) for name in ("measurement", "id_key_digest", "mrtd")
     ),
 }
 # Intel's, without Revoked, which nobody can allow.
@@ -61,6 +63,7 @@ MAX_COLLATERAL_BYTES = 256 * 1024
 _MAX_FILE_BYTES = 64 * 1024
 _MAX_AGE_SECONDS = 86_400
 _ADVISORY = re.compile(r"INTEL-SA-[0-9]{5}")
+_PROVIDER = re.compile(r"[ -~]{1,64}")
 
 
 @dataclass(frozen=True)
@@ -75,11 +78,13 @@ class Policy:
             the last one for SEV-SNP too.
         certificates, amd_crl: of SEV-SNP platforms, PEM: VCEKs, ASK and ARK for evidence without them, and AMD's
             revocation list.
+        vlek_providers: of SEV-SNP, whose VLEKs may sign; a VLEK is a provider's for all its chips.
         min_tcb: of SEV-SNP platforms, by ``TCB_PARTS``. max_vmpl: privilege level that a report may come from.
         measurements: name to allowed values, lower-case hex. isv_prod_id: allowed numbers. isv_svn: least number.
         any_measurement: judge no measurement of simulated evidence.
         allow_simulation: accept evidence under ``simulation_roots`` (DER) or ``simulation_tpm_keys``, marked as such.
         tpm_keys: SHA-256 of the DER SubjectPublicKeyInfo of attestation keys of TPMs, hex.
+        gpu: what the machine's GPU must be; None: evidence need not speak of one.
     """
 
     kinds: tuple[Kind, ...]
@@ -93,6 +98,7 @@ class Policy:
     allow_smt: bool = False
     certificates: bytes | None = None
     amd_crl: bytes | None = None
+    vlek_providers: tuple[str, ...] = ()
     min_tcb: Mapping[str, int] | None = None
     max_vmpl: int = 0
     measurements: Mapping[str, frozenset[str]] = field(default_factory=dict)
@@ -103,6 +109,7 @@ class Policy:
     simulation_roots: tuple[bytes, ...] = ()
     simulation_tpm_keys: frozenset[str] = frozenset()
     tpm_keys: frozenset[str] = frozenset()
+    gpu: GpuReference | None = None
 
     def pins(self, kind: Kind) -> bool:
         """Return whether the named measurements pin the code of evidence of this kind."""
@@ -138,13 +145,15 @@ class Policy:
 
 def _read(file: Table, folder: Path) -> dict[str, Any]:
     """Return the attributes of a policy."""
-    platform, measured, simulation, tpm = (
-        file.table(name) for name in ("platform", "measurements", "simulation", "tpm")
+    names_gpu = "gpu" in file
+    platform, measured, simulation, tpm, gpu = (
+        file.table(name) for name in ("platform", "measurements", "simulation", "tpm", "gpu")
     )
     found: dict[str, Any] = {
         "kinds": platform.words("kinds", KINDS, ()),
         "tcb_status": platform.words("tcb_status", TCB_STATUSES, ("UpToDate",)),
         "advisories": platform.words("advisories", _ADVISORY, ()),
+        "vlek_providers": platform.words("vlek_providers", _PROVIDER, ()),
         "max_age_seconds": platform.number("max_age_seconds", range(1, _MAX_AGE_SECONDS + 1), 600),
         "max_vmpl": platform.number("max_vmpl", range(4), 0),
         "collateral": platform.file("collateral", folder, MAX_COLLATERAL_BYTES),
@@ -155,6 +164,7 @@ def _read(file: Table, folder: Path) -> dict[str, Any]:
         "simulation_roots": _certificates(simulation, folder),
         "simulation_tpm_keys": simulation.hexes("tpm_keys", 32),
         "tpm_keys": tpm.hexes("keys", 32),
+        "gpu": _gpu(gpu, folder) if names_gpu else None,
     }
     for name in ("allow_debug", "allow_dynamic_platform", "allow_cached_keys", "allow_smt"):
         found[name] = platform.flag(name)
@@ -168,13 +178,22 @@ def _read(file: Table, folder: Path) -> dict[str, Any]:
         found["isv_prod_id"] = measured.numbers("isv_prod_id", range(1 << 16))
     if "isv_svn" in measured:
         found["isv_svn"] = measured.number("isv_svn", range(1 << 16))
-    for table in (platform, measured, simulation, tpm, file):
+    for table in (platform, measured, simulation, tpm, gpu, file):
         table.end()
     return found
 
 
 def _bytes(text: str | None) -> bytes | None:
     return None if text is None else text.encode()
+
+
+def _gpu(gpu: Table, folder: Path) -> GpuReference | None:
+    text = gpu.file("reference", folder, MAX_REFERENCE_BYTES)
+    try:
+        return read_reference("" if text is None else text)
+    except FormatError as error:
+        gpu.faults.append(f"gpu.reference: {error.what}")
+    return None
 
 
 def _certificates(simulation: Table, folder: Path) -> tuple[bytes, ...]:
@@ -200,7 +219,9 @@ def _wanting(policy: Policy) -> list[str]:
         if not policy.pins(kind) and not policy.any_measurement:
             pins = " or ".join(" with ".join(sorted(pin)) for pin in PINS[kind][:2])
             faults.append(f"no measurement pins the code of {kind}: expected measurements.{pins}")
-    if {"snp", "azure"} & set(policy.kinds) and policy.min_tcb is None:
+    # Of Azure's machines those whose policy names an MRTD are TDs.
+    amd = "snp" in policy.kinds or ("azure" in policy.kinds and "mrtd" not in policy.measurements)
+    if amd and policy.min_tcb is None:
         faults.append("platform.min_tcb is missing: nothing else says which snp platforms are outdated")
     if "tpm" in policy.kinds and not policy.tpm_keys and not policy.simulation_tpm_keys:
         faults.append("tpm.keys is missing: no root says which TPMs are genuine")

@@ -2,7 +2,8 @@
 
 Certificates come with the evidence; a hash decides which of them is a root. Compare with the manufacturers' own pages:
 Intel, "Intel SGX Root CA" (certificates.trustedservices.intel.com); AMD, the ``cert_chain`` of each product
-(kdsintf.amd.com/vcek/v1/<product>/cert_chain); Amazon, "aws.nitro-enclaves" (AWS_NitroEnclaves_Root-G1.zip).
+(kdsintf.amd.com/vcek/v1/<product>/cert_chain); Amazon, "aws.nitro-enclaves" (AWS_NitroEnclaves_Root-G1.zip); NVIDIA,
+"NVIDIA Device Identity CA" (``verifier_device_root.pem`` of NVIDIA/nvtrust and of the package nv-local-gpu-verifier).
 """
 
 from collections.abc import Mapping
@@ -10,6 +11,8 @@ from collections.abc import Mapping
 INTEL_SGX_ROOT = "44a0196b2b99f889b8e149e95b807a350e7424964399e885a7cbb8ccfab674d3"
 
 AWS_NITRO_ROOT = "641a0321a3e244efe456463195d606317ed7cdcc3c1756e09893f3c68f79bb5b"
+
+NVIDIA_DEVICE_ROOT = "102bf659d5419614c9d8e6aecebc80454eb26b1df6a769ac720b9a690b167b48"
 
 # AMD root key (ARK) to product. The product says how a TCB version is laid out.
 AMD_ROOTS: Mapping[str, str] = {

@@ -1,11 +1,13 @@
 """SEV-SNP: a report under AMD's certificates, verified here on `cryptography`, and its platform judged by the policy.
 
-    ARK (self-signed, RSA-4096, known by its hash) -> ASK -> VCEK (the chip's key) or VLEK (the provider's), P-384
+    ARK (self-signed, RSA-4096, known by its hash) -> ASK -> VCEK, the chip's key, P-384
+                                                   -> ASVK -> VLEK, a provider's key for all its chips, P-384
     RSA-PSS, SHA-384, salt of 48; the report by ECDSA, SHA-384, over its bytes [0 : 0x2A0]
 
 Formats: AMD SEV-SNP Firmware ABI (56860), table ATTESTATION_REPORT; AMD VCEK certificate and KDS interface (57230).
-AMD's revocation list, which the ARK signs, names ASKs. It is judged where the policy has one: nothing in a report says
-how fresh it must be.
+A VLEK is accepted of the providers that the policy names: whoever has it can sign for any chip of that product.
+AMD's revocation list, which the ARK signs, names ASKs and ASVKs. It is judged where the policy has one: nothing in a
+report says how fresh it must be.
 """
 
 import hashlib
@@ -67,7 +69,7 @@ def check(evidence_quote: Quote, policy: Policy, now: float) -> Checked:
     simulation = genuine is None and policy.allow_simulation and root.der in policy.simulation_roots
     expected = "AMD's root" + (", or the policy's for simulation" if policy.allow_simulation else "")
     under = "under the simulation's root" if simulation else "under AMD's root"
-    problem = _chain_problem(chain, now)
+    problem = _chain_problem(chain, now) or _names_problem(chain, _signing_key(report), product)
     if genuine is None and not simulation:
         problem = "certificates under another root"
     elif genuine is not None and genuine != product:
@@ -82,6 +84,8 @@ def check(evidence_quote: Quote, policy: Policy, now: float) -> Checked:
     if policy.amd_crl is not None:
         rules.append(_revoked(policy.amd_crl, chain, now))
     rules.append(_chip(report, leaf, product))
+    if _signing_key(report) == "VLEK":
+        rules.append(_provider(leaf, policy))
     rules += _platform(report, policy, product)
     return Checked(rules, report[0x50:0x90], _measurements(report), simulation)
 
@@ -107,8 +111,8 @@ def _chain(report: bytes, pem: bytes, policy: Policy) -> list[Certificate]:
     chain = read_chain(pem, "certificates") if pem else []
     if len(chain) < 3 and policy.certificates is not None:
         *leaves, ask, ark = read_chain(policy.certificates, "certificates of the policy")
-        chip = report[_CHIP]
-        own = [leaf for leaf in leaves if (name := _raw(leaf, _HARDWARE_ID)) and name.ljust(len(chip), b"\0") == chip]
+        key, chip = _signing_key(report), report[_CHIP]
+        own = [leaf for leaf in leaves if (_is_for(leaf, chip) if key == "VCEK" else _title(leaf) == f"SEV-{key}")]
         chain = [*(chain[:1] or own[:1] or leaves[:1]), ask, ark]
     if len(chain) != 3:
         hint = "the host hands out none: name them in the policy, platform.certificates"
@@ -171,19 +175,44 @@ def _signed_by(report: bytes, leaf: Certificate) -> bool:
     return True
 
 
+def _signing_key(report: bytes) -> str:
+    """Return which key the report says that it is signed by: VCEK, VLEK, or another number's name."""
+    number = _number(report, 0x48, 4) >> 2 & 0b111
+    return _SIGNED_BY.get(number, f"key {number}")
+
+
+def _names_problem(chain: list[Certificate], key: str, product: str) -> str:
+    """Return what is wrong with the names: AMD issues VCEKs under one authority of a product, VLEKs under another."""
+    leaf, authority, _ = map(_title, chain)
+    wanted = (f"SEV-{key}", f"SEV-VLEK-{product}" if key == "VLEK" else f"SEV-{product}")
+    if (leaf, authority) == wanted:
+        return ""
+    return f"certificates of {printable(leaf)} under {printable(authority)}, for a report by a {key}"
+
+
+def _is_for(leaf: Certificate, chip: bytes) -> bool:
+    """Whether a VCEK is for this chip. Turin's identifier has eight bytes, and zeros follow it in the report."""
+    hardware = _raw(leaf, _HARDWARE_ID)
+    return len(hardware) >= 8 and hardware.ljust(len(chip), b"\0") == chip and any(chip)
+
+
 def _chip(report: bytes, leaf: Certificate, product: str) -> Rule:
-    """Judge that the certificate is for this chip (a VLEK: for a provider) and for the TCB that the report states."""
-    kind = _SIGNED_BY.get(_number(report, 0x48, 4) >> 2 & 0b111, "unknown")
-    hardware, chip = _raw(leaf, _HARDWARE_ID), report[_CHIP]
-    if kind == "VCEK":  # Turin's identifier has eight bytes, and zeros follow it in the report
-        fits = len(hardware) >= 8 and hardware.ljust(len(chip), b"\0") == chip and any(chip)
-    else:
-        fits = kind == "VLEK" and not hardware and bool(_raw(leaf, _PROVIDER_ID))
+    """Judge that a VCEK is for this chip (a VLEK is for none), and either for the TCB that the report states."""
+    key = _signing_key(report)
+    fits = _is_for(leaf, report[_CHIP]) if key == "VCEK" else key == "VLEK" and not _raw(leaf, _HARDWARE_ID)
     oids = {**_TCB_OIDS, "fmc": _FMC_OID}
     stated = _tcb(report, 0x180, product)
     same = all(_integer(leaf, oids[part]) == value for part, value in stated.items())
-    got = f"{kind}, " + ("its chip and TCB" if fits and same else "another TCB" if fits else "another chip")
+    chip = "any chip" if key == "VLEK" else "its chip"
+    got = f"{key}, " + (f"{chip} and TCB" if fits and same else "another TCB" if fits else "another chip")
     return Rule("chip", fits and same, got, "the chip and TCB of the certificate")
+
+
+def _provider(leaf: Certificate, policy: Policy) -> Rule:
+    """Judge whose VLEK it is: a provider's, who may sign with it for any chip of the product."""
+    provider = _text(leaf, _PROVIDER_ID)
+    expected = " or ".join(policy.vlek_providers) or "named by platform.vlek_providers"
+    return Rule("provider", provider in policy.vlek_providers, f"VLEK of {provider}", expected)
 
 
 def _platform(report: bytes, policy: Policy, product: str) -> list[Rule]:
@@ -217,6 +246,12 @@ def _tcb_text(tcb: Any) -> str:
 
 def _measurements(report: bytes) -> dict[str, str]:
     return {name: report[at : at + size].hex() for name, (at, size) in _MEASUREMENTS.items()}
+
+
+def _title(certificate: Certificate) -> str:
+    """Return the common name's first word: AMD's have one, the simulator's are marked behind it."""
+    names = certificate.fields.subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)
+    return str(names[0].value).partition(" ")[0] if names else "?"
 
 
 def _number(report: bytes, at: int, size: int) -> int:

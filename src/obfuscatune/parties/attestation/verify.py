@@ -7,12 +7,13 @@ Bad evidence never raises: its verdict names the rule that failed.
 import hmac
 import importlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from obfuscatune.errors import AttestationError, FormatError
 from obfuscatune.parties.attestation.claims import EnclaveClaims
 from obfuscatune.parties.attestation.evidence import Evidence, Kind, Quote, report_data
 from obfuscatune.parties.attestation.fields import parsing
+from obfuscatune.parties.attestation.gpu import EXTRAS, gpu_nonce, judge_gpu
 from obfuscatune.parties.attestation.policy import MEASUREMENTS, Policy
 from obfuscatune.parties.attestation.verdict import Checked, Rule, Verdict
 
@@ -56,13 +57,16 @@ def judge(
     except FormatError as error:
         problem = error.what
     rules.append(Rule("claims", claims is not None, problem, "bound by the quote"))
+    nonce_of_gpu = None if claims is None else gpu_nonce(report_data(evidence.claims))
+    gpu, simulated_gpu = judge_gpu(evidence.quote.extras, policy, now, nonce_of_gpu)
+    rules += gpu
     if claims is not None:
         rules += [
             _same("nonce", claims.nonce, nonce, "none was asked for: only the age says how fresh this is"),
             _same("tls key", claims.tls_key, tls_key, "no connection to compare with"),
             _age(claims.issued, policy, now),
         ]
-    return Verdict(tuple(rules), claims, checked.measurements, checked.simulation)
+    return Verdict(tuple(rules), claims, checked.measurements, checked.simulation or simulated_gpu)
 
 
 def judge_quote(quote: Quote, policy: Policy, *, now: float | None = None) -> Verdict:
@@ -70,7 +74,8 @@ def judge_quote(quote: Quote, policy: Policy, *, now: float | None = None) -> Ve
 
     A policy that pins no code is let pass here: this is how to look at what a platform measures.
     """
-    checked = _check(quote, policy, time.time() if now is None else now)
+    now = time.time() if now is None else now
+    checked = _check(quote, policy, now)
     rules = [_kind(quote, policy), *checked.rules]
     if policy.pins(quote.kind):
         rules += _code(quote, checked, policy)
@@ -84,7 +89,17 @@ def _kind(quote: Quote, policy: Policy) -> Rule:
     return Rule("kind", quote.kind in policy.kinds, quote.kind, " or ".join(policy.kinds))
 
 
+def judge_gpu_report(extras: Mapping[str, bytes], policy: Policy, *, now: float | None = None) -> Verdict:
+    """Judge a bare report of a GPU, by the rules of GPUs alone; it is never accepted, since it is over no claims."""
+    gpu, simulated = judge_gpu(extras, policy, time.time() if now is None else now)
+    rules = [*gpu, Rule("claims", None, "a bare report has none", "claims of an enclave")]
+    return Verdict(tuple(rules), simulation=simulated)
+
+
 def _check(quote: Quote, policy: Policy, now: float) -> Checked:
+    # What belongs to the GPU is judged apart.
+    extras = {name: data for name, data in quote.extras.items() if name not in EXTRAS}
+    quote = Quote(quote.kind, quote.quote, extras)
     try:
         with parsing("evidence"):
             return _checker(quote.kind)(quote, policy, now)

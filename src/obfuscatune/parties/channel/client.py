@@ -4,7 +4,7 @@ import os
 import ssl
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from obfuscatune.errors import AttestationError, BusyError, ObfuscatuneError, ProtocolError, UsageError
@@ -28,10 +28,13 @@ class AttestedChannel:
     Attributes:
         verdict: the judgement of the fresh evidence.
         enclave: the identity that the evidence binds: what to seal to.
+        members: number and digest of the membership that the enclave is under; None while it is open, see `membership`.
     """
 
-    def __init__(self, stream: frames.Stream, verdict: Verdict, timeout: float) -> None:
-        self.verdict = verdict
+    def __init__(
+        self, stream: frames.Stream, verdict: Verdict, timeout: float, members: tuple[int, str] | None = None
+    ) -> None:
+        self.verdict, self.members = verdict, members
         self.enclave: PublicIdentity = verdict.require().identity
         self._stream, self._timeout = stream, timeout
         self._last = 0
@@ -52,20 +55,43 @@ class AttestedChannel:
             ProtocolError: a reply that breaks the protocol, or none in time (ConnectionClosedError); it is closed.
             UsageError: beyond the limits; nothing was sent.
         """
+        ((reply, data),) = self.stream(fields, payload, timeout=timeout, most=1)
+        return reply, data
+
+    def stream(
+        self, fields: Mapping[str, Any], payload: bytes = b"", *, timeout: float | None = None, most: int
+    ) -> Iterator[tuple[dict[str, Any], bytes]]:
+        """Send one request and yield the parts of its reply, the last of which ends the iteration.
+
+        An iteration that is given up closes the channel, by which the enclave learns that nobody waits any more.
+
+        Args:
+            fields, payload, timeout: as of :meth:`request`. most: parts that the reply may have.
+
+        Raises:
+            As :meth:`request`; ProtocolError where the parts are too many.
+        """
         with self._lock:
             deadline = time.monotonic() + (self._timeout if timeout is None else timeout)
             number = self._last + 1
             message = {"fields": dict(fields), "id": number}
             self._stream.send(message, payload, limits=frames.SESSION, deadline=deadline)
-            self._last = number
-            reply, data = self._stream.receive(frames.SESSION, deadline=deadline)
-            names = {"error", "id", "message"} if "error" in reply else {"fields", "id"}
-            right = set(reply) == names and type(reply["id"]) is int and reply["id"] == number
-            if not right or not isinstance(reply.get("fields", {}), dict):
-                self.close()  # a late or a second reply must never be taken for the next one
-                raise ProtocolError("not the reply to this request", where=self._stream.peer)
-        raise_from(reply, self._stream.peer)
-        return reply["fields"], data
+            self._last, ended = number, False
+            try:
+                for count in range(1, most + 1):
+                    reply, data = self._stream.receive(frames.SESSION, deadline=deadline)
+                    if not _is_reply(reply, number):
+                        raise ProtocolError("not the reply to this request", where=self._stream.peer)
+                    ended = "more" not in reply
+                    raise_from(reply, self._stream.peer)
+                    if not ended and count == most:
+                        raise ProtocolError("reply in too many parts", expected=most, where=self._stream.peer)
+                    yield reply["fields"], data
+                    if ended:
+                        return
+            finally:
+                if not ended:
+                    self.close()  # a late or a second reply must never be taken for the next one
 
     def close(self) -> None:
         """Close the connection; again and again does no harm."""
@@ -126,14 +152,13 @@ def _connect(
         stream.send(message, limits=frames.AUTHENTICATE, deadline=deadline)
         answer, _ = stream.receive(frames.ANSWER, deadline=deadline)
         raise_from(answer, stream.peer)
-        if answer != {"type": "accepted"}:
-            raise ProtocolError("not an answer to an authentication", where=stream.peer)
+        members = handshake.read_accepted(answer)
     except BaseException as error:
         stream.close()
         if type(error) is AttestationError and error.where is None:
             raise _located(error, stream.peer) from None
         raise
-    return AttestedChannel(stream, verdict, timeout)
+    return AttestedChannel(stream, verdict, timeout, members)
 
 
 def fetch_evidence(address: str, *, timeout: float = 30.0, nonce: str | None = None) -> tuple[Evidence, str]:
@@ -201,6 +226,15 @@ def _nonce_round(stream: frames.Stream, nonce: str, deadline: float) -> tuple[st
     if "error" in reply:  # its text is not shown: nobody has proved yet to be an enclave
         raise ProtocolError("peer refuses the hello", expected=f"version {handshake.VERSION}", where=stream.peer)
     return handshake.read_evidence_reply(reply), payload
+
+
+def _is_reply(reply: Mapping[str, Any], number: int) -> bool:
+    """Whether it is a reply, or a part of one, to the request of that number."""
+    names = {"error", "id", "message"} if "error" in reply else {"fields", "id"}
+    right = type(reply.get("id")) is int and reply["id"] == number and isinstance(reply.get("fields", {}), dict)
+    if "more" in reply:
+        return right and set(reply) == {"fields", "id", "more"} and type(reply["more"]) is int and reply["more"] == 1
+    return right and set(reply) == names
 
 
 def _located(error: AttestationError, where: str) -> AttestationError:

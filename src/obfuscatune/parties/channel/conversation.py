@@ -6,7 +6,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any, Protocol
 
 from obfuscatune.errors import (
@@ -48,12 +48,18 @@ class Host(Protocol):
         """Return whether a party may come in."""
         ...
 
+    def members(self) -> dict[str, Any] | None:
+        """Return number and digest of the membership that `allow` goes by."""
+        ...
+
     def pieces(self, client: PublicIdentity) -> threading.Semaphore:
         """Return the party's share of long payloads in memory."""
         ...
 
-    def answer(self, client: PublicIdentity, fields: dict[str, Any], payload: bytes) -> tuple[dict[str, Any], bytes]:
-        """Return the reply to one request."""
+    def answer(
+        self, client: PublicIdentity, fields: dict[str, Any], payload: bytes
+    ) -> Generator[tuple[dict[str, Any], bytes] | None]:
+        """Yield the parts of the reply to one request; None where there is nothing for a while."""
         ...
 
 
@@ -62,12 +68,30 @@ class Conversation:
 
     def __init__(self, host: Host, accepted: socket.socket, source: str) -> None:
         self._host, self._source = host, source
-        self._lock = threading.Lock()  # of the three below
+        self._lock = threading.Lock()  # of the four below
         self._socket = accepted
         self._interrupt: int | None = None  # descriptor that ends what it waits for
-        self._leaving = False
+        self._leaving = self._expelled = False
         self._next: int | None = None  # least id of the next request, once the party may make some
         self.idle = True
+        self.client: str | None = None  # fingerprint of the party, once it has proved who it is
+        self._thread: threading.Thread | None = None
+        self._resigned = False
+
+    def expel(self) -> None:
+        """End it at once, since its party may not be here any more: told so where it waits, cut where it is served.
+
+        Where this very connection has asked for it, it gets the reply to that.
+        """
+        if threading.current_thread() is self._thread:
+            self._resigned = True
+            return
+        with self._lock:
+            self._leaving = self._expelled = True
+            if self._interrupt is not None and self.idle:
+                os.eventfd_write(self._interrupt, 1)
+            else:
+                self._shut()
 
     def leave(self) -> None:
         """Let it end: it waits for nothing any more, and its peer is told that the enclave is busy."""
@@ -93,7 +117,7 @@ class Conversation:
         Raises:
             ObfuscatuneError, OSError: how it ended.
         """
-        host = self._host
+        host, self._thread = self._host, threading.current_thread()
         deadline = time.monotonic() + host.timeout
         certificate, context = host.credentials(self._source)
         self._socket.settimeout(host.timeout)
@@ -109,7 +133,10 @@ class Conversation:
                 try:
                     self._serve(stream, certificate, deadline)
                 except frames.Interrupted:
+                    error: ObfuscatuneError
                     error = BusyError("the enclave is busy and gives this connection's place away", hint=TRY_AGAIN)
+                    if self._expelled:
+                        error = _not_a_member(self.client)
                     # In place of the next reply.
                     self._send(stream, ({} if self._next is None else {"id": self._next}) | to_fields(error))
 
@@ -131,6 +158,7 @@ class Conversation:
         host = self._host
         try:
             client = self._greet(stream, certificate, deadline)
+            self.client = client.fingerprint
             host.parties.enter(client.fingerprint, self)
         except ConnectionClosedError:
             raise
@@ -139,7 +167,7 @@ class Conversation:
             raise
         try:
             host.strangers.exit(self._source, self)
-            self._send(stream, {"type": "accepted"})
+            self._send(stream, handshake.accepted(host.members()))
             self._answer_all(stream, client)
         finally:
             host.parties.exit(client.fingerprint, self)
@@ -157,8 +185,7 @@ class Conversation:
         # The signature first: only who holds an identity's key may learn whether it is known here.
         client = handshake.read_authenticate(fields, transcript)
         if host.allow(client) is not True:
-            hint = "the enclave's operator names the parties' identity files at its start"
-            raise ConsentError("client is not known to this enclave", got=client.fingerprint, hint=hint)
+            raise _not_a_member(client.fingerprint)
         return client
 
     def _answer_all(self, stream: frames.Stream, client: PublicIdentity) -> None:
@@ -176,17 +203,54 @@ class Conversation:
                 if number < self._next:
                     raise ProtocolError("id of a request does not increase", expected=f"at least {self._next}")
                 self._next, self.idle = number + 1, False
-                reply, data = self._host.answer(client, fields, payload)
-                try:
-                    self._send(stream, {"id": number, **reply}, data)
-                except UsageError:  # nothing of it was sent, and this one always fits
-                    error = ObfuscatuneError("the reply is beyond the limits of a message")
-                    self._send(stream, {"id": number, **to_fields(error)})
+                # Before it is done, since a removal does not wait for it; before each part, as one may come.
+                self._require_member(stream, number, client)
+                with contextlib.closing(self._host.answer(client, fields, payload)) as parts:
+                    self._reply(stream, number, client, parts)
+                if self._resigned:
+                    return
                 self.idle = True
+
+    def _reply(
+        self,
+        stream: frames.Stream,
+        number: int,
+        client: PublicIdentity,
+        parts: Generator[tuple[dict[str, Any], bytes] | None],
+    ) -> None:
+        """Send the parts of a reply as they come. Whoever makes them makes no more once the client has left.
+
+        Backpressure: the next part is asked for when the client has taken the one before, within the host's timeout.
+        """
+        for part in parts:
+            if part is None:
+                if stream.peer_left():
+                    raise ConnectionClosedError("the client has left", where=stream.peer)
+                continue
+            if not self._resigned:
+                self._require_member(stream, number, client)
+            reply, data = part
+            try:
+                self._send(stream, {"id": number, **reply}, data)
+            except UsageError:  # nothing of it was sent, and this one always fits
+                error = ObfuscatuneError("the reply is beyond the limits of a message")
+                self._send(stream, {"id": number, **to_fields(error)})
+                return
+
+    def _require_member(self, stream: frames.Stream, number: int, client: PublicIdentity) -> None:
+        if self._host.allow(client) is not True:
+            error = _not_a_member(client.fingerprint)
+            self._send(stream, {"id": number, **to_fields(error)})
+            raise error
 
     def _send(self, stream: frames.Stream, fields: dict[str, Any], payload: bytes = b"") -> None:
         limits = frames.SESSION if "id" in fields else frames.ANSWER
         stream.send(fields, payload, limits=limits, deadline=time.monotonic() + self._host.timeout)
+
+
+def _not_a_member(fingerprint: str | None) -> ConsentError:
+    hint = "its members admit others (obfuscatune party admit); at its start the operator names the first"
+    return ConsentError("client is not known to this enclave", got=fingerprint, hint=hint)
 
 
 def _admit(pieces: threading.Semaphore, held: contextlib.ExitStack, seconds: float) -> None:

@@ -150,6 +150,12 @@ class Stream:
         with self._closing_on_error():
             return read_message(read, limits, lambda: admit(max(0.0, until - time.monotonic())))
 
+    def peer_left(self) -> bool:
+        """Return whether the peer has closed its side; for a sender that has nothing to send for a while."""
+        poll = select.poll()
+        poll.register(self._socket, select.POLLRDHUP)
+        return bool(poll.poll(0))
+
     def close(self) -> None:
         """Close the connection; again and again does no harm, and a receive blocked in another thread ends."""
         with contextlib.suppress(OSError):

@@ -5,7 +5,7 @@ hello {nonce, versions}                   ->
                                           <-   evidence {nonce, version}, fresh evidence as payload
 (judges; sends nothing more if it fails)
 authenticate {identity, signature}        ->
-                                          <-   accepted {}
+                                          <-   accepted {members: {number, digest}, or without}
 """
 
 import base64
@@ -123,6 +123,24 @@ def read_authenticate(fields: dict[str, Any], transcript: Transcript) -> PublicI
     ):
         raise ProtocolError("client's signature is wrong", expected="its own, over this connection")
     return identity
+
+
+def accepted(members: dict[str, Any] | None) -> dict[str, Any]:
+    """Return the enclave's last message: under which membership it lets the client in; None while that is open."""
+    return {"type": "accepted"} if members is None else {"members": members, "type": "accepted"}
+
+
+def read_accepted(fields: dict[str, Any]) -> tuple[int, str] | None:
+    """Return number and digest of the membership, None while it is open; raises ProtocolError on another form."""
+    if fields == {"type": "accepted"}:
+        return None
+    members = fields.get("members")
+    fits = set(fields) == {"members", "type"} and fields["type"] == "accepted" and isinstance(members, dict)
+    if not fits or set(members) != {"digest", "number"} or not is_nonce(members["digest"]):  # type: ignore[arg-type, index]
+        raise ProtocolError("not an answer to an authentication", expected="accepted")
+    if type(members["number"]) is not int or members["number"] < 0:  # type: ignore[index]
+        raise ProtocolError("not a number of a membership")
+    return members["number"], members["digest"]  # type: ignore[index]
 
 
 def read_fresh(payload: bytes, certificate: PeerCertificate, nonce: str) -> tuple[Evidence, EnclaveClaims]:

@@ -14,7 +14,7 @@ import selectors
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any
 
 from obfuscatune.errors import BusyError, ConnectionClosedError, ObfuscatuneError, UsageError
@@ -29,13 +29,18 @@ from obfuscatune.parties.identity import Identity, PublicIdentity
 
 logger = logging.getLogger(__name__)
 
-Handler = Callable[[PublicIdentity, dict[str, Any], bytes], tuple[dict[str, Any], bytes]]
+Reply = tuple[dict[str, Any], bytes]
+# A reply that comes in parts is a generator: it yields parts, or None where there is nothing for a while, and returns
+# the last one. It is closed when the client leaves; after a None, this is noticed.
+Parts = Generator[Reply | None, None, Reply]
+Handler = Callable[[PublicIdentity, dict[str, Any], bytes], Reply | Parts]
 MAX_SILENT = 1024  # connections that have not sent a byte
 MAX_AT_ONCE = 8  # requests of one party that are worked on; its others wait
 MAX_PIECES = 16  # long payloads of one party in memory, each of at most 4 MiB
 _BACKLOG = 1024
 _RENEWAL_SECONDS = 60.0
 _CLOSING_SECONDS = 5.0
+_LOOK_SECONDS = 0.02
 
 
 class AttestedServer:
@@ -46,12 +51,14 @@ class AttestedServer:
         identity: the enclave's; only its public half goes into evidence.
         attester: the hardware.
         allow: whether a party that has proved its identity may make requests.
-        handle: answers one request of a party; called from several threads at once, for one party's connections too.
+        handle: answers one request of a party, at once or in parts (`Parts`); called from several threads at once, for
+            one party's connections too.
             Its ObfuscatuneErrors go to the party as they are, of other exceptions it learns nothing.
         timeout: seconds for the first byte; for the handshake, from then to the end of authentication; and for taking a
             reply.
         idle_timeout: seconds within which an authenticated party's next request must have begun.
         max_connections: of strangers at once, and of parties: each costs a thread.
+        members: number and digest of the membership that ``allow`` goes by, for the party to compare; None: not told.
 
     Raises:
         AttestationError: the hardware gives no evidence.
@@ -69,9 +76,10 @@ class AttestedServer:
         timeout: float = 30.0,
         idle_timeout: float = 300.0,
         max_connections: int = 512,
+        members: Callable[[], dict[str, Any] | None] = lambda: None,
     ) -> None:
         self._identity, self._attester = identity.public, attester
-        self.allow, self._handle = allow, handle
+        self.allow, self._handle, self.members = allow, handle, members
         self.timeout, self.idle_timeout = timeout, idle_timeout
         self.strangers = Places(max_connections, newest_first=True)
         self.parties = Places(max_connections, newest_first=False)
@@ -142,6 +150,22 @@ class AttestedServer:
                 self.strangers.exit(source, conversation)
                 accepted.close()
 
+    def expel(self, fingerprint: str) -> None:
+        """End all connections of a party at once, whatever they are doing: none gets another reply."""
+        with self._lock:
+            found = [conversation for conversation in self._open.values() if conversation.client == fingerprint]
+        for conversation in found:
+            conversation.expel()
+
+    def drain(self, seconds: float) -> None:
+        """Wait until no reply is on its way, for so many seconds at most; before `close`."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            with self._lock:
+                if all(conversation.idle for conversation in self._open.values()):
+                    return
+            time.sleep(_LOOK_SECONDS)
+
     def close(self) -> None:
         """Stop listening, end all connections and wait a few seconds for their threads; again does no harm."""
         with self._lock:
@@ -198,21 +222,35 @@ class AttestedServer:
         with self._lock:
             return self._pieces.setdefault(client.fingerprint, threading.BoundedSemaphore(MAX_PIECES))
 
-    def answer(self, client: PublicIdentity, fields: dict[str, Any], payload: bytes) -> tuple[dict[str, Any], bytes]:
-        """Return the reply to one request of a party, or what it is told of the failure."""
+    def answer(self, client: PublicIdentity, fields: dict[str, Any], payload: bytes) -> Generator[Reply | None]:
+        """Yield the parts of the reply to one request of a party, or what it is told of the failure."""
         with self._lock:
             turn = self._at_once.setdefault(client.fingerprint, threading.BoundedSemaphore(MAX_AT_ONCE))
         try:
             if not turn.acquire(timeout=self.timeout):
                 raise BusyError("too many requests of this party at once", expected=MAX_AT_ONCE, hint=TRY_AGAIN)
             try:
-                reply, data = self._handle(client, fields, payload)
+                found = self._handle(client, fields, payload)
+                reply, data = found if isinstance(found, tuple) else (yield from _marked(found))
             finally:
                 turn.release()
         except Exception as error:  # whatever one request provokes, the next one is served
             logger.warning("request failed: %s", error if isinstance(error, ObfuscatuneError) else type(error).__name__)
-            return to_fields(error), b""
-        return {"fields": reply}, data
+            yield to_fields(error), b""
+        else:
+            yield {"fields": reply}, data
+
+
+def _marked(parts: Parts) -> Parts:
+    """Yield the parts but for the last, each marked as one that others follow; return the last."""
+    with contextlib.closing(parts):
+        while True:
+            try:
+                part = next(parts)
+            except StopIteration as end:
+                last: Reply = end.value
+                return last
+            yield None if part is None else ({"fields": part[0], "more": 1}, part[1])
 
 
 class Silent:

@@ -131,7 +131,7 @@ struct encoding {
     int64_t made;
     const int16_t *vectors; /* [L, checks, width], centred */
     int64_t checks;
-    int8_t *shares;         /* [made, L, n, width] */
+    int8_t *const *shares;  /* [made] of [L, n, width] */
     double *scales;         /* [n] */
     int16_t *images;        /* [n, L, checks], 0 to p - 1 */
 };
@@ -168,7 +168,7 @@ INLINE int64_t encode_any(const struct encoding *e, int64_t begin, int64_t end) 
                 for (int64_t s = 0; s < e->made; s++) { /* within 3 * 63 * 63 of `up`: below 33288 */
                     const int16_t *w = e->weights + (l * e->made + s) * (1 + T);
                     const int16_t w0 = w[0], w1 = w[1], w2 = T > 1 ? w[2] : 0;
-                    int8_t *out = e->shares + s * L * plane + at;
+                    int8_t *out = e->shares[s] + at;
                     if (w2 == 0)
                         for (int64_t j = 0; j < width; j++)
                             out[j] = (int8_t)centred((uint16_t)(w0 * ri[j] + w1 * u1[j] + up), m, p);
@@ -195,7 +195,7 @@ FOR_EACH_CPU(encode, (const struct encoding *e, int64_t begin, int64_t end), (e,
 
 /* Rows of products: interpolated at 0, checked, lifted, scaled. */
 struct decoding {
-    const int8_t *const *replies; /* [needed] of [L, n, width], any bytes */
+    const int8_t *const *replies; /* [needed] of [L, n, width], any bytes, read once: others may change them */
     int64_t needed, n, width;
     const int32_t *primes;        /* [L] */
     int64_t L;

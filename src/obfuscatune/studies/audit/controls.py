@@ -1,8 +1,9 @@
 """What must be found, and what must not, before anything is concluded.
 
 - *known key*: with the true keys, recorded rows and weights give the private model's; else the truth is misplaced.
-- *coalition*: where a profile shares, one worker more than may collude has the private model's rows and weights; else
-  being at chance may be the reader's fault.
+- *coalition*: where a profile shares, one worker more than may collude has the private model's rows and weights. Where
+  several workers have blocks under keys, the true keys give the private model's rows and weights of those that the
+  watched ones have. Else being at chance may be the reader's fault.
 - *positive*: each attack succeeds on the profile that it says it breaks; else being at chance elsewhere says nothing.
 - *negative*: there, with an unrelated model as the base, or scored against another model's session, it is at chance;
   else its score finds success in anything.
@@ -30,7 +31,7 @@ from obfuscatune.studies.audit.runner import (
     try_attack,
 )
 from obfuscatune.studies.audit.view import ROLES, STREAMS_OF
-from obfuscatune.studies.bench.run import parse_profile
+from obfuscatune.studies.audit.watched import Watched
 from obfuscatune.studies.reproduce.cells import Cell
 
 LEAST_WITH_KEY = 0.99
@@ -61,7 +62,8 @@ def control_cells(plan: Plan, like: Cell) -> list[Cell]:
             )
     inputs = {**like.inputs, "seed": plan.seeds[0], "budgets": budgets[:1]}
     for profile in plan.profiles:
-        if parse_profile(profile).shares:
+        watched = Watched.parse(profile)
+        if watched.profile.shares or watched.workers > 1:
             shared = {**inputs, "profile": profile}
             found.append(
                 Cell(label=f"{profile}, pooled", compute=coalition, inputs=shared, places=like.places, memory_gb=4.0)
@@ -123,9 +125,9 @@ def canaries(inputs: dict[str, Any], places: dict[str, Any]) -> dict[str, Any]:
 
 
 def coalition(inputs: dict[str, Any], places: dict[str, Any]) -> dict[str, Any]:
-    """Return ``{"coalition": least share}``, see `share_together`."""
+    """Return ``{"coalition": least share}``, see `share_together`; the least cosine of `known_key` under keys."""
     recorded = record(fixtures_of(inputs, places), inputs["profile"], inputs["seed"], inputs["budgets"])
-    return {"coalition": share_together(recorded)}
+    return {"coalition": known_key(recorded) if recorded.pooled is None else share_together(recorded)}
 
 
 def share_together(recorded: Recorded) -> float:

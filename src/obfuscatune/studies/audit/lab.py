@@ -21,6 +21,7 @@ from obfuscatune.enclave.remote.body import PassedBlock, RemoteBody
 from obfuscatune.enclave.remote.linear import Placed, RemoteLinear
 from obfuscatune.enclave.remote.whole import RemoteAttention, RemotePart
 from obfuscatune.enclave.sharing.scheme import Scheme
+from obfuscatune.errors import ObfuscatuneError
 from obfuscatune.profiles import Profile
 from obfuscatune.studies.audit.attack import Customer, Embeddings, Knowledge, Sample, TrainingTruth, Truth
 from obfuscatune.studies.audit.fixtures import Fixtures
@@ -29,7 +30,7 @@ from obfuscatune.studies.audit.recorder import recording_worker
 from obfuscatune.studies.audit.reference import Reference
 from obfuscatune.studies.audit.shares import read_shares
 from obfuscatune.studies.audit.view import ROLES, STREAMS_OF, WorkerView
-from obfuscatune.studies.bench.run import parse_profile
+from obfuscatune.studies.audit.watched import Watched, pool
 
 TARGET_ROWS = 8  # texts of the target pass
 RANK = 4  # of LoRA
@@ -42,8 +43,9 @@ class Recorded:
     """A sample with everything that it is judged by.
 
     Attributes:
-        sample: what one worker recorded. pooled: the view that one worker more than may collude have of the same passes
-            together, where rows go to several as shares.
+        sample: what one worker recorded, or what those that `Watched` names have together. pooled: the view that one
+            worker more than may collude have of the same passes together, where rows go to several as shares.
+        blocks: of the model, that are in the sample; views and truth count them from 0.
     """
 
     sample: Sample
@@ -51,6 +53,7 @@ class Recorded:
     truth: Truth
     customer: Customer
     profile: Profile
+    blocks: range
     budgets: dict[int, int]  # tokens -> passes of the view that have so many
     library: Tensor  # public text ``[n, T]``
 
@@ -66,28 +69,31 @@ def record(fixtures: Fixtures, profile: str, seed: int, budgets: Sequence[int]) 
     """Run the private model of the fixtures under a profile: inference, a customer's session, and fine-tuning.
 
     Args:
-        profile: ``NAME[+switch=value...]``. budgets: numbers of tokens, each a multiple of half the model's positions
+        profile: ``NAME[+switch=value...][@KofN]``, see `Watched.parse`. seed: of the text, and which worker is curious
+            where there are several. budgets: numbers of tokens, each a multiple of half the model's positions
             and of the one before it.
     """
     generator = torch.Generator().manual_seed(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of switched-off dropout and unfolded norms; the figures tell
-        resolved = parse_profile(profile)
+        watched = Watched.parse(profile)
+        resolved = watched.profile
         texts = fixtures.text["private"][torch.randperm(len(fixtures.text["private"]), generator=generator)]
         target, rest = texts[:TARGET_ROWS], texts[TARGET_ROWS:]
         batches, passes = _schedule(rest, budgets, fixtures.settings.positions // 2)
         with TemporaryDirectory(prefix="obfuscatune-audit-") as name:
             directory = Path(name)
-            recording = Recording(resolved, directory, operator=seed)
+            recording = Recording(watched, directory, operator=seed)
             view, keys = _inference(fixtures.private, recording, [target, *batches])
             pooled = recording.pooled([batch.shape[1] for batch in (target, *batches)])
             chosen = fixtures.text["corpus"][: TARGET_ROWS * 8].split(TARGET_ROWS)  # type: ignore[no-untyped-call]
             customer = Customer(_inference(fixtures.private, recording, chosen)[0], chosen)
             training, trained = _training(fixtures.private, recording, rest, seed)
-    private = Reference(fixtures.private, resolved)
+    blocks = range(*(end + resolved.enclave_blocks for end in (recording.run.start, recording.run.stop)))
+    private = Reference(fixtures.private, resolved).only(blocks)
     truth = Truth(
         private=private,
-        base=Reference(fixtures.base, resolved),
+        base=Reference(fixtures.base, resolved).only(blocks),
         tokens=torch.cat([batch.flatten() for batch in batches]),
         target_tokens=target.flatten(),
         target_shape=(target.shape[0], target.shape[1]),
@@ -97,7 +103,7 @@ def record(fixtures: Fixtures, profile: str, seed: int, budgets: Sequence[int]) 
         training=trained,
     )
     sample = Sample(view.only(slice(1, None)), view.only(slice(0, 1)), training)
-    return Recorded(sample, pooled, truth, customer, resolved, passes, fixtures.text["public"])
+    return Recorded(sample, pooled, truth, customer, resolved, blocks, passes, fixtures.text["public"])
 
 
 def knowledge(
@@ -112,7 +118,7 @@ def knowledge(
         vocabulary=len(words),
         corpus=corpus,
         library=recorded.library,
-        base=Reference(base, profile) if "B" in needs else None,
+        base=Reference(base, profile).only(recorded.blocks) if "B" in needs else None,
         pairs=truth.streams if "P" in needs else None,
         pair_tokens=truth.tokens if "P" in needs else None,
         embeddings=Embeddings(words, positions, private.first_rows) if "E" in needs else None,
@@ -126,29 +132,55 @@ class Recording:
 
     Args:
         directory: for the recordings, of which one session's are there at a time. operator: a number that tells which
-            of several workers is the curious one.
+            of several workers is the curious one, or the first of those that pool.
     """
 
-    def __init__(self, profile: Profile, directory: Path, operator: int) -> None:
-        self._profile, self._operator = profile, operator
+    def __init__(self, watched: Watched, directory: Path, operator: int) -> None:
+        self._watched, self._profile, self._operator = watched, watched.profile, operator
         self._scheme: Scheme | None = None
-        if profile.shares:
-            self._scheme = Scheme.make(threshold=profile.threshold, weights=profile.weights, spares=profile.spares)
-        count = 1 if self._scheme is None else len(self._scheme.points)
+        if self._profile.shares:
+            self._scheme = Scheme.make(
+                threshold=self._profile.threshold, weights=self._profile.weights, spares=self._profile.spares
+            )
+        count = watched.workers if self._scheme is None else len(self._scheme.points)
         self._paths = [directory / f"recording{i}" for i in range(count)]
+        self._counts: list[int] = []  # of the blocks that each worker has
+
+    @property
+    def run(self) -> range:
+        """The blocks of which `view` is, of those that leave, once there was a session; of all sessions the same."""
+        return range(self._counts[0]) if self._scheme is not None else self._watched.run(self._counts, self._operator)
 
     @contextmanager
     def protect(self, model: Any) -> Iterator[Protected]:
-        """A session of a model, recorded to its end."""
+        """A session of a model, recorded to its end.
+
+        Raises:
+            ObfuscatuneError: a worker does not start, or the blocks are spread otherwise than in the session before.
+        """
         with ExitStack() as stack:
             addresses = [stack.enter_context(recording_worker(path)) for path in self._paths]
             worker = addresses if len(addresses) > 1 else addresses[0]
-            yield stack.enter_context(protect(model, profile=self._profile, worker=worker))
+            protected = stack.enter_context(protect(model, profile=self._profile, worker=worker))
+            counts = [len(link.blocks) for link in protected.links]
+            if self._counts not in ([], counts):
+                raise ObfuscatuneError("the workers have other blocks than before", got=counts, expected=self._counts)
+            self._counts = counts
+            yield protected
 
     def view(self, lengths: Sequence[int]) -> WorkerView:
-        """What the curious worker has of the session that ended last. lengths: of the texts of each pass."""
-        path = self._paths[self._operator % len(self._paths)]
-        return read_view(path) if self._scheme is None else read_shares([path], lengths)
+        """What the curious workers have of the session that ended last. lengths: of the texts of each pass."""
+        if self._scheme is not None:
+            return read_shares([self._paths[self._operator % len(self._paths)]], lengths)
+        chosen = self._watched.chosen(self._operator)
+        first = self.run.start
+        starts = [sum(self._counts[:number]) - first for number in chosen]
+        return pool([read_view(self._paths[number], start) for number, start in zip(chosen, starts, strict=True)])
+
+    def keys(self, model: Any) -> dict[tuple[int, str], Tensor]:
+        """The true keys of these blocks, dense, by block and stream."""
+        run = self.run
+        return {(block - run.start, name): key for (block, name), key in _keys(model).items() if block in run}
 
     def pooled(self, lengths: Sequence[int]) -> WorkerView | None:
         """What one more workers than may collude have together: passes of all texts but the target's."""
@@ -178,7 +210,7 @@ def _inference(
     with recording.protect(copy.deepcopy(model)) as protected, torch.no_grad():
         for batch in batches:
             protected.model(input_ids=batch, use_cache=False)
-        keys = _keys(protected.model)
+        keys = recording.keys(protected.model)
     return recording.view([batch.shape[1] for batch in batches]), keys
 
 
@@ -204,7 +236,7 @@ def _training(model: Any, recording: Recording, texts: Tensor, seed: int) -> tup
             batches.append(ids)
             shifted = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], _IGNORED)], dim=1)
             scored.append(shifted != _IGNORED)
-        keys = _keys(protected.model)
+        keys = recording.keys(protected.model)
     return recording.view([ids.shape[1] for ids in batches for _ in range(2)]), TrainingTruth(
         batches, scored, RANK, keys
     )
@@ -229,7 +261,9 @@ def _keys(model: Any) -> dict[tuple[int, str], Tensor]:
     for module in model.modules():
         if isinstance(module, RemoteBody | PassedBlock):
             block += 1
-            rotation = module.placed.key_in.dense().double() if isinstance(module, RemoteBody) else found[0, "mlp out"]
+            rotation = (
+                module.placed.key_in.dense().double() if isinstance(module, RemoteBody) else found[block - 1, "mlp out"]
+            )
             found |= {(block, name): rotation for name in ("attention in", "attention out", "mlp in", "mlp out")}
         elif isinstance(module, RemotePart):
             whole = isinstance(module, RemoteAttention)

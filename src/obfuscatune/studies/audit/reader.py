@@ -18,8 +18,13 @@ _PUSHED = ("A.", "B.", "c.")
 
 @dataclass(slots=True, repr=False)
 class _Session:
-    """What the worker has of a session so far: segments, pushed factors, and what calls of a pass share."""
+    """What the worker has of a session so far: segments, pushed factors, and what calls of a pass share.
 
+    Attributes:
+        start: number of the first block that the worker has.
+    """
+
+    start: int = 0
     segments: dict[str, Segment] = field(default_factory=dict)
     bodies: dict[str, BodyReader] = field(default_factory=dict)
     held: dict[tuple[int, str, str], tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -32,11 +37,11 @@ class _Session:
         wide = {name: tensor.double() for name, tensor in tensors.items()}
         if kind == "body":
             self.bodies[name] = reader = BodyReader(spec, wide, self.segments)
-            self.segments[name] = Segment(0, (), reader.worker)
+            self.segments[name] = Segment(self.start, (), reader.worker)
             return
         block, first = divmod(sum(len(segment.roles) for segment in self.segments.values()), len(ROLES))
         roles = ROLES[first : first + (1 if kind == "linear" else 2)]
-        self.segments[name] = Segment(block, roles, SEGMENTS[kind](spec, wide, {}))
+        self.segments[name] = Segment(self.start + block, roles, SEGMENTS[kind](spec, wide, {}))
 
     def hold(self, header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """Note factors that the worker is given to train, as they came first."""
@@ -83,9 +88,9 @@ class _Session:
         return mask, rotary
 
 
-def read_view(path: Path) -> WorkerView:
-    """Decode a recording."""
-    session = _Session()
+def read_view(path: Path, start: int = 0) -> WorkerView:
+    """Decode a recording. start: number of the first block that the worker has."""
+    session = _Session(start)
     passes: list[list[Call]] = []
     pending: dict[int, Frame] = {}
     last: tuple[int, bool] | None = None

@@ -59,6 +59,13 @@ class Reference:
         self._blocks = self._decoder.blocks
         self.blocks, self.width = len(self._blocks), self._decoder.width
 
+    def only(self, run: range) -> "Reference":
+        """The same model where only these blocks are of interest, numbered from 0: the part that some workers have."""
+        part = copy.copy(self)
+        part._blocks = self._blocks[run.start : run.stop]
+        part.blocks = len(part._blocks)
+        return part
+
     def design(self) -> Design:
         """What everyone may know of the model.
 
@@ -91,9 +98,9 @@ class Reference:
         return words, words.new_zeros(self.config.max_position_embeddings, self.width) if places is None else places
 
     def first_rows(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """The first block's ``attention in`` ``[n, d]`` of tokens ``[n]`` at positions ``[n]``, which alone make it."""
+        """The ``attention in`` ``[n, d]`` of the model's first block, of tokens ``[n]`` at positions ``[n]`` alone."""
         rows = self._model.get_input_embeddings()(tokens) + self.embeddings()[1][positions]
-        return self.normed(0, "qkv", rows.detach())
+        return self._normed(self._decoder.blocks[0].parts[0].norm, rows.detach())
 
     def normed(self, block: int, role: str, residual: Tensor) -> Tensor:
         """What goes into ``qkv`` or ``up`` of a block ``[n, d]``, of rows of the residual stream there."""

@@ -12,7 +12,7 @@ from obfuscatune.studies.audit.fixtures import ARCHITECTURES, SETTINGS
 from obfuscatune.studies.audit.report import Findings, write_findings
 from obfuscatune.studies.audit.runner import Outcome, Plan, cells, parse_budgets, repeated_cells
 from obfuscatune.studies.audit.verdict import BROKEN, Control, Verdict, judge, negative, positive
-from obfuscatune.studies.bench.run import parse_profile
+from obfuscatune.studies.audit.watched import Watched
 from obfuscatune.studies.reports.provenance import describe
 from obfuscatune.studies.reproduce.cells import Cell, CellCache, run_cells
 
@@ -47,7 +47,7 @@ def make_plan(
         expected = "; ".join(f"{letter}: {text}" for letter, text in NEEDS.items())
         raise UsageError("unknown knowledge", got=", ".join(unknown), expected=expected, where="--knowledge")
     for profile in profiles:
-        if not parse_profile(profile).remote:
+        if not Watched.parse(profile).profile.remote:
             raise UsageError("a profile that hands nothing over", got=profile, where="--profile")
     known = all_attacks()
     strangers = sorted(set(attacks) - set(known))

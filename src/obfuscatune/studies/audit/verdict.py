@@ -14,6 +14,7 @@ STANDARD_ERRORS = 3.0
 # What a profile claims, by attack: at chance at every token budget. What is not here is claimed of no profile, whatever
 # the figures are. `enclave` hands nothing over, and is not attacked. `strict` claims nothing against a near base: A1
 # and A3 are at chance there, and A27 takes the weights all the same.
+# What is claimed against the one worker that has all blocks, is claimed against some of several.
 # One worker of `shared` sees uniformly random numbers, so everything is claimed but A22: shapes and times.
 CLAIMS: dict[str, tuple[str, ...]] = {
     "strict": ("A7", "A11", "A12", "A14", "A17", "A21", "A23", "A24", "A26"),
@@ -102,7 +103,7 @@ def judge(profile: str, attack: str, outcomes: Sequence[Outcome], *, fires: bool
         fires: whether its positive control passed; without that, chance is void. silent: whether its negative control
             did; without that, all is.
     """
-    claimed = attack in CLAIMS.get(profile, ())
+    claimed = attack in CLAIMS.get(profile.partition("@")[0], ())
     points = points_of(outcomes)
     if not points:
         reason = next((outcome.reason for outcome in outcomes if outcome.reason), "not run")

@@ -30,6 +30,7 @@ from obfuscatune.studies.reproduce.fidelity import read_text, text_windows
 from obfuscatune.studies.reproduce.keyed import GAUSSIAN, NONE
 from obfuscatune.studies.reproduce.lesson import Lesson
 from obfuscatune.studies.reproduce.one_layer import DTYPE_NAMES, UNIFORM
+from obfuscatune.training.encoding import check_embedded, vocabulary_of
 from obfuscatune.training.loading import load_config, load_tokenizer
 
 Row = dict[str, Any]
@@ -178,6 +179,7 @@ class _Plan:
         length = min(settings.window_tokens, config.max_position_embeddings)
         tokenizer = load_tokenizer(model, config)
         windows = text_windows(read_text(text_file), tokenizer, windows=settings.windows, length=length)
+        check_embedded([int(windows.max())], vocabulary_of(config), "--text_file")
         directory = Path(model)
         self._places = {"model": model, "text_file": None if text_file is None else str(text_file)}
         files = [path for path in directory.iterdir() if path.is_file()] if directory.is_dir() else []

@@ -24,7 +24,7 @@ from obfuscatune.studies.bench.run import parse_profile
 from obfuscatune.studies.tasks.harness import ProtectedLM, TaskResult, evaluate, training_rows
 from obfuscatune.training.arguments import add_adapter, training_arguments
 from obfuscatune.training.data import Row
-from obfuscatune.training.encoding import Collator, encode_rows
+from obfuscatune.training.encoding import Collator, encode_rows, vocabulary_of
 from obfuscatune.training.loading import load_model, load_tokenizer
 from obfuscatune.training.trainer import ProtectedTrainer
 
@@ -85,7 +85,8 @@ def run_trial(trial: Trial, model: str, data_dir: str | None) -> dict[str, Any]:
         if trial.no_dropout:
             _switch_off_dropout(base)
         rows = _training_rows(trial.task, data_dir, trial.train_rows)
-        encoded, _ = encode_rows(rows, tokenizer, min(trial.training.max_length, base.config.max_position_embeddings))
+        longest = min(trial.training.max_length, base.config.max_position_embeddings)
+        encoded, _ = encode_rows(rows, tokenizer, longest, vocabulary=vocabulary_of(base.config))
         adapted = add_adapter(base, trial.training)
         started = time.perf_counter()
         with _protected(trial, adapted) as protected:

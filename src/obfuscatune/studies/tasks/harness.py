@@ -22,6 +22,7 @@ from obfuscatune.errors import UsageError
 from obfuscatune.profiles import SWITCHES
 from obfuscatune.studies.tasks.catalogue import check_tasks, packaged_configs, write_configs
 from obfuscatune.training.data import Row
+from obfuscatune.training.encoding import check_embedded, vocabulary_of
 from obfuscatune.training.loading import DTYPES, load, load_adapter, load_config, load_tokenizer
 
 MODEL_NAME = "obfuscatune"
@@ -115,6 +116,17 @@ class ProtectedLM(HFLM):  # type: ignore[misc]
             lost = f"beyond the model's {self.max_length:,} positions, and lost their beginning"
             warnings.warn(f"{long:,} of {len(requests):,} prompts with a choice are {lost}", stacklevel=2)
         return super()._loglikelihood_tokens(requests, *more, **named)
+
+    def _model_call(self, inps: torch.Tensor, *more: Any, **named: Any) -> Any:
+        self._refuse_beyond(inps)
+        return super()._model_call(inps, *more, **named)
+
+    def _model_generate(self, context: torch.Tensor, *more: Any, **named: Any) -> Any:
+        self._refuse_beyond(context)
+        return super()._model_generate(context, *more, **named)
+
+    def _refuse_beyond(self, tokens: torch.Tensor) -> None:
+        check_embedded([int(tokens.max())], vocabulary_of(self.protected.model.config), "a prompt of the tasks")
 
     def close(self) -> None:
         """End the session with the worker."""

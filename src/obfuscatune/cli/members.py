@@ -1,0 +1,240 @@
+"""The verbs of ``obfuscatune party`` about who may connect to the enclave."""
+
+# ruff: noqa: RUF009 - option() makes a field, which is what the rule wants there
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from obfuscatune.cli.connecting import EnclaveOptions
+from obfuscatune.cli.options import argument, option, takes
+from obfuscatune.errors import ConsentError, ObfuscatuneError, UsageError
+
+if TYPE_CHECKING:
+    from obfuscatune.parties.enclave import Enclave
+    from obfuscatune.parties.membership import SignedChange
+
+YES = "sign without being asked"
+
+
+@takes(EnclaveOptions)
+def members(options: EnclaveOptions) -> None:
+    """Show who may connect, and by which signed changes it came to be so; all of it is checked."""
+    known = options.client().members()
+    print("open: until the first job the operator's directory says who is in" if known.is_open else "closed")
+    for member in known.membership.members:
+        print(f"{member.role:9}{member.identity.name}  {member.identity.fingerprint}")
+    names = {member.identity.fingerprint: member.identity.name for member in known.membership.members}
+    for signed in () if known.is_open else known.chain:
+        by = ", ".join(names.get(name, name[:16]) for name in signed.signatures)
+        change = signed.change
+        print(f"{change.number:4}  {change.digest[:16]}  {change}{f'  signed by {by}' if by else ''}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdmitOptions(EnclaveOptions):
+    """Options of ``obfuscatune party admit``."""
+
+    public: Path = argument("NAME.pub of who is to be admitted; compare its fingerprint over another channel")
+    operator: bool = option("as the operator of the enclave", False, flag="--operator")
+    output: Path | None = option("where the change goes for the others to sign; default: membership-N.change", None)
+
+
+@takes(AdmitOptions)
+def admit(options: AdmitOptions) -> None:
+    """Sign the admission of a party to the enclave. It gives nobody a right to a model or to data of others.
+
+    More than half of the members must sign it (`party agree`), the operator among them if there is one.
+    """
+    from obfuscatune.parties.identity import PublicIdentity
+    from obfuscatune.parties.membership import Member
+
+    enclave = options.client()
+    newcomer = Member(PublicIdentity.load(options.public), "operator" if options.operator else "party")
+    signed = enclave.propose_change("admit", newcomer)
+    print(f"{signed.change}  {newcomer.identity.fingerprint}")
+    _pass_on(enclave, signed, options.output or options.party / f"membership-{signed.change.number}.change")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RemoveOptions(EnclaveOptions):
+    """Options of ``obfuscatune party remove``."""
+
+    member: str = argument("name or fingerprint; your own to leave, for which your signature is enough")
+    yes: bool = option(YES, False, flag="--yes")
+    output: Path | None = option("where the change goes for the others to sign; default: membership-N.change", None)
+
+
+@takes(RemoveOptions)
+def remove(options: RemoveOptions) -> None:
+    """Sign the removal of a party. Its connections, queries and jobs end, and its sealed inputs are removed."""
+    enclave = options.client()
+    found = [
+        member.identity.fingerprint
+        for member in enclave.members().membership.members
+        if options.member in (member.identity.name, member.identity.fingerprint)
+    ]
+    if len(found) != 1:
+        hint = "obfuscatune party members; of two of one name, give the fingerprint"
+        raise UsageError("member", got=options.member, expected="one of the members", hint=hint)
+    _ask(f"remove {options.member} ({found[0][:16]})", options.yes)
+    signed = enclave.propose_change("remove", found[0])
+    _pass_on(enclave, signed, options.output or options.party / f"membership-{signed.change.number}.change")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgreeOptions(EnclaveOptions):
+    """Options of ``obfuscatune party agree``."""
+
+    file: Path = argument("a change that another member has signed, or OLD.succession, which is handed in")
+    yes: bool = option(YES, False, flag="--yes")
+
+
+@takes(AgreeOptions)
+def agree(options: AgreeOptions) -> None:
+    """Sign a change of membership that another has signed, and hand it in once enough have."""
+    from obfuscatune.parties.identity import read_small
+    from obfuscatune.parties.membership import MAX_CHANGE_BYTES, SignedChange
+    from obfuscatune.parties.succession import SUFFIX
+
+    data, enclave = read_small(options.file, MAX_CHANGE_BYTES, "change of membership"), options.client()
+    if options.file.suffix == SUFFIX:
+        enclave.succeed(data)
+        print("handed in")
+        return
+    signed = SignedChange.from_bytes(data, f"change {options.file}")
+    _ask(str(signed.change), options.yes)
+    _pass_on(enclave, enclave.agree(signed), options.file)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpgradeOptions(EnclaveOptions):
+    """Options of ``obfuscatune party upgrade``."""
+
+    new_policy: Path = argument("TOML policy that accepts the new code, and nothing else; files it names are beside it")
+    file: Path = option("the statement: made if missing, or else signed too", Path("enclave.upgrade"))
+    days: float = option("until it expires", 30.0, min=0.01, ceiling=3650)
+    yes: bool = option(YES, False, flag="--yes")
+
+
+@takes(UpgradeOptions)
+def upgrade(options: UpgradeOptions) -> None:
+    """Sign to which other code the enclave may hand its state over. Every party that ever was a member must sign it.
+
+    Each brings a policy of its own, which must be the same: the measurement of code that you have read.
+    """
+    from obfuscatune.parties.attestation.policy import Policy
+    from obfuscatune.parties.identity import read_small
+    from obfuscatune.parties.upgrade import MAX_BYTES, Upgrade
+
+    client, memberships = options.client(), []
+    if options.file.exists():  # who has left cannot ask the enclave any more, and must sign too
+        statement = Upgrade.from_bytes(read_small(options.file, MAX_BYTES, "upgrade"), f"upgrade {options.file}")
+        mine = Upgrade.make(statement.enclave, options.new_policy)
+        if (statement.policy, statement.files) != (mine.policy, mine.files):
+            hint = "one of you has not read the code that the other has"
+            raise ConsentError("the statement has another policy than yours", where=str(options.file), hint=hint)
+    else:
+        memberships = [client.members().membership]
+        statement = Upgrade.make(memberships[0].enclave, options.new_policy, days=options.days)
+    policy: Policy = statement.load_policy()
+    for name, values in sorted(policy.measurements.items()):
+        print(f"{name:12} {' or '.join(sorted(values))}")
+    _ask(f"hand over what is sealed to the enclave {statement.enclave} to this code", options.yes)
+    statement = statement.sign(client.identity)
+    _write(options.file, statement.to_bytes())
+    lacking = ", ".join(statement.lacking(memberships))
+    print(f"signed   {options.file}{f', which needs signatures of {lacking}' if lacking else ''}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HandOverOptions(EnclaveOptions):
+    """Options of ``obfuscatune party hand-over``."""
+
+    to: str = option("address of the new enclave, which was started with --take_over")
+    file: Path = option("the statement that all have signed", Path("enclave.upgrade"))
+
+
+@takes(HandOverOptions)
+def hand_over(options: HandOverOptions) -> None:
+    """Have the enclave hand its state over to a new one, as all parties have signed.
+
+    0: done; 1: the old one has ended, and the new one lacks what it says: once it is there, ask again.
+    """
+    import typer
+
+    from obfuscatune.parties.identity import read_small
+    from obfuscatune.parties.reached import NotTakenError
+    from obfuscatune.parties.upgrade import MAX_BYTES, Upgrade
+
+    statement = Upgrade.from_bytes(read_small(options.file, MAX_BYTES, "upgrade"), f"upgrade {options.file}")
+    try:
+        print("handed over" if options.client().hand_over(statement, options.to) else "handed over before")
+    except NotTakenError as error:
+        print(f"handed over, and not taken yet:\n{error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReleaseOptions(EnclaveOptions):
+    """Options of ``obfuscatune party release``."""
+
+    yes: bool = option("release without being asked", False, flag="--yes")
+
+
+@takes(ReleaseOptions)
+def release(options: ReleaseOptions) -> None:
+    """Release your share of the state of an enclave that has stopped, to the new one at the address.
+
+    Only when all parties have is it read. Make sure that the old one does not run any more: nothing else tells.
+    """
+    enclave = options.client()
+    of, share = enclave.share()
+    _ask(f"release your share of the state of the enclave {of}, which must have stopped", options.yes)
+    lacking = enclave.release(share)
+    print(f"released; shares of {lacking} more are needed" if lacking else "released; the enclave goes on")
+
+
+def _write(path: Path, data: bytes) -> None:
+    from obfuscatune.durable import rename, write_private
+
+    beside = path.with_name(f".{path.name}.new")
+    try:
+        write_private(beside, data + b"\n")
+        rename(beside, path)
+    except OSError as error:
+        raise ObfuscatuneError("cannot write it", got=error.strerror, where=str(path)) from None
+
+
+def _pass_on(enclave: "Enclave", signed: "SignedChange", path: Path) -> None:
+    """Hand a change in if enough have signed it, or else write it for the others."""
+    lacking = enclave.lacking(signed)
+    if not lacking:
+        enclave.change(signed)
+        print(f"done     membership {signed.change.number}  {signed.change.digest}")
+        return
+    _write(path, signed.to_bytes())
+    print(f"needs    {lacking}")
+    print(f"give     {path} to another member: obfuscatune party agree {path.name}")
+
+
+def _ask(what: str, yes: bool) -> None:
+    print(what)
+    if yes:
+        return
+    print("sign this? [y/N] ", end="", file=sys.stderr, flush=True)
+    answer = sys.stdin.readline().strip().lower()
+    if answer not in ("y", "yes"):
+        raise UsageError("not signed", got=answer[:10] or "no answer", hint="--yes signs without being asked")
+
+
+COMMANDS = {
+    "members": (members, "Examples:\n\nobfuscatune party members"),
+    "admit": (admit, "Examples:\n\nobfuscatune party admit second-clinic.pub"),
+    "remove": (remove, "Examples:\n\nobfuscatune party remove clinic"),
+    "upgrade": (upgrade, "Examples:\n\nobfuscatune party upgrade new-policy.toml"),
+    "hand-over": (hand_over, "Examples:\n\nobfuscatune party hand-over --to tls://HOST:7444"),
+    "release": (release, "Examples:\n\nobfuscatune party release --enclave tls://HOST:7444"),
+    "agree": (agree, "Examples:\n\nobfuscatune party agree membership-1.change"),
+}

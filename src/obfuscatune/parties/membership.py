@@ -1,0 +1,379 @@
+"""Who may connect to an enclave: a chain of signed changes, which every party reads and checks for itself.
+
+    membership n   = who is in it after changes 0 .. n          digest of n = SHA-256(canonical JSON of change n)
+    change         = {"act", "enclave", "format", "number", "previous", "subject", "time"}
+    signed change  = {"change": {...}, "signatures": {fingerprint of a member: base64 of Ed25519, context "membership"}}
+
+    act         subject                        who must have signed it
+    found       [{"identity", "role"}, ...]    nobody: whoever starts the enclave founds it, and each party reads it
+    admit       {"identity", "role"}           more than half of the members, and of each role one who is there
+    remove      fingerprint                    the one who leaves, alone; or as for admit, without the one removed
+    succession  base64 of a statement          whom it is about (`succession`)
+
+``number`` and ``previous`` (digest of the membership before; 64 zeros for the first) bind a change to one place in one
+chain of one enclave: it cannot be replayed, kept for later, or used in a fork.
+
+A membership gives nobody a right to a model or to data: jobs and terms do, which name identities. Nothing of it is
+secret.
+"""
+
+import base64
+import hashlib
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, get_args
+
+from obfuscatune.errors import ConsentError, FormatError, SealError
+from obfuscatune.parties.canonical import decode, encode, unbase64
+from obfuscatune.parties.identity import Identity, PublicIdentity
+from obfuscatune.parties.succession import MAX_BYTES as MAX_STATEMENT_BYTES
+from obfuscatune.parties.succession import Succession, read_succession, successors
+from obfuscatune.parties.vocabulary import is_digest
+
+FORMAT = "obfuscatune membership 1"
+NO_MEMBERSHIP = "0" * 64
+MAX_MEMBERS = 64
+MAX_CHANGE_BYTES = 256 * 1024  # a founding of 64 identities with ML-KEM keys is half of it
+MAX_CHAIN_BYTES = 4 << 20  # of all changes: they are sealed with the enclave's state, at each commit
+MAX_SUCCESSIONS = 64  # of one member and its successors: one party alone must not be able to fill the chain
+_CONTEXT = "membership"
+_NAMES = {"act", "enclave", "format", "number", "previous", "subject", "time"}
+Act = Literal["found", "admit", "remove", "succession"]
+MemberRole = Literal["party", "operator"]
+MEMBER_ROLES: tuple[MemberRole, ...] = get_args(MemberRole)
+
+
+@dataclass(frozen=True)
+class Member:
+    """Who may connect; ``operator`` is whoever runs the enclave, and has no share of its room."""
+
+    identity: PublicIdentity
+    role: MemberRole = "party"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the canonical fields."""
+        return {"identity": self.identity.to_dict(), "role": self.role}
+
+    @classmethod
+    def from_dict(cls, fields: Any) -> "Member":
+        """Return the member of canonical fields; raises FormatError."""
+        if not isinstance(fields, dict) or set(fields) != {"identity", "role"} or fields["role"] not in MEMBER_ROLES:
+            raise FormatError("member of another form", expected=f"identity, and role {' or '.join(MEMBER_ROLES)}")
+        return cls(PublicIdentity.from_dict(fields["identity"], "identity of a member"), fields["role"])
+
+
+@dataclass(frozen=True)
+class Change:
+    """One change, not signed. ``subject``: members of a founding, a member, a fingerprint, or a statement's bytes."""
+
+    enclave: str
+    number: int
+    previous: str
+    act: Act
+    subject: tuple[Member, ...] | Member | str | bytes
+    time: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the canonical form: the name of the membership after it."""
+        return hashlib.sha256(encode(self.to_dict())).hexdigest()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the canonical fields."""
+        subject: Any = self.subject
+        if isinstance(subject, tuple):
+            subject = [member.to_dict() for member in subject]
+        elif isinstance(subject, Member):
+            subject = subject.to_dict()
+        elif isinstance(subject, bytes):
+            subject = base64.b64encode(subject).decode()
+        return {
+            "act": self.act,
+            "enclave": self.enclave,
+            "format": FORMAT,
+            "number": self.number,
+            "previous": self.previous,
+            "subject": subject,
+            "time": self.time,
+        }
+
+    @classmethod
+    def from_dict(cls, fields: Any) -> "Change":
+        """Return the change of canonical fields; raises FormatError where one is missing, unknown or wrong."""
+        if not isinstance(fields, dict) or set(fields) != _NAMES or fields["format"] != FORMAT:
+            raise FormatError("no change of membership of this version", expected=FORMAT)
+        act, number, when = fields["act"], fields["number"], fields["time"]
+        if act not in get_args(Act):
+            raise FormatError("change of membership with an unknown act", expected=", ".join(get_args(Act)))
+        if not is_digest(fields["enclave"]) or not is_digest(fields["previous"]):
+            raise FormatError("change of membership: enclave or previous", expected="64 hex digits")
+        if type(number) is not int or not 0 <= number < 1 << 31 or type(when) is not int or not 0 <= when <= 1 << 48:
+            raise FormatError("change of membership: number or time", expected="whole numbers")
+        return cls(fields["enclave"], number, fields["previous"], act, _subject(act, fields["subject"]), when)
+
+    def __str__(self) -> str:
+        """For people: names, and the first digits of fingerprints."""
+        who: list[PublicIdentity | str]
+        if isinstance(self.subject, tuple):
+            who = [member.identity for member in self.subject]
+        elif isinstance(self.subject, bytes):
+            found = read_succession(self.subject)
+            who = [found.identity] if found.successor is None else [found.identity, "by", found.successor]
+        else:
+            who = [self.subject.identity if isinstance(self.subject, Member) else self.subject[:16]]
+        words = [w if isinstance(w, str) else f"{w.name} ({w.fingerprint[:16]})" for w in who]
+        as_operator = isinstance(self.subject, Member) and self.subject.role == "operator"
+        return f"{self.act} {' '.join(words) or 'nobody'}{' as operator' if as_operator else ''}"
+
+
+@dataclass(frozen=True)
+class SignedChange:
+    """A change with the signatures it has so far, by fingerprint; `Membership.after` verifies them."""
+
+    change: Change
+    signatures: Mapping[str, bytes] = field(default_factory=dict)
+
+    def sign(self, identity: Identity) -> "SignedChange":
+        """Return it with this identity's signature."""
+        signature = identity.sign(_CONTEXT, encode(self.change.to_dict()))
+        return replace(self, signatures={**self.signatures, identity.public.fingerprint: signature})
+
+    def to_bytes(self) -> bytes:
+        """Return the canonical encoding: a file to pass around, and a line of the chain."""
+        signatures = {name: base64.b64encode(signature).decode() for name, signature in self.signatures.items()}
+        return encode({"change": self.change.to_dict(), "signatures": signatures})
+
+    @classmethod
+    def from_bytes(cls, data: bytes, what: str = "change of membership") -> "SignedChange":
+        """Return the change of a file; its signatures are not verified. Raises FormatError."""
+        fields = decode(data.rstrip(b"\n"), what, max_bytes=MAX_CHANGE_BYTES)
+        signatures = fields.get("signatures")
+        if set(fields) != {"change", "signatures"} or not isinstance(signatures, dict):
+            raise FormatError(f"{what} is none", expected="a change and its signatures")
+        if len(signatures) > MAX_MEMBERS or not all(map(is_digest, signatures)):
+            raise FormatError(f"{what}: signatures", expected=f"at most {MAX_MEMBERS}, by fingerprint")
+        read = {name: unbase64(text, f"{what}: signature") for name, text in signatures.items()}
+        if any(len(signature) != 64 for signature in read.values()):
+            raise FormatError(f"{what}: a signature that is not of 64 bytes")
+        return cls(Change.from_dict(fields["change"]), read)
+
+
+@dataclass(frozen=True)
+class Membership:
+    """Who is in after a chain of changes.
+
+    Attributes:
+        enclave: fingerprint. number, digest: of the last change. origins: who was founded or admitted, and not removed.
+        ends: statements of identities about themselves. ever: fingerprints of all who were ever in it.
+        size: bytes of the chain. parties_ever: all who were founded or admitted as parties, under the identity of then.
+    """
+
+    enclave: str
+    number: int
+    digest: str
+    origins: tuple[Member, ...]
+    ends: tuple[Succession, ...] = ()
+    ever: frozenset[str] = frozenset()
+    size: int = 0
+    parties_ever: tuple[PublicIdentity, ...] = ()
+
+    @property
+    def members(self) -> tuple[Member, ...]:
+        """Who is in it: successors in place of those whom they succeed, nobody in place of who was revoked."""
+        found = []
+        for member in self.origins:
+            identity = resolve(member.identity, self.ends)
+            if identity is not None:
+                found.append(Member(identity, member.role))
+        return tuple({member.identity: member for member in found}.values())
+
+    @property
+    def gone(self) -> frozenset[str]:
+        """Fingerprints of who was in it, and is in it no more."""
+        return self.ever - {member.identity.fingerprint for member in self.members}
+
+    @property
+    def left(self) -> frozenset[str]:
+        """Fingerprints of who was in it and is in no more, under no later identity either."""
+        heirs, here = successors(self.ends), {member.identity.fingerprint for member in self.members}
+        found = set()
+        for name in self.ever:
+            now: str | None = name
+            for _ in heirs:
+                if now in heirs:
+                    heir = heirs[now]
+                    now = None if heir is None else heir.fingerprint
+            found |= set() if now in here else {name}
+        return frozenset(found)
+
+    def member(self, fingerprint: str) -> Member | None:
+        """Return the member of a fingerprint."""
+        return next((member for member in self.members if member.identity.fingerprint == fingerprint), None)
+
+    def next(self, act: Act, subject: Member | str | bytes) -> Change:
+        """Return the change that would come next, to be signed."""
+        return Change(self.enclave, self.number + 1, self.digest, act, subject)
+
+    def after(self, signed: SignedChange) -> "Membership":
+        """Return the membership after a change, if it is the next one of this chain and signed as it must be.
+
+        Raises:
+            ConsentError: of another enclave or another place in the chain, changes nothing, or signatures lack.
+            SealError: a signature that is wrong, or of nobody here. FormatError: beyond the limits.
+        """
+        changed, data = self.applied(signed.change), signed.to_bytes()
+        if self.size + len(data) > MAX_CHAIN_BYTES:
+            raise FormatError("the chain of memberships is full", expected=f"at most {MAX_CHAIN_BYTES} bytes")
+        message = encode(signed.change.to_dict())
+        for name, signature in signed.signatures.items():
+            member = self.member(name)
+            if member is None or not member.identity.verify(signature, _CONTEXT, message):
+                raise SealError("a signature that is no member's, or not of this change", got=name[:16])
+        lack = self.lacking(signed)
+        if lack:
+            hint = "each who agrees signs it: obfuscatune party agree FILE"
+            raise ConsentError("a change of membership lacks signatures", expected=lack, hint=hint)
+        return replace(changed, size=self.size + len(data))
+
+    def lacking(self, signed: SignedChange) -> str:
+        """Return what lacks of a change's signatures, in words; empty where nothing does."""
+        change = signed.change
+        if change.act == "succession" or (change.act == "remove" and change.subject in signed.signatures):
+            return ""
+        members = self.members
+        needed = len(members) // 2 + 1
+        if len(signed.signatures) < needed:
+            return f"{needed} of {len(members)} members (signed by {len(signed.signatures)})"
+        removed = self.member(change.subject) if isinstance(change.subject, str) else None
+        others = [member for member in members if member != removed]
+        for role in {member.role for member in others}:
+            if not any(m.role == role and m.identity.fingerprint in signed.signatures for m in others):
+                return f"a member who is {'the operator' if role == 'operator' else 'a party'}"
+        return ""
+
+    def applied(self, change: Change) -> "Membership":
+        """Return the membership after a change, whoever has signed it; raises as :meth:`after`."""
+        if change.enclave != self.enclave:
+            raise ConsentError("a membership of another enclave", got=change.enclave[:16], expected=self.enclave[:16])
+        if (change.number, change.previous) != (self.number + 1, self.digest):
+            hint = "it was changed since: make the change anew, and sign it"
+            got, expected = f"change {change.number}", f"change {self.number + 1} after {self.digest[:16]}"
+            raise ConsentError("not the next change of this membership", got=got, expected=expected, hint=hint)
+        origins, ends, ever = self.origins, self.ends, self.parties_ever
+        if isinstance(change.subject, Member):
+            self._check_newcomer(change.subject.identity)
+            origins = (*origins, change.subject)
+            if change.subject.role == "party" and change.subject.identity not in self.parties_ever:
+                ever = (*ever, change.subject.identity)
+        elif isinstance(change.subject, bytes):
+            ends = self._ended(change.subject, change.time)
+        elif isinstance(change.subject, str):
+            if self.member(change.subject) is None:
+                raise ConsentError("not a member", got=change.subject[:16])
+            kept = [m for m in origins if (now := resolve(m.identity, ends)) and now.fingerprint != change.subject]
+            origins = tuple(kept)
+        else:
+            raise ConsentError("an enclave is founded once")
+        changed = replace(self, number=change.number, digest=change.digest, origins=origins, ends=ends)
+        changed = replace(changed, parties_ever=ever)
+        return replace(changed, ever=self.ever | {member.identity.fingerprint for member in changed.members})
+
+    def _check_newcomer(self, identity: PublicIdentity) -> None:
+        members = self.members
+        if len(members) >= MAX_MEMBERS:
+            raise FormatError("too many members", expected=f"at most {MAX_MEMBERS}")
+        if any(member.identity.signing_key == identity.signing_key for member in members):
+            raise ConsentError("already a member, or another name of one", got=identity.fingerprint[:16])
+        if any(identity == each.identity for each in self.ends):
+            raise ConsentError("this identity has ended", got=identity.fingerprint[:16])
+
+    def _ended(self, data: bytes, when: int) -> tuple[Succession, ...]:
+        found = read_succession(data)
+        ends = (*self.ends, found)
+        before, after = self.members, replace(self, ends=ends).members
+        if before == after:
+            raise ConsentError("a statement that changes nothing here", got=found.identity.fingerprint[:16])
+        if found.time > when:
+            raise ConsentError("a statement whose time has not come", got=found.identity.fingerprint[:16])
+        if found.successor is not None and found.successor in {m.identity for m in before}:
+            raise ConsentError("the successor is a member already", got=found.successor.fingerprint[:16])
+        if len(_lineage(found.identity, ends)) > MAX_SUCCESSIONS:
+            raise FormatError("too many successions of one member", expected=f"at most {MAX_SUCCESSIONS}")
+        return ends
+
+
+def found(enclave: str, members: Iterable[Member], now: float | None = None) -> SignedChange:
+    """Return the founding of a membership, which nobody signs; raises FormatError beyond the limits."""
+    when = int(time.time() if now is None else now)
+    change = Change(enclave, 0, NO_MEMBERSHIP, "found", tuple(members), when)
+    return SignedChange(Change.from_dict(change.to_dict()))
+
+
+def founded(signed: SignedChange, enclave: str) -> Membership:
+    """Return the first membership of an enclave; raises ConsentError where it is none."""
+    change = signed.change
+    if change.act != "found" or change.number != 0 or change.previous != NO_MEMBERSHIP or signed.signatures:
+        raise ConsentError("not the beginning of a membership")
+    if change.enclave != enclave:
+        raise ConsentError("a membership of another enclave", got=change.enclave[:16], expected=enclave[:16])
+    assert isinstance(change.subject, tuple)  # noqa: S101 - `Change.from_dict` has seen to it
+    ever = frozenset(member.identity.fingerprint for member in change.subject)
+    parties = tuple(member.identity for member in change.subject if member.role == "party")
+    return Membership(enclave, 0, change.digest, change.subject, (), ever, len(signed.to_bytes()), parties)
+
+
+def follow(chain: Iterable[bytes], enclave: str, before: Membership | None = None) -> Membership | None:
+    """Return the membership after a chain, or after a part of it that follows ``before``; None of nothing at all.
+
+    Raises:
+        FormatError, ConsentError, SealError: a change that is none, that does not follow, or that is not signed so.
+    """
+    now = before
+    for line in chain:
+        signed = SignedChange.from_bytes(line)
+        now = founded(signed, enclave) if now is None else now.after(signed)
+    return now
+
+
+def resolve(identity: PublicIdentity, ends: Iterable[Succession]) -> PublicIdentity | None:
+    """Return who an identity is now, by the statements about it; None where it was revoked, or in dispute."""
+    heirs = successors(ends)
+    current: PublicIdentity | None = identity
+    for _ in heirs:  # a chain of successions, which may be a circle
+        if current is not None:
+            current = heirs.get(current.fingerprint, current)
+    return None if current is not None and current.fingerprint in heirs else current
+
+
+def _lineage(identity: PublicIdentity, ends: Iterable[Succession]) -> list[Succession]:
+    """Return the statements about an identity, those before it and those after it."""
+    related, grown = {identity}, True
+    statements = list(ends)
+    while grown:
+        grown = False
+        for each in statements:
+            pair = {each.identity} | ({each.successor} if each.successor is not None else set())
+            if pair & related and not pair <= related:
+                related, grown = related | pair, True
+    return [each for each in statements if each.identity in related]
+
+
+def _subject(act: Act, value: Any) -> tuple[Member, ...] | Member | str | bytes:
+    if act == "found":
+        if not isinstance(value, list) or len(value) > MAX_MEMBERS:
+            raise FormatError("founding of a membership", expected=f"a list of at most {MAX_MEMBERS} members")
+        members = tuple(map(Member.from_dict, value))
+        if len({member.identity.signing_key for member in members}) != len(members):
+            raise FormatError("founding of a membership with a member twice")
+        return members
+    if act == "admit":
+        return Member.from_dict(value)
+    if act == "remove":
+        if not is_digest(value):
+            raise FormatError("removal of a member", expected="its fingerprint")
+        return str(value)
+    statement = unbase64(value, "succession of a member")
+    if len(statement) > MAX_STATEMENT_BYTES:
+        raise FormatError("succession of a member is too long", expected=f"at most {MAX_STATEMENT_BYTES} bytes")
+    return statement

@@ -1,0 +1,198 @@
+"""The queries that wait, and how the thread that has the model answers them: in turns, in batches, in their order.
+
+Queries of one job's model share a batch. One that comes later joins between two rounds, as long as no query of another
+job waits: that one's model has to be loaded, and it must not wait for ever.
+"""
+
+import collections
+import time
+from collections.abc import Callable, Collection, Iterable
+from typing import Protocol
+
+from obfuscatune.errors import BusyError
+from obfuscatune.parties.job import SignedJob
+from obfuscatune.service.answers import Answers
+from obfuscatune.service.book import Book
+from obfuscatune.service.generation import Enough, Row
+from obfuscatune.service.patience import Patience
+from obfuscatune.service.queries import Query
+
+MAX_ROWS = 8  # computed together
+LEAST_STEPS, PREFILL_SHARE = 8, 8  # of a round that ends to let a query in: taking the others up costs their prefill
+# What ends the service. A panic in a tokenizer's Rust is no Exception, and a party's file can make one.
+STOPS = (SystemExit, KeyboardInterrupt)
+
+
+class Model(Protocol):
+    """What has the models: a `Runner`."""
+
+    def check(self, signed: SignedJob, adapter: str, query: Query) -> list[Row]:
+        """Return the rows of a query, once the model is loaded."""
+
+    def answer(self, signed: SignedJob, adapter: str, rows: list[Row], enough: Enough) -> None:
+        """Compute one round."""
+
+
+class Answering:
+    """Queries under way. :meth:`add` from any thread, the rest from the one that has the model.
+
+    Args:
+        book: of the jobs. model: what computes. answers: that are remembered. patiently: waits for the disk.
+        stopped: whether the operator stops the enclave; then what was begun is still answered.
+    """
+
+    def __init__(
+        self, book: Book, model: Model, answers: Answers, patiently: Patience, stopped: Callable[[], bool]
+    ) -> None:
+        self._book, self._model, self._answers, self._patiently = book, model, answers, patiently
+        self._stopped = stopped
+        self._waiting: collections.deque[Query] = collections.deque()
+        self._begun: dict[int, tuple[Query, list[Row]]] = {}
+        self._job = ""  # whose model those that have begun are for
+        self._leaving: float | None = None  # when the enclave ends, whatever is not answered by then
+        self._alone = False  # whether a batch has failed: its queries are computed one by one, and one fails alone
+
+    def add(self, query: Query) -> None:
+        """Let a query wait for its turn."""
+        with self._book.changed:
+            # Without those whose party waits no longer: one that asks and leaves must not fill the memory.
+            self._waiting = collections.deque(one for one in self._waiting if one.prompts)
+            self._waiting.append(query)
+            self._book.changed.notify_all()
+
+    def expel(self, parties: Collection[str]) -> None:
+        """Compute nothing more for identities that are members no more."""
+        with self._book.changed:
+            for query in (*self._waiting, *(query for query, _ in tuple(self._begun.values()))):
+                if query.party in parties:
+                    query.leave()
+
+    @property
+    def wanted(self) -> bool:
+        """Whether there is anything to answer."""
+        with self._book.changed:
+            return bool(self._waiting or self._begun)
+
+    def turn(self, seconds: float | None = None) -> None:
+        """Answer queries until there are none, or for so many seconds, and then go on at the next turn.
+
+        With ``seconds`` the queries are those of one job, and the time begins when its model is loaded; it ends after
+        the token at which it is over. Without, none is begun once a job is queued: it takes them between its steps.
+        """
+        until: float | None = None
+        while True:
+            if seconds is not None or not self._book.has_queued():
+                self._admit(other=until is None)
+            if not self._begun:
+                break
+            if seconds is not None and until is None:
+                until = time.monotonic() + seconds
+            self._round(until)
+            if self._is_over(until):
+                break
+        if self._leaving is not None:
+            raise SystemExit(0)
+
+    def hurry(self, seconds: float) -> bool:
+        """Return whether queries are being computed: they get so many seconds more, and :meth:`turn` then ends all.
+
+        For a handler of signals, in the thread of :meth:`turn`; a second call says no.
+        """
+        if self._leaving is not None or not self._begun:
+            return False
+        self._leaving = time.monotonic() + seconds
+        return True
+
+    def _is_over(self, until: float | None) -> bool:
+        ends = until if self._leaving is None else self._leaving
+        return ends is not None and time.monotonic() >= ends
+
+    def close(self) -> None:
+        """Tell those who wait that nothing comes."""
+        with self._book.changed:
+            left = [*self._waiting, *(query for query, _ in self._begun.values())]
+            self._waiting.clear()
+            self._begun.clear()
+        for query in left:
+            query.fail(BusyError("the enclave is stopping", hint="ask again when it runs"))
+
+    # the steps of a turn
+
+    def _admit(self, other: bool) -> None:
+        """Begin queries that wait: of the job of those before them; where none is under way and ``other``, of any."""
+        while not self._stopped() and sum(len(rows) for _, rows in self._begun.values()) < MAX_ROWS:
+            with self._book.changed:
+                if not self._waiting or (self._waiting[0].job != self._job and (self._begun or not other)):
+                    return
+                query = self._waiting.popleft()
+                self._job = query.job
+            self._begin(query)
+
+    def _begin(self, query: Query) -> None:
+        """Check, count, compute, in this order: a prompt that is refused costs nothing, and no crash gives any away."""
+        try:
+            if not query.take():
+                return query.finish([])
+            known = self._answers.get(query.question)  # asked twice at once, or answered while whoever asked was away
+            if known is not None:
+                return query.finish(known)
+            asked = (query.job, query.party, len(query.prompts), query.settings.longest, query.question)
+            self._book.check_query(*asked)
+            rows = self._model.check(self._book.signed(query.job), self._adapter(query.job), query)
+            self._book.count_query(*asked)
+            self._begun[id(query)] = query, rows
+        except STOPS:
+            raise
+        except BaseException as error:  # goes to the party that asked; the service goes on, and with it the model
+            query.fail(error)
+
+    def _round(self, until: float | None) -> None:
+        begun = list(self._begun.values())
+        rows = [row for _, found in (begun[:1] if self._alone else begun) for row in found if not row.lapse()]
+
+        def enough(steps: int, longest: int) -> bool:
+            if self._is_over(until):
+                return True
+            if self._alone or steps < max(LEAST_STEPS, longest // PREFILL_SHARE) or len(rows) >= MAX_ROWS:
+                return False
+            with self._book.changed:
+                return bool(self._waiting) and self._waiting[0].job == self._job
+
+        try:
+            if rows:
+                self._model.answer(self._book.signed(self._job), self._adapter(self._job), rows[:MAX_ROWS], enough)
+        except STOPS:
+            raise
+        except BaseException as error:
+            if self._alone or len(begun) == 1:
+                self._fail(begun[0][0], error)
+            self._alone = True
+        self._end(query for query, found in begun if id(query) in self._begun and all(row.done for row in found))
+        self._alone = self._alone and bool(self._begun)
+
+    def _end(self, queries: Iterable[Query]) -> None:
+        for query in queries:
+            _, rows = self._begun.pop(id(query))
+            try:
+                completions = [row.completion() for row in rows]
+            except STOPS:
+                raise
+            except BaseException as error:
+                query.fail(error)
+                continue
+            if not query.left:
+                self._answers.put(query.question, completions)
+            query.finish(completions)
+
+    def _fail(self, query: Query, error: BaseException) -> None:
+        """End a query that was counted and not answered; it costs nothing, unless a part of it was shown."""
+        del self._begun[id(query)]
+        try:
+            if not query.sent:
+                asked = (query.job, query.party, len(query.prompts), query.question)
+                self._patiently(lambda: self._book.query_failed(*asked))
+        finally:
+            query.fail(error)
+
+    def _adapter(self, job: str) -> str:
+        return self._book.record(job).results["adapter"]

@@ -1,0 +1,312 @@
+"""Who may connect, at the enclave's end: founded by the operator's directory, changed by what the members have signed.
+
+Until the first job of two who are in, the membership is open: whoever has a ``.pub`` in the operator's directory is in,
+read anew for each request. Then it is founded as it is, logged, and sealed with the state; from there on the directory
+gives nobody anything. Only statements of members about themselves (``.succession``) are
+still taken from it, as from any member.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Container
+from pathlib import Path
+from typing import Any
+
+from obfuscatune.errors import ConsentError, ObfuscatuneError, StorageError, UsageError
+from obfuscatune.parties.identity import PublicIdentity, read_small
+from obfuscatune.parties.membership import Member, Membership, SignedChange, follow, found, resolve
+from obfuscatune.parties.succession import MAX_BYTES, SUFFIX, Succession, read_succession
+from obfuscatune.service.state import State
+
+logger = logging.getLogger(__name__)
+_LOOK_SECONDS = 0.2  # between two looks at the operator's directory, which each request could cause
+_MAX_PAGE = 1 << 20  # bytes of the chain in one reply
+
+
+class Members:
+    """The membership of an enclave. Every method may be called from several threads.
+
+    Args:
+        state: where it is kept, under its lock. directory: of the operator. operator: who the operator is, if known.
+
+    Attributes:
+        note: writes an entry of the log and commits the state: ``note(event, party=..., **details)``.
+        removed: called with the fingerprints of who is in no more, once that is committed.
+    """
+
+    def __init__(self, state: State, directory: Path, operator: PublicIdentity | None = None) -> None:
+        self._state, self._directory, self._operator = state, directory, operator
+        self._before: list[Membership] = []  # of enclaves that have handed over to this one
+        self._left: frozenset[str] = frozenset()
+        self._seen: set[tuple[str, int, int]] = set()  # files of statements that were looked at
+        self._now: Membership | None
+        self._allowed: frozenset[PublicIdentity] = frozenset()
+        self._looked = -_LOOK_SECONDS
+        self.note: Callable[..., None] = lambda event, **details: None
+        self.removed: Callable[[frozenset[str]], None] = lambda fingerprints: None
+        self.load()
+
+    def load(self) -> None:
+        """Take up what the state holds. Raises as `follow`, which its seal excludes."""
+        with self._state.lock:
+            *before, now = chains(self._state)
+            self._before = [each for each in before if each is not None]
+            self._set(now)
+
+    @property
+    def current(self) -> tuple[Member, ...]:
+        """Who is in now."""
+        with self._state.lock:
+            return self._open() if self._now is None else self._now.members
+
+    @property
+    def founded(self) -> Membership | None:
+        """The membership; None while it is open."""
+        return self._now
+
+    def allows(self, identity: PublicIdentity) -> bool:
+        """Return whether an identity is in now."""
+        if self._now is None:
+            return any(member.identity == identity for member in self.current)
+        if time.monotonic() - self._looked > _LOOK_SECONDS:
+            self._looked = time.monotonic()
+            self.refresh()
+        return identity in self._allowed
+
+    def parties(self) -> list[str]:
+        """Return the fingerprints of those who share the room: all but the operator."""
+        return [member.identity.fingerprint for member in self.current if member.role == "party"]
+
+    def strangers(self) -> Container[str]:
+        """Return the fingerprints of whom no job may be: of all who are not in; while it is open, that have ended."""
+        with self._state.lock:
+            if self._now is not None:
+                return _AllBut(frozenset(identity.fingerprint for identity in self._allowed))
+            return frozenset(each.identity.fingerprint for each in _due(load_statements(self._directory)))
+
+    def left(self) -> frozenset[str]:
+        """Return the fingerprints of who was in and is in no more, under no later identity either."""
+        return self._left
+
+    def told(self) -> dict[str, Any] | None:
+        """Return number and digest for the channel's handshake; None while it is open."""
+        now = self._now
+        return None if now is None else {"digest": now.digest, "number": now.number}
+
+    def lines(self, start: int) -> tuple[dict[str, Any], bytes]:
+        """Return changes from number ``start`` on, one a line, as many as fit; while it is open, how it would begin.
+
+        Raises:
+            UsageError: no number of a change.
+        """
+        with self._state.lock:
+            chain = [line.encode() for line in self._state.members]
+            is_open = not chain
+            if is_open:
+                chain = [self._founding().to_bytes()]
+        if not 0 <= start <= len(chain):
+            raise UsageError("change of the membership", got=start, expected=f"0 to {len(chain)}")
+        page = b""
+        for line in chain[start:]:
+            if page and len(page) + len(line) >= _MAX_PAGE:
+                break
+            page += line + b"\n"
+        return {"changes": len(chain), "open": int(is_open)}, page
+
+    def found(self) -> None:
+        """Close the membership as it is, if it is open: from now on it changes by what its members sign.
+
+        Raises:
+            StorageError: the disk refuses; it is as it was.
+        """
+        with self._state.lock:
+            if self._now is None:
+                signed = self._founding()
+                self._take(signed, follow([signed.to_bytes()], self._enclave), None)
+
+    def change(self, data: bytes, party: PublicIdentity) -> dict[str, Any]:
+        """Make a signed change; return number and digest after it. A change that was made already does nothing.
+
+        Raises:
+            FormatError, ConsentError, SealError: as `Membership.after`. StorageError: the disk refuses.
+        """
+        signed = SignedChange.from_bytes(data)
+        with self._state.lock:
+            before = self._require_founded()
+            if signed.change.act in ("found", "succession"):
+                raise ConsentError("a change that is not made so", got=signed.change.act)
+            if signed.change.digest != before.digest:  # else handed in twice: the first reply was lost
+                self._take(signed, before.after(signed), party.fingerprint)
+                self._tell(before)
+            return self.told() or {}
+
+    def succeed(self, data: bytes, party: PublicIdentity | None = None) -> dict[str, Any]:
+        """Take a member's statement about itself; return number and digest after it.
+
+        Raises:
+            FormatError, SealError: no statement. ConsentError: of nobody here, or its time has not come.
+        """
+        with self._state.lock:
+            before = self._require_founded()
+            signed = SignedChange(before.next("succession", data.rstrip(b"\n")))
+            self._take(signed, before.after(signed), None if party is None else party.fingerprint)
+            self._tell(before)
+            return self.told() or {}
+
+    def refresh(self) -> None:
+        """Take new statements from the directory; what is none, or changes nothing, is passed over."""
+        with self._state.lock:
+            if self._now is None:
+                return
+            for path in sorted(self._directory.glob(f"*{SUFFIX}")):
+                try:
+                    status = path.stat()
+                    key = (path.name, status.st_mtime_ns, status.st_size)
+                    if key in self._seen or not path.is_file():
+                        continue
+                    data = read_small(path, MAX_BYTES, "succession")
+                    if read_succession(data).time > time.time():
+                        continue  # an expiry, looked at again
+                    self.succeed(data)
+                    self._seen.add(key)
+                except ConsentError as error:  # of nobody who is in now
+                    self._seen.add(key)
+                    logger.info("%s changes nothing: %s", path.name, error.what)
+                except StorageError as error:  # the next look tries again
+                    logger.warning("%s", error)
+                except (OSError, UsageError) as error:
+                    _skip(path, error)
+
+    @property
+    def _enclave(self) -> str:
+        return self._state.identity.public.fingerprint
+
+    def _open(self) -> tuple[Member, ...]:
+        members = [Member(identity) for identity in load_parties(self._directory)]
+        if self._operator is not None:
+            members = [member for member in members if member.identity != self._operator]
+            members.insert(0, Member(self._operator, "operator"))
+        return tuple(members)
+
+    def _require_founded(self) -> Membership:
+        if self._now is None:
+            hint = "until the first job the operator's directory says who is in"
+            raise ConsentError("the membership is not closed yet", hint=hint)
+        return self._now
+
+    def _founding(self) -> SignedChange:
+        return found(self._enclave, self._open())
+
+    def _take(self, signed: SignedChange, after: Membership | None, party: str | None) -> None:
+        """Log, seal and make a change: the entry first; where the disk refuses, it is as it was."""
+        assert after is not None  # noqa: S101 - a chain of one line at least
+        before, self._state.members = self._state.members, [*self._state.members, signed.to_bytes().decode()]
+        change = signed.change
+        try:
+            self.note(
+                "membership",
+                party=party,
+                act=change.act,
+                number=change.number,
+                digest=after.digest,
+                members=len(after.members),
+                **_subject_of(signed),
+            )
+        except BaseException:
+            self._state.members = before
+            raise
+        self._set(after)
+        logger.info("membership %d: %s", change.number, change)
+
+    def _set(self, now: Membership | None) -> None:
+        self._allowed = frozenset() if now is None else frozenset(member.identity for member in now.members)
+        every = [*self._before, *([] if now is None else [now])]
+        here = frozenset(identity.fingerprint for identity in self._allowed)
+        self._left = frozenset().union(*(each.left for each in every)) - here
+        self._now = now
+        self._seen.clear()  # a statement may be about who came in just now
+
+    def _tell(self, before: Membership) -> None:
+        if self._now is not None and (left := self._now.gone - before.gone):
+            self.removed(left)
+
+
+def chains(state: State) -> list[Membership | None]:
+    """Return the memberships of the enclaves that have handed over, oldest first, and this one's: None while open."""
+    found = []
+    for identity, lines in [
+        *zip(state.former_identities, (each["members"] for each in state.former), strict=True),
+        (state.identity, state.members),
+    ]:
+        found.append(follow([line.encode() for line in lines], identity.public.fingerprint))
+    return found
+
+
+def _subject_of(signed: SignedChange) -> dict[str, str]:
+    subject = signed.change.subject
+    if isinstance(subject, Member):
+        return {"subject": subject.identity.fingerprint, "role": subject.role}
+    if isinstance(subject, bytes):
+        return {"subject": read_succession(subject).identity.fingerprint}
+    return {"subject": subject} if isinstance(subject, str) else {}
+
+
+def load_parties(directory: Path) -> list[PublicIdentity]:
+    """Return the identities of a directory's ``.pub`` files, without those that have ended, and their successors.
+
+    A file that is none is named in the log of the process and passed over: it must not shut out the others.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
+    if not directory.is_dir():
+        raise UsageError("no such directory of parties", where=str(directory), hint="put their NAME.pub files there")
+    ends = _due(load_statements(directory))
+    found: list[PublicIdentity] = []
+    for path in sorted(directory.glob("*.pub")):
+        try:
+            if not path.is_file():  # to open a pipe would wait for ever
+                raise UsageError("not a file")
+            current = resolve(PublicIdentity.load(path), ends)
+        except (UsageError, OSError) as error:
+            _skip(path, error)
+            continue
+        if current is not None and current not in found:
+            found.append(current)
+    return found
+
+
+def load_statements(directory: Path) -> list[Succession]:
+    """Return the statements of a directory's ``.succession`` files; one that is none is named and passed over."""
+    found = []
+    for path in sorted(directory.glob(f"*{SUFFIX}")):
+        try:
+            if not path.is_file():
+                raise UsageError("not a file")
+            found.append(read_succession(read_small(path, MAX_BYTES, "succession"), f"succession {path}"))
+        except (UsageError, OSError) as error:
+            _skip(path, error)
+    return found
+
+
+def _due(statements: list[Succession]) -> list[Succession]:
+    return [each for each in statements if each.time <= time.time()]
+
+
+class _AllBut(Container[str]):
+    def __init__(self, here: frozenset[str]) -> None:
+        self._here = here
+
+    def __contains__(self, fingerprint: object) -> bool:
+        return fingerprint not in self._here
+
+
+_skipped: set[tuple[str, str]] = set()
+
+
+def _skip(path: Path, error: Exception) -> None:
+    """Name a file that is passed over, once for each fault of it: the directory is read for each request."""
+    reason = error.what if isinstance(error, ObfuscatuneError) else type(error).__name__
+    if (str(path), reason) not in _skipped and len(_skipped) < 1000:
+        _skipped.add((str(path), reason))
+        logger.warning("passed over: %s: %s", path, reason)

@@ -1,0 +1,61 @@
+"""``make image-twice``: what goes into the image is the same bytes when it is built again, and a difference is seen."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+DEPLOY = Path(__file__).parents[2] / "deploy"
+
+
+@pytest.fixture
+def twice(scripts: dict[str, ModuleType]) -> ModuleType:
+    return scripts["twice"]
+
+
+def archive(path: Path, members: dict[str, bytes], *, year: int = 2026, mode: int = 0o644) -> Path:
+    with zipfile.ZipFile(path, "w") as target:
+        for name, data in members.items():
+            item = zipfile.ZipInfo(name, (year, 1, 1, 0, 0, 0))
+            item.external_attr = mode << 16
+            target.writestr(item, data)
+    return path
+
+
+def test_a_difference_is_named(twice: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    members = {"a.py": b"1", "b.so": b"2"}
+    first = archive(tmp_path / "first.whl", members)
+    for other, changed in (
+        ({"members": members}, []),
+        ({"members": {**members, "b.so": b"3"}}, ["b.so"]),
+        ({"members": {**members, "c": b""}}, ["c"]),
+        ({"members": members, "year": 2027}, ["a.py", "b.so"]),
+        ({"members": members, "mode": 0o600}, ["a.py", "b.so"]),
+        ({"members": dict(reversed(members.items()))}, ["order or form of the zip"]),
+    ):
+        second = archive(tmp_path / "second.whl", **other)
+        assert twice.differences(first, second) == changed
+    (tmp_path / "initrd").write_bytes(b"1")
+    (tmp_path / "second").write_bytes(b"2")
+    assert not twice.compare(iter([(tmp_path / "initrd", tmp_path / "second"), (first, first)]))
+    assert capsys.readouterr().out.splitlines()[0].startswith("DIFFER  ")
+
+
+def test_without_mkosi_no_image_is_claimed(
+    twice: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(twice.shutil, "which", lambda name: None)
+    assert twice.main(["--image"]) == 2
+    assert "the image was not built" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_wheel_is_the_same_when_it_is_built_again() -> None:
+    done = subprocess.run(  # noqa: S603
+        [sys.executable, "-B", str(DEPLOY / "twice.py")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    assert done.stdout.startswith("same  ") and done.stdout.rstrip().endswith(".whl")
