@@ -31,10 +31,10 @@ class Model:
 
     def __init__(self) -> None:
         self.asked: list[Any] = []
+        self.job: dict[str, Any] = {"status": "done", "step": 60, "steps": 60}
         self.go = threading.Semaphore(0)  # for each word of a prompt that says "slowly"
         self.left = threading.Event()
         self.breaks = False
-        self.job: dict[str, Any] = {"status": "done", "step": 60, "steps": 60}
 
     def __call__(self, party: PublicIdentity, fields: dict[str, Any], payload: bytes) -> Any:
         if fields["op"] == "status":
@@ -258,38 +258,30 @@ def test_the_page_shows_what_was_verified_and_how_far_the_job_is(
 ) -> None:
     address, model = start(ENCLAVE)
     model.job = {"status": "<i>running</i>", "step": 20, "steps": 60, "loss": 1.25}
-    codes: list[int] = []
-    thread = threading.Thread(target=lambda: codes.append(main(["connect", "--enclave", address, *files])), daemon=True)
-    thread.start()
-    said = ""
-    while "page: " not in said:
-        assert thread.is_alive()
-        thread.join(0.02)
-        said += capsys.readouterr().out
-    browser.get(said.split()[-1])
-    wait(browser, lambda: by_id(browser, "bar").get_property("value") == 20)
-    assert by_id(browser, "bar").get_property("max") == 60
-    assert by_id(browser, "status").text == f"<i>running</i>, 0 of {QUOTA} queries used"
-    assert "1.25" not in browser.page_source  # an enclave that told a loss would not be repeated
-    assert "accepted; SIMULATION" in by_id(browser, "attested").text
-    by_id(browser, "verified").click()
-    rules = by_id(browser, "rules").text.splitlines()
-    assert len(rules) > 3 and all(line.startswith(("ok: ", "not judged: ")) for line in rules)
-    assert any(line.startswith("ok: mrtd") for line in rules)
-    assert "mrtd " in by_id(browser, "measurements").text
-    by_id(browser, "prompt").send_keys("hello")
-    by_id(browser, "send").click()
-    wait(browser, lambda: is_ready(browser) and [text.strip() for text in answers(browser)] == ["HELLO"])
-    model.job = {"status": "done", "step": 60, "steps": 60}
-    wait(browser, lambda: by_id(browser, "bar").get_property("value") == 60)
-    assert by_id(browser, "status").text == f"done, 1 of {QUOTA} queries used"
-    # Another enclave at the address: the page says so, and the session is over.
-    model.stop()  # type: ignore[attr-defined]
-    _, other = start(Identity.generate("other", "x25519"), address)
-    by_id(browser, "prompt").send_keys("private")
-    by_id(browser, "send").click()
-    wait(browser, lambda: by_id(browser, "error").text)
-    assert "not the one that was verified" in by_id(browser, "error").text
-    browser.get("about:blank")  # else its connection is waited for
-    thread.join(30)
+    with connected(address, files, capsys) as (url, token, _, codes):
+        browser.get(f"{url.removesuffix('v1')}#token={token}")
+        wait(browser, lambda: by_id(browser, "bar").get_property("value") == 20)
+        assert by_id(browser, "bar").get_property("max") == 60
+        assert by_id(browser, "status").text == f"<i>running</i>, 0 of {QUOTA} queries used"
+        assert "1.25" not in browser.page_source  # an enclave that told a loss would not be repeated
+        assert "accepted; SIMULATION" in by_id(browser, "attested").text
+        by_id(browser, "verified").click()
+        rules = by_id(browser, "rules").text.splitlines()
+        assert len(rules) > 3 and all(line.startswith(("ok: ", "not judged: ")) for line in rules)
+        assert any(line.startswith("ok: mrtd") for line in rules)
+        assert "mrtd " in by_id(browser, "measurements").text
+        by_id(browser, "prompt").send_keys("hello")
+        by_id(browser, "send").click()
+        wait(browser, lambda: is_ready(browser) and [text.strip() for text in answers(browser)] == ["HELLO"])
+        model.job = {"status": "done", "step": 60, "steps": 60}
+        wait(browser, lambda: by_id(browser, "bar").get_property("value") == 60)
+        assert by_id(browser, "status").text == f"done, 1 of {QUOTA} queries used"
+        # Another enclave at the address: the page says so, and the session is over.
+        model.stop()  # type: ignore[attr-defined]
+        _, other = start(Identity.generate("other", "x25519"), address)
+        by_id(browser, "prompt").send_keys("private")
+        by_id(browser, "send").click()
+        wait(browser, lambda: by_id(browser, "error").text)
+        assert "not the one that was verified" in by_id(browser, "error").text
+        browser.get("about:blank")  # else its connection is waited for
     assert codes == [1] and not other.asked

@@ -54,6 +54,7 @@ def test_many_at_once_get_what_plain_transformers_completes(server: Running, exp
     replies = asyncio.run(ask_all(server, requests))
     assert replies == [expect(*request) for request in requests]
     assert len(set(replies)) > 20  # not all the same
+    assert metric(server, "completion_tokens_total") > metric(server, "steps_total") > 0  # they shared batches
 
 
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("paper", "strict", "shared")]  # `stream` is soaked

@@ -43,13 +43,15 @@ class Load:
     lost: int = 0
     memory: list[int] = field(default_factory=list)  # bytes, of server and worker, at the end of each tenth
     took: float = 0.0
+    rows: float = 0.0  # that went on at a step, on average
 
     def line(self, name: str) -> str:
         cuts = statistics.quantiles(self.seconds, n=20)
         mib = [value / 2**20 for value in self.memory]
         return (
             f"{name:9} {len(self.seconds):6} requests  p50 {statistics.median(self.seconds):.3f} s  "
-            f"p95 {cuts[-1]:.3f} s  {self.tokens / self.took:7.1f} tokens/s  {mib[2]:.0f} to {mib[-1]:.0f} MiB"
+            f"p95 {cuts[-1]:.3f} s  {self.tokens / self.took:7.1f} tokens/s  {self.rows:.1f} rows a step  "
+            f"{mib[2]:.0f} to {mib[-1]:.0f} MiB"
         )
 
 
@@ -106,6 +108,11 @@ async def load(url: str, token: str, pid: int, expected: dict[str, str], seconds
 
     await asyncio.gather(watch(), *(client(number) for number in range(CLIENTS)))
     found.took = time.monotonic() - started
+    async with AsyncOpenAI(base_url=url, api_key=token) as ai:
+        counts = dict(
+            line.split() for line in (await ai.get("/../metrics", cast_to=str)).splitlines() if line[0] != "#"
+        )
+    found.rows = int(counts["obfuscatune_completion_tokens_total"]) / int(counts["obfuscatune_steps_total"])
     return found
 
 

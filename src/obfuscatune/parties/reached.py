@@ -192,7 +192,7 @@ def line_of(channel: AttestedChannel, fingerprint: str) -> frozenset[str]:
         certificates = _certificates(channel)
     except (BusyError, ConnectionClosedError):
         raise
-    except ObfuscatuneError:  # one that has no certificates to show is another enclave, whatever it says
+    except ObfuscatuneError:  # whatever it says: no error of another enclave's may keep a session with it going
         certificates = []
     if not goes_on(certificates, fingerprint, here):
         what, where = "another enclave than the one asked for", channel.enclave.name

@@ -196,7 +196,7 @@ class _Following(StoppingCriteria):
             if not row.lapse():
                 row.take(token, self._ends)
                 count += 1
-        self._metrics.generated(count)
+        self._metrics.stepped(count)
         if self._batcher.wants_turn(self._rows, self._steps, self._longest):
             return torch.ones(len(self._rows), dtype=torch.bool)
         return torch.tensor([row.done for row in self._rows])

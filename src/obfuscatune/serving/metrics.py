@@ -39,7 +39,7 @@ class Metrics:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._requests: Counter[tuple[str, int]] = Counter()
-        self._prompt_tokens = self._completion_tokens = self._cancelled = 0
+        self._prompt_tokens = self._completion_tokens = self._cancelled = self._steps = 0
         self._seconds, self._first = Histogram(), Histogram()
         self._batches = Histogram((1, 2, 4, 8, 16, 32, 64))
 
@@ -51,6 +51,12 @@ class Metrics:
     def generated(self, tokens: int) -> None:
         """Count tokens of completions."""
         with self._lock:
+            self._completion_tokens += tokens
+
+    def stepped(self, tokens: int) -> None:
+        """Count a step of decoding, and the tokens that it gave, one for each row that went on."""
+        with self._lock:
+            self._steps += 1
             self._completion_tokens += tokens
 
     def batched(self, rows: int) -> None:
@@ -78,6 +84,7 @@ class Metrics:
                 ("requests_total", "counter", "answers, by route and status", requests),
                 _one("prompt_tokens_total", "counter", "tokens of prompts", self._prompt_tokens),
                 _one("completion_tokens_total", "counter", "tokens of completions", self._completion_tokens),
+                _one("steps_total", "counter", "steps of decoding; tokens over steps: rows at a time", self._steps),
                 _one("cancelled_total", "counter", "requests whose client left", self._cancelled),
                 _one("waiting_requests", "gauge", "requests in the queue", waiting),
                 _one("running_requests", "gauge", "requests being computed", running),
