@@ -14,8 +14,8 @@ $(TESTS): export HF_HUB_OFFLINE := 1
 
 # Enclave and worker take turns, so one run of pytest leaves half of two cores idle: two run beside each other. These
 # folders are about half of the time, in both tiers; what is not named here is in the other half.
-HALF := $(addprefix tests/,enclave exactness faults parties protocol security)
-halves = $(MAKE) --no-print-directory --jobs=2 --output-sync=target one-half other-half PYTEST='$(1)/python -m pytest -m "$(2)"'
+HALF := $(addprefix tests/,enclave exactness faults parties protocol)
+halves = $(MAKE) --no-print-directory --jobs=2 one-half other-half PYTEST='$(1)/python -m pytest -m "$(2)"'
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow test-lowest test-newest test-wheel lint check-deploy image-twice docs dist format bench audit \
