@@ -1,6 +1,7 @@
 """Calls whose large tensors lie in memory that the worker shares: the same results, and a worker that lies of it."""
 
 import contextlib
+import functools
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -53,6 +54,37 @@ def linear(session: Session) -> Tensor:
 def call(session: Session, op: str, x: Tensor, **fields: Any) -> Tensor:
     expected = {"y": (tuple(x.shape), torch.float32)}
     return session.request(op, "h.0", {"segment": "s", **fields}, {"x": x}, expected)[1]["y"]
+
+
+@pytest.mark.parametrize(("budget", "mapped"), [(1 << 40, True), (1 << 20, False)])
+def test_an_arena_larger_than_the_budget_is_not_mapped(budget: int, mapped: bool) -> None:
+    serve = functools.partial(serve_connection, device=torch.device("cpu"), budget=budget)
+    with served(serve) as session:
+        session.hello()
+        assert session.shares_memory is mapped
+
+
+def test_a_second_arena_and_a_table_for_another_operation_are_refused() -> None:
+    with served(honest) as session:
+        session.hello()
+        session._shelf = None
+        with pytest.raises(WorkerFault, match="a second arena"):
+            session._share_memory()
+    with served(honest) as session:
+        session.hello()
+        with pytest.raises(WorkerFault, match="placed tensors"):
+            session.request("stats", "-", {"placed": [["x", "int8", [4], 0]]}, {}, {})
+
+
+def test_a_forked_process_writes_nothing_into_the_first_ones_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    with served(honest) as session:
+        session.hello()
+        shelf = session._shelf
+        assert shelf is not None
+        assert shelf.arena.offset_of(session.empty((LEAST_BYTES,), torch.int8)) is not None
+        with monkeypatch.context() as forked:
+            forked.setattr(session, "_process_id", -1)
+            assert shelf.arena.offset_of(session.empty((LEAST_BYTES,), torch.int8)) is None
 
 
 def crossed(session: Session) -> int:
@@ -166,6 +198,7 @@ class Liar:
             descriptor = connection.take_descriptor()
             assert descriptor is not None
             arena = Arena.received(descriptor, fields["bytes"])
+            assert arena is not None
             connection.send({"id": 2, "ok": True, "mapped": True})
             while True:
                 fields, _ = connection.receive()

@@ -35,7 +35,9 @@ def descriptors() -> int:
 def both_ends() -> tuple[Arena, Arena]:
     made = Arena.create(SIZE)
     assert made is not None
-    return made[0], Arena.received(made[1], SIZE)
+    received = Arena.received(made[1], SIZE)
+    assert received is not None
+    return made[0], received
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
@@ -65,6 +67,7 @@ BAD_ROWS = {
     "huge": [["x", "int8", [2**32, 2**32], 0]],
     "negative size": [["x", "int8", [-4], 0]],
     "dtype": [["x", "object", [4], 0]],
+    "the same bytes again and again": [[f"x{i}", "int8", [SIZE // 2], 0] for i in range(3)],
 }
 
 
@@ -125,6 +128,18 @@ def test_a_system_that_refuses_it_has_none(call: str, monkeypatch: pytest.Monkey
     assert descriptors() == before
 
 
+def test_a_worker_that_cannot_map_it_goes_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, before = Arena.create(SIZE), descriptors()
+    assert made is not None
+
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("unable to open file </proc/self/fd/9>")
+
+    monkeypatch.setattr("torch.from_file", refuse)
+    assert Arena.received(made[1], SIZE) is None
+    assert descriptors() == before - 1
+
+
 def test_a_descriptor_goes_with_its_frame_and_is_closed_with_the_connection() -> None:
     before = descriptors()
     ours, theirs = unix_pair()
@@ -141,7 +156,9 @@ def test_a_descriptor_goes_with_its_frame_and_is_closed_with_the_connection() ->
         os.close(made[1])
         taken = theirs.take_descriptor()
         assert taken is not None and theirs.take_descriptor() is None
-        Arena.received(taken, SIZE).view(TensorSpec("x", torch.int8, (SIZE,)), 0).fill_(7)
+        received = Arena.received(taken, SIZE)
+        assert received is not None
+        received.view(TensorSpec("x", torch.int8, (SIZE,)), 0).fill_(7)
         assert bool((made[0].view(TensorSpec("x", torch.int8, (SIZE,)), 0) == 7).all())
         ours.send({"id": 4}, descriptor=(left := os.memfd_create("left")))
         os.close(left)

@@ -67,6 +67,7 @@ def test_all_parties_together_bring_it_back(
 
     with open_enclave(tmp_path / "empty", memory) as new:
         more = {"listen": "tls://127.0.0.1:0", "parties": tmp_path / "parties", "operator": None, "waiting": say}
+        more["old"] = old.state.identity.public
         thread = threading.Thread(target=wait_for_hand_over, args=(new.state, tmp_path / "new", memory), kwargs=more)
         thread.start()
         assert where.wait(30)
@@ -184,7 +185,7 @@ def test_a_changed_file_is_refused(data: Any, tmp_path_factory: pytest.TempPathF
 
 def test_shares_of_one_file_are_no_use_for_another_that_the_host_puts_there(old: Enclave, tmp_path: Path) -> None:
     keep(old, tmp_path)
-    path, taking = old.directory / FILE, TakeOver(old.state, old.directory)
+    path, taking = old.directory / FILE, TakeOver(old.state, old.directory, old.fingerprint)
     shares, first = {each: share_of(old.directory, each) for each in (LAB, CLINIC)}, path.read_bytes()
     old.book.note("anything")
     taking.handle(LAB.public, {"op": "release"}, shares[LAB])

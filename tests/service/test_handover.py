@@ -91,7 +91,7 @@ class Pair:
 
     def take(self, new: Enclave, bundle: bytes) -> None:
         """Bring the bundle in two pieces."""
-        taking, half = TakeOver(new.state, self.directory), len(bundle) // 2
+        taking, half = TakeOver(new.state, self.directory, self.old.fingerprint), len(bundle) // 2
         for offset, piece in ((0, bundle[:half]), (half, bundle[half:])):
             fields = {"op": "take_over", "offset": offset, "size": len(bundle)}
             taking.handle(LAB.public, fields, piece)
@@ -337,6 +337,20 @@ def test_policy_is_the_one_that_was_signed(hardware: Hardware) -> None:
     assert loaded == Policy.load(hardware.policy)
 
 
+def test_the_state_of_another_enclave_takes_nobodys_place(pair: Pair) -> None:
+    """One that a member has made, sealed to the new enclave as it should be, and of an enclave that never was."""
+    own = {"former": [], "jobs": {}, "log_head": "0" * 64, "log_length": 0, "members": pair.old.state.members}
+    with open_enclave(pair.directory) as new:
+        bundle = pair.give(new)
+        pair.copy()
+        log = (pair.directory / "log.jsonl").read_bytes()
+        forged = seal_bundle(own, STRANGER, new.state.identity.public, "0" * 64)
+        with pytest.raises(ConsentError, match="another one's state"):
+            pair.take(new, forged)
+        assert (pair.directory / "log.jsonl").read_bytes() == log and not new.state.jobs
+        pair.take(new, bundle)
+
+
 def test_a_party_brings_it_over(pair: Pair, tmp_path: Path, simulated: tuple[SimulatedPlatform, Policy]) -> None:
     """Over the channel, to an enclave that has no sealing key: asked again until it is done, and after that."""
     memory = MemoryPlatform(key=None)
@@ -361,6 +375,7 @@ def test_a_party_brings_it_over(pair: Pair, tmp_path: Path, simulated: tuple[Sim
                 "listen": "tls://127.0.0.1:0",
                 "parties": tmp_path / "parties",
                 "operator": None,
+                "old": pair.old.state.identity.public,
                 "waiting": waiting,
             },
         )

@@ -115,6 +115,7 @@ def test_an_upgrade(serving: Serving, run: Run, tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="no sealing key"), open_enclave(tmp_path / "new", memory) as new:
         (tmp_path / "new" / "log.jsonl").unlink()
         more = {"listen": "tls://127.0.0.1:0", "parties": tmp_path / "parties", "operator": None, "waiting": waiting}
+        more["old"] = serving.enclave.state.identity.public
         thread = threading.Thread(target=wait_for_hand_over, args=(new.state, tmp_path / "new", memory), kwargs=more)
         thread.start()
         assert waits.wait(30)
@@ -141,6 +142,7 @@ def test_a_release(serving: Serving, run: Run, tmp_path: Path, simulated: tuple[
 
     with pytest.warns(UserWarning, match="no sealing key"), open_enclave(tmp_path / "new", memory) as new:
         more = {"listen": "tls://127.0.0.1:0", "parties": tmp_path / "parties", "operator": None, "waiting": waiting}
+        more["old"] = serving.enclave.state.identity.public
         thread = threading.Thread(target=wait_for_hand_over, args=(new.state, tmp_path / "new", memory), kwargs=more)
         thread.start()
         assert waits.wait(30)

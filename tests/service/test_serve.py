@@ -337,6 +337,55 @@ def test_one_query_of_a_batch_fails_alone(enclave: Enclave) -> None:
     assert enclave.book.record(job).queries == 2
 
 
+def test_a_failed_query_gives_back_only_what_it_was_counted_for(enclave: Enclave) -> None:
+    job = enclave.done_job()
+    serving = service(enclave, fail)
+    with working(serving):
+        assert enclave.book.count_query(job, CLINIC.public.fingerprint, 1, 1, query_of(job, "a").question)
+        for _ in range(3):  # as after a crash: it was counted then, and is asked again
+            assert ask(serving, job, "a").error is not None
+            assert enclave.book.record(job).queries == 1
+    twins = [query_of(job, "b") for _ in range(4)]
+    serving = service(enclave, fail)
+    for query in twins:
+        serving._answering.add(query)
+    with working(serving):
+        assert all(query.wait(30) and query.error is not None for query in twins)
+    assert enclave.book.record(job).queries == 1  # once counted, once given back
+
+
+def test_a_failed_query_of_a_job_that_is_forgotten_ends_alone(enclave: Enclave) -> None:
+    job, later = enclave.done_job(), enclave.done_job()
+
+    def forget() -> None:
+        del enclave.book._records[job]
+        raise RuntimeError
+
+    serving = service(enclave, forget)
+    serving._answering.add(query := query_of(job, "a"))
+    with working(serving):
+        assert query.wait(30) and query.error is not None
+        serving._runner.act = lambda: None  # type: ignore[attr-defined]
+        assert ask(serving, later, "b").completions == [RED]
+
+
+def test_nothing_more_is_computed_when_the_job_is_gone(enclave: Enclave, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = enclave.done_job()
+    computed: list[None] = []
+    serving = service(enclave, lambda: computed.append(None))
+    begin = serving._answering._begin
+
+    def begin_then_leave(query: Query) -> None:
+        begin(query)
+        monkeypatch.setattr(enclave.book, "is_gone", lambda digest: True)
+
+    monkeypatch.setattr(serving._answering, "_begin", begin_then_leave)
+    serving._answering.add(query := query_of(job, "a"))
+    with working(serving):
+        assert query.wait(30)
+    assert isinstance(query.error, ConsentError) and not computed
+
+
 def test_who_leaves_has_nothing_more_computed_and_pays(enclave: Enclave) -> None:
     job = enclave.done_job()
     query = query_of(job, "a", 30)

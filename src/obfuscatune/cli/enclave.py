@@ -27,7 +27,7 @@ class ServeOptions(ConfigOptions):
     state: Path = option("directory of sealed state, log and sealed files; on any disk")
     parties: Path = option("directory with the NAME.pub files of who may connect until the first job")
     operator: Path | None = option("your NAME.pub, without whose signature nobody is admitted after that", None)
-    take_over: bool = option("take over the state of an enclave of other code first", False, flag="--take_over")
+    take_over: Path | None = option("enclave.pub of another enclave, whose state this one takes over first", None)
     escrow: bool = option(
         "without a sealing key (TDX): keep the state on the disk, for all parties together to release",
         False,
@@ -83,7 +83,8 @@ def serve(options: ServeOptions) -> None:
         max_connections=options.max_connections,
         max_store_bytes=int(options.max_store_gb * 1e9),
         escrow=options.escrow,
-        waiting=_say_that_it_waits if options.take_over else None,
+        take_over=None if options.take_over is None else PublicIdentity.load(options.take_over),
+        waiting=_say_that_it_waits,
     ) as service:
         signal.signal(signal.SIGTERM, lambda number, frame: service.leave())
         if platform.simulated:

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from obfuscatune.enclave.keys.source import Secret
 from obfuscatune.enclave.replies import Pending, is_finite
-from obfuscatune.enclave.shelf import PLACED, Expected, Shelf, is_large
+from obfuscatune.enclave.shelf import Expected, Shelf, is_large
 from obfuscatune.errors import RESTART_HINT, BusyError, ConnectionClosedError, ProtocolError, UsageError, WorkerFault
-from obfuscatune.protocol.arena import Arena
+from obfuscatune.protocol.arena import PLACED, Arena
 from obfuscatune.protocol.connection import Connection, Frame
 from obfuscatune.protocol.frames import PROTOCOL_VERSION
 
@@ -133,7 +133,8 @@ class Session(Secret):
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Return memory for a tensor that will be sent: where the worker reads it without a copy, if there is room."""
-        found = None if self._shelf is None else self._shelf.take(shape, dtype)
+        # A forked process has the first one's memory, where that one's requests lie.
+        found = None if self._shelf is None or self._is_copy() else self._shelf.take(shape, dtype)
         return torch.empty(*shape, dtype=dtype) if found is None else found
 
     def drop(self, kind: str, number: int) -> None:

@@ -16,7 +16,6 @@ from obfuscatune.errors import ProtocolError
 from obfuscatune.protocol.arena import LEAST_BYTES, Arena, Places
 from obfuscatune.protocol.frames import TensorSpec
 
-PLACED = ("forward", "backward", "multiply")  # the others are rare, or keep what they get
 Expected = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 
 

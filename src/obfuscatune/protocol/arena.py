@@ -19,7 +19,8 @@ from obfuscatune.protocol.limits import DEFAULT_LIMITS
 
 LEAST_BYTES = 64 * 1024  # smaller tensors go through the socket: that takes some 20 us
 ARENA_BYTES = 1 << 29  # of address space; a page takes memory once it is written to
-MOST_BYTES = 1 << 34
+MOST_BYTES = 1 << 30
+PLACED = ("forward", "backward", "multiply")  # operations that use it: the others are rare, or keep what they get
 ALIGNMENT = 64  # of every offset: a cache line, and any dtype
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -57,8 +58,8 @@ class Arena:
             return None
 
     @classmethod
-    def received(cls, descriptor: int, size: Any) -> "Arena":
-        """Return the one that the enclave made, and close the descriptor.
+    def received(cls, descriptor: int, size: Any) -> "Arena | None":
+        """Return the one that the enclave made, and close the descriptor; None where this system cannot map it.
 
         Raises:
             ProtocolError: it is no memfd of this size that can no longer change its size: a mapping beyond the end of a
@@ -71,8 +72,10 @@ class Arena:
             if seals & _SEALS != _SEALS or os.fstat(descriptor).st_size != size:
                 raise ProtocolError("descriptor of an arena", expected=f"a sealed memfd of {size} bytes")
             return cls(descriptor, size)
-        except (OSError, RuntimeError):  # a descriptor of something else
+        except OSError:  # a descriptor of something else
             raise ProtocolError("descriptor of an arena", expected="a memfd") from None
+        except RuntimeError:  # no /proc here, or a policy against it
+            return None
         finally:
             os.close(descriptor)
 
@@ -95,7 +98,9 @@ class Arena:
         """
         if type(rows) is not list or not all(type(row) is list and len(row) == 4 for row in rows):
             raise ProtocolError("table of placed tensors", expected="a list of [name, dtype, shape, offset]")
-        specs, _ = read_table([row[:3] for row in rows], DEFAULT_LIMITS)
+        specs, total = read_table([row[:3] for row in rows], DEFAULT_LIMITS)
+        if total > self.size:  # each is within the arena, but they may overlap, and all may be copied
+            raise ProtocolError("placed tensors are too long together", expected=f"at most {self.size} bytes")
         return {spec.name: self.view(spec, row[3]) for spec, row in zip(specs, rows, strict=True)}
 
     def row(self, name: str, tensor: Tensor) -> list[Any]:

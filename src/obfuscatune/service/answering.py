@@ -5,11 +5,12 @@ job waits: that one's model has to be loaded, and it must not wait for ever.
 """
 
 import collections
+import logging
 import time
 from collections.abc import Callable, Collection, Iterable
 from typing import Protocol
 
-from obfuscatune.errors import BusyError
+from obfuscatune.errors import BusyError, ConsentError, ObfuscatuneError
 from obfuscatune.parties.job import SignedJob
 from obfuscatune.service.answers import Answers
 from obfuscatune.service.book import Book
@@ -17,6 +18,7 @@ from obfuscatune.service.generation import Enough, Row
 from obfuscatune.service.patience import Patience
 from obfuscatune.service.queries import Query
 
+logger = logging.getLogger(__name__)
 MAX_ROWS = 8  # computed together
 LEAST_STEPS, PREFILL_SHARE = 8, 8  # of a round that ends to let a query in: taking the others up costs their prefill
 # What ends the service. A panic in a tokenizer's Rust is no Exception, and a party's file can make one.
@@ -48,6 +50,7 @@ class Answering:
         self._stopped = stopped
         self._waiting: collections.deque[Query] = collections.deque()
         self._begun: dict[int, tuple[Query, list[Row]]] = {}
+        self._paid: set[str] = set()  # questions that were counted when a query under way began
         self._job = ""  # whose model those that have begun are for
         self._leaving: float | None = None  # when the enclave ends, whatever is not answered by then
         self._alone = False  # whether a batch has failed: its queries are computed one by one, and one fails alone
@@ -139,19 +142,30 @@ class Answering:
             asked = (query.job, query.party, len(query.prompts), query.settings.longest, query.question)
             self._book.check_query(*asked)
             rows = self._model.check(self._book.signed(query.job), self._adapter(query.job), query)
-            self._book.count_query(*asked)
+            if self._book.count_query(*asked):
+                self._paid.add(query.question)
             self._begun[id(query)] = query, rows
         except STOPS:
             raise
         except BaseException as error:  # goes to the party that asked; the service goes on, and with it the model
             query.fail(error)
 
+    def _ended(self) -> bool:
+        """Whether nobody may use the model any more: the job was deleted, a party has left, the enclave is another."""
+        return bool(self._book.state.handed) or self._book.is_gone(self._job)
+
     def _round(self, until: float | None) -> None:
         begun = list(self._begun.values())
+        if self._ended():
+            for query, _ in begun:
+                self._begun.pop(id(query))
+                self._forget(query)
+                query.fail(ConsentError("the job answers no more", hint="obfuscatune job list"))
+            return
         rows = [row for _, found in (begun[:1] if self._alone else begun) for row in found if not row.lapse()]
 
         def enough(steps: int, longest: int) -> bool:
-            if self._is_over(until):
+            if self._is_over(until) or self._ended():
                 return True
             if self._alone or steps < max(LEAST_STEPS, longest // PREFILL_SHARE) or len(rows) >= MAX_ROWS:
                 return False
@@ -173,6 +187,7 @@ class Answering:
     def _end(self, queries: Iterable[Query]) -> None:
         for query in queries:
             _, rows = self._begun.pop(id(query))
+            self._forget(query)
             try:
                 completions = [row.completion() for row in rows]
             except STOPS:
@@ -185,14 +200,28 @@ class Answering:
             query.finish(completions)
 
     def _fail(self, query: Query, error: BaseException) -> None:
-        """End a query that was counted and not answered; it costs nothing, unless a part of it was shown."""
+        """End a query that was not answered. What it was counted for is given back, unless a part of it was shown.
+
+        Where the same question was counted earlier, nothing is: asked again it costs nothing.
+        """
         del self._begun[id(query)]
+        paid = query.question in self._paid
+        self._forget(query)
         try:
-            if not query.sent:
+            if paid and not query.sent and query.question not in self._paid and not self._book.state.handed:
                 asked = (query.job, query.party, len(query.prompts), query.question)
                 self._patiently(lambda: self._book.query_failed(*asked))
+        except STOPS:
+            raise
+        except ObfuscatuneError as refused:  # the party keeps what it was counted for, and can ask again
+            logger.warning("a failed query is not given back: %s", refused.what)
         finally:
             query.fail(error)
+
+    def _forget(self, query: Query) -> None:
+        """Its question was counted for nobody who is under way, unless another query asks the same."""
+        if all(other.question != query.question for other, _ in self._begun.values()):
+            self._paid.discard(query.question)
 
     def _adapter(self, job: str) -> str:
         return self._book.record(job).results["adapter"]

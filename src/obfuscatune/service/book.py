@@ -448,8 +448,10 @@ class Book:
         job, prompts = self.signed(digest).job, 0 if question in record.counted.split() else prompts
         check_query(job, party, prompts=prompts, before=record.queries, tokens=tokens, now=time.time())
 
-    def count_query(self, digest: str, party: str, prompts: int, tokens: int, question: str) -> None:
+    def count_query(self, digest: str, party: str, prompts: int, tokens: int, question: str) -> bool:
         """Count prompts before they are answered, so that no crash gives any away; checks and raises as above.
+
+        Returns whether they were counted now: only then may `query_failed` give them back.
 
         The last few questions stay in the record, so that who asks one again after a crash pays once. All that decides
         an answer is in its question, the seed too, so nobody gets a second answer for it.
@@ -459,15 +461,18 @@ class Book:
             record = self._records[digest]
             known = record.counted.split()
             if question in known:  # no entry in the log, which nobody may fill for nothing
-                return
+                return False
             last = " ".join([*known, question][-MAX_COUNTED:])
             counted = replace(record, queries=record.queries + prompts, counted=last)
             self._enter(digest, counted, "query", party=party, prompts=prompts)
+            return True
 
     def query_failed(self, digest: str, party: str, prompts: int, question: str) -> None:
         """Give back the prompts of a query that was counted and not answered."""
         with self.state.lock:
-            record = self._records[digest]
+            record = self._records.get(digest)
+            if record is None or question not in record.counted.split():  # forgotten since, or given back before
+                return
             left = " ".join(other for other in record.counted.split() if other != question)
             given_back = replace(record, queries=max(0, record.queries - prompts), counted=left)
             self._enter(digest, given_back, "query-failed", party=party, prompts=prompts)

@@ -64,6 +64,12 @@ def give(book: Book, statement: bytes, evidence: bytes, *, simulated: bool) -> b
             raise UsageError("an enclave cannot be handed over to itself")
         if len(state.former) >= MAX_FORMER:
             raise UsageError("too many upgrades in a row", expected=f"at most {MAX_FORMER}", hint="seal anew")
+        if (
+            len(encode(state.fields())) > MAX_BYTES // 2
+        ):  # or the new enclave could not write it: its chain comes beside
+            raise UsageError(
+                "the state is too long to be handed over", hint="seal anew, or delete jobs that have ended"
+            )
         book.hand_over(claims.identity.fingerprint, upgrade.digest)
         fields = {name: value for name, value in state.fields().items() if name in NAMES}
         return seal_bundle(fields, state.identity, claims.identity, upgrade.digest)

@@ -78,11 +78,16 @@ class Members:
         return [member.identity.fingerprint for member in self.current if member.role == "party"]
 
     def strangers(self) -> Container[str]:
-        """Return the fingerprints of whom no job may be: of all who are not in; while it is open, that have ended."""
+        """Return the fingerprints of whom no job may be.
+
+        The operator, who founds no membership; and all who are not in, or while it is open, those that have ended.
+        """
         with self._state.lock:
+            operators = frozenset(each.identity.fingerprint for each in self.current if each.role == "operator")
             if self._now is not None:
-                return _AllBut(frozenset(identity.fingerprint for identity in self._allowed))
-            return frozenset(each.identity.fingerprint for each in _due(load_statements(self._directory)))
+                return _AllBut(frozenset(identity.fingerprint for identity in self._allowed) - operators)
+            ended = (each.identity.fingerprint for each in _due(load_statements(self._directory)))
+            return operators | frozenset(ended)
 
     def left(self) -> frozenset[str]:
         """Return the fingerprints of who was in and is in no more, under no later identity either."""

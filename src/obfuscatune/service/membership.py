@@ -49,19 +49,21 @@ class MemberRequests:
             raise ConsentError("the enclave was handed over", got=f"to {handed['to'][:16]}", hint=hint)
         if isinstance(operation, str) and operation in self._operations:
             return self._operations[operation](party, fields, payload)
-        if operation == "submit" and self._is_first(payload):
+        if operation == "submit" and self._is_first(payload, party):
             self._members.found()  # from now on who is in needs signatures
         return self._others(party, fields, payload)
 
-    def _is_first(self, payload: bytes) -> bool:
-        """Return whether a submitted job closes the membership: signed by both, who are in."""
+    def _is_first(self, payload: bytes, party: PublicIdentity) -> bool:
+        """Return whether a job closes the membership: for this enclave, from one of two members who signed it."""
         if self._members.founded is not None:
             return False
         try:
             signed = SignedJob.from_bytes(payload)
         except ObfuscatuneError:
             return False
-        return not signed.missing() and {signed.job.provider, signed.job.owner} <= set(self._members.parties())
+        both = {signed.job.provider, signed.job.owner}
+        here = signed.job.enclave in self._book.state.fingerprints and party.fingerprint in both
+        return here and not signed.missing() and both <= set(self._members.parties())
 
     def _lines(self, party: PublicIdentity, fields: dict[str, Any], payload: bytes) -> Reply:
         start = fields.get("start")

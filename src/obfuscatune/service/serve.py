@@ -74,14 +74,16 @@ class Service:
                         return
                 self._forget_deleted()
                 self._answering.turn()
-                if not self._stopped and (digest := self._patiently(self._book.next)) is not None:
-                    self._run_unless_handed_over(digest)
+                if not self._stopped:
+                    self._run_next()
         except Stopped:
             return
 
-    def _run_unless_handed_over(self, digest: str) -> None:
+    def _run_next(self) -> None:
+        """Run the next job, if there is one, unless the enclave is handed over meanwhile."""
         try:
-            self._run(digest)
+            if (digest := self._patiently(self._book.next)) is not None:
+                self._run(digest)
         except ConsentError:
             if not self._book.state.handed:
                 raise
@@ -181,7 +183,8 @@ def open_service(
     insecure: bool = False,
     max_connections: int = 512,
     max_store_bytes: int = 1 << 40,
-    waiting: Callable[[str], None] | None = None,
+    take_over: PublicIdentity | None = None,
+    waiting: Callable[[str], None] = print,
     escrow: bool = False,
 ) -> Iterator[Service]:
     """Yield a service on the state of ``directory``, not working yet.
@@ -195,7 +198,7 @@ def open_service(
             enclave's own, whose public half is written to ``directory/enclave.pub`` for it.
         max_connections: as of `AttestedServer`. max_store_bytes: that uploads may take.
         escrow: keep the state of a platform without a sealing key on the disk, under a key of all parties.
-        waiting: given, it takes over the state of another enclave first, and calls this with where it waits for it.
+        take_over: whose state it takes over first. waiting: called with where it waits for that.
 
     Raises:
         RollbackError, SealError: a state that is not the last one, or not of this code on this platform.
@@ -209,9 +212,16 @@ def open_service(
     with ram_directory(RAM_PREFIX):
         pass  # removes what an enclave that was killed has left in memory
     with State.open(directory, platform) as state:
-        if waiting is not None:
+        if take_over is not None:
             wait_for_hand_over(
-                state, directory, platform, listen=listen, parties=parties, operator=operator, waiting=waiting
+                state,
+                directory,
+                platform,
+                listen=listen,
+                parties=parties,
+                operator=operator,
+                old=take_over,
+                waiting=waiting,
             )
         log = AuditLog.open(directory / "log.jsonl", state.log_head, state.log_length)
         members = Members(state, parties, operator)

@@ -28,10 +28,12 @@ class TakeOver:
 
     Args:
         state: new. directory: where store and log of the old enclave must be by then.
+        old: its fingerprint. Else anybody who may connect could bring a state of his own making, and the real one would
+            find its place taken.
     """
 
-    def __init__(self, state: State, directory: Path) -> None:
-        self._state, self._directory = state, directory
+    def __init__(self, state: State, directory: Path, old: str) -> None:
+        self._state, self._directory, self._old = state, directory, old
         self._parts: dict[str, bytearray] = {}  # by party
         self._lock = threading.Lock()
         self._recovery = Recovery(directory, state.identity)
@@ -66,6 +68,9 @@ class TakeOver:
         return {"lacking": lacking}, b""
 
     def _take(self, taken: Taken) -> None:
+        came = taken.old.public.fingerprint
+        if came != self._old:
+            raise ConsentError("this enclave waits for another one's state", got=came[:16], expected=self._old[:16])
         self._check_disk(taken.fields["jobs"], *taken.log)
         with self._state.lock:
             if self.taken.is_set():
@@ -116,17 +121,18 @@ def wait_for_hand_over(
     listen: str,
     parties: Path,
     operator: PublicIdentity | None,
+    old: PublicIdentity,
     waiting: Callable[[str], None],
 ) -> None:
     """Serve until a state was taken over and committed; return at once where that was so at an earlier start.
 
     Args:
-        state: of the new enclave. directory: its own. listen, parties, operator: as of `open_service`. waiting: called
-            with the address once it listens.
+        state: of the new enclave. directory: its own. old: whose state it is. listen, parties, operator: as of
+            `open_service`. waiting: called with the address once it listens.
     """
     if state.former or state.members or state.jobs:
         return
-    members, taking = Members(state, parties, operator), TakeOver(state, directory)
+    members, taking = Members(state, parties, operator), TakeOver(state, directory, old.fingerprint)
     server = AttestedServer(
         listen,
         identity=state.identity,

@@ -21,6 +21,7 @@ from obfuscatune.errors import (
     ConsentError,
     ObfuscatuneError,
     ProtocolError,
+    RollbackError,
     UsageError,
     printable,
 )
@@ -89,7 +90,7 @@ class Enclave:
                 with self._lock:
                     self._verdict, self._judged = channel.verdict, time.time()
                 return channel.request({**fields, "job": self.job.digest}, payload, timeout=self._seconds)
-        except AttestationError as error:
+        except (AttestationError, RollbackError) as error:
             self.fault = error
             self._on_fault()
             raise
@@ -122,7 +123,7 @@ class Enclave:
                 # A part for each token, one for the rest, and the counts.
                 parts = channel.stream(fields, question.payload, timeout=self._seconds, most=question.longest + 2)
                 question.take(parts)
-        except AttestationError as error:
+        except (AttestationError, RollbackError) as error:
             self.fault = error
             self._on_fault()
             raise
@@ -188,7 +189,7 @@ class Enclave:
         while not self._ended.wait(RENEWAL_SECONDS) and self.fault is None:
             try:
                 self.request({"op": "status"})
-            except AttestationError:
+            except (AttestationError, RollbackError):
                 return
             except ObfuscatuneError:
                 continue  # not there for now: each request verifies for itself
@@ -311,7 +312,7 @@ def _is_away(error: ObfuscatuneError) -> bool:
 def _refusal(error: ObfuscatuneError) -> Refusal:
     """What a local client is told; the enclave's own words, which are this party's to hear."""
     text = str(error).replace("\n", "; ").replace('"', "'")
-    if isinstance(error, AttestationError):
+    if isinstance(error, AttestationError | RollbackError):
         return Refusal(503, f"the enclave is not the one that was verified: {text}", code="attestation")
     if isinstance(error, ConsentError):
         return Refusal(403, text, code="consent")

@@ -4,6 +4,7 @@ A request is a header and tensors; its answer likewise. A request that is not a 
 with a message of names and shapes, which the server sends back; the session goes on.
 """
 
+import os
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from obfuscatune.errors import ProtocolError
-from obfuscatune.protocol.arena import Arena, own
+from obfuscatune.protocol.arena import PLACED, Arena, own
 from obfuscatune.protocol.bits import unpack_mask
 from obfuscatune.protocol.connection import Connection
 from obfuscatune.protocol.expand import tensors_drawn
@@ -121,6 +122,8 @@ class WorkerSession:
             if not made.keys().isdisjoint(tensors):
                 raise ProtocolError("tensors to draw", got=sorted(made), expected="others than those that are sent")
             tensors = {**tensors, **made}
+        if ("placed" in header or "places" in header) and header["op"] not in PLACED:
+            raise ProtocolError("placed tensors", got=header["op"], expected=" or ".join(PLACED))
         if "placed" in header:
             tensors = {**tensors, **self._placed(header, tensors)}
         reply, outputs = operation(header, {name: tensor.to(self.device) for name, tensor in tensors.items()})
@@ -133,8 +136,13 @@ class WorkerSession:
         descriptor = None if self._passing is None else self._passing.take_descriptor()
         if descriptor is None:
             return {"mapped": False}, {}
-        self._arena = Arena.received(descriptor, header.get("bytes"))
-        return {"mapped": True}, {}
+        if self._arena is not None:
+            os.close(descriptor)
+            raise ProtocolError("a second arena", expected="one for a session")
+        arena = Arena.received(descriptor, header.get("bytes"))
+        if arena is not None and (self.ledger.budget is None or arena.size <= self.ledger.budget):
+            self._arena = arena
+        return {"mapped": self._arena is not None}, {}
 
     def _mapped(self) -> Arena:
         if self._arena is None:
