@@ -255,15 +255,18 @@ def come_out(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pyt
 
     def asked(words: list[str], failure: AbstractContextManager[Any], *, chat: bool) -> tuple[int, str]:
         codes: list[int] = []
+        said: list[str] = []  # not of `capfd`, which loses what is written while it reads
+
+        def tell(line: object, **_: object) -> None:
+            said.append(str(line))
+
+        monkeypatch.setattr("obfuscatune.cli.serve.print", tell, raising=False)
         thread = threading.Thread(target=lambda: codes.append(main(words)), daemon=True)
         thread.start()
-        said = ""
-        while "page: " not in said:
+        while not said or not said[-1].startswith("page: "):
             assert thread.is_alive()
             thread.join(0.02)
-            said += capfd.readouterr().out
-        url, token = said.splitlines()[-3].split()[-1], said.splitlines()[-2].split()[-1]
-        name = said.splitlines()[-3].split()[1]
+        url, token, name = said[-3].split()[-1], said[-2].split()[-1], said[-3].split()[1]
         path, text = (
             ("chat/", {"messages": [{"role": "user", "content": CANARY}]}) if chat else ("", {"prompt": CANARY})
         )
@@ -279,7 +282,7 @@ def come_out(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pyt
         servers[-1].leave()
         thread.join(60)
         assert not thread.is_alive()
-        return codes[0], said + answers
+        return codes[0], "\n".join(said) + answers
 
     from obfuscatune.serving.server import Server
 

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from obfuscatune.studies.bundled import model_directory
 
-SECONDS = float(os.environ.get("OBFUSCATUNE_SOAK_SECONDS", "75"))  # of load, at all servers together
+SECONDS = float(os.environ.get("OBFUSCATUNE_SOAK_SECONDS", "120"))  # of load, at all servers together
 SHARES = {"enclave": 0.2, "balanced": 0.4, "stream": 0.4}
 CLIENTS = 32
 MAX_TOKENS = 24

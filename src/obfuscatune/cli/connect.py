@@ -20,15 +20,15 @@ EPILOG = (
 class ConnectOptions(EnclaveOptions, ConfigOptions):
     """Options of ``obfuscatune connect``."""
 
-    job: Path = option("the job file whose trained model is asked")
+    job: Path = option("the job file whose trained model is queried")
     name: str = option("what clients call the model", "job")
     port: int = option("port on 127.0.0.1; 0 takes a free one", 8000, min=0, ceiling=65535)
-    reply_seconds: float = option("to wait for an answer of the enclave", 600.0)
+    reply_seconds: float = option("seconds to wait for an answer of the enclave", 600.0)
 
 
 @takes(ConnectOptions)
 def command(options: ConnectOptions) -> None:
-    """Verify an enclave, and serve on 127.0.0.1 the model of a job that it has run. A refused one gets no port."""
+    """Verify an enclave, and serve the model of a finished job on 127.0.0.1. If it is refused, no port is opened."""
     require_packages()
     from obfuscatune.parties.job import SignedJob
     from obfuscatune.serving.app import build_app

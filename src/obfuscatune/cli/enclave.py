@@ -29,7 +29,7 @@ class ServeOptions(ConfigOptions):
     operator: Path | None = option("your NAME.pub, without whose signature nobody is admitted after that", None)
     take_over: Path | None = option("enclave.pub of another enclave, whose state this one takes over first", None)
     escrow: bool = option(
-        "without a sealing key (TDX): keep the state on the disk, for all parties together to release",
+        "without a sealing key (TDX): keep the state on the disk; all parties together can release it",
         False,
         flag="--escrow",
     )
@@ -40,13 +40,13 @@ class ServeOptions(ConfigOptions):
     worker_identity: Path | None = option("NAME.key that a tls:// worker knows; default: the enclave's own", None)
     insecure: bool = option(INSECURE_HELP, False, flag="--insecure")
     timeout: float = option("seconds to wait for each reply of the worker", 600.0)
-    max_connections: int = option("of strangers at once, and of parties; each costs a thread", 512, min=2)
+    max_connections: int = option("strangers at once, and also parties; each costs a thread", 512, min=2)
     max_store_gb: float = option("GB that uploads may take on the disk", 100.0, min=0.001)
 
 
 @takes(ServeOptions)
 def serve(options: ServeOptions) -> None:
-    """Serve until it is stopped. After a crash or kill it goes on from the sealed state and the last checkpoint."""
+    """Serve until stopped. After a crash or kill it continues from the sealed state and the last checkpoint."""
     from obfuscatune.parties.attestation.platform import open_platform
     from obfuscatune.service.hardening import harden
 

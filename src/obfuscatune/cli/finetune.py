@@ -54,7 +54,7 @@ class FinetuneOptions(TrainingSettings, ProtectionOptions, ModelOptions, ConfigO
 
 @takes(FinetuneOptions)
 def command(options: FinetuneOptions) -> None:
-    """Fine-tune a model on private rows, its large layers on a worker that sees of them what the profile lets it see.
+    """Fine-tune a model on private rows; its large layers run on a worker that sees only what the profile shows it.
 
     Writes an ordinary PEFT adapter. Ctrl-C and SIGTERM end the step, save a checkpoint and stop.
     """

@@ -40,9 +40,7 @@ class GenerateOptions(ProtectionOptions, ConfigOptions):
     )
     prompt: list[str] | None = option("text to complete; repeatable", None)
     prompt_file: Path | None = option("JSONL rows with a prompt, a text or a list of messages, or with messages", None)
-    chat: bool = option(
-        "prompts that are texts are a user's messages, in the model's chat template", False, flag="--chat"
-    )
+    chat: bool = option("treat text prompts as a user's messages, in the model's chat template", False, flag="--chat")
     output_file: Path | None = option("new JSONL file of prompts and completions, mode 0600", None)
     batch_size: int = option("prompts completed together", 8, min=1)
     max_new_tokens: int = option("longest completion", 32, min=1, **_GENERATION)

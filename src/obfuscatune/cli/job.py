@@ -50,7 +50,7 @@ class ProposeOptions(TrainingSettings, PartyOptions, ConfigOptions):
 
 @takes(ProposeOptions)
 def propose(options: ProposeOptions) -> None:
-    """Write a job on what both have sealed. Whoever writes it decides nothing: what both sign is what counts."""
+    """Write a job on what both have sealed. Writing it decides nothing: only what both sign counts."""
     party = open_party(options.party)
     signed = party.propose(
         partner_inputs=options.partner_input,
@@ -86,7 +86,7 @@ class ReviewOptions(FileOptions):
 
 @takes(ReviewOptions)
 def review(options: ReviewOptions) -> None:
-    """Print all that a signature covers, defaults too; what the profile hides from whom; how much work it is."""
+    """Print all that a signature covers, including defaults; what the profile hides from whom; how much work it is."""
     _print_review(_load(options.file, options.party), options.party)
 
 
@@ -99,7 +99,7 @@ class SignOptions(FileOptions):
 
 @takes(SignOptions)
 def sign(options: SignOptions) -> None:
-    """Show a job, ask, and sign it into your folder; one beyond your terms, or with another partner, is not signed."""
+    """Show a job, ask, sign it into your folder. A job beyond your terms, or with another partner, is not signed."""
     party = open_party(options.party)
     source, target = options.file or party.folder / _FILE, party.folder / (options.file or _FILE).name
     loaded = _load(source, party.folder)
@@ -136,7 +136,7 @@ class RunOptions(EnclaveOptions):
 
 @takes(RunOptions)
 def run(options: RunOptions) -> None:
-    """Hand in a job with your sealed inputs from the folder, watch it, and fetch your results. May be run again.
+    """Submit a job with your sealed inputs from the folder, watch it, and fetch your results. May be run again.
 
     Exits with 1 if the job failed, was refused or cancelled, and with 3 if the connection was lost for too long.
     """
@@ -188,9 +188,9 @@ class WatchOptions(EnclaveOptions):
 
 @takes(WatchOptions)
 def watch(options: WatchOptions) -> None:
-    """Show how far a job is, until it has ended: steps, no content. Connects anew where the connection is lost.
+    """Show the progress of a job until it has ended: steps, no content. Reconnects if the connection is lost.
 
-    Says, too, for how long it has stood still between its steps for queries of other jobs, and the bound of this.
+    It also says for how long the job has paused between steps for queries of other jobs, and the bound on this.
 
     Exits with 1 if the job failed, was refused or cancelled, and with 3 if the connection was lost for too long.
     """
@@ -226,13 +226,13 @@ class EndOptions(EnclaveOptions):
 
 @takes(EndOptions)
 def cancel(options: EndOptions) -> None:
-    """End a job that is not done, for good: at once where it waits, at its next step where it runs."""
+    """End an unfinished job for good: at once if it waits, at its next step if it runs."""
     print(options.client().cancel(_load(options.file, options.party)))
 
 
 @takes(EndOptions)
 def delete(options: EndOptions) -> None:
-    """Let the enclave forget a job that has ended: results, inputs, the trained model. Fetch what is yours first."""
+    """Delete an ended job from the enclave: results, inputs, the trained model. Fetch what is yours first."""
     print(options.client().delete(_load(options.file, options.party)))
 
 

@@ -20,7 +20,7 @@ YES = "sign without being asked"
 
 @takes(EnclaveOptions)
 def members(options: EnclaveOptions) -> None:
-    """Show who may connect, and by which signed changes it came to be so; all of it is checked."""
+    """Show who may connect, and the signed changes that led to this; all of them are checked."""
     known = options.client().members()
     print("open: until the first job the operator's directory says who is in" if known.is_open else "closed")
     for member in known.membership.members:
@@ -43,7 +43,7 @@ class AdmitOptions(EnclaveOptions):
 
 @takes(AdmitOptions)
 def admit(options: AdmitOptions) -> None:
-    """Sign the admission of a party to the enclave. It gives nobody a right to a model or to data of others.
+    """Sign the admission of a party to the enclave. It gives nobody a right to another party's model or data.
 
     More than half of the members must sign it (`party agree`), the operator among them if there is one.
     """
@@ -93,7 +93,7 @@ class AgreeOptions(EnclaveOptions):
 
 @takes(AgreeOptions)
 def agree(options: AgreeOptions) -> None:
-    """Sign a change of membership that another has signed, and hand it in once enough have."""
+    """Sign a membership change that somebody else has signed, and submit it once enough have signed."""
     from obfuscatune.parties.identity import read_small
     from obfuscatune.parties.membership import MAX_CHANGE_BYTES, SignedChange
     from obfuscatune.parties.succession import SUFFIX
@@ -120,9 +120,9 @@ class UpgradeOptions(EnclaveOptions):
 
 @takes(UpgradeOptions)
 def upgrade(options: UpgradeOptions) -> None:
-    """Sign to which other code the enclave may hand its state over. Every party that ever was a member must sign it.
+    """Sign to which new code the enclave may hand over its state. Every party that ever was a member must sign.
 
-    Each brings a policy of its own, which must be the same: the measurement of code that you have read.
+    Each party brings its own policy, and all must be equal: the measurement of the code that you have read.
     """
     from obfuscatune.parties.attestation.policy import Policy
     from obfuscatune.parties.identity import read_small
@@ -160,7 +160,7 @@ class HandOverOptions(EnclaveOptions):
 def hand_over(options: HandOverOptions) -> None:
     """Have the enclave hand its state over to a new one, as all parties have signed.
 
-    0: done; 1: the old one has ended, and the new one lacks what it says: once it is there, ask again.
+    Exits with 0 if done; with 1 if the old one has ended but the new one still lacks what it names: then run it again.
     """
     import typer
 
@@ -185,9 +185,9 @@ class ReleaseOptions(EnclaveOptions):
 
 @takes(ReleaseOptions)
 def release(options: ReleaseOptions) -> None:
-    """Release your share of the state of an enclave that has stopped, to the new one at the address.
+    """Release your share of the state of a stopped enclave to the new enclave at the address.
 
-    Only when all parties have is it read. Make sure that the old one does not run any more: nothing else tells.
+    The state is read only once all have released. Make sure that the old one has stopped: nothing else checks this.
     """
     enclave = options.client()
     of, share = enclave.share()

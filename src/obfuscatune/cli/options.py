@@ -26,13 +26,13 @@ T = TypeVar("T")
 _METAVARS = {bool: " ", int: "N", float: "X", Path: "PATH"}
 
 # Of a help's last lines: a paragraph for each profile, in the words of its record.
-CLAIMS = "What each profile claims against whoever runs the worker:\n\n" + "".join(
+CLAIMS = "What each profile claims against the operator of the worker:\n\n" + "".join(
     f"{profile.name}: {profile.claim}\n\n" for profile in PROFILES.values()
 )
 PROTECTION = "Protection"
 WORKER_FORMS = "spawn, unix://PATH, tls://HOST:PORT#FINGERPRINT or tcp://HOST:PORT"
 INSECURE_HELP = "allow tcp:// beyond this machine, which anyone on the path can read and change"
-SWITCH_PANEL = "Switches of the profile (each changes it alone)"
+SWITCH_PANEL = "Switches of the profile (each can be set alone)"
 _SWITCH_HELP = {
     "keys": "key family of the streams of width d",
     "inner_keys": "key family of what crosses inside attention and MLP, where these run in the enclave",

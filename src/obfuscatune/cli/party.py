@@ -14,7 +14,7 @@ from obfuscatune.cli.connecting import PartyOptions, open_party
 from obfuscatune.cli.options import argument, option, takes
 from obfuscatune.errors import UsageError
 
-HELP = "A party's folder: who you are, whom you trust, which enclave you use. Made once; every verb of a job finds it."
+HELP = "A party's folder: who you are, whom you trust, which enclave you use. Make it once; all job commands use it."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +153,7 @@ class RotateOptions(PartyOptions):
 
 @takes(RotateOptions)
 def rotate(options: RotateOptions) -> None:
-    """Take a new identity, which the old one names its successor. What is sealed and signed must be done anew.
+    """Make a new identity, which the old one names as its successor. Files and jobs must be sealed and signed again.
 
     If the old key may be in other hands, revoke it instead (`identity revoke`), and make a new folder.
     """

@@ -37,7 +37,7 @@ class WorkerOptions:
     memory_gb: float | None = option(
         "GB that each session may take; default: what is free, in equal shares", None, min=0.001
     )
-    sandbox: Literal["auto", "bubblewrap", "none"] = option("no network, no files: auto is where it can be had", "auto")
+    sandbox: Literal["auto", "bubblewrap", "none"] = option("no network, no files; auto: if available", "auto")
 
 
 @takes(WorkerOptions)
