@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from transformers.cli.serving.utils import _StreamError
@@ -83,13 +83,19 @@ class Enclave:
 
     def request(self, fields: Mapping[str, Any], payload: bytes = b"") -> tuple[dict[str, Any], bytes]:
         """Verify the enclave, and ask it; raises what it says, and AttestationError, which ends the session."""
+        with self._verified() as channel:
+            return channel.request({**fields, "job": self.job.digest}, payload, timeout=self._seconds)
+
+    @contextlib.contextmanager
+    def _verified(self) -> Iterator[AttestedChannel]:
+        """Yield a channel to the enclave, verified anew; another one, or a membership put back, ends the session."""
         if self.fault is not None:
             raise self.fault
         try:
             with self._connect() as channel:
                 with self._lock:
                     self._verdict, self._judged = channel.verdict, time.time()
-                return channel.request({**fields, "job": self.job.digest}, payload, timeout=self._seconds)
+                yield channel
         except (AttestationError, RollbackError) as error:
             self.fault = error
             self._on_fault()
@@ -111,22 +117,13 @@ class Enclave:
             time.sleep(_PAUSE)
 
     def _ask(self, question: Question) -> None:
-        if self.fault is not None:
-            raise self.fault
-        try:
-            with self._connect() as channel:
-                with self._lock:
-                    self._verdict, self._judged = channel.verdict, time.time()
-                if not question.over(channel):
-                    return
-                fields = {**question.fields, "job": self.job.digest, "wait": self._seconds}
-                # A part for each token, one for the rest, and the counts.
-                parts = channel.stream(fields, question.payload, timeout=self._seconds, most=question.longest + 2)
-                question.take(parts)
-        except (AttestationError, RollbackError) as error:
-            self.fault = error
-            self._on_fault()
-            raise
+        with self._verified() as channel:
+            if not question.over(channel):
+                return
+            fields = {**question.fields, "job": self.job.digest, "wait": self._seconds}
+            # A part for each token, one for the rest, and the counts.
+            parts = channel.stream(fields, question.payload, timeout=self._seconds, most=question.longest + 2)
+            question.take(parts)
 
     async def complete(self, question: Question) -> None:
         """Have a question answered, in its turn; one that is given up is no longer computed. Raises Refusal."""
