@@ -333,6 +333,24 @@ def test_a_membership_put_back_or_forked_is_refused_by_who_knew_more(
     serving.client(LAB).connect().close()  # the control: who has seen nothing sees nothing
 
 
+def test_a_change_that_another_thread_has_kept_meanwhile_is_no_alarm(
+    serving: Serving, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serving.members.found()
+    alarms = [True, False, True, True]
+
+    def compare(channel: Any, folder: Path) -> None:
+        if alarms.pop(0):
+            raise RollbackError("the enclave is under an older membership than the one that you know")
+
+    monkeypatch.setattr("obfuscatune.parties.reached.compare", compare)
+    with serving.client(LAB, tmp_path).connect():
+        assert len(alarms) == 2  # asked anew, over another connection
+    with pytest.raises(RollbackError, match="older membership"):
+        serving.client(LAB, tmp_path).connect()
+    assert not alarms
+
+
 def test_changes_under_load_disturb_nobody_else(serving: Serving) -> None:
     """50 requests at a time of two parties, while a third is admitted and removed again and again."""
     serving.members.found()

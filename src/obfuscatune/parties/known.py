@@ -6,6 +6,7 @@ An enclave whose chain does not go on from the one that is kept was put back, or
 """
 
 import logging
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +46,14 @@ def compare(channel: AttestedChannel, folder: Path) -> None:
     Raises:
         RollbackError: not the one that is known, and no continuation of it. ObfuscatuneError: it cannot be kept.
     """
+    with _KEEPING:
+        _compare(channel, folder)
+
+
+_KEEPING = threading.Lock()  # `connect` asks from several threads, and they keep one file
+
+
+def _compare(channel: AttestedChannel, folder: Path) -> None:
     enclave = channel.enclave.fingerprint
     path = folder / f"members-{enclave[:16]}.jsonl"
     known = read_small(path, 2 * MAX_CHAIN_BYTES, "known memberships").splitlines() if path.exists() else []

@@ -11,6 +11,7 @@ from obfuscatune.errors import (
     ConsentError,
     ObfuscatuneError,
     ProtocolError,
+    RollbackError,
     StorageError,
     UsageError,
 )
@@ -60,6 +61,12 @@ class Reached:
             RollbackError: its membership is no continuation of the one that is known, see `known`.
             AttestationError: refused, or another enclave. Otherwise as `connect_attested`.
         """
+        try:
+            return self._connect(fingerprint)
+        except RollbackError:  # or another thread kept a change that came after this connection was let in: look anew
+            return self._connect(fingerprint)
+
+    def _connect(self, fingerprint: str | None) -> AttestedChannel:
         channel = connect_attested(self.address, identity=self.identity, policy=self.policy, timeout=self.timeout)
         try:
             if fingerprint is not None:
