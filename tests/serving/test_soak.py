@@ -1,6 +1,7 @@
 """Load from many real clients: none lost, none mixed up, memory flat, and what protection costs beside none.
 
 ``OBFUSCATUNE_SOAK_SECONDS`` makes it longer: 900 for the whole soak, of 10,000 requests and more at each server.
+``OBFUSCATUNE_SOAK_MODEL=small`` takes a model of GPT-2 small's depth and width instead of the bundled one.
 """
 
 import asyncio
@@ -17,12 +18,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import torch
 from openai import AsyncOpenAI
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from obfuscatune.studies.bundled import model_directory
 
 SECONDS = float(os.environ.get("OBFUSCATUNE_SOAK_SECONDS", "120"))  # of load, at all servers together
+MODEL = os.environ.get("OBFUSCATUNE_SOAK_MODEL", "bundled")
 SHARES = {"enclave": 0.2, "balanced": 0.4, "stream": 0.4}
 CLIENTS = 32
 MAX_TOKENS = 24
@@ -55,12 +58,27 @@ class Load:
         )
 
 
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model that is served."""
+    bundled = model_directory("gpt2")
+    if MODEL == "bundled":
+        return bundled
+    # Random weights: an untied head, so that a token's likeliest successor is not itself and a mix-up shows.
+    found, tokenizer = tmp_path_factory.mktemp("model"), AutoTokenizer.from_pretrained(bundled)
+    config = GPT2Config(vocab_size=len(tokenizer), tie_word_embeddings=False, bos_token_id=None, eos_token_id=None)
+    torch.manual_seed(0)
+    GPT2LMHeadModel(config).save_pretrained(found)
+    tokenizer.save_pretrained(found)
+    return found
+
+
 @contextmanager
-def command(profile: str) -> Iterator[tuple[str, str, int]]:
+def command(directory: Path, profile: str) -> Iterator[tuple[str, str, int]]:
     """Start the real server; yields address, token and process id."""
-    line = [sys.executable, "-m", "obfuscatune", "serve", "--model_name_or_path", str(model_directory("gpt2"))]
-    line += ["--profile", profile, "--port", "0", "--max_batch", "16", "--threads", "1"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    line = [sys.executable, "-m", "obfuscatune", "serve", "--model_name_or_path", str(directory)]
+    line += ["--profile", profile, "--port", "0", "--max_batch", "16"]
+    environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}
     with subprocess.Popen(  # noqa: S603
         line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
     ) as process:
@@ -117,25 +135,27 @@ async def load(url: str, token: str, pid: int, expected: dict[str, str], seconds
 
 
 @pytest.fixture(scope="module")
-def expected() -> dict[str, str]:
+def expected(directory: Path) -> dict[str, str]:
     """What plain transformers completes, each prompt alone."""
-    directory = model_directory("gpt2")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(directory).eval(), AutoTokenizer.from_pretrained(directory)
     found = {}
     for prompt in PROMPTS:
         ids = tokenizer(prompt, return_tensors="pt")
-        out = model.generate(**ids, max_new_tokens=MAX_TOKENS, do_sample=False, pad_token_id=tokenizer.pad_token_id)
-        found[prompt] = tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+        options = {"max_new_tokens": MAX_TOKENS, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
+        out = model.generate(**ids, **options, output_logits=True, return_dict_in_generate=True)
+        best = torch.stack(out.logits).topk(2).values
+        assert (best[..., 0] - best[..., 1]).min() > 1e-4, prompt  # no tie that rounding decides
+        found[prompt] = tokenizer.decode(out.sequences[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
     return found
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300 + 2 * SECONDS)
-def test_soak(expected: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_soak(directory: Path, expected: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     assert len(set(expected.values())) > len(PROMPTS) // 2  # a mix-up would show
     loads = {}
     for profile, share in SHARES.items():
-        with command(profile) as (url, token, pid):
+        with command(directory, profile) as (url, token, pid):
             asyncio.run(load(url, token, pid, expected, 1.0))  # to be warm
             loads[profile] = asyncio.run(load(url, token, pid, expected, share * SECONDS))
     with capsys.disabled():
