@@ -26,7 +26,7 @@ help:  ## list the targets
 
 setup: $(STAMP)  ## make .venv with the pinned dependencies, and the C kernel
 
-$(STAMP): pyproject.toml constraints.txt src/obfuscatune/protocol/c/kernel.c
+$(STAMP): pyproject.toml constraints.txt $(wildcard src/obfuscatune/protocol/c/*.c)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --editable '.[dev]' --constraint constraints.txt
 	touch $@

@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from obfuscatune.errors import ProtocolError
 from obfuscatune.protocol.expand import drawn, expand
 from obfuscatune.protocol.residues import EXACT_TERMS, PRIMES, reduce
 from obfuscatune.worker import residues
+from obfuscatune.worker.few_rows import FEW, few_rows
 from obfuscatune.worker.residues import ResidueSegment, float_product, int8_product, int8_products_are_exact
 from obfuscatune.worker.session import WorkerSession
 
@@ -31,10 +34,12 @@ def centred_residues(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(-44, 45, shape, generator=generator).to(torch.int8)
 
 
-@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("path", ["few rows", "int8", "float"])
 @pytest.mark.parametrize(("rows", "inputs", "outputs"), [(1, 8, 16), (5, 33, 17), (40, 64, 24)])
-def test_products(rows: int, inputs: int, outputs: int, exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(residues, "int8_products_are_exact", lambda device: exact)
+def test_products(rows: int, inputs: int, outputs: int, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if path != "few rows":
+        monkeypatch.setattr(residues, "few_rows", lambda *arguments: False)
+    monkeypatch.setattr(residues, "int8_products_are_exact", lambda device: path != "float")
     weight = centred_residues(3, inputs, outputs)
     served = segment(weight)
     for transpose in (False, True):
@@ -44,6 +49,54 @@ def test_products(rows: int, inputs: int, outputs: int, exact: bool, monkeypatch
         for i, p in enumerate(PRIMES[:3]):
             w = weight[i].T if transpose else weight[i]
             assert ((x[i].double() @ w.double() - y[i]) % p == 0).all() and int(y[i].abs().max()) <= p // 2
+
+
+def _can_few_rows() -> bool:
+    x, w, out = centred_residues(1, 1, 4), centred_residues(1, 4, 4), torch.empty(1, 1, 4, dtype=torch.int8)
+    return few_rows(x, w, [127], out)
+
+
+@pytest.mark.skipif(
+    not _can_few_rows(), reason="the kernel of few rows needs a CPU with AVX-512 VNNI, and a C compiler"
+)
+@given(st.integers(1, FEW), st.integers(1, 300), st.integers(1, 200), st.integers(1, len(PRIMES)), st.booleans())
+@example(4, 3072, 768, 2, True)  # as long as GPT-2 small's down product, all residues at their largest
+@example(FEW, 64, 64, 8, False)
+@example(1, 65, 257, 3, False)  # one more than a group, and than the blocks that are asked for ahead
+def test_few_rows_have_the_bits_of_many(rows: int, inputs: int, outputs: int, planes: int, extreme: bool) -> None:
+    if extreme:
+        x, w = torch.full((planes, rows, inputs), 63), torch.full((planes, inputs, outputs), -63)
+        x, w = x.to(torch.int8), w.to(torch.int8)
+    else:
+        x, w = (
+            torch.randint(-63, 64, shape).to(torch.int8)
+            for shape in ((planes, rows, inputs), (planes, inputs, outputs))
+        )
+    found = torch.full((planes, rows, outputs), 99, dtype=torch.int8)
+    assert few_rows(x, w, list(PRIMES[:planes]), found)
+    expected = torch.empty_like(found)
+    for i, p in enumerate(PRIMES[:planes]):
+        reduce((x[i].double() @ w[i].double()).int(), p, expected[i])
+    assert torch.equal(found, expected)
+
+
+def test_what_the_kernel_of_few_rows_leaves_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = centred_residues(7, 512, 2048)  # large enough for two threads
+    x, out = centred_residues(7, 3, 512), torch.zeros(7, 3, 2048, dtype=torch.int8)
+    if _can_few_rows():
+        before = torch.get_num_threads()
+        results = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            assert few_rows(x, weight, list(PRIMES[:7]), out)
+            results.append(out.clone())
+        torch.set_num_threads(before)
+        assert torch.equal(*results)
+    many = centred_residues(7, FEW + 1, 512)
+    assert not few_rows(many, weight, list(PRIMES[:7]), torch.zeros(7, FEW + 1, 2048, dtype=torch.int8))
+    assert not few_rows(x, centred_residues(7, 2048, 512).mT, list(PRIMES[:7]), out)
+    monkeypatch.setattr("obfuscatune.worker.few_rows.kernel", lambda: None)
+    assert not few_rows(x, weight, list(PRIMES[:7]), out)
 
 
 def test_the_fallback_is_exact_beyond_what_one_float32_product_holds() -> None:

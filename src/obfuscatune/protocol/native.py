@@ -1,4 +1,4 @@
-"""The C kernel of `c/kernel.c`, where it was built: the arithmetic of shares, on both sides. Its calls free the GIL."""
+"""The C kernel of `c/`, where it was built: the arithmetic of shares, on both sides. Its calls free the GIL."""
 
 import ctypes
 import functools
@@ -13,7 +13,7 @@ def kernel() -> ctypes.CDLL | None:
     for path in sorted((Path(__file__).parent / "c").glob("kernel*.so")):
         try:
             found = ctypes.CDLL(str(path))
-            for name in ("encode", "decode", "reduce", "expand"):
+            for name in ("encode", "decode", "reduce", "expand", "few_rows"):
                 getattr(found, name).restype = ctypes.c_int64
         except (OSError, AttributeError):  # of another machine, or of another version
             continue

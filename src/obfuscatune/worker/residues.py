@@ -13,6 +13,7 @@ from torch import Tensor
 
 from obfuscatune.errors import ProtocolError
 from obfuscatune.protocol.residues import EXACT_TERMS, LARGEST, MOST_TERMS, PRIMES, reduce
+from obfuscatune.worker.few_rows import few_rows
 from obfuscatune.worker.parallel import ALONE, Group
 from obfuscatune.worker.segments import Segment
 
@@ -78,6 +79,8 @@ class ResidueSegment(Segment):
             y = torch.zeros(shape, dtype=torch.int8, device=x.device)  # the planes of the others, to be added
         else:
             y = torch.empty(shape, dtype=torch.int8, device=x.device) if out is None else out
+            if not transpose and few_rows(x, self.weight["weight"], self.primes, y):
+                return y
         sums = torch.empty(shape[1:], dtype=torch.int32, device=x.device)  # one for all: new memory costs page faults
         for i in range(self.mine.start, self.mine.stop):
             plane = columns[i - self.mine.start]

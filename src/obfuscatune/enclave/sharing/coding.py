@@ -208,4 +208,4 @@ def _kernel_or_warning() -> ctypes.CDLL | None:
 
 @functools.cache
 def _warn_once() -> None:
-    warnings.warn(f"the C kernel of shares (obfuscatune/protocol/c/kernel.c) is not built: {BUILD_HINT}", stacklevel=4)
+    warnings.warn(f"the C kernel of shares (obfuscatune/protocol/c) is not built: {BUILD_HINT}", stacklevel=4)
