@@ -54,6 +54,7 @@ LLAMA3 = {
     "original_max_position_embeddings": 16,
 }
 PARTIAL = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+ODD = {**PARTIAL, "partial_rotary_factor": 0.4}  # 3 of 8: stock code rotates 4
 HEADS = {"head_dim": 6}  # times 4 is not the width
 
 # Name -> configuration. Everything that a family's record distinguishes is in one of them.
@@ -91,7 +92,7 @@ RECORDED: dict[str, Callable[[], Any]] = {
     ),
     "phi3": lambda: Phi3Config(**{**COMMON, "hidden_size": 24}, resid_pdrop=0.0, embd_pdrop=0.0),
     "phi3, partial rotary, window": lambda: Phi3Config(
-        **{**COMMON, "hidden_size": 32}, resid_pdrop=0.0, embd_pdrop=0.0, rope_parameters=PARTIAL, sliding_window=WINDOW
+        **{**COMMON, "hidden_size": 32}, resid_pdrop=0.0, embd_pdrop=0.0, rope_parameters=ODD, sliding_window=WINDOW
     ),
     "gpt_neox": lambda: GPTNeoXConfig(**_neox(), use_parallel_residual=True),
     "gpt_neox, one part after the other": lambda: GPTNeoXConfig(**_neox(), use_parallel_residual=False),

@@ -48,6 +48,14 @@ def test_a_chat_prompt_is_the_template_up_to_the_answer_with_one_start(model: An
     assert batch[0] != batch[1]
 
 
+def test_what_the_model_s_own_settings_ask_to_be_returned_changes_nothing(model: Any, chat: Any) -> None:
+    expected = complete(model, chat, [("1", "plain")], max_new_tokens=5, do_sample=False)
+    own = model.generation_config
+    own.return_dict_in_generate, own.output_scores, own.num_return_sequences, own.num_beams = True, True, 2, 2
+    assert complete(model, chat, [("1", "plain")], max_new_tokens=5, do_sample=False, num_beams=1) == expected
+    assert len(complete(model, chat, [("1", "plain"), ("2", "plain")], max_new_tokens=5)) == 2
+
+
 def test_a_completion_stops_at_each_of_the_model_s_ends(model: Any, chat: Any) -> None:
     free = stock(model, chat, "<start>plain")
     stop = next(token for i, token in enumerate(free) if i > 1 and token not in free[:i])

@@ -78,10 +78,37 @@ def test_each_family_is_the_stock_model(tmp_path: Path, family: str) -> None:
         name: value for name, value in config().to_diff_dict().items() if name not in ("model_type", "rope_parameters")
     }
     made = AutoConfig.for_model(family, **{**fields, **FAMILIES[family]})
-    write_random_model(made, "bfloat16", tmp_path)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(made, dtype=torch.bfloat16).save_pretrained(tmp_path)  # with the names of files
     stock = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     with obfuscatune.protect(obfuscatune.load(tmp_path), profile="enclave") as protected:
         assert torch.equal(logits(protected.model), logits(stock))
+
+
+def test_a_causal_mask_in_an_old_file_is_passed_over_and_a_bias_of_another_model_is_not(tmp_path: Path) -> None:
+    made = AutoConfig.for_model(
+        "gptj",
+        vocab_size=41,
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        rotary_dim=4,
+        n_positions=32,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    AutoModelForCausalLM.from_config(made).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / MODEL)
+    for i in range(2):
+        tensors[f"transformer.h.{i}.attn.bias"] = torch.ones(1, 1, 32, 32, dtype=torch.bool).tril()
+        tensors[f"transformer.h.{i}.attn.masked_bias"] = torch.tensor(-1e9)
+    save_file(tensors, tmp_path / MODEL, {"format": "pt"})
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with obfuscatune.protect(obfuscatune.load(tmp_path), profile="enclave") as protected:
+        assert torch.equal(logits(protected.model), logits(stock))
+    save_file({**tensors, "transformer.h.0.attn.bias": torch.ones(16)}, tmp_path / MODEL, {"format": "pt"})
+    with pytest.raises(UsageError, match="not of this model"):
+        obfuscatune.load(tmp_path)
 
 
 def test_the_protected_model_is_the_stock_model_with_an_adapter_too(tmp_path: Path) -> None:

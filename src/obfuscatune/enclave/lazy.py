@@ -12,6 +12,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 
 from obfuscatune.enclave.families import read_decoder
 from obfuscatune.enclave.families.empty import empty_model
@@ -20,6 +22,7 @@ from obfuscatune.errors import UnsupportedModelError, UsageError
 _ATTRIBUTE = "_obfuscatune_lazy_weights"  # of a model that is not filled
 # In files of older versions of transformers, of any family; it is computed from the configuration today.
 _COMPUTED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
+_CAUSAL_MASK = re.compile(r"(^|\.)(attn|attention)\.(bias|masked_bias)$")  # likewise: [1, 1, n, n], and a number
 
 
 class TensorSource(Protocol):
@@ -133,7 +136,7 @@ def load_lazily(config: Any, source: TensorSource, dtype: torch.dtype) -> Any:
         name: unfilled.expand(tensor.shape) if name in leaving else _read(source, names[name], tensor.dtype)
         for name, tensor in wanted.items()
     }
-    _check_tied(tied, tensors, source)
+    _check_tied(tied, tensors, source, skeleton)
     model: Any = type(skeleton).from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
     # It calls itself "None" now. PEFT writes the name into adapters, and looks for a directory or a model on the hub of
     # that name: the one is the operator's, the other anybody's.
@@ -165,14 +168,15 @@ def _check(config: Any, source: TensorSource) -> None:
 
 
 def _match(wanted: dict[str, tuple[int, ...]], source: TensorSource, skeleton: Any) -> dict[str, str]:
-    """Find each tensor of the model in the source, with or without the prefix of the base model."""
-    there, prefix = set(source.names()), f"{skeleton.base_model_prefix}."
+    """Find each tensor of the model in the source, under any name by which stock loading finds it."""
+    there, prefix = _renamed(source, skeleton), f"{skeleton.base_model_prefix}."
     found = {}
     for name, shape in wanted.items():
         other = name.removeprefix(prefix) if name.startswith(prefix) else prefix + name
         given = name if name in there else other
         if given not in there:
             raise UnsupportedModelError("a tensor of the model is missing", expected=name)
+        given = there[given]
         if tuple(source.shape(given)) != shape:
             got, expected = list(source.shape(given)), list(shape)
             raise UnsupportedModelError(
@@ -181,23 +185,46 @@ def _match(wanted: dict[str, tuple[int, ...]], source: TensorSource, skeleton: A
         found[name] = given
     ignored = skeleton._keys_to_ignore_on_load_unexpected or []
     tied = skeleton._tied_weights_keys or {}
+    used = set(found.values())
     rest = [
-        name
-        for name in sorted(there - set(found.values()))
-        if name not in tied and not _COMPUTED.search(name) and not any(re.search(pattern, name) for pattern in ignored)
+        given
+        for name, given in sorted(there.items())
+        if given not in used
+        and name not in tied
+        and not _COMPUTED.search(name)
+        and not (_CAUSAL_MASK.search(name) and tuple(source.shape(given))[:2] in ((), (1, 1)))
+        and not any(re.search(pattern, name) for pattern in ignored)
     ]
     if rest:
         raise UnsupportedModelError("tensors that are not of this model", got=", ".join(rest[:5]))
     return found
 
 
-def _check_tied(tied: dict[str, str], tensors: dict[str, Tensor], source: TensorSource) -> None:
+def _renamed(source: TensorSource, skeleton: Any) -> dict[str, str]:
+    """Return the source's names by those that the model has them under today, as stock loading renames them.
+
+    GPT-NeoX's head, for instance, is ``embed_out`` in files, and ``lm_head`` in the model.
+    """
+    renamings = [one for one in get_model_conversion_mapping(skeleton) if isinstance(one, WeightRenaming)]
+    found: dict[str, str] = {}
+    for given in source.names():
+        name = given
+        for one in renamings:
+            name, _ = one.rename_source_key(name)
+        if name in found:
+            raise UnsupportedModelError("a tensor of the model is there twice", got=f"{given} and {found[name]}")
+        found[name] = given
+    return found
+
+
+def _check_tied(tied: dict[str, str], tensors: dict[str, Tensor], source: TensorSource, skeleton: Any) -> None:
     """Refuse a file that holds a tied weight twice, with two values: which of them counts is not known."""
+    there = _renamed(source, skeleton)
     for name, other in tied.items():
-        if name not in source.names() or other not in tensors:
+        if name not in there or other not in tensors:
             continue
-        held = tensors[other]
-        if tuple(source.shape(name)) != held.shape or not torch.equal(_read(source, name, held.dtype), held):
+        held, given = tensors[other], there[name]
+        if tuple(source.shape(given)) != held.shape or not torch.equal(_read(source, given, held.dtype), held):
             raise UnsupportedModelError("a tied weight has two values", got=f"{name} and {other}", expected="one")
 
 

@@ -105,5 +105,5 @@ def _take_defaults(model: Any) -> Defaults:
         defaults = Defaults(temperature=own.temperature or 1.0, top_p=own.top_p or 1.0, top_k=own.top_k or 0)
     for name in _SAMPLING:
         setattr(own, name, None)
-    own.do_sample, own.num_beams = False, 1
+    own.do_sample, own.num_beams, own.num_return_sequences = False, 1, 1
     return defaults

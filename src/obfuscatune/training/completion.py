@@ -61,6 +61,8 @@ def complete_counted(
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=ends or None,
+            return_dict_in_generate=False,  # the model's own settings may ask for these
+            num_return_sequences=1,
             **{name: value for name, value in generation.items() if value is not None},
         )
     found = []

@@ -72,15 +72,19 @@ class Norm:
 
     @property
     def gain(self) -> Tensor:
-        """``[d]``, in the model's dtype."""
+        """``[d]``; of Gemma's norms in float32 at least, as stock code adds: a bfloat16 has few bits near 1."""
         weight: Tensor = self.module.weight.detach()
-        return 1 + weight if self.kind == "rmsnorm1p" else weight
+        return 1 + _at_least_float32(weight) if self.kind == "rmsnorm1p" else weight
 
     @property
     def shift(self) -> Tensor | None:
         """``[d]``, or None."""
         bias = getattr(self.module, "bias", None)
         return None if bias is None else bias.detach()
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 @dataclass(slots=True, repr=False)  # a repr would show weights

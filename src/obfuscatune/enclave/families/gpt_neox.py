@@ -6,13 +6,13 @@ q, k and v are fused and stored head by head.
 from typing import Any
 
 from obfuscatune.enclave.families.form import AttentionShape
-from obfuscatune.enclave.families.spec import FamilySpec, interleaved
+from obfuscatune.enclave.families.spec import FamilySpec, interleaved, partial_rotary
 
 
 def _attention_shape(config: Any, layer: int) -> AttentionShape:
     heads = config.num_attention_heads
     head_dim = config.hidden_size // heads
-    rotary = int(head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
+    rotary = partial_rotary(head_dim, config.rope_parameters)
     return AttentionShape(heads=heads, kv_heads=heads, head_dim=head_dim, scale=head_dim**-0.5, rotary=rotary)
 
 

@@ -3,13 +3,12 @@
 from typing import Any
 
 from obfuscatune.enclave.families.form import AttentionShape
-from obfuscatune.enclave.families.spec import FamilySpec, grouped_heads
+from obfuscatune.enclave.families.spec import FamilySpec, grouped_heads, partial_rotary
 
 
 def _attention_shape(config: Any, layer: int) -> AttentionShape:
     shape = grouped_heads(config)
-    partial = (config.rope_parameters or {}).get("partial_rotary_factor", 1.0)
-    return grouped_heads(config, rotary=int(shape.head_dim * partial))
+    return grouped_heads(config, rotary=partial_rotary(shape.head_dim, config.rope_parameters))
 
 
 PHI3 = FamilySpec(

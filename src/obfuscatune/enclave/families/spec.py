@@ -193,6 +193,12 @@ def grouped_heads(config: Any, *, scale: float | None = None, **more: Any) -> At
     )
 
 
+def partial_rotary(head_dim: int, rope: Any) -> int:
+    """How much of each head is rotated, by ``rope_parameters``: in whole planes, as stock code rounds."""
+    width = int(head_dim * (rope or {}).get("partial_rotary_factor", 1.0))
+    return width + width % 2
+
+
 def interleaved(heads: int, head_dim: int) -> Tensor:
     """Columns ``q | k | v`` of a weight that is stored head by head, ``[q_0 | k_0 | v_0 | q_1 | ...]``."""
     stored = torch.arange(heads * 3 * head_dim).view(heads, 3, head_dim)

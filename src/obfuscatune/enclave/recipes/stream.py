@@ -124,7 +124,7 @@ class StreamRecipe:
     def _add(self, shipped: Shipped) -> None:
         norm, centred = shipped.part.norm, self._around.centred
         key_in, key_out = shipped.key_in, shipped.key_out
-        gain, shift = norm.gain.detach().clone(), norm.shift
+        gain, shift = norm.gain.to(norm.module.weight.dtype, copy=True), norm.shift
         shift = None if shift is None else shift.clone()
         for i, (layer, key) in enumerate(zip(shipped.part.first, shipped.keys_first, strict=True)):
             self._pair(shipped, layer, f"in{i}", key_in=key_in, key_out=key, gain=gain, shift=shift, centred_in=centred)

@@ -53,7 +53,8 @@ class FoldedNorm(Fixed):
             output = self.weight * rows
         else:
             rows = rms_rows(hidden_states, self._eps)
-            output = rows * (1 + self.weight)
+            wide = torch.promote_types(rows.dtype, torch.float32)  # in bfloat16 1 + w has few bits
+            output = (rows.to(wide) * (1 + self.weight.to(wide))).to(rows.dtype)
         self._last.rows = weakref.ref(output), rows
         return output
 
