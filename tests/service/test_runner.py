@@ -67,8 +67,8 @@ class Place:
             owner=CLINIC.public.fingerprint,
             enclave=ENCLAVE.public.fingerprint,
             model=self.put("model", model_files(self.model), LAB, terms=terms or terms_of()),
-            data=self.put("data", {"data.jsonl": ROWS.encode(), **(held_out or {})}, CLINIC),
-            prompts=self.put("prompts", {"prompts.jsonl": PROMPTS.encode()}, CLINIC),
+            data=self.put("data", {"data.jsonl": ROWS.encode(), **(held_out or {})}, CLINIC, terms=terms_of()),
+            prompts=self.put("prompts", {"prompts.jsonl": PROMPTS.encode()}, CLINIC, terms=terms_of()),
             expires=int(time.time()) + 3600,
             **fields,
         )
@@ -372,6 +372,26 @@ def test_prompts_of_the_file_count_among_those_that_the_model_allows(place: Plac
     else:
         with pytest.raises(ConsentError, match=f"3 in the file and {later} later"):
             place.run(signed)
+
+
+@pytest.mark.parametrize(
+    ("quota", "training"),
+    [
+        ("max_training_tokens", {"num_train_epochs": 2.0, "per_device_train_batch_size": 2, "max_length": 24}),
+        ("max_stored_bytes", {"max_steps": 1, "lora_r": 2, "max_length": 24}),
+    ],
+)
+def test_a_job_ends_at_a_quota_of_the_terms(place: Place, quota: str, training: Any) -> None:
+    """One that the job alone does not tell: of passes over rows that only the enclave counts, and of sealed sizes."""
+    allowed = terms_of("enclave", **{quota: 2 * 2 * 2 * 24 if quota == "max_training_tokens" else 1 << 20})
+    assert "adapter" in place.run(place.signed(terms=allowed, training=training))
+    less = {"max_training_tokens": allowed["max_training_tokens"] - 1, "max_stored_bytes": 100}[quota]
+    signed = place.signed(terms={**allowed, quota: less}, training=training)
+    before = set(place.store.digests())
+    with pytest.raises(ConsentError, match=f"{quota} of the model's terms") as caught:
+        place.run(signed)
+    assert caught.value.expected == f"at most {less:,}"
+    assert set(place.store.digests()) == before  # nothing is kept that goes beyond it
 
 
 @pytest.mark.parametrize(

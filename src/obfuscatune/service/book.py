@@ -34,6 +34,8 @@ from obfuscatune.service.records import ENDED, USED_UP, WORKERS, JobFiles, Recor
 from obfuscatune.service.shares import Parties, room_for
 from obfuscatune.service.state import State
 from obfuscatune.service.store import Store
+from obfuscatune.service.uses import BYTES as USE_BYTES
+from obfuscatune.service.uses import Input, Uses
 
 logger = logging.getLogger(__name__)
 MAX_STARTS = 5  # without a checkpoint in between: a job that brings the enclave down must not do so for ever
@@ -66,7 +68,7 @@ class Book:
         left: Callable[[], frozenset[str]] = frozenset,
     ) -> None:
         self.state, self.log, self.store, self._parties, self._ended = state, log, store, parties, ended
-        self._left, self._enclaves = left, state.fingerprints
+        self._left, self._enclaves, self._uses = left, state.fingerprints, Uses(state)
         self.committed: Callable[[], None] = lambda: None  # called after each commit, and before anything is done
         self.changed = threading.Condition(state.lock)
         self._files = JobFiles(store.directory / "jobs")
@@ -107,6 +109,8 @@ class Book:
             record = self._records.get(digest)
             try:
                 check_job(signed, enclaves=self._enclaves, now=time.time(), ended=self._ended())
+                if record is None and signed.job.expires <= self.state.forgotten:  # it may have been run
+                    raise ConsentError("job has expired", hint="make a new one, and let both sign it")
                 if record is not None and record.status in USED_UP:
                     raise ConsentError("job is used up", got=record.status, hint="make a new one, and let both sign it")
             except ConsentError as error:
@@ -146,7 +150,10 @@ class Book:
         for record in self._records.values():
             for name in record.parties:
                 used[name] += record.bytes
-        taken = sum(record.bytes for record in self._records.values())
+        counts = self._uses.used()
+        for name in counts:
+            used[name] += USE_BYTES
+        taken = sum(record.bytes for record in self._records.values()) + USE_BYTES * len(counts)
         return room_for(party, total=MAX_BYTES, taken=taken, used=used, parties=self._parties())
 
     def make_room(self, party: str, enough: Callable[[], bool]) -> None:
@@ -205,10 +212,15 @@ class Book:
             self._drop(file)
 
     def _forget_expired(self) -> None:
-        """Drop the lines of retired jobs that could not be submitted any more; refuse what has waited too long."""
+        """Drop the lines of retired jobs that could not be submitted any more; refuse what has waited too long.
+
+        What is dropped stays over, whatever the clock says later: `State.forgotten`.
+        """
         now = time.time()
+        self._uses.forget(now, self._named())
         for digest, record in list(self._records.items()):
             if record.expires <= now and record.retired:
+                self.state.forgotten = max(self.state.forgotten, record.expires)
                 self._set(digest, None)
             elif record.expires <= now and record.status == "waiting":
                 self._refuse(digest, ConsentError("job has expired while it waited for its inputs"))
@@ -258,13 +270,18 @@ class Book:
                     self._enter(digest, replace(record, status="queued"), "queued", profile=profile)
             self.changed.notify_all()
 
-    def _check(self, digest: str, ended: Container[str]) -> None:
-        """Check a job and its inputs against what both owners have agreed to, as of now."""
+    def _check(self, digest: str, ended: Container[str]) -> dict[str, Input]:
+        """Check a job and its inputs against what both owners have agreed to, as of now; return the inputs by kind."""
         signed, now = self._signed[digest], time.time()
         check_job(signed, enclaves=self._enclaves, now=now, ended=ended)
+        inputs = {}
         for kind, file in signed.job.inputs.items():
             found = read_header(self.store.path(file))
-            check_input(signed, kind, found.digest, found.header, now=now)
+            terms = check_input(signed, kind, found.digest, found.header, now=now)
+            inputs[kind] = Input(file, getattr(signed.job, OWNERS[kind]), terms)
+        if not self._records[digest].used:
+            self._uses.check(inputs)
+        return inputs
 
     def _refuse(self, digest: str, error: ObfuscatuneError) -> None:
         # A refusal's text goes to the parties: it holds names of profiles and roles, and digests.
@@ -283,7 +300,7 @@ class Book:
             _, digest = min(queued)
             ended = self._ended()
             try:
-                self._check(digest, ended)
+                inputs = self._check(digest, ended)
             except ConsentError as error:
                 self._refuse(digest, error)
                 return None
@@ -291,8 +308,13 @@ class Book:
                 self.failed(digest, error)
                 return None
             record = self._records[digest]
-            started = replace(record, status="running", starts=record.starts + 1)
-            self._enter(digest, started, "started", starts=started.starts)
+            started = replace(record, status="running", starts=record.starts + 1, used=True)
+            undo = (lambda: None) if record.used else self._uses.count(inputs)
+            try:
+                self._enter(digest, started, "started", starts=started.starts)
+            except BaseException:
+                undo()
+                raise
             return digest
 
     def has_queued(self) -> bool:
