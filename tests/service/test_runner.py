@@ -374,6 +374,17 @@ def test_prompts_of_the_file_count_among_those_that_the_model_allows(place: Plac
             place.run(signed)
 
 
+def test_a_job_that_cannot_fit_fails_before_it_takes_the_enclaves_memory(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signed = place.signed()
+    size = sum(place.store.path(file).stat().st_size for file in signed.job.inputs.values())
+    monkeypatch.setattr("obfuscatune.service.memory.free_bytes", lambda: size - 1)
+    monkeypatch.setattr("obfuscatune.service.runner.open_model", pytest.fail)
+    with pytest.raises(BusyError, match="do not fit"):
+        place.run(signed)
+
+
 @pytest.mark.parametrize(
     ("quota", "training"),
     [

@@ -140,6 +140,7 @@ class Book:
     def _require_room(self, party: str, size: int) -> None:
         self._forget_expired()
         if self._room(party) < size or self.store.room(party) == 0:
+            self._uses.forget(time.time(), self._named())
             self.make_room(party, lambda: self._room(party) >= size and self.store.room(party) > 0)
         if self._room(party) < size or self.store.room(party) == 0:
             hint = "fetch the results of earlier jobs: what was fetched makes room; unfetched ones do after a week"
@@ -217,7 +218,6 @@ class Book:
         What is dropped stays over, whatever the clock says later: `State.forgotten`.
         """
         now = time.time()
-        self._uses.forget(now, self._named())
         for digest, record in list(self._records.items()):
             if record.expires <= now and record.retired:
                 self.state.forgotten = max(self.state.forgotten, record.expires)

@@ -29,7 +29,7 @@ from obfuscatune.parties.sealed.header import read_header
 from obfuscatune.parties.sealed.reader import SealedReader
 from obfuscatune.parties.terms import Terms
 from obfuscatune.service.generation import Enough, Row, compute
-from obfuscatune.service.memory import require_memory
+from obfuscatune.service.memory import require_memory, require_memory_of_job
 from obfuscatune.service.model import open_model
 from obfuscatune.service.placement import Placed, Workers, placed
 from obfuscatune.service.queries import Query
@@ -111,6 +111,8 @@ class Runner:
         self._terms = {kind: self._terms_of(file, kind) for kind, file in job.inputs.items()}
         self._stored = {} if checkpoint is None else {"checkpoint": self._store.path(checkpoint).stat().st_size}
         self.close()  # a job is not refused memory for the sake of queries; they are, see `_opened`
+        sizes = [self._store.path(file).stat().st_size for file in job.inputs.values()]
+        require_memory_of_job(sum(sizes), remote=job.resolved.remote)
         with self._runs(), self._open(job, checkpoint) as (protected, tokenizer, ram, keep):
             hooks.placed(placed(job, protected.links))
             prompts = self._prompts(job, ram)  # now, because their fault should not cost a training
