@@ -240,11 +240,14 @@ def test_queries_between_steps_change_nothing_of_a_training(place: Place, monkey
         assert "10 s" in report["queries_of_other_jobs"]["bound"]
         assert run(lambda: float(torch.rand(1)))[0] != plain  # the control
         # Where memory is short it is the query that is refused, and only beside a job.
-        monkeypatch.setattr("obfuscatune.service.memory.free_bytes", lambda: 1000)
         refused: list[str] = []
 
         def refuse(seconds: float) -> None:
-            with pytest.raises(BusyError, match="does not fit beside the job") as caught:
+            with (
+                monkeypatch.context() as patch,
+                pytest.raises(BusyError, match="does not fit beside the job") as caught,
+            ):
+                patch.setattr("obfuscatune.service.memory.free_bytes", lambda: 1000)
                 runner.check(asked, adapter, query)
             refused.append(str(caught.value))
 
@@ -458,7 +461,7 @@ def test_messages_are_completed_by_the_model_s_template_and_end_where_its_settin
         change(place.model / "generation_config.json", **settings)
         job = replace(
             place.signed(max_new_tokens=8).job,
-            prompts=place.put("prompts", {"prompts.jsonl": "".join(rows).encode()}, CLINIC),
+            prompts=place.put("prompts", {"prompts.jsonl": "".join(rows).encode()}, CLINIC, terms=terms_of()),
         )
         results = place.run(SignedJob(job).sign(LAB).sign(CLINIC))
         lines = place.files(results["output"])["generations.jsonl"].decode().splitlines()
