@@ -309,7 +309,7 @@ class Book:
                 return None
             record = self._records[digest]
             started = replace(record, status="running", starts=record.starts + 1, used=True)
-            undo = (lambda: None) if record.used else self._uses.count(inputs)
+            undo = self._uses.count({} if record.used else inputs)
             try:
                 self._enter(digest, started, "started", starts=started.starts)
             except BaseException:
