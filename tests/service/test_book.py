@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from obfuscatune.errors import ConsentError, ObfuscatuneError, UsageError
-from obfuscatune.parties.canonical import encode
+from obfuscatune.parties.canonical import decode, encode
 from obfuscatune.parties.sealed.header import read_header
 from obfuscatune.service import book as book_module
 from obfuscatune.service.book import MAX_STARTS, Book
@@ -444,6 +444,30 @@ def test_a_full_book_fits_into_the_state(retired: bool, workers: int) -> None:
     jobs = {f"{number:064x}": record.to_fields() for number in range(count)}
     assert Record.from_fields(record.to_fields()) == record
     assert len(encode({"jobs": jobs, "identity": "x" * 10_000})) < MAX_STATE_BYTES
+
+
+def test_a_state_full_of_counts_can_be_written_and_read() -> None:
+    digests = (f"{number:064x}" for number in range(book_module.MAX_BYTES // book_module.USE_BYTES))
+    fields = {"uses": {digest: f"1000000 9007199254740992 {digest}" for digest in digests}}
+    assert len(data := encode(fields)) < MAX_STATE_BYTES // 2  # and handed over
+    assert decode(data, "state", max_bytes=MAX_STATE_BYTES) == fields
+
+
+def test_what_fails_for_ever_does_not_fill_the_log(enclave: Enclave, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(book_module, "_MAX_NOTED", 2)
+    job = enclave.done_job(max_queries=5)
+    for number in range(5):
+        enclave.book.count_query(job, OWNER, 1, 1, f"{number:064x}")
+        enclave.book.query_failed(job, OWNER, 1, f"{number:064x}")
+    assert enclave.told().count("query-failed") == 2 and enclave.book.record(job).queries == 3
+    failing = enclave.signed_job()
+    for _ in range(3):
+        digest = enclave.submit(failing)
+        assert enclave.book.next() == digest
+        enclave.book.failed(digest, ObfuscatuneError("x"))
+    with pytest.raises(UsageError, match="failed too often"):
+        enclave.submit(failing)
+    assert enclave.told().count("submitted-again") == 2
 
 
 def test_a_file_that_another_job_needs_stays(enclave: Enclave) -> None:

@@ -41,7 +41,9 @@ logger = logging.getLogger(__name__)
 MAX_STARTS = 5  # without a checkpoint in between: a job that brings the enclave down must not do so for ever
 MAX_BYTES = 8 << 20  # of all records, by `Record.bytes`: the state's limits are above
 KEPT_SECONDS = 7 * 86_400  # for which results that nobody has fetched make no room
-_MAX_NOTED = 1000  # refusals of one party that the log tells of, in one life of the enclave: it must not be flooded
+# In one life of the enclave, since the log must not be flooded: refusals of a party that it tells of, queries of a job
+# that are given back, and times that a failed job is taken in again.
+_MAX_NOTED = 1000
 _MAX_STEPS = 1 << 53
 _MAX_WORD = 80  # of the log
 MAX_COUNTED = 8  # questions of a job, as many as its parties may have under way
@@ -77,6 +79,8 @@ class Book:
         self._signed = {digest: signed for digest in kept if (signed := self._files.read(digest)) is not None}
         self._noted: set[tuple[str, str]] = set()
         self._noted_of: Counter[str] = Counter()
+        self._given_back: Counter[str] = Counter()
+        self._again: Counter[str] = Counter()
         self._committed = log.length
         with state.lock:
             if state.handed:  # nothing of it is ours to change
@@ -128,6 +132,9 @@ class Book:
                 self._enter(digest, new, "submitted", party=party)
                 self._signed[digest] = signed
             elif record.status == "failed":  # to the end of the queue: one that always fails must not hold up others
+                self._again[digest] += 1
+                if self._again[digest] > _MAX_NOTED:
+                    raise UsageError("the job has failed too often", expected=f"at most {_MAX_NOTED} times")
                 again = replace(record, status="waiting", reason="", order=last, starts=0, retired=False)
                 if record.retired:
                     self._require_room(party, again.bytes - record.bytes)
@@ -490,10 +497,13 @@ class Book:
             return True
 
     def query_failed(self, digest: str, party: str, prompts: int, question: str) -> None:
-        """Give back the prompts of a query that was counted and not answered."""
+        """Give back the prompts of a query that was counted and not answered, up to 1,000 times in a job."""
         with self.state.lock:
             record = self._records.get(digest)
             if record is None or question not in record.counted.split():  # forgotten since, or given back before
+                return
+            self._given_back[digest] += 1
+            if self._given_back[digest] > _MAX_NOTED:  # it stays counted, and can be asked again for nothing
                 return
             left = " ".join(other for other in record.counted.split() if other != question)
             given_back = replace(record, queries=max(0, record.queries - prompts), counted=left)
