@@ -20,7 +20,7 @@ ROWS = '{"prompt": "canary question", "completion": "canary answer"}\n'
 def parties(tmp_path: Path, run: Callable) -> Path:
     for name in ("lab", "clinic", "enclave"):
         assert run("identity", "new", name, "--output_dir", tmp_path, "--suite", "x25519").code == 0
-    (tmp_path / "terms.toml").write_text("version = 2\n")
+    (tmp_path / "terms.toml").write_text("version = 3\n")
     return tmp_path
 
 
@@ -57,7 +57,7 @@ def test_every_help_ends_with_examples_of_options_that_exist(
 
 def test_a_model_there_and_back(parties: Path, model_dir: Path, run: Callable) -> None:
     shows = f'[shows]\nbalanced = "{line(PROFILES["balanced"])}"\n'
-    (parties / "terms.toml").write_text(f'version = 2\nprofiles = ["balanced"]\nmax_queries = 7\n{shows}')
+    (parties / "terms.toml").write_text(f'version = 3\nprofiles = ["balanced"]\nmax_queries = 7\n{shows}')
     more = ["--recipient", parties / "clinic.pub"]
     outcome = run("seal", "model", model_dir, *common(parties), *more)
     assert outcome.code == 0, outcome.err
@@ -115,7 +115,7 @@ def test_bad_rows_are_not_sealed(verb: str, text: str, parties: Path, rows: Path
 
 
 def test_misuse_writes_nothing(parties: Path, rows: Path, model_dir: Path, run: Callable) -> None:
-    (parties / "bad.toml").write_text("version = 2\nprofiles = 3\n")
+    (parties / "bad.toml").write_text("version = 3\nprofiles = 3\n")
     (parties / "old.toml").write_text('profiles = ["balanced"]\n')
     terms = ["--terms", parties / "terms.toml"]
     identity, output = ["--identity", parties / "lab.key"], ["--output", parties / "out.sealed"]

@@ -42,13 +42,17 @@ def terms(*profiles: str, **changes: Any) -> dict[str, Any]:
     """Terms that give all that a job of `job_fields` asks for, under these profiles, with the lines that they need."""
     given = profiles or ("enclave", *WEAK)
     return {
-        "version": 2,
+        "version": 3,
         "profiles": list(given),
         "shows": {name: text for name in given if (text := line(profile_named(name)))},
         "adapter_to": ["provider", "owner"],
         "generations_to": ["provider", "owner"],
         "queries_by": ["provider", "owner"],
         "max_queries": 1000,
+        "max_jobs": 1000,
+        "max_training_tokens": 1_000_000,
+        "max_new_tokens": 64,
+        "max_stored_bytes": 1 << 24,
         "partners": "any",
         "expires": "never",
         "workers": "any",

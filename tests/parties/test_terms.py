@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import re
 import time
 import warnings
@@ -18,9 +19,11 @@ from obfuscatune.errors import FormatError, ObfuscatuneError, UsageError
 from obfuscatune.parties.canonical import encode
 from obfuscatune.parties.exposure import hides_all, line, statement
 from obfuscatune.parties.job import Job
+from obfuscatune.parties.quotas import QUOTAS, training_tokens
 from obfuscatune.parties.terms import Terms, load_terms, template
 from obfuscatune.parties.vocabulary import MAX_QUERIES, ROLES, Role, Worker, profile_name, profile_named
 from obfuscatune.profiles import PROFILES, SWITCHES
+from obfuscatune.settings import TrainingSettings
 
 from .jobs import CLINIC, LAB, job_fields
 from .jobs import terms as terms_of
@@ -56,6 +59,7 @@ NEEDS = {
     "verify": {"attention": "enclave"},
     "rotate_stream": {"lora_placement": "split"},
 }
+SMALL = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}
 roles = st.sampled_from([(), ("provider",), ("owner",), ("provider", "owner")])
 digests = st.binary(min_size=32, max_size=32).map(bytes.hex)
 workers = st.lists(
@@ -68,6 +72,7 @@ terms = st.builds(
     generations_to=roles,
     queries_by=roles,
     max_queries=st.integers(0, MAX_QUERIES),
+    **{quota.name: st.integers(0, quota.greatest) for quota in QUOTAS},
     partners=st.lists(digests, max_size=3).map(tuple) | st.just("any"),
     expires=st.integers(0, 1 << 53) | st.just("never"),
     workers=workers.map(tuple) | st.just("any"),
@@ -106,7 +111,7 @@ def test_round_trip(given_terms: Terms) -> None:
 
 
 def test_what_is_left_out_is_refused() -> None:
-    left_out = Terms.from_dict({"version": 2})
+    left_out = Terms.from_dict({"version": 3})
     assert left_out == Terms()
     faults = left_out.faults(job(), "owner", NOW)
     for name in ("profile", "adapter_to", "generations_to", "queries_by", "10 queries", "partner", "date", "workers"):
@@ -119,7 +124,9 @@ def test_what_is_left_out_is_refused() -> None:
             assert Terms.from_dict(fields).faults(job(), "owner", NOW) != [], f"{name} is left out, and given"
 
 
-@pytest.mark.parametrize("fields", [None, {}, {"version": 1}, {"version": True}, {"profiles": ["balanced"]}])
+@pytest.mark.parametrize(
+    "fields", [None, {}, {"version": 1}, {"version": 2}, {"version": True}, {"profiles": ["balanced"]}]
+)
 def test_terms_of_an_older_version_are_refused_by_name(fields: Any) -> None:
     with pytest.raises(FormatError, match="sealed without" if fields is None else "are of another version"):
         Terms.from_dict(fields)
@@ -141,13 +148,13 @@ def test_the_template_shows_no_worker_anything(role: Role, tmp_path: Path) -> No
 def test_a_weaker_profile_needs_its_line() -> None:
     for name in ("balanced", "plain", "balanced+mlp=enclave", "shared+weights=open"):
         with pytest.raises(FormatError, match="needs its line"):
-            Terms.from_dict({"version": 2, "profiles": [name]})
+            Terms.from_dict({"version": 3, "profiles": [name]})
         with pytest.raises(FormatError, match="needs its line"):
-            Terms.from_dict({"version": 2, "profiles": [name], "shows": {name: "shows nothing"}})
+            Terms.from_dict({"version": 3, "profiles": [name], "shows": {name: "shows nothing"}})
         assert given_all(name).profiles == (name,)
-    assert Terms.from_dict({"version": 2, "profiles": ["enclave", "shared", "shared+spares=1"]}).shows == {}
+    assert Terms.from_dict({"version": 3, "profiles": ["enclave", "shared", "shared+spares=1"]}).shows == {}
     with pytest.raises(FormatError, match="not allowed: plain"):
-        Terms.from_dict({"version": 2, "shows": lines(["plain"])})
+        Terms.from_dict({"version": 3, "shows": lines(["plain"])})
 
 
 def test_every_profile_says_what_it_shows() -> None:
@@ -232,6 +239,36 @@ def test_who_gets_what(name: str, role: Role) -> None:
             assert all(name in fault for fault in faults)
 
 
+@pytest.mark.parametrize(
+    ("quota", "asked", "changes"),
+    [
+        ("max_jobs", 1, {}),
+        ("max_training_tokens", 4 * 8 * 512, {}),
+        ("max_training_tokens", 5 * 2 * 3 * 32, {"training": {"max_steps": 5, **dict(SMALL, max_length=32)}}),
+        ("max_new_tokens", 33, {"max_new_tokens": 33}),
+        ("max_stored_bytes", 1, {}),
+    ],
+)
+@pytest.mark.parametrize("role", ROLES)
+def test_quotas_that_a_job_alone_tells(quota: str, asked: int, changes: Any, role: Role) -> None:
+    assert given_all(**{quota: asked}).faults(job(**changes), role, NOW) == []
+    text = f"{quota}: {asked:,} (allowed: {asked - 1:,})"
+    assert given_all(**{quota: asked - 1}).faults(job(**changes), role, NOW) == [text]
+
+
+@given(st.integers(1, 500), st.integers(1, 9), st.integers(1, 9), st.floats(0.01, 5))
+def test_passes_over_the_data_are_counted_as_the_trainer_counts_them(
+    rows: int, batch: int, each: int, epochs: float
+) -> None:
+    settings = TrainingSettings(
+        num_train_epochs=epochs, per_device_train_batch_size=batch, gradient_accumulation_steps=each, max_length=10
+    )
+    batches = -(-rows // batch)
+    steps = math.ceil(epochs * max(batches // each + int(batches % each > 0), 1))
+    assert training_tokens(settings, rows) == steps * batch * each * 10
+    assert training_tokens(settings) is None  # the job alone does not tell: the enclave counts
+
+
 def test_queries_partners_and_the_date() -> None:
     asked = job(max_queries=10)
     assert given_all(max_queries=10).faults(asked, "owner", NOW) == []
@@ -267,6 +304,7 @@ def test_queries_partners_and_the_date() -> None:
         ({"max_queries": -1}, "max_queries is not"),
         ({"max_queries": True}, "max_queries is not"),
         ({"max_queries": MAX_QUERIES + 1}, "max_queries is not"),
+        *[({quota.name: value}, f"{quota.name} is not") for quota in QUOTAS for value in (-1, 1.0, quota.greatest + 1)],
         ({"expires": 1.5}, "expires is not"),
         ({"expires": "later"}, "expires is not"),
         ({"partners": "anybody"}, "partners is not"),
@@ -282,18 +320,18 @@ def test_queries_partners_and_the_date() -> None:
 )
 def test_terms_that_do_not_fit(fields: Any, text: str) -> None:
     with pytest.raises(FormatError, match=text):
-        Terms.from_dict({"version": 2, **fields} if isinstance(fields, dict) else fields)
+        Terms.from_dict({"version": 3, **fields} if isinstance(fields, dict) else fields)
 
 
 def test_all_faults_are_told_at_once() -> None:
     with pytest.raises(FormatError, match=r"unknown 'x'; queries_by .*; partners .*; expires"):
-        Terms.from_dict({"version": 2, "x": 1, "queries_by": 1, "partners": 1, "expires": -1})
+        Terms.from_dict({"version": 3, "x": 1, "queries_by": 1, "partners": 1, "expires": -1})
 
 
 @given(st.dictionaries(st.sampled_from(sorted(Terms.__dataclass_fields__)) | st.text(max_size=5), values, max_size=4))
 def test_arbitrary_fields(fields: dict[str, Any]) -> None:
     try:
-        found = Terms.from_dict({"version": 2, **fields})
+        found = Terms.from_dict({"version": 3, **fields})
     except FormatError:
         return
     assert Terms.from_dict(found.to_dict()) == found
@@ -310,7 +348,7 @@ def test_arbitrary_names_of_profiles(name: str) -> None:
 
 def test_a_file(tmp_path: Path) -> None:
     text = (
-        'version = 2\nprofiles = ["enclave"]\nadapter_to = ["owner"]\nmax_queries = 5\nexpires = 2027-06-30\n'
+        'version = 3\nprofiles = ["enclave"]\nadapter_to = ["owner"]\nmax_queries = 5\nexpires = 2027-06-30\n'
         f'[[workers]]\nfingerprint = "{"00" * 32}"\noperator = "a cloud"\n'
     )
     fields = load_terms(write(tmp_path / "terms.toml", text))

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from obfuscatune.errors import ConsentError, ObfuscatuneError, UsageError
-from obfuscatune.parties.canonical import encode
+from obfuscatune.parties.canonical import decode, encode
 from obfuscatune.parties.sealed.header import read_header
 from obfuscatune.service import book as book_module
 from obfuscatune.service.book import MAX_STARTS, Book
@@ -19,6 +19,7 @@ from obfuscatune.service.records import RECORD_BYTES, Record
 from obfuscatune.service.state import MAX_BYTES as MAX_STATE_BYTES
 
 from .jobs import CANARY, CLINIC, LAB, STRANGER, Enclave, open_enclave, sign, terms_of
+from .platforms import new_platform
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 OWNER = CLINIC.public.fingerprint
@@ -120,6 +121,66 @@ def test_nothing_is_acted_upon_that_is_not_committed(
         assert len(enclave.book._records) == 1
     assert enclave.book.committed_log(0)[0]["length"] == enclave.state.log_length
     assert enclave.book.next() == digest
+
+
+def test_a_quota_of_jobs_is_counted_by_the_sealed_file_and_for_ever(tmp_path: Path, later: Any) -> None:
+    """A race of two jobs, a crash, a deletion, a forgotten line, a clock put forth and back: none begins anew."""
+    platform, until = new_platform(), int(time.time()) + 3 * 3600
+    with open_enclave(tmp_path, platform) as enclave:
+        file, path = enclave.seal("data", terms=terms_of(max_jobs=2, expires=until))
+        enclave.store(file, path)
+        first = enclave.signed_job(data=file)
+        digests = [enclave.submit(first)]
+        assert enclave.book.next() == digests[0]
+        enclave.book.finished(digests[0], {})
+        enclave.book.delete(digests[0], OWNER)
+        enclave.store(file, path)
+        digests += [enclave.submit(enclave.signed_job(data=file)) for _ in range(2)]  # both are queued, and one is left
+        assert enclave.book.next() == digests[1] and enclave.book.next() is None
+        assert enclave.book.record(digests[2]).status == "refused"
+        assert "max_jobs of the data's terms: got 3" in enclave.book.record(digests[2]).reason
+    with open_enclave(tmp_path, platform) as enclave:  # killed while the second ran
+        assert enclave.book.next() == digests[1], "going on with a job is no further use"
+        enclave.book.failed(digests[1], ObfuscatuneError("x"))
+        enclave.submit(enclave.book.signed(digests[1]))
+        assert enclave.book.next() == digests[1]
+        enclave.book.finished(digests[1], {})
+        with enclave.state.lock:
+            for digest in digests:
+                enclave.book._retire(digest)
+        later(2 * 3600)
+        enclave.book._forget_expired()
+        assert not enclave.book._records and enclave.book._uses.count_of(file) == 2
+        later(0)
+        with pytest.raises(ConsentError, match="job has expired"):  # though by the clock it has not
+            enclave.submit(first)
+        enclave.book._uses.forget(until - 1, set())
+        assert file in enclave.state.uses
+        enclave.book._uses.forget(until, set())
+        assert file not in enclave.state.uses and enclave.state.forgotten == until
+        later(0)
+        enclave.store(file, path)
+        again = enclave.submit(enclave.signed_job(data=file, expires=until + 3600))
+        assert enclave.book.record(again).status == "refused"
+
+
+def test_a_use_that_is_not_committed_is_not_counted(enclave: Enclave, monkeypatch: pytest.MonkeyPatch) -> None:
+    digest = enclave.submit(enclave.signed_job())
+    with monkeypatch.context() as patch:
+        patch.setattr(enclave.state, "commit", lambda: (_ for _ in ()).throw(ObfuscatuneError("the disk is full")))
+        with pytest.raises(ObfuscatuneError, match="disk is full"):
+            enclave.book.next()
+    assert not enclave.state.uses
+    assert enclave.book.next() == digest and len(enclave.state.uses) == 3
+
+
+def test_counts_of_jobs_fill_no_more_than_a_partys_share(enclave: Enclave, monkeypatch: pytest.MonkeyPatch) -> None:
+    until = int(time.time()) + 60
+    enclave.state.uses |= {f"{number:064x}": f"1 {until} {OWNER}" for number in range(16)}
+    monkeypatch.setattr(book_module, "MAX_BYTES", 17 * 192)
+    with pytest.raises(UsageError, match="no room"):
+        enclave.submit(enclave.signed_job())
+    assert len(enclave.state.uses) == 16
 
 
 @pytest.mark.parametrize("status", ["done", "refused"])
@@ -325,6 +386,7 @@ def test_one_party_cannot_fill_the_book(enclave: Enclave, monkeypatch: pytest.Mo
 
 
 def test_jobs_that_have_ended_make_room(enclave: Enclave, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(book_module, "USE_BYTES", 0)
     monkeypatch.setattr(book_module, "MAX_BYTES", 4 * RECORD_BYTES)
     fetched, kept = enclave.done_job(adapter_to=("owner",), queries_by=()), enclave.done_job(adapter_to=("owner",))
     files = [*enclave.book.signed(fetched).job.inputs.values(), *enclave.book.record(fetched).results.values()]
@@ -382,6 +444,30 @@ def test_a_full_book_fits_into_the_state(retired: bool, workers: int) -> None:
     jobs = {f"{number:064x}": record.to_fields() for number in range(count)}
     assert Record.from_fields(record.to_fields()) == record
     assert len(encode({"jobs": jobs, "identity": "x" * 10_000})) < MAX_STATE_BYTES
+
+
+def test_a_state_full_of_counts_can_be_written_and_read() -> None:
+    digests = (f"{number:064x}" for number in range(book_module.MAX_BYTES // book_module.USE_BYTES))
+    fields = {"uses": {digest: f"1000000 9007199254740992 {digest}" for digest in digests}}
+    assert len(data := encode(fields)) < MAX_STATE_BYTES // 2  # and handed over
+    assert decode(data, "state", max_bytes=MAX_STATE_BYTES) == fields
+
+
+def test_what_fails_for_ever_does_not_fill_the_log(enclave: Enclave, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(book_module, "_MAX_NOTED", 2)
+    job = enclave.done_job(max_queries=5)
+    for number in range(5):
+        enclave.book.count_query(job, OWNER, 1, 1, f"{number:064x}")
+        enclave.book.query_failed(job, OWNER, 1, f"{number:064x}")
+    assert enclave.told().count("query-failed") == 2 and enclave.book.record(job).queries == 3
+    failing = enclave.signed_job()
+    for _ in range(3):
+        digest = enclave.submit(failing)
+        assert enclave.book.next() == digest
+        enclave.book.failed(digest, ObfuscatuneError("x"))
+    with pytest.raises(UsageError, match="failed too often"):
+        enclave.submit(failing)
+    assert enclave.told().count("submitted-again") == 2
 
 
 def test_a_file_that_another_job_needs_stays(enclave: Enclave) -> None:

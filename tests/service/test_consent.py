@@ -91,7 +91,7 @@ def test_an_input_of_another_kind_or_digest(tmp_path: Path, kind: str) -> None:
         (terms_of(partners=["00" * 32]), {}, "the partner"),
         (terms_of(expires=int(NOW) - 1), {}, "the date"),
         (terms_of(workers=[]), {}, "workers that the job does not name"),
-        *[({"version": 2}, {"profile": name}, f"profile {name}") for name in PROFILES if name != "shared"],
+        *[({"version": 3}, {"profile": name}, f"profile {name}") for name in PROFILES if name != "shared"],
         (terms_of(), {"switches": {"permute_mlp": False}}, "permute_mlp=False"),
     ],
 )
@@ -108,7 +108,7 @@ def test_terms_that_are_none(tmp_path: Path) -> None:
         (terms_of(profiles="all of them"), FormatError, "terms of the data do not fit"),
         (None, ConsentError, "no terms of the data"),
         ({"profiles": ["balanced"]}, ConsentError, "are of another version"),  # which gave what it left out
-        ({"version": 2.0}, ConsentError, "are of another version"),
+        ({"version": 3.0}, ConsentError, "are of another version"),
     ):
         digest, header = seal(tmp_path, "data", CLINIC, terms)
         with pytest.raises(error, match=text):

@@ -104,7 +104,7 @@ def test_fewer_than_all_have_nothing(old: Enclave, tmp_path: Path) -> None:
         LAB.unwrap(recovery.share(LAB.public)[1], share_info("ab" * 32, LAB.public.fingerprint))
 
 
-def test_the_key_is_another_after_each_change(old: Enclave, tmp_path: Path) -> None:
+def test_the_key_is_another_after_each_change(old: Enclave, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     members = keep(old, tmp_path)
     first = [share_of(old.directory, each) for each in (LAB, CLINIC)]
     old.book.note("anything")
@@ -121,6 +121,7 @@ def test_the_key_is_another_after_each_change(old: Enclave, tmp_path: Path) -> N
         share_of(old.directory, CLINIC)
     members.succeed(succeed(heir, None))
     assert not (old.directory / FILE).exists()  # revoked: nobody could release its share
+    assert "kept in escrow no more" in caplog.text
 
 
 def test_nothing_is_there_while_open_and_once_handed_over(old: Enclave, tmp_path: Path) -> None:

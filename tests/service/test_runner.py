@@ -67,8 +67,8 @@ class Place:
             owner=CLINIC.public.fingerprint,
             enclave=ENCLAVE.public.fingerprint,
             model=self.put("model", model_files(self.model), LAB, terms=terms or terms_of()),
-            data=self.put("data", {"data.jsonl": ROWS.encode(), **(held_out or {})}, CLINIC),
-            prompts=self.put("prompts", {"prompts.jsonl": PROMPTS.encode()}, CLINIC),
+            data=self.put("data", {"data.jsonl": ROWS.encode(), **(held_out or {})}, CLINIC, terms=terms_of()),
+            prompts=self.put("prompts", {"prompts.jsonl": PROMPTS.encode()}, CLINIC, terms=terms_of()),
             expires=int(time.time()) + 3600,
             **fields,
         )
@@ -240,11 +240,14 @@ def test_queries_between_steps_change_nothing_of_a_training(place: Place, monkey
         assert "10 s" in report["queries_of_other_jobs"]["bound"]
         assert run(lambda: float(torch.rand(1)))[0] != plain  # the control
         # Where memory is short it is the query that is refused, and only beside a job.
-        monkeypatch.setattr("obfuscatune.service.memory.free_bytes", lambda: 1000)
         refused: list[str] = []
 
         def refuse(seconds: float) -> None:
-            with pytest.raises(BusyError, match="does not fit beside the job") as caught:
+            with (
+                monkeypatch.context() as patch,
+                pytest.raises(BusyError, match="does not fit beside the job") as caught,
+            ):
+                patch.setattr("obfuscatune.service.memory.free_bytes", lambda: 1000)
                 runner.check(asked, adapter, query)
             refused.append(str(caught.value))
 
@@ -374,6 +377,37 @@ def test_prompts_of_the_file_count_among_those_that_the_model_allows(place: Plac
             place.run(signed)
 
 
+def test_a_job_that_cannot_fit_fails_before_it_takes_the_enclaves_memory(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signed = place.signed()
+    size = sum(place.store.path(file).stat().st_size for file in signed.job.inputs.values())
+    monkeypatch.setattr("obfuscatune.service.memory.free_bytes", lambda: size - 1)
+    monkeypatch.setattr("obfuscatune.service.runner.open_model", pytest.fail)
+    with pytest.raises(BusyError, match="do not fit"):
+        place.run(signed)
+
+
+@pytest.mark.parametrize(
+    ("quota", "training"),
+    [
+        ("max_training_tokens", {"num_train_epochs": 2.0, "per_device_train_batch_size": 2, "max_length": 24}),
+        ("max_stored_bytes", {"max_steps": 1, "lora_r": 2, "max_length": 24}),
+    ],
+)
+def test_a_job_ends_at_a_quota_of_the_terms(place: Place, quota: str, training: Any) -> None:
+    """One that the job alone does not tell: of passes over rows that only the enclave counts, and of sealed sizes."""
+    allowed = terms_of("enclave", **{quota: 2 * 2 * 2 * 24 if quota == "max_training_tokens" else 1 << 20})
+    assert "adapter" in place.run(place.signed(terms=allowed, training=training))
+    less = {"max_training_tokens": allowed["max_training_tokens"] - 1, "max_stored_bytes": 100}[quota]
+    signed = place.signed(terms={**allowed, quota: less}, training=training)
+    before = set(place.store.digests())
+    with pytest.raises(ConsentError, match=f"{quota} of the model's terms") as caught:
+        place.run(signed)
+    assert caught.value.expected == f"at most {less:,}"
+    assert set(place.store.digests()) == before  # nothing is kept that goes beyond it
+
+
 @pytest.mark.parametrize(
     ("file", "fields"),
     [
@@ -427,7 +461,7 @@ def test_messages_are_completed_by_the_model_s_template_and_end_where_its_settin
         change(place.model / "generation_config.json", **settings)
         job = replace(
             place.signed(max_new_tokens=8).job,
-            prompts=place.put("prompts", {"prompts.jsonl": "".join(rows).encode()}, CLINIC),
+            prompts=place.put("prompts", {"prompts.jsonl": "".join(rows).encode()}, CLINIC, terms=terms_of()),
         )
         results = place.run(SignedJob(job).sign(LAB).sign(CLINIC))
         lines = place.files(results["output"])["generations.jsonl"].decode().splitlines()

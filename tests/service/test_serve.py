@@ -397,6 +397,64 @@ def test_who_leaves_has_nothing_more_computed_and_pays(enclave: Enclave) -> None
     assert serving._answering._answers.get(query.question) is None
 
 
+@pytest.fixture
+def no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Queries have had their time after each token."""
+    monkeypatch.setattr("obfuscatune.service.answering.TURN_SECONDS", 0.0)
+
+
+@pytest.mark.usefixtures("no_patience")
+def test_long_answers_keep_no_other_query_out(enclave: Enclave) -> None:
+    """Of a query of 100 prompts, and of long ones of another job, a short one of each is not kept waiting."""
+    jobs = [enclave.done_job(max_queries=200) for _ in range(2)]
+    many = Query(jobs[0], CLINIC.public.fingerprint, ["a"] * 100, Settings(longest=30))
+    long = [query_of(jobs[1], "b", 30), query_of(jobs[1], "c", 30)]
+    short = [query_of(jobs[0], "d"), query_of(jobs[1], "e")]
+    steps: list[None] = []
+
+    def act() -> None:
+        steps.append(None)
+        if len(steps) == 5:
+            for query in short:
+                serving._answering.add(query)
+        if all(query.done for query in short):
+            for query in (many, *long):
+                query.leave()
+
+    serving = service(enclave, act)
+    for query in (many, *long):
+        serving._answering.add(query)
+    with working(serving):
+        assert all(query.wait(30) and query.completions == [RED] for query in short)
+        assert all(query.wait(30) for query in (many, *long))
+    assert len(steps) < 50 and not serving._answering.wanted and not serving._answering._paid
+    assert [enclave.book.record(job).queries for job in jobs] == [101, 3]
+
+
+@pytest.mark.usefixtures("no_patience")
+def test_a_long_answer_keeps_no_job_waiting_and_goes_on_between_its_steps(enclave: Enclave) -> None:
+    job = enclave.done_job()
+    later = enclave.signed_job()
+    long, ran = query_of(job, "a", 30), threading.Event()
+
+    class Slow(FakeRunner):
+        def run(self, *_: Any) -> dict[str, str]:
+            assert not long.done
+            ran.set()
+            return {}
+
+    serving = Service(
+        enclave.book,
+        Slow(lambda: enclave.submit(later) if not ran.is_set() else None),  # type: ignore[arg-type]
+        lambda _: Server(),  # type: ignore[arg-type, return-value]
+        max_file_bytes=1 << 20,
+    )
+    serving._answering.add(long)
+    with working(serving):
+        assert long.wait(30) and long.completions[0].tokens == 30
+    assert ran.is_set() and enclave.book.record(job).queries == 1
+
+
 def test_a_stop_answers_what_was_begun_and_nothing_else(enclave: Enclave) -> None:
     job = enclave.done_job()
     begun, late = query_of(job, "a", 30), query_of(job, "b")

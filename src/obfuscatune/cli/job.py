@@ -271,13 +271,17 @@ def _write(path: Path, signed: "SignedJob", *, new: bool = False) -> None:
 def _print_review(signed: "SignedJob", folder: Path, cards: "list[Path] | None" = None) -> None:
     from obfuscatune.parties.sealed.card import read_card
     from obfuscatune.parties.summary import review
+    from obfuscatune.parties.terms import Terms
 
-    size = None
-    for path in (*(cards or ()), folder / "model.sealed", folder / "model.card"):
-        with contextlib.suppress(UsageError):  # no card here: the estimate says less
-            card = read_card(path)
-            size = card.header.payload_bytes if card.digest == signed.job.model else size
-    for line in review(signed, model_bytes=size):
+    size, terms = None, {}
+    for kind, digest in signed.job.inputs.items():
+        for path in (*(cards or ()), folder / f"{kind}.sealed", folder / f"{kind}.card"):
+            with contextlib.suppress(UsageError, FormatError):  # no card here, or old terms: this says less
+                card = read_card(path)
+                if card.digest == digest:
+                    size = card.header.payload_bytes if kind == "model" else size
+                    terms[f"the {kind}"] = Terms.from_dict(card.header.terms)
+    for line in review(signed, model_bytes=size, terms=terms):
         print(line)
 
 

@@ -2,22 +2,25 @@
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from obfuscatune.errors import printable
 from obfuscatune.parties.exposure import statement
 from obfuscatune.parties.job import Job, SignedJob
+from obfuscatune.parties.quotas import QUOTAS, training_tokens, uses
+from obfuscatune.parties.terms import Terms
 from obfuscatune.parties.vocabulary import TURNS
 from obfuscatune.settings import TrainingSettings
 
 _TERA = 1e12
 
 
-def review(signed: SignedJob, *, model_bytes: int | None = None) -> list[str]:
+def review(signed: SignedJob, *, model_bytes: int | None = None, terms: Mapping[str, Terms] | None = None) -> list[str]:
     """Return what a party reads before it signs, in lines.
 
     Args:
-        signed: the job. model_bytes: of the sealed model, where its card or file is here; for the estimate.
+        signed: the job. model_bytes: of the sealed model, where its card or file is here; for the estimate. terms: by
+            whose they are, where they are known: the quotas that hold for the job.
     """
     job = signed.job
     lines = [
@@ -46,6 +49,7 @@ def review(signed: SignedJob, *, model_bytes: int | None = None) -> list[str]:
         "",
         *[_line("estimate", text) for text in estimate(job, model_bytes)],
         "",
+        *[line for whose, given in (terms or {}).items() for line in _quotas(job, whose, given)],
         *[
             _line("signed by", f"{job.role_of(public.fingerprint)} {public.name}  {public.fingerprint}")
             for public, _ in signed.signatures
@@ -63,7 +67,7 @@ def estimate(job: Job, model_bytes: int | None) -> list[str]:
     each = f"a step is {rows} rows, at most {tokens:,} tokens"
     if steps is None:
         return [f"{settings.num_train_epochs:g} passes over the data, whose rows only its owner can count; {each}"]
-    lines = [f"{steps} steps; {each}: at most {steps * tokens:,} tokens"]
+    lines = [f"{steps} steps; {each}: at most {training_tokens(settings):,} tokens"]
     if model_bytes is not None:
         # A LoRA step takes about 4 multiply-adds a parameter and token: forward, and backward for activations alone.
         count = model_bytes / {"float64": 8, "float32": 4, "bfloat16": 2}[job.dtype]
@@ -74,6 +78,16 @@ def estimate(job: Job, model_bytes: int | None) -> list[str]:
         if factor > 1:
             lines.append(f"by way of workers about {factor} times that time, more over slow links (bench measures it)")
     return lines
+
+
+def _quotas(job: Job, whose: str, terms: Terms) -> list[str]:
+    asked = uses(job.settings, job.max_new_tokens)
+    known = {"max_new_tokens"} | ({"max_training_tokens"} if job.settings.max_steps > 0 else set())
+    lines = [_line(f"quotas of {whose}", "the enclave refuses, or ends, a job that goes beyond them")]
+    for quota in QUOTAS:
+        used = f"{asked[quota.name]:,} of " if quota.name in known else "at most "
+        lines.append(_line(f"  {quota.name}", f"{used}{getattr(terms, quota.name):,}: {quota.what}"))
+    return [*lines, ""]
 
 
 def _workers(job: Job) -> list[str]:

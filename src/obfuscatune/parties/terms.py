@@ -3,7 +3,7 @@
 They travel in the header of the sealed file, so the enclave reads them from the owner and from nobody else, and refuses
 a job that goes beyond them even if both parties have signed it. **What is left out is refused.** Written as TOML:
 
-    version = 2
+    version = 3
     profiles = ["enclave", "shared"]     # what a worker may be shown: exact names of profiles, with their switches
     adapter_to = ["provider"]            # who may get the trained adapter
     generations_to = ["owner"]           # who may get completions of the job's prompts
@@ -11,6 +11,10 @@ a job that goes beyond them even if both parties have signed it. **What is left 
     max_queries = 1000                   # prompts, in one job: those sealed with it and those asked later
     partners = ["<fingerprint>"]         # who the other party may be; or "any": anybody whose job this owner signs
     expires = 2027-06-30                 # no job starts after this day (UTC); or "never"
+    max_jobs = 10                        # this and the next three are quotas: see `quotas`
+    max_training_tokens = 10000000
+    max_new_tokens = 512
+    max_stored_bytes = 1073741824
     min_operators = 3                    # how many different operators the workers of secret shares have at least
     workers = "any"                      # whom the enclave's operator chooses; or, one table each:
     [[workers]]
@@ -33,6 +37,8 @@ from obfuscatune.errors import FormatError
 from obfuscatune.parties.exposure import hides_all, line
 from obfuscatune.parties.identity import read_small
 from obfuscatune.parties.job import Job
+from obfuscatune.parties.quotas import QUOTAS
+from obfuscatune.parties.quotas import faults as faults_of_quotas
 from obfuscatune.parties.vocabulary import (
     MAX_QUERIES,
     MAX_WORKERS,
@@ -45,11 +51,12 @@ from obfuscatune.parties.vocabulary import (
 )
 from obfuscatune.profiles import PROFILES
 
-VERSION = 2
+VERSION = 3
 LEAST_OPERATORS = 3
 _DAYS = 90  # of the template
 _ROLES = ("adapter_to", "generations_to", "queries_by")
-_NAMES = {"version", "profiles", *_ROLES, "max_queries", "partners", "expires", "workers", "min_operators", "shows"}
+_NUMBERS = ("max_queries", *(quota.name for quota in QUOTAS), "min_operators")
+_NAMES = {"version", "profiles", *_ROLES, *_NUMBERS, "partners", "expires", "workers", "shows"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +70,10 @@ class Terms:
     max_queries: int = 0
     partners: tuple[str, ...] | Literal["any"] = ()
     expires: int | Literal["never"] = 0
+    max_jobs: int = 0
+    max_training_tokens: int = 0
+    max_new_tokens: int = 0
+    max_stored_bytes: int = 0
     workers: tuple[Worker, ...] | Literal["any"] = ()
     min_operators: int = LEAST_OPERATORS
     shows: dict[str, str] = field(default_factory=dict)
@@ -74,11 +85,10 @@ class Terms:
         return {
             "version": VERSION,
             **{name: list(getattr(self, name)) for name in lists},
-            "max_queries": self.max_queries,
+            **{name: getattr(self, name) for name in _NUMBERS},
             "partners": self.partners if self.partners == "any" else list(self.partners),
             "expires": self.expires,
             "workers": workers,
-            "min_operators": self.min_operators,
             "shows": dict(self.shows),
         }
 
@@ -99,6 +109,7 @@ class Terms:
             faults.append("any date: the terms give none")
         elif self.expires != "never" and now > self.expires:
             faults.append("the date")
+        faults += faults_of_quotas(self, job.settings, job.max_new_tokens)
         return faults + self._faults_of_workers(job)
 
     def _faults_of_workers(self, job: Job) -> list[str]:
@@ -136,7 +147,7 @@ class Terms:
         if not isinstance(fields, dict):
             raise FormatError(f"{what} are not a map", got=type(fields).__name__)
         if fields.get("version") != VERSION or type(fields["version"]) is not int:
-            hint = "version 1 gave what it left out: write what you give, then seal it again (obfuscatune seal terms)"
+            hint = "earlier ones had no quotas: write what you give, then seal it again (obfuscatune seal terms)"
             got = fields.get("version") if type(fields.get("version")) is int else "none"
             raise FormatError(f"{what} are of another version", got=got, expected=f"version = {VERSION}", hint=hint)
         faults = [f"unknown {name[:40]!r}" for name in sorted(set(fields) - _NAMES)]
@@ -146,7 +157,8 @@ class Terms:
         partners = fields.get("partners", [])
         if partners != "any" and not (isinstance(partners, list) and all(map(is_digest, partners))):
             faults.append('partners is not a list of fingerprints, or "any"')
-        for name, least, greatest in (("max_queries", 0, MAX_QUERIES), ("min_operators", 2, MAX_WORKERS)):
+        bounds = [("max_queries", 0, MAX_QUERIES), ("min_operators", 2, MAX_WORKERS)]
+        for name, least, greatest in [*bounds, *((quota.name, 0, quota.greatest) for quota in QUOTAS)]:
             if name in fields and (type(fields[name]) is not int or not least <= fields[name] <= greatest):
                 faults.append(f"{name} is not a number from {least} to {greatest}")
         expires = fields.get("expires", 1)
@@ -206,6 +218,9 @@ def template(role: Role, partners: Sequence[str] = (), today: datetime.date | No
             "max_queries = 100  # prompts in one job, those of the sealed file and those asked later",
             f'partners = [{listed}]  # fingerprints of who the other party may be; or "any" whose job you sign',
             f'expires = {until}  # no job starts after this day; or "never"',
+            "# Quotas: how much of the enclave jobs may use; one that is left out refuses every job.",
+            *[f"{quota.name} = {quota.template}  # {quota.what}" for quota in QUOTAS],
+            "",
             f"min_operators = {LEAST_OPERATORS}  # of the workers of secret shares",
             "",
             "# The workers whom you trust not to collude, for the profile shared: one table each.",

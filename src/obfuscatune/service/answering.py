@@ -2,6 +2,9 @@
 
 Queries of one job's model share a batch. One that comes later joins between two rounds, as long as no query of another
 job waits: that one's model has to be loaded, and it must not wait for ever.
+
+Nobody's long answers keep others out: while other queries wait, or a job does, those under way get `TURN_SECONDS`. Then
+they go to the end of the queue with what they have, or go on between the steps of the job.
 """
 
 import collections
@@ -12,6 +15,7 @@ from typing import Protocol
 
 from obfuscatune.errors import BusyError, ConsentError, ObfuscatuneError
 from obfuscatune.parties.job import SignedJob
+from obfuscatune.parties.vocabulary import TURN_SECONDS
 from obfuscatune.service.answers import Answers
 from obfuscatune.service.book import Book
 from obfuscatune.service.generation import Enough, Row
@@ -50,6 +54,8 @@ class Answering:
         self._stopped = stopped
         self._waiting: collections.deque[Query] = collections.deque()
         self._begun: dict[int, tuple[Query, list[Row]]] = {}
+        self._set_aside: dict[int, tuple[Query, list[Row]]] = {}  # begun, and in the queue again
+        self._spent = 0.0  # seconds of rounds since those under way began, or were taken up
         self._paid: set[str] = set()  # questions that were counted when a query under way began
         self._job = ""  # whose model those that have begun are for
         self._leaving: float | None = None  # when the enclave ends, whatever is not answered by then
@@ -59,7 +65,11 @@ class Answering:
         """Let a query wait for its turn."""
         with self._book.changed:
             # Without those whose party waits no longer: one that asks and leaves must not fill the memory.
-            self._waiting = collections.deque(one for one in self._waiting if one.prompts)
+            for gone in [one for one in self._waiting if one.left or not one.prompts]:
+                self._waiting.remove(gone)
+                self._set_aside.pop(id(gone), None)
+                self._forget(gone)
+                gone.finish([])
             self._waiting.append(query)
             self._book.changed.notify_all()
 
@@ -80,12 +90,16 @@ class Answering:
         """Answer queries until there are none, or for so many seconds, and then go on at the next turn.
 
         With ``seconds`` the queries are those of one job, and the time begins when its model is loaded; it ends after
-        the token at which it is over. Without, none is begun once a job is queued: it takes them between its steps.
+        the token at which it is over. Without, none is begun once a job is queued: it takes them between its steps, and
+        those under way when `TURN_SECONDS` are over.
         """
         until: float | None = None
         while True:
             if seconds is not None or not self._book.has_queued():
+                self._set_aside_long(other=until is None)
                 self._admit(other=until is None)
+            elif until is None:
+                until = time.monotonic() + max(0.0, TURN_SECONDS - self._spent)
             if not self._begun:
                 break
             if seconds is not None and until is None:
@@ -114,6 +128,7 @@ class Answering:
         """Tell those who wait that nothing comes."""
         with self._book.changed:
             left = [*self._waiting, *(query for query, _ in self._begun.values())]
+            self._set_aside.clear()
             self._waiting.clear()
             self._begun.clear()
         for query in left:
@@ -131,8 +146,27 @@ class Answering:
                 self._job = query.job
             self._begin(query)
 
+    def _set_aside_long(self, other: bool) -> None:
+        """Let others take the place of queries that have had their time: ``other``, whosoever's model they need."""
+        with self._book.changed:
+            if not (self._begun and self._others_wait(other) and self._is_long()) or self._stopped():
+                return
+            self._waiting.extend(query for query, _ in self._begun.values())
+            self._set_aside |= self._begun
+            self._begun.clear()
+        self._alone, self._spent = False, 0.0
+
+    def _others_wait(self, other: bool) -> bool:
+        return bool(self._waiting) and (other or self._waiting[0].job == self._job)
+
+    def _is_long(self) -> bool:
+        return self._spent >= TURN_SECONDS
+
     def _begin(self, query: Query) -> None:
         """Check, count, compute, in this order: a prompt that is refused costs nothing, and no crash gives any away."""
+        if (begun := self._set_aside.pop(id(query), None)) is not None:
+            self._begun[id(query)] = begun
+            return
         try:
             if not query.take():
                 return query.finish([])
@@ -163,10 +197,18 @@ class Answering:
                 query.fail(ConsentError("the job answers no more", hint="obfuscatune job list"))
             return
         rows = [row for _, found in (begun[:1] if self._alone else begun) for row in found if not row.lapse()]
+        before, start = self._spent, 0.0  # what loads the model and takes up the rows does not count
 
         def enough(steps: int, longest: int) -> bool:
+            nonlocal start
+            start = start or time.monotonic()
+            self._spent = before + time.monotonic() - start
             if self._is_over(until) or self._ended():
                 return True
+            if self._is_long():
+                with self._book.changed:
+                    if self._others_wait(until is None) or (until is None and self._book.has_queued()):
+                        return True
             if self._alone or steps < max(LEAST_STEPS, longest // PREFILL_SHARE) or len(rows) >= MAX_ROWS:
                 return False
             with self._book.changed:
@@ -182,7 +224,7 @@ class Answering:
                 self._fail(begun[0][0], error)
             self._alone = True
         self._end(query for query, found in begun if id(query) in self._begun and all(row.done for row in found))
-        self._alone = self._alone and bool(self._begun)
+        self._alone, self._spent = self._alone and bool(self._begun), self._spent if self._begun else 0.0
 
     def _end(self, queries: Iterable[Query]) -> None:
         for query in queries:
@@ -220,7 +262,8 @@ class Answering:
 
     def _forget(self, query: Query) -> None:
         """Its question was counted for nobody who is under way, unless another query asks the same."""
-        if all(other.question != query.question for other, _ in self._begun.values()):
+        under_way = (*self._begun.values(), *self._set_aside.values())
+        if all(other.question != query.question for other, _ in under_way):
             self._paid.discard(query.question)
 
     def _adapter(self, job: str) -> str:

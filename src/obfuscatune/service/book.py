@@ -34,12 +34,16 @@ from obfuscatune.service.records import ENDED, USED_UP, WORKERS, JobFiles, Recor
 from obfuscatune.service.shares import Parties, room_for
 from obfuscatune.service.state import State
 from obfuscatune.service.store import Store
+from obfuscatune.service.uses import BYTES as USE_BYTES
+from obfuscatune.service.uses import Input, Uses
 
 logger = logging.getLogger(__name__)
 MAX_STARTS = 5  # without a checkpoint in between: a job that brings the enclave down must not do so for ever
 MAX_BYTES = 8 << 20  # of all records, by `Record.bytes`: the state's limits are above
 KEPT_SECONDS = 7 * 86_400  # for which results that nobody has fetched make no room
-_MAX_NOTED = 1000  # refusals of one party that the log tells of, in one life of the enclave: it must not be flooded
+# In one life of the enclave, since the log must not be flooded: refusals of a party that it tells of, queries of a job
+# that are given back, and times that a failed job is taken in again.
+_MAX_NOTED = 1000
 _MAX_STEPS = 1 << 53
 _MAX_WORD = 80  # of the log
 MAX_COUNTED = 8  # questions of a job, as many as its parties may have under way
@@ -66,7 +70,7 @@ class Book:
         left: Callable[[], frozenset[str]] = frozenset,
     ) -> None:
         self.state, self.log, self.store, self._parties, self._ended = state, log, store, parties, ended
-        self._left, self._enclaves = left, state.fingerprints
+        self._left, self._enclaves, self._uses = left, state.fingerprints, Uses(state)
         self.committed: Callable[[], None] = lambda: None  # called after each commit, and before anything is done
         self.changed = threading.Condition(state.lock)
         self._files = JobFiles(store.directory / "jobs")
@@ -75,6 +79,8 @@ class Book:
         self._signed = {digest: signed for digest in kept if (signed := self._files.read(digest)) is not None}
         self._noted: set[tuple[str, str]] = set()
         self._noted_of: Counter[str] = Counter()
+        self._given_back: Counter[str] = Counter()
+        self._again: Counter[str] = Counter()
         self._committed = log.length
         with state.lock:
             if state.handed:  # nothing of it is ours to change
@@ -107,6 +113,8 @@ class Book:
             record = self._records.get(digest)
             try:
                 check_job(signed, enclaves=self._enclaves, now=time.time(), ended=self._ended())
+                if record is None and signed.job.expires <= self.state.forgotten:  # it may have been run
+                    raise ConsentError("job has expired", hint="make a new one, and let both sign it")
                 if record is not None and record.status in USED_UP:
                     raise ConsentError("job is used up", got=record.status, hint="make a new one, and let both sign it")
             except ConsentError as error:
@@ -124,6 +132,9 @@ class Book:
                 self._enter(digest, new, "submitted", party=party)
                 self._signed[digest] = signed
             elif record.status == "failed":  # to the end of the queue: one that always fails must not hold up others
+                self._again[digest] += 1
+                if self._again[digest] > _MAX_NOTED:
+                    raise UsageError("the job has failed too often", expected=f"at most {_MAX_NOTED} times")
                 again = replace(record, status="waiting", reason="", order=last, starts=0, retired=False)
                 if record.retired:
                     self._require_room(party, again.bytes - record.bytes)
@@ -136,6 +147,7 @@ class Book:
     def _require_room(self, party: str, size: int) -> None:
         self._forget_expired()
         if self._room(party) < size or self.store.room(party) == 0:
+            self._uses.forget(time.time(), self._named())
             self.make_room(party, lambda: self._room(party) >= size and self.store.room(party) > 0)
         if self._room(party) < size or self.store.room(party) == 0:
             hint = "fetch the results of earlier jobs: what was fetched makes room; unfetched ones do after a week"
@@ -146,7 +158,10 @@ class Book:
         for record in self._records.values():
             for name in record.parties:
                 used[name] += record.bytes
-        taken = sum(record.bytes for record in self._records.values())
+        counts = self._uses.used()
+        for name in counts:
+            used[name] += USE_BYTES
+        taken = sum(record.bytes for record in self._records.values()) + USE_BYTES * len(counts)
         return room_for(party, total=MAX_BYTES, taken=taken, used=used, parties=self._parties())
 
     def make_room(self, party: str, enough: Callable[[], bool]) -> None:
@@ -205,10 +220,14 @@ class Book:
             self._drop(file)
 
     def _forget_expired(self) -> None:
-        """Drop the lines of retired jobs that could not be submitted any more; refuse what has waited too long."""
+        """Drop the lines of retired jobs that could not be submitted any more; refuse what has waited too long.
+
+        What is dropped stays over, whatever the clock says later: `State.forgotten`.
+        """
         now = time.time()
         for digest, record in list(self._records.items()):
             if record.expires <= now and record.retired:
+                self.state.forgotten = max(self.state.forgotten, record.expires)
                 self._set(digest, None)
             elif record.expires <= now and record.status == "waiting":
                 self._refuse(digest, ConsentError("job has expired while it waited for its inputs"))
@@ -258,13 +277,18 @@ class Book:
                     self._enter(digest, replace(record, status="queued"), "queued", profile=profile)
             self.changed.notify_all()
 
-    def _check(self, digest: str, ended: Container[str]) -> None:
-        """Check a job and its inputs against what both owners have agreed to, as of now."""
+    def _check(self, digest: str, ended: Container[str]) -> dict[str, Input]:
+        """Check a job and its inputs against what both owners have agreed to, as of now; return the inputs by kind."""
         signed, now = self._signed[digest], time.time()
         check_job(signed, enclaves=self._enclaves, now=now, ended=ended)
+        inputs = {}
         for kind, file in signed.job.inputs.items():
             found = read_header(self.store.path(file))
-            check_input(signed, kind, found.digest, found.header, now=now)
+            terms = check_input(signed, kind, found.digest, found.header, now=now)
+            inputs[kind] = Input(file, getattr(signed.job, OWNERS[kind]), terms)
+        if not self._records[digest].used:
+            self._uses.check(inputs)
+        return inputs
 
     def _refuse(self, digest: str, error: ObfuscatuneError) -> None:
         # A refusal's text goes to the parties: it holds names of profiles and roles, and digests.
@@ -283,7 +307,7 @@ class Book:
             _, digest = min(queued)
             ended = self._ended()
             try:
-                self._check(digest, ended)
+                inputs = self._check(digest, ended)
             except ConsentError as error:
                 self._refuse(digest, error)
                 return None
@@ -291,8 +315,13 @@ class Book:
                 self.failed(digest, error)
                 return None
             record = self._records[digest]
-            started = replace(record, status="running", starts=record.starts + 1)
-            self._enter(digest, started, "started", starts=started.starts)
+            started = replace(record, status="running", starts=record.starts + 1, used=True)
+            undo = self._uses.count({} if record.used else inputs)
+            try:
+                self._enter(digest, started, "started", starts=started.starts)
+            except BaseException:
+                undo()
+                raise
             return digest
 
     def has_queued(self) -> bool:
@@ -468,10 +497,13 @@ class Book:
             return True
 
     def query_failed(self, digest: str, party: str, prompts: int, question: str) -> None:
-        """Give back the prompts of a query that was counted and not answered."""
+        """Give back the prompts of a query that was counted and not answered, up to 1,000 times in a job."""
         with self.state.lock:
             record = self._records.get(digest)
             if record is None or question not in record.counted.split():  # forgotten since, or given back before
+                return
+            self._given_back[digest] += 1
+            if self._given_back[digest] > _MAX_NOTED:  # it stays counted, and can be asked again for nothing
                 return
             left = " ".join(other for other in record.counted.split() if other != question)
             given_back = replace(record, queries=max(0, record.queries - prompts), counted=left)

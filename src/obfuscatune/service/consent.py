@@ -43,8 +43,8 @@ def check_job(signed: SignedJob, *, enclaves: frozenset[str], now: float, ended:
         raise ConsentError("job has expired", hint="make a new one, and let both sign it")
 
 
-def check_input(signed: SignedJob, kind: str, digest: str, header: Header, *, now: float) -> None:
-    """Check a sealed input against the job and against its owner's terms.
+def check_input(signed: SignedJob, kind: str, digest: str, header: Header, *, now: float) -> Terms:
+    """Check a sealed input against the job and against its owner's terms, and return these.
 
     Args:
         signed: the job. kind: ``model``, ``data`` or ``prompts``. digest, header: of the sealed file, signature
@@ -63,11 +63,13 @@ def check_input(signed: SignedJob, kind: str, digest: str, header: Header, *, no
     version = (header.terms or {}).get("version")
     if version != VERSION or type(version) is not int:
         what = f"no terms of the {kind}" if header.terms is None else f"terms of the {kind} are of another version"
-        hint = "what is left out used to be given: seal it again, with terms (obfuscatune seal terms)"
+        hint = "terms state quotas now, and refuse what they leave out: seal it again (obfuscatune seal terms)"
         raise ConsentError(what, expected=f"version {VERSION}", hint=hint)
-    faults = Terms.from_dict(header.terms, f"terms of the {kind}").faults(job, role, now)
+    terms = Terms.from_dict(header.terms, f"terms of the {kind}")
+    faults = terms.faults(job, role, now)
     if faults:
         raise ConsentError(f"terms of the {kind} do not allow", got="; ".join(faults))
+    return terms
 
 
 def check_query(job: Job, party: str, *, prompts: int, before: int, tokens: int, now: float) -> None:

@@ -16,6 +16,7 @@ parties to judge before they release. They see it in the audit log.
 
 import base64
 import hmac
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -29,12 +30,14 @@ from obfuscatune.parties.canonical import decode, encode, unbase64
 from obfuscatune.parties.identity import Identity, PublicIdentity, read_small
 from obfuscatune.parties.upgrade import SHARE_BYTES, certify, share_info, signers
 from obfuscatune.parties.vocabulary import is_digest
-from obfuscatune.service.handover import NAMES, Taken
+from obfuscatune.service.handover import EARLIER, NAMES, Taken
 from obfuscatune.service.members import chains
 from obfuscatune.service.state import MAX_BYTES, State
 
+logger = logging.getLogger(__name__)
 FORMAT = "obfuscatune escrow 1"
 FILE = "escrow.sealed"
+REVOKED = "a party has revoked its identity: the state is kept in escrow no more, and is lost when this enclave stops"
 NO_STATEMENT = "0" * 64  # in the certificate: the parties have released it, and signed no upgrade
 _NAMES = {"box", "enclave", "format", "nonce", "shares"}
 
@@ -65,7 +68,7 @@ class Escrow:
                 return
             if self._for != state.members:
                 self._split()
-            if not self._shares:  # a party has revoked its identity: nobody could ever release its share
+            if not self._shares:  # nobody could ever release the share of an identity that was revoked
                 self._path.unlink(missing_ok=True)
                 return
             fields = {name: value for name, value in state.fields().items() if name in NAMES}
@@ -83,6 +86,7 @@ class Escrow:
         parties = set(signers([each for each in chains(self._state) if each is not None]).values())
         self._for, self._shares = list(self._state.members), {}
         if None in parties or not parties:
+            logger.warning("%s", REVOKED)
             return
         self._key = bytes(SHARE_BYTES)
         for party in parties:
@@ -147,7 +151,7 @@ class Recovery:
         if problem is not None:
             raise problem
         fields = decode(plain, "state of an escrow", max_bytes=MAX_BYTES)
-        if set(fields) != NAMES:
+        if set(fields) not in (NAMES, EARLIER):
             raise FormatError("state of an escrow has other fields")
         old = Identity.from_bytes(base64.b64decode(fields["identity"]), "identity of an escrow")
         if old.public.fingerprint != record["enclave"]:

@@ -36,7 +36,8 @@ FORMAT = "obfuscatune hand-over 1"
 MAX_BUNDLE_BYTES = 2 * MAX_BYTES
 MAX_FORMER = 16  # enclaves in a row that have handed over
 _CONTEXT = "hand-over"
-NAMES = frozenset({"former", "identity", "jobs", "log_head", "log_length", "members"})
+NAMES = frozenset({"forgotten", "former", "identity", "jobs", "log_head", "log_length", "members", "uses"})
+EARLIER = NAMES - {"forgotten", "uses"}  # of code that counted no jobs
 
 
 def give(book: Book, statement: bytes, evidence: bytes, *, simulated: bool) -> bytes:
@@ -116,6 +117,7 @@ class Taken:
         }
         state.former = [*self.fields["former"], former]
         state.jobs = self.fields["jobs"]
+        state.uses, state.forgotten = self.fields.get("uses", {}), self.fields.get("forgotten", 0)
         state.log_head, state.log_length = self.log
         state.members = [found(state.identity.public.fingerprint, before.members).to_bytes().decode()]
 
@@ -137,7 +139,7 @@ def open_bundle(data: bytes, identity: Identity) -> Taken:
     if not sender.verify(signature, _CONTEXT, _signed(box, certificate)):
         raise SealError("a hand-over that was changed")
     inner = decode(identity.unwrap(box, certificate), "state that is handed over", max_bytes=MAX_BYTES)
-    if set(inner) != NAMES:
+    if set(inner) not in (NAMES, EARLIER):
         raise FormatError("state that is handed over has other fields")
     old = Identity.from_bytes(base64.b64decode(inner["identity"]), "identity that is handed over")
     if old.public != sender:

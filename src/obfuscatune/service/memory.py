@@ -1,4 +1,4 @@
-"""Whether a second model fits beside a job that runs: the job must not be killed for a query.
+"""Whether a model fits: a job must not be killed for a query, nor the enclave for a job that cannot fit.
 
 What a model of n bytes (sealed weights, in the job's dtype) takes is taken to be n in the enclave, the most that any
 profile leaves there, and n and a process of its own for each worker that the enclave starts. Workers elsewhere look
@@ -26,14 +26,29 @@ def require_memory(weights: int, workers: Sequence[str], *, remote: bool) -> Non
         BusyError: it does not fit.
     """
     spawned = sum(worker == "spawn" for worker in workers) if remote else 0
-    needed, free = weights + spawned * (weights + PROCESS_BYTES), free_bytes()
-    if free is not None and needed > free:
-        raise BusyError(
-            "a second model does not fit beside the job that runs",
-            got=f"{free // _MIB} MiB free",
-            expected=f"{needed // _MIB} MiB",
-            hint="ask again when the job is done",
+    needed = weights + spawned * (weights + PROCESS_BYTES)
+    _require(needed, "a second model does not fit beside the job that runs", "ask again when the job is done")
+
+
+def require_memory_of_job(inputs: int, *, remote: bool) -> None:
+    """Check that a job may fit at all: its sealed inputs of so many bytes, unless workers may have the model.
+
+    What a training takes beside them, nobody knows before. But inputs larger than the machine would have the kernel end
+    the enclave, for all parties.
+
+    Raises:
+        BusyError: it cannot fit.
+    """
+    if not remote:
+        _require(
+            inputs, "the job's inputs do not fit into the enclave's memory", "a smaller model, or a machine with more"
         )
+
+
+def _require(needed: int, what: str, hint: str) -> None:
+    free = free_bytes()
+    if free is not None and needed > free:
+        raise BusyError(what, got=f"{free // _MIB} MiB free", expected=f"{needed // _MIB} MiB", hint=hint)
 
 
 def free_bytes() -> int | None:

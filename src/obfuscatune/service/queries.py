@@ -55,6 +55,11 @@ class Query:
         parts = [self.job, self.party, list(self.prompts), chosen.longest, list(chosen.stop), sampling]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
+    @property
+    def under_way(self) -> bool:
+        """Whether it waits or is computed: also where its party has waited long enough, and will ask again."""
+        return bool(self.prompts) and not (self.done or self.left)
+
     # For the thread that has the model
 
     def take(self) -> bool:

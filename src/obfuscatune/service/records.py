@@ -36,6 +36,7 @@ class Record:
             `placement` tells. cancelled: whether a party has asked for the end of a running job.
         named: how many workers the job names.
         ended: Unix second. fetched: "role kind" of results that were fetched whole.
+        used: whether it counts among the jobs of its inputs, see `uses`.
         retired: its files have made room for others'; nothing but this record is left.
     """
 
@@ -59,6 +60,7 @@ class Record:
     named: int = 0
     ended: int = 0
     fetched: tuple[str, ...] = ()
+    used: bool = False
     retired: bool = False
 
     @property

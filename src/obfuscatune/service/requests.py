@@ -5,7 +5,6 @@ import json
 import os
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -48,7 +47,7 @@ class Requests:
         self._answers = answers
         self._book, self._ask, self._wait, self._max_file_bytes = book, ask, wait, max_file_bytes
         self._lock = threading.Lock()  # of the two below
-        self._waiting: Counter[str] = Counter()
+        self._under_way: dict[str, list[Query]] = {}
         self._fetched: set[tuple[str, str, str]] = set()
         self._operations: dict[str, Callable[[PublicIdentity, dict[str, Any], bytes], Reply | Parts]] = {
             "submit": self._submit,
@@ -201,7 +200,7 @@ class Requests:
     def _parts(self, query: Query, wait: float) -> Parts:
         """Hand a query over, and yield what there is of its answer; one whose client leaves is given up."""
         until = time.monotonic() + wait
-        with self._place(query.party):
+        with self._place(query):
             self._ask(query)
             try:
                 while not query.done and (rest := until - time.monotonic()) > 0:
@@ -221,18 +220,20 @@ class Requests:
         return _reply(query, query.completions)
 
     @contextlib.contextmanager
-    def _place(self, party: str) -> Iterator[None]:
-        """Hold one of a party's places among the waiting queries."""
+    def _place(self, query: Query) -> Iterator[None]:
+        """Hold one of a party's places until the query is done, though its party may have gone before."""
         with self._lock:
-            if self._waiting[party] >= MAX_WAITING:
+            held = [one for one in self._under_way.get(query.party, ()) if one.under_way]
+            self._under_way[query.party] = held
+            if len(held) >= MAX_WAITING:
                 hint = "ask again when one of them is answered"
                 raise BusyError("too many queries at a time", expected=f"at most {MAX_WAITING} of a party", hint=hint)
-            self._waiting[party] += 1
+            held.append(query)
         try:
             yield
         finally:
             with self._lock:
-                self._waiting[party] -= 1
+                self._under_way[query.party] = [one for one in self._under_way[query.party] if one.under_way]
 
     def _own(self, party: PublicIdentity, fields: dict[str, Any]) -> tuple[str, Record]:
         """Return digest and record of the job that a request names, if the party has a role in it."""

@@ -20,6 +20,7 @@ from obfuscatune.enclave.keys import MasterSecret
 from obfuscatune.enclave.protect import protect
 from obfuscatune.enclave.protected import Protected
 from obfuscatune.errors import ConsentError, FormatError, SealError, UsageError, WorkerFault
+from obfuscatune.parties import quotas
 from obfuscatune.parties.identity import Identity, PublicIdentity
 from obfuscatune.parties.job import Job, SignedJob
 from obfuscatune.parties.sealed.archive import SealedArchive, seal_files
@@ -28,7 +29,7 @@ from obfuscatune.parties.sealed.header import read_header
 from obfuscatune.parties.sealed.reader import SealedReader
 from obfuscatune.parties.terms import Terms
 from obfuscatune.service.generation import Enough, Row, compute
-from obfuscatune.service.memory import require_memory
+from obfuscatune.service.memory import require_memory, require_memory_of_job
 from obfuscatune.service.model import open_model
 from obfuscatune.service.placement import Placed, Workers, placed
 from obfuscatune.service.queries import Query
@@ -92,6 +93,8 @@ class Runner:
         self._alive: contextlib.ExitStack | None = None
         self._loaded: tuple[str, Protected, Any] | None = None  # job, model, tokenizer
         self._write = Hooks.store
+        self._terms: dict[str, Terms] = {}  # of the inputs of the job that runs
+        self._stored: dict[str, int] = {}  # bytes of its sealed files, by kind
         self._running = False
 
     def run(self, signed: SignedJob, checkpoint: str | None, hooks: Hooks) -> dict[str, str]:
@@ -102,10 +105,14 @@ class Runner:
 
         Raises:
             ObfuscatuneError: the worker failed, an input breaks its format, the model cannot be run exactly.
-            ConsentError: more prompts than the provider's terms allow.
+            ConsentError: more prompts than the provider's terms allow, or beyond a quota of anybody's.
         """
         job, self._write = signed.job, hooks.store
+        self._terms = {kind: self._terms_of(file, kind) for kind, file in job.inputs.items()}
+        self._stored = {} if checkpoint is None else {"checkpoint": self._store.path(checkpoint).stat().st_size}
         self.close()  # a job is not refused memory for the sake of queries; they are, see `_opened`
+        sizes = [self._store.path(file).stat().st_size for file in job.inputs.values()]
+        require_memory_of_job(sum(sizes), remote=job.resolved.remote)
         with self._runs(), self._open(job, checkpoint) as (protected, tokenizer, ram, keep):
             hooks.placed(placed(job, protected.links))
             prompts = self._prompts(job, ram)  # now, because their fault should not cost a training
@@ -245,6 +252,11 @@ class Runner:
             raise SealError("a sealed file was exchanged on the disk", got=reader.digest, expected=digest)
         return reader
 
+    def _terms_of(self, digest: str, kind: Any) -> Terms:
+        """The terms of a sealed input."""
+        with self._reader(digest, kind) as reader:
+            return Terms.from_dict(reader.terms, f"terms of the {kind}")
+
     def _unpack(self, digest: str, kind: Kind, target: Path) -> Path:
         """Put the files of a sealed file into a directory in memory."""
         target.mkdir(mode=0o700, exist_ok=True)
@@ -290,8 +302,7 @@ class Runner:
         path, _ = self._rows(job.prompts, "prompts", ram)
         prompts = [prompt for _, prompt in read_prompts(path)]
         path.unlink()
-        with self._reader(job.model, "model") as model:
-            allowed = Terms.from_dict(model.terms, "terms of the model").max_queries
+        allowed = self._terms["model"].max_queries
         if len(prompts) + job.max_queries > allowed:
             got = f"{len(prompts)} in the file and {job.max_queries} later"
             raise ConsentError("more prompts than the model's terms allow", got=got, expected=f"at most {allowed}")
@@ -308,6 +319,8 @@ class Runner:
             None if path is None else _encoded(path, tokenizer, min(settings.max_length, positions), config)
             for path in self._rows(job.data, "data", ram)
         ]
+        tokens = quotas.training_tokens(settings, 0 if rows is None else len(rows))
+        quotas.require(self._terms, "max_training_tokens", tokens or 0)
         found = sorted((ram / "run").glob("checkpoint-*"))
         trainer = ProtectedTrainer(
             protected,
@@ -364,7 +377,10 @@ class Runner:
 
     def _seal(self, kind: Kind, files: dict[str, Path | bytes], recipients: list[PublicIdentity]) -> str:
         def seal(path: Path) -> str:
-            return seal_files(path, files, kind=kind, sender=self._identity, recipients=recipients)
+            digest = seal_files(path, files, kind=kind, sender=self._identity, recipients=recipients)
+            self._stored[kind] = path.stat().st_size  # of a checkpoint the last: the one before is dropped
+            quotas.require(self._terms, "max_stored_bytes", sum(self._stored.values()))
+            return digest
 
         return self._write(lambda: self._store.put(kind, seal))
 

@@ -2,9 +2,9 @@
 
 One file, ``state.sealed``:
 
-    "obfuscatune enclave state 3" || 0x00 || version (8 bytes, big endian) || nonce (12) || AES-256-GCM
+    "obfuscatune enclave state 4" || 0x00 || version (8 bytes, big endian) || nonce (12) || AES-256-GCM
 
-under HKDF-SHA256(sealing key of the platform, info "obfuscatune enclave state 3"), with magic and version as associated
+under HKDF-SHA256(sealing key of the platform, info "obfuscatune enclave state 4"), with magic and version as associated
 data. The plain text is canonical JSON: format, version, identity, jobs, members, head and length of the audit log, and
 to whom all of it was handed over. The nonce is random and not the version: after a crash the same version is written
 again with other content.
@@ -43,7 +43,7 @@ from obfuscatune.parties.canonical import decode, encode
 from obfuscatune.parties.identity import Identity, read_small
 from obfuscatune.service.entries import NO_ENTRIES
 
-FORMAT = "obfuscatune enclave state 3"
+FORMAT = "obfuscatune enclave state 4"
 MAX_BYTES = 16 << 20
 NEW_IDENTITY = (
     "no state is here, though the platform's counter has been used: if there was a state, put it back; otherwise this "
@@ -72,6 +72,8 @@ class State:
             others may commit holds ``lock``.
         members: the chain of memberships, one canonical text a change; empty while it is open.
         former: of enclaves that have handed over to this one, oldest first: see `handover`.
+        uses: of each sealed input with a quota of jobs: see `uses`. forgotten: Unix second; whatever expired up to then
+            may have been forgotten here, and is over although the clock may say otherwise.
         handed: to whom the state was handed over, and under which statement; empty where it was not.
         log_head: digest of the last entry of the audit log that is committed.
         log_length: number of its entries.
@@ -88,6 +90,8 @@ class State:
         self.jobs: dict[str, Any] = {}
         self.members: list[str] = []
         self.former: list[dict[str, Any]] = []
+        self.uses: dict[str, str] = {}
+        self.forgotten = 0
         self.handed: dict[str, str] = {}
         self.log_head, self.log_length = NO_ENTRIES, 0
         self.in_memory = key is None
@@ -201,6 +205,7 @@ class State:
     def fields(self) -> dict[str, Any]:
         """Return all of it but version and format. Secret: what an enclave hands over."""
         return {
+            "forgotten": self.forgotten,
             "former": self.former,
             "handed": self.handed,
             "identity": base64.b64encode(self.identity.to_bytes()).decode(),
@@ -208,12 +213,14 @@ class State:
             "log_head": self.log_head,
             "log_length": self.log_length,
             "members": self.members,
+            "uses": self.uses,
         }
 
     def _take(self, fields: dict[str, Any]) -> None:
         self.identity = Identity.from_bytes(base64.b64decode(fields["identity"]), "the enclave's identity")
         self.jobs, self.log_head, self.log_length = fields["jobs"], fields["log_head"], fields["log_length"]
         self.members, self.handed, self.former = fields["members"], fields["handed"], fields["former"]
+        self.uses, self.forgotten = fields["uses"], fields["forgotten"]
 
     def _check_version(self, version: int) -> None:
         self._version = version

@@ -56,9 +56,11 @@ class NitroAttester:
         if type(document) is not bytes or len(document) > MAX_QUOTE_BYTES:
             raise AttestationError("the Nitro module gives no document", where=str(self._device))
         try:
-            bound = nitro.peek(document)["report data"] == report_data.hex()
+            with parsing("it"):
+                bound = nitro.peek(document)["report data"] == report_data.hex()
         except FormatError as error:
-            raise AttestationError(f"the Nitro module's document: {error.what}", got=error.got) from None
+            where = str(self._device)
+            raise AttestationError(f"the Nitro module's document: {error.what}", got=error.got, where=where) from None
         if not bound:
             raise AttestationError("the Nitro module's document is over other report data than ours")
         return Quote("nitro", document)
