@@ -443,15 +443,15 @@ def head_replaced(model: Any) -> Tensor:
 @use(HELD)
 def resumed_and_the_best_loaded(model: Any) -> Tensor:
     rows = [{"input_ids": row, "labels": row} for row in tokens(8, 6, seed=5)]
-    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2, "learning_rate": 0.3}
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1, "learning_rate": 0.3}
     quiet = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "logging_strategy": "no"}
     with tempfile.TemporaryDirectory() as directory:
-        for steps in (2, 6):
+        for steps in (1, 3):
             arguments = TrainingArguments(
-                directory, max_steps=steps, per_device_train_batch_size=2, save_steps=2, **best, **quiet
+                directory, max_steps=steps, per_device_train_batch_size=2, save_steps=1, **best, **quiet
             )
             trainer = Trainer(model=model, args=arguments, train_dataset=rows, eval_dataset=rows[:2])
-            trainer.train(resume_from_checkpoint=True if steps == 6 else None)
+            trainer.train(resume_from_checkpoint=True if steps == 3 else None)
     return logits(model.eval())
 
 
