@@ -1,7 +1,7 @@
 """Profiles: the records that say what crosses the boundary and under which keys.
 
 A profile is data. Each field is a switch of its own; the named profiles are instances, and any switch can be changed
-alone (``resolve("balanced", mlp="enclave")``). What each profile leaks is stated in ``docs/design.md``; none of them
+alone (``resolve("balanced", mlp="enclave")``). What each profile leaks is stated in ``docs/security.md``; none of them
 is a cryptographic boundary but `shared`, under the assumptions that ``docs/sharing.md`` names.
 """
 

@@ -1,4 +1,4 @@
-"""What `enclave serve` lets the operator read, besides its own lines: nothing, whatever the libraries would print."""
+"""What `enclave serve` lets the operator read, besides its own lines: nothing; and how long its stop takes."""
 
 import os
 import subprocess
@@ -36,3 +36,34 @@ def test_libraries_and_native_code_print_nothing(tmp_path: Path) -> None:
     )
     assert done.returncode == 0 and done.stdout == "", done.stderr
     assert done.stderr == "offline True on simulated tdx with simulated GPU\n"
+
+
+# A service in the middle of a step that does not end, where what is raised first is lost, as in a destructor.
+STUCK = """
+import contextlib, os, signal, sys, time, types
+from obfuscatune.cli import main
+
+class Service:
+    identity, address = types.SimpleNamespace(fingerprint="f"), "tls://nowhere:1"
+
+    def leave(self):
+        print("leaving", file=sys.stderr)
+
+    def work(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        with contextlib.suppress(SystemExit):
+            time.sleep(60)
+        time.sleep(60)
+
+sys.modules["obfuscatune.service.serve"] = types.SimpleNamespace(
+    open_service=lambda *_, **__: contextlib.nullcontext(Service()), LEAVING_SECONDS=0.1
+)
+sys.exit(main(["enclave", "serve", "--platform", f"simulation:{sys.argv[1]}", "--state", "s", "--parties", "p"]))
+"""
+
+
+def test_sigterm_has_a_bound_whatever_the_enclave_does(tmp_path: Path) -> None:
+    done = subprocess.run(  # noqa: S603 - the step takes longer than the timeout
+        [sys.executable, "-c", STUCK, str(tmp_path / "platform")], capture_output=True, text=True, timeout=50
+    )
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (0, "leaving"), done.stderr

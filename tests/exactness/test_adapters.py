@@ -3,6 +3,7 @@
 import copy
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -294,3 +295,42 @@ def test_other_kinds_of_adapters_are_refused(protect: Any) -> None:
     )
     with pytest.raises(UnsupportedModelError, match="layer of a kind that cannot be keyed"):
         protect(model)
+
+
+# Adapters that come after, on layers that had none
+
+
+def by_add_adapter(model: Any, directory: Path) -> None:
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True))
+
+
+def by_load_adapter(model: Any, directory: Path) -> None:
+    with_lora(gpt2(), seed=44).save_pretrained(directory)
+    model.load_adapter(directory, "second")
+
+
+def by_get_peft_model(model: Any, directory: Path) -> None:
+    get_peft_model(model.get_base_model(), LoraConfig(r=2, target_modules=["c_fc"], fan_in_fan_out=True))
+
+
+def by_pissa(model: Any, directory: Path) -> None:
+    config = LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights="pissa")
+    model.add_adapter("second", config)
+
+
+WAYS = [by_add_adapter, by_load_adapter, by_get_peft_model, by_pissa]
+
+
+@pytest.mark.filterwarnings("ignore")  # of PEFT, which the plain model would get too
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+@pytest.mark.parametrize("profile", ["plain", "paper", "balanced", "strict", "stream"])
+def test_an_adapter_that_needs_a_weight_which_left(protect: Any, tmp_path: Path, profile: str, way: Any) -> None:
+    reference = with_lora(gpt2(dtype=torch.float32), targets=("c_attn",))
+    model = copy.deepcopy(reference)
+    with protect(model, profile=profile) as protected:
+        with pytest.raises(
+            UnsupportedModelError, match=r"(?s)is on the worker.*at transformer\.h\.0\..*hint: adapters on"
+        ):
+            way(protected.model, tmp_path)
+        protected.model.set_adapter("default")
+        assert error(loss(protected.model), loss(reference)) < 1e-4  # the session goes on

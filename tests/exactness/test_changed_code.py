@@ -68,6 +68,14 @@ def hook_on_block(block: Any) -> None:
     block.register_forward_pre_hook(lambda module, args: (args[0].flip(-1), *args[1:]))
 
 
+def scale_of_attention(block: Any) -> None:
+    block.self_attn.scaling = 0.1
+
+
+def activation_of_an_mlp(block: Any) -> None:
+    block.mlp.act_fn = torch.nn.ReLU()
+
+
 def hook_on_linear(block: Any) -> None:
     block.mlp.down_proj.register_forward_hook(lambda module, args, output: 2 * output)
 
@@ -83,6 +91,8 @@ CHANGES: dict[Callable[[Any], None], tuple[str, ...]] = {
     hook_on_norm: WHOLE,
     hook_on_block: ("stream",),
     hook_on_linear: (*WHOLE, *LINEAR),
+    scale_of_attention: WHOLE,
+    activation_of_an_mlp: WHOLE,
 }
 
 
@@ -100,13 +110,49 @@ def test_a_change_runs_where_it_stays_and_is_refused_where_it_leaves(
         expected = reference(input_ids=ids).logits
         assert error(stock(input_ids=ids).logits, expected) > CHANGED
         if profile in CHANGES[change]:
-            with pytest.raises(UnsupportedModelError, match=r"leaves for the worker has .* \(at model\.layers\.0"):
+            with pytest.raises(
+                UnsupportedModelError, match=r"leaves for the worker (has|is not) .* \(at model\.layers\.0"
+            ):
                 protect(model, profile=profile)
             with protect(model, profile=profile, enclave_blocks=1) as protected:  # that block stays
                 assert error(protected.model(input_ids=ids).logits, expected) < EXACT
             return
         with protect(model, profile=profile) as protected:
             assert error(protected.model(input_ids=ids).logits, expected) < EXACT
+
+
+NUMBERS = {
+    "gpt2": {
+        "activation_function": "relu",
+        "n_head": 2,
+        "scale_attn_weights": False,
+        "scale_attn_by_inverse_layer_idx": True,
+    },
+    "llama": {"hidden_act": "relu", "num_attention_heads": 2},
+    "gemma2": {"attn_logit_softcapping": 1.3, "query_pre_attn_scalar": 3, "hidden_activation": "relu"},
+    "gpt_neox": {"hidden_act": "relu", "num_attention_heads": 2, "use_parallel_residual": False},
+}
+
+
+@pytest.mark.parametrize(("family", "name"), [(family, name) for family in NUMBERS for name in NUMBERS[family]])
+def test_a_configuration_that_was_changed_later(protect: Any, family: str, name: str) -> None:
+    """Plain PyTorch does not heed it: the modules have their numbers since they were made."""
+    ids, profile = tokens(2, 6), "stream" if name == "use_parallel_residual" else "balanced"
+    with wide(), torch.no_grad():
+        reference, model = twins_of(family, lora=False)
+        for each in (reference, model):
+            setattr(each.config, name, NUMBERS[family][name])
+        with pytest.raises(UnsupportedModelError, match="is not as its configuration makes it"):
+            protect(model, profile=profile)
+        with protect(model, profile="strict") as protected:
+            assert error(protected.model(input_ids=ids).logits, reference(input_ids=ids).logits) < EXACT
+
+
+def test_a_dropout_of_one_module_is_warned_of(protect: Any) -> None:
+    model = model_of("llama", lora=False)
+    model.model.layers[1].self_attn.attention_dropout = 0.3
+    with pytest.warns(UserWarning, match="attention_dropout > 0 cannot be run"), protect(model):
+        pass
 
 
 def test_a_hook_within_an_adapter_that_leaves(protect: Any) -> None:

@@ -183,9 +183,9 @@ def test_gradient_checkpointing(protect: Any, profile: str, reentrant: bool) -> 
 
 def test_an_argument_that_nothing_would_heed_is_refused(protect: Any) -> None:
     with protect(model_of("llama")) as protected:
-        with pytest.raises(UnsupportedModelError, match=r"not understood.*got cu_seq_lens_q"):
-            protected.model(input_ids=tokens(1, 4), cu_seq_lens_q=torch.tensor([0, 4]))
-        protected.model(input_ids=tokens(1, 4), cu_seq_lens_q=None)
+        with pytest.raises(UnsupportedModelError, match=r"not understood.*got position_bias"):
+            protected.model(input_ids=tokens(1, 4), position_bias=torch.zeros(4))
+        protected.model(input_ids=tokens(1, 4), position_bias=None)
 
 
 def test_masks_and_rotary_tables_cross_once_in_a_pass(protect: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Options of LoRA, of generation and of the Trainer: each is known, and is equal to the plain model's or refused."""
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import fields
@@ -15,6 +16,7 @@ import obfuscatune
 from obfuscatune import UnsupportedModelError, UsageError
 from obfuscatune.enclave.families.options import KNOWN
 
+from .conftest import listening
 from .families import model_of
 from .models import error, gradients, randomize_lora, scalar, tokens, twins, worst
 from .options import GENERATION, LORA, TRAINING
@@ -22,6 +24,7 @@ from .options import GENERATION, LORA, TRAINING
 EXACT = 1e-9  # float64, relative; measured 1e-12
 TRAINED = 1e-7  # LoRA weights after two steps of AdamW from zero, which magnify rounding; measured 4e-10
 BFLOAT16 = 0.1  # two steps of AdamW from gradients that both round, each in its way; measured 3.2e-2
+SHARES = 1e-4  # of `shared`; measured 2e-6
 PROFILES = ["balanced", *(pytest.param(profile, marks=pytest.mark.slow) for profile in ("stream", "strict"))]
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -83,6 +86,31 @@ def test_options_of_lora_that_are_equal(protect: Callable[..., Any], profile: st
         assert worst(gradients(protected.model), gradients(reference)) < EXACT
 
 
+@pytest.fixture
+def everywhere(protect: Callable[..., Any], second_worker: str, tmp_path: Path) -> Iterator[Callable[..., Any]]:
+    """Protect a model under any profile, by as many workers as it needs."""
+    with contextlib.ExitStack() as stack:
+        three: list[str] = []
+
+        def protected(model: Any, profile: str) -> Any:
+            if profile != "shared":
+                return protect(model, profile=profile)
+            three[:] = three or [protect.keywords["worker"], second_worker, stack.enter_context(listening(tmp_path))]
+            return protect(model, profile=profile, worker=three)
+
+        yield protected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("profile", ["plain", "naive", "paper", "shared", "enclave"])
+def test_options_of_lora_under_the_other_profiles(everywhere: Callable[..., Any], profile: str) -> None:
+    for options in EQUAL:
+        reference = adapted_with(**options)
+        with everywhere(copy.deepcopy(reference), profile) as protected, torch.no_grad():
+            found = [each(tokens(2, 6)).logits for each in (reference, protected.model)]
+        assert error(found[1], found[0]) < (SHARES if profile == "shared" else EXACT), options
+
+
 @pytest.mark.parametrize("options", REFUSED, ids=lambda options: next(iter(options)))
 def test_options_of_lora_that_are_refused(protect: Callable[..., Any], options: dict[str, Any]) -> None:
     name, model = next(iter(options)), adapted_with(**options)
@@ -127,6 +155,15 @@ def test_ways_to_generate(balanced: tuple[Any, Any], how: dict[str, Any]) -> Non
         torch.manual_seed(7)
         found.append(model.generate(tokens(2, 6), max_new_tokens=6, **how))
     assert torch.equal(*found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("profile", ["plain", "paper", "strict", "stream", "shared", "enclave"])
+def test_ways_to_generate_under_the_other_profiles(everywhere: Callable[..., Any], profile: str) -> None:
+    reference, model = twins()
+    with everywhere(model, profile) as protected:
+        for how in WAYS:
+            test_ways_to_generate((reference, protected.model), how)
 
 
 def test_what_generation_returns_besides(balanced: tuple[Any, Any]) -> None:

@@ -32,10 +32,14 @@ def cases(uses: dict[str, Any]) -> list[Any]:
 
 
 def _marks(family: str, profile: str, name: str) -> list[Any]:
-    """Fast are `balanced`, and `paper` where it differs; the import of torch's compiler takes seconds."""
+    """Fast are `balanced`, and `paper` where it differs; torch's compiler and four trainings take seconds."""
     refused = REFUSED[name]
     fast = profile == "balanced" or (profile == "paper" and ("paper" in refused) != ("balanced" in refused))
-    return [] if fast and family == "gpt2" and name != "compiled" else [pytest.mark.slow]
+    return (
+        []
+        if fast and family == "gpt2" and name not in ("compiled", "resumed_and_the_best_loaded")
+        else [pytest.mark.slow]
+    )
 
 
 class Pairs:

@@ -27,6 +27,8 @@ from peft.helpers import rescale_adapter_scale
 from peft.tuners.lora import LoraLayer
 from peft.utils.hotswap import hotswap_adapter
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from transformers import DataCollatorWithFlattening, DynamicCache, Trainer, TrainingArguments
 
 from .families import adapted, model_of
 from .models import randomize_lora, scalar, tokens
@@ -110,11 +112,76 @@ argument("is_causal", True, NOBODY)
 argument("use_cache", False, NOBODY)
 argument("logits_to_keep", 2, NOBODY)
 argument("no_such_argument", False, WHOLE)
+argument("tokenizer", "of stop_strings", NOBODY)
+argument("seq_idx", 0, NOBODY)
 
 
 @use(NOBODY, reading=True)
 def position_ids(model: Any) -> Tensor:
     return logits(model, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2], [0, 1, 2, 3, 4, 5]]))
+
+
+@use(NOBODY, reading=True)
+def packed(model: Any) -> Tensor:
+    collate = DataCollatorWithFlattening(return_flash_attn_kwargs=True)  # of TRL's packing, which has seq_idx too
+    batch = collate([{"input_ids": [1, 2, 3]}, {"input_ids": [4, 5, 6, 7]}])
+    with torch.no_grad():
+        found: Tensor = model(**batch).logits
+    return found
+
+
+@use(NOBODY, reading=True)
+def conversation(model: Any) -> Tensor:
+    """Two turns of generation with one cache."""
+    cache = DynamicCache(config=base_of(model).config)
+    ids = model.generate(tokens(2, 6), max_new_tokens=3, past_key_values=cache, do_sample=False)
+    ids = torch.cat([ids, tokens(2, 3, seed=4)], dim=1)
+    found: Tensor = model.generate(ids, max_new_tokens=4, past_key_values=cache, do_sample=False)
+    return found
+
+
+@use(NOBODY, reading=True)
+def assisted(model: Any) -> Tensor:
+    draft = model_of("gpt2" if is_gpt2(model) else "llama", lora=False, seed=3)
+    both = ((model, draft), (draft, base_of(model)))
+    how: dict[str, Any] = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    return torch.stack([one.generate(tokens(1, 6), assistant_model=other, **how) for one, other in both])
+
+
+@use(NOBODY, reading=True)
+def functional_call(model: Any) -> Tensor:
+    values = {name: p.detach() * 1.5 for name, p in model.named_parameters() if "lora_" in name}
+    with torch.no_grad():
+        found: Tensor = torch.func.functional_call(model, values, (tokens(2, 6),)).logits
+    return found
+
+
+@use(ALL, reading=True)
+def functional_gradient(model: Any) -> Tensor:
+    values = {name: p.detach() for name, p in model.named_parameters() if "lora_B" in name}
+
+    def loss(values: dict[str, Tensor]) -> Tensor:
+        return scalar(torch.func.functional_call(model, values, (tokens(2, 6),)).logits)
+
+    return torch.cat([gradient.flatten() for gradient in torch.func.grad(loss)(values).values()])
+
+
+def called_alone(name: str, find: Callable[[Any], nn.Module], refused: frozenset[str]) -> None:
+    def call(model: Any) -> Tensor:
+        rows, more = base_of(model).get_input_embeddings()(tokens(2, 6)), {}
+        if not is_gpt2(model) and name != "an MLP":
+            more = {"position_embeddings": base_of(model).model.rotary_emb(rows, torch.arange(6)[None])}
+            more |= {"attention_mask": None}
+        found = find(model)(rows, **more)
+        return found[0] if isinstance(found, tuple) else found
+
+    add(f"{name} alone", call, refused, reading=True)
+
+
+called_alone("the first block", lambda model: blocks(model)[0], STREAM)
+called_alone("the last block", lambda model: blocks(model)[-1], STREAM)
+called_alone("an attention", lambda model: attention(model), FOLDED)
+called_alone("an MLP", lambda model: blocks(model)[0].mlp, FOLDED)
 
 
 @use(NOBODY, reading=True)
@@ -295,6 +362,97 @@ def norm_trained(model: Any) -> Tensor:
     scalar(model(tokens(2, 6)).logits).backward()
     gradient: Tensor = norm(model).weight.grad
     return gradient
+
+
+@use(WHOLE)
+def attention_scaled(model: Any) -> Tensor:
+    attention(model).scaling = 0.123
+    return logits(model)
+
+
+@use(WHOLE)
+def activation_replaced(model: Any) -> Tensor:
+    setattr(blocks(model)[0].mlp, "act" if is_gpt2(model) else "act_fn", nn.ReLU())
+    return logits(model)
+
+
+@use(FOLDED)
+def epsilon_of_a_norm(model: Any) -> Tensor:
+    setattr(norm(model), "eps" if is_gpt2(model) else "variance_epsilon", 0.5)
+    return logits(model)
+
+
+def trained(model: Any) -> Tensor:
+    torch.manual_seed(3)
+    return logits(model.train())
+
+
+@use(WHOLE)
+def attention_dropout(model: Any) -> Tensor:
+    if is_gpt2(model):
+        attention(model).attn_dropout.p = 0.3
+    else:
+        attention(model).attention_dropout = 0.3
+    return trained(model)
+
+
+@use(WHOLE | HELD)
+def lora_dropout(model: Any) -> Tensor:
+    for layer in loras(model):
+        layer.lora_dropout["default"] = nn.Dropout(0.3)
+    return trained(model)
+
+
+@use(NOBODY)
+def lora_dropout_of_evaluation(model: Any) -> Tensor:
+    for layer in loras(model):
+        layer.lora_dropout["default"] = nn.Dropout(0.3)
+    return logits(model.eval())
+
+
+@use(WHOLE | HELD)
+def factor_with_a_bias(model: Any) -> Tensor:
+    old = loras(model)[0].lora_B["default"]
+    new = nn.Linear(old.in_features, old.out_features, dtype=old.weight.dtype)
+    nn.init.constant_(new.weight, 0.1)
+    nn.init.constant_(new.bias, 0.2)
+    loras(model)[0].lora_B["default"] = new
+    return logits(model)
+
+
+class Doubled(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+@use(NOBODY)
+def factor_with_a_parametrization(model: Any) -> Tensor:
+    parametrize.register_parametrization(loras(model)[0].lora_B["default"], "weight", Doubled())
+    return logits(model)
+
+
+@use(NOBODY)
+def head_replaced(model: Any) -> Tensor:
+    before, head = logits(model), base_of(model).lm_head
+    base_of(model).lm_head = other = nn.Linear(head.in_features, 5, dtype=head.weight.dtype)
+    nn.init.constant_(other.weight, 0.3)
+    nn.init.constant_(other.bias, 0.1)
+    return torch.cat([before, logits(model)], dim=-1)
+
+
+@use(HELD)
+def resumed_and_the_best_loaded(model: Any) -> Tensor:
+    rows = [{"input_ids": row, "labels": row} for row in tokens(8, 6, seed=5)]
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1, "learning_rate": 0.3}
+    quiet = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "logging_strategy": "no"}
+    with tempfile.TemporaryDirectory() as directory:
+        for steps in (1, 3):
+            arguments = TrainingArguments(
+                directory, max_steps=steps, per_device_train_batch_size=2, save_steps=1, **best, **quiet
+            )
+            trainer = Trainer(model=model, args=arguments, train_dataset=rows, eval_dataset=rows[:2])
+            trainer.train(resume_from_checkpoint=True if steps == 3 else None)
+    return logits(model.eval())
 
 
 @use(WHOLE)

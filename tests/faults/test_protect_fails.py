@@ -1,5 +1,6 @@
 """``protect()`` that fails leaves the model as it was, bit for bit, and nothing behind."""
 
+import concurrent.futures
 import os
 import socket
 import warnings
@@ -61,7 +62,7 @@ def test_worker_dies_while_weights_are_shipped(profile: str, op: str, tmp_path: 
 
 def test_a_warning_that_is_an_error_leaves_the_model_too(tmp_path: Path) -> None:
     model = new_model()
-    model.config.attn_pdrop = 0.1
+    model.get_base_model().transformer.h[0].attn.attn_dropout.p = 0.1
     model.get_base_model().set_attn_implementation("eager")
     before = state_of(model)
     with worker_in_a_thread(tmp_path) as address, warnings.catch_warnings():
@@ -99,6 +100,26 @@ def test_no_worker_at_the_address(kind: str, tmp_path: Path) -> None:
     assert caught.value.where == address
     assert f"obfuscatune worker --listen {address}" in str(caught.value)
     assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("says", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n"], ids=["nothing", "something else"])
+def test_what_listens_there_is_no_worker(says: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is found within the time of a greeting, whatever the time for a result, and nobody is told to restart it."""
+    monkeypatch.setattr("obfuscatune.enclave.session.GREETING_SECONDS", 0.2)
+    model = new_model()
+    with socket.create_server(("127.0.0.1", 0)) as listener, concurrent.futures.ThreadPoolExecutor() as threads:
+
+        def serve() -> None:
+            with listener.accept()[0] as connection:
+                connection.recv(100)
+                connection.sendall(says)
+                while connection.recv(1000):
+                    pass
+
+        done = threads.submit(serve)
+        with pytest.raises(WorkerFault, match="is an obfuscatune worker of this version what listens there"):
+            obfuscatune.protect(model, worker=f"tcp://127.0.0.1:{listener.getsockname()[1]}", timeout=600)
+        done.result(30)
 
 
 def test_a_test_seed_is_refused_over_tcp_before_anything_is_sent() -> None:

@@ -474,6 +474,31 @@ def test_a_stop_answers_what_was_begun_and_nothing_else(enclave: Enclave) -> Non
     assert isinstance(late.error, BusyError) and enclave.book.record(job).queries == 1
 
 
+def test_a_stop_between_the_turns_of_a_job_answers_after_its_step(enclave: Enclave) -> None:
+    """Though the query had more than its time: the loading of a model is taken off what it gets later."""
+    done, running = enclave.done_job(), enclave.submit(enclave.signed_job())
+    begun, told = query_of(done, "a", 30), list[None]()
+
+    class Stepping(FakeRunner):
+        def run(self, signed: Any, checkpoint: Any, hooks: Any) -> dict[str, str]:
+            serving._answering.add(begun)
+            hooks.between()
+            assert not begun.done and begun.prompts
+            told.append(serving.leave())
+            hooks.between()
+            raise AssertionError("it went on")
+
+        def check(self, *arguments: Any) -> list[Row]:
+            time.sleep(0.05)  # the load, far longer than the step before it
+            return super().check(*arguments)
+
+    serving = Service(enclave.book, Stepping(lambda: time.sleep(0.001)), lambda _: Server(), max_file_bytes=1 << 20)  # type: ignore[arg-type, return-value]
+    with pytest.raises(SystemExit):
+        serving.work()
+    assert told and begun.completions[0].tokens == 30
+    assert enclave.book.record(running).status == "running"  # which is resumed at the next start
+
+
 def test_a_second_stop_waits_for_nothing(enclave: Enclave) -> None:
     job = enclave.done_job()
     query = query_of(job, "a", 30)

@@ -8,6 +8,7 @@ import os
 import resource
 import signal
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -86,12 +87,15 @@ def serve(options: ServeOptions) -> None:
         take_over=None if options.take_over is None else PublicIdentity.load(options.take_over),
         waiting=_say_that_it_waits,
     ) as service:
-        signal.signal(signal.SIGTERM, lambda number, frame: service.leave())
+        _leave_on_sigterm(service.leave)
         if platform.simulated:
             print("SIMULATION: this enclave is an ordinary process and protects nothing", file=sys.stderr)
         # One line on stdout once it listens: whoever starts it waits for that.
         print(f"enclave {service.identity.fingerprint} listens at {service.address}", flush=True)
-        service.work()
+        try:
+            service.work()
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def _say_that_it_waits(address: str) -> None:
@@ -120,6 +124,22 @@ def _take_stderr() -> None:
 def _stop(number: int, frame: FrameType | None) -> None:
     # Wherever it comes: the state is whole at every point, and a running job goes on from its last checkpoint.
     raise SystemExit(0)
+
+
+def _leave_on_sigterm(leave: Callable[[], None]) -> None:
+    """Let SIGTERM end the service: in good order, and in a time that whoever sends it can count on.
+
+    Queries that were begun may have to wait for a step of a job before they are answered, and a step may take minutes.
+    """
+    from obfuscatune.service.serve import LEAVING_SECONDS
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        # Again and again, for what is raised where nobody can pass it on, as in a destructor, is lost.
+        signal.setitimer(signal.ITIMER_REAL, LEAVING_SECONDS, 1.0)
+        leave()
+
+    signal.signal(signal.SIGALRM, _stop)
+    signal.signal(signal.SIGTERM, stop)
 
 
 COMMANDS = {

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from obfuscatune.enclave.families.options import refuse_options
 from obfuscatune.enclave.guarded import refused_compilation
+from obfuscatune.enclave.inputs import is_transformed
 from obfuscatune.enclave.remote.calls import version_of
 from obfuscatune.enclave.remote.linear import RemoteLinear
 from obfuscatune.enclave.remote.norms import FoldedNorm
@@ -70,6 +71,12 @@ class Guard:
         """Look at all of it; at values once in each pass, not at each token."""
         if torch.compiler.is_compiling():
             raise refused_compilation(self._model.path)
+        if is_transformed():
+            raise UnsupportedModelError(
+                "a protected model within a transform of torch.func (grad, vmap, jvp)",
+                where=self._model.path,
+                hint="torch.autograd.grad, and batches in the place of vmap",
+            )
         if self._on_worker:
             refuse_looking_ahead(self._model.config)
         values, self._number = self._number != self._passes.number, self._passes.number

@@ -10,6 +10,11 @@ from obfuscatune.errors import UnsupportedModelError
 _HALVES = {torch.bfloat16, torch.float16}
 
 
+def is_transformed() -> bool:
+    """Whether a transform of ``torch.func`` (grad, vmap, jvp) runs: no number can be read then."""
+    return torch._C._are_functorch_transforms_active()
+
+
 class Inputs:
     """A forward pre-hook of the model without its head, under every profile: what would end in torch's own error.
 
@@ -33,7 +38,7 @@ class Inputs:
                 hint="leave autocast out (Trainer: fp16=False), or load the model in float32",
             )
         tokens, weight = kwargs.get("input_ids", args[0] if args else None), self._embedding()
-        if not isinstance(tokens, Tensor) or weight is None or not tokens.numel():
+        if not isinstance(tokens, Tensor) or weight is None or not tokens.numel() or is_transformed():
             return
         least, largest = (int(end) for end in torch.aminmax(tokens))
         if least < 0 or largest >= len(weight):

@@ -31,6 +31,7 @@ from obfuscatune.enclave.remote.head import use_fast_head
 from obfuscatune.enclave.remote.held import HeldAdapter
 from obfuscatune.enclave.remote.linear import RemoteLinear
 from obfuscatune.enclave.remote.whole import RemotePart
+from obfuscatune.enclave.remote.withdrawn import Standin
 from obfuscatune.enclave.session import Session
 from obfuscatune.enclave.sharing.scheme import Scheme
 from obfuscatune.enclave.sharing.statement import describe
@@ -172,6 +173,9 @@ def protect(
         _refuse_output(causal_lm, "output_hidden_states", what)
     use_fast_head(causal_lm)
     guard_class(causal_lm)
+    for standin in causal_lm.modules():
+        if isinstance(standin, Standin):
+            standin.seal()
     return Protected(
         model,
         resolved,

@@ -22,7 +22,7 @@ from torch import Tensor
 from obfuscatune.enclave.keys.source import Secret
 from obfuscatune.enclave.replies import Pending, is_finite
 from obfuscatune.enclave.shelf import Expected, Shelf, is_large
-from obfuscatune.errors import RESTART_HINT, BusyError, ConnectionClosedError, ProtocolError, UsageError, WorkerFault
+from obfuscatune.errors import BusyError, ConnectionClosedError, ProtocolError, UsageError, WorkerFault
 from obfuscatune.protocol.arena import PLACED, Arena
 from obfuscatune.protocol.connection import Connection, Frame
 from obfuscatune.protocol.frames import PROTOCOL_VERSION
@@ -292,8 +292,7 @@ class Session(Secret):
             self._refuse_ended(layer)  # closed here, by another thread
             raise self.fault("the worker is gone", layer, got=self._exit_status()) from error
         if isinstance(error, TimeoutError):
-            hint = RESTART_HINT if self._last_id > 1 else "is an obfuscatune worker what listens there"
-            raise self.fault(f"no reply within {self._timeout:g} s", layer, hint=hint) from error
+            raise self.fault(f"no reply within {self._timeout:g} s", layer) from error
         if isinstance(error, ProtocolError):
             raise self.fault("the reply breaks the protocol", layer, got=error.what) from error
         # An interrupt between two bytes: the connection cannot be used again.
@@ -310,6 +309,8 @@ class Session(Secret):
 
     def fault(self, what: str, layer: str, *, call: int | None = None, **details: Any) -> WorkerFault:
         """End the session and return the error to raise; ``what`` was wrong with the reply to ``call``, or the last."""
+        if self._last_id <= 1:  # the greeting
+            details.setdefault("hint", "is an obfuscatune worker of this version what listens there")
         fault = WorkerFault(what, worker=self.worker, layer=layer, call=call or self._last_id, **details)
         self._end(f"the worker's session ended by an earlier fault ({what})")
         return fault

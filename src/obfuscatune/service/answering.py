@@ -120,6 +120,11 @@ class Answering:
         self._leaving = time.monotonic() + seconds
         return True
 
+    @property
+    def hurried(self) -> bool:
+        """Whether the next :meth:`turn` ends all."""
+        return self._leaving is not None
+
     def _is_over(self, until: float | None) -> bool:
         ends = until if self._leaving is None else self._leaving
         return ends is not None and time.monotonic() >= ends

@@ -99,6 +99,7 @@ class Service:
         """End the process, once the queries that are being computed are answered; a job goes on at the next start.
 
         For a handler of signals, in the main thread. Raises SystemExit, here or where it may; a second time at once.
+        A job's step is ended first, however long it takes: `LEAVING_SECONDS` bound the queries alone.
         """
         self._stopped = True
         if not self._answering.hurry(LEAVING_SECONDS):
@@ -136,7 +137,7 @@ class Service:
             self._forget_deleted()
             self._answering.turn(seconds)
 
-        turns = Turns(turn, lambda: self._answering.wanted)
+        turns = Turns(turn, lambda: self._answering.wanted, lambda: self._answering.hurried)
 
         def progress(step: int, steps: int) -> None:
             book.progress(digest, step, steps, turns.seconds)

@@ -25,14 +25,20 @@ class Turns:
     """The turns of queries in one job.
 
     Args:
-        turn: answers queries for so many seconds. wanted: whether there are any.
+        turn: answers queries for so many seconds. wanted: whether there are any. hurried: whether the enclave is about
+            to end and those that were begun are answered first: there is a turn then, whatever others have used up.
 
     Attributes:
         seconds: that queries have taken so far, loading included.
     """
 
-    def __init__(self, turn: Callable[[float], None], wanted: Callable[[], bool]) -> None:
-        self._turn, self._wanted = turn, wanted
+    def __init__(
+        self,
+        turn: Callable[[float], None],
+        wanted: Callable[[], bool],
+        hurried: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._turn, self._wanted, self._hurried = turn, wanted, hurried
         self._since, self._left = time.monotonic(), 0.0
         self.seconds = 0.0
 
@@ -40,7 +46,7 @@ class Turns:
         """Give a turn, if it is wanted and there is time for it; return the seconds of all so far."""
         now = time.monotonic()
         self._left = min(self._left + now - self._since, TURN_SECONDS)
-        if self._left > 0 and self._wanted():
+        if (self._left > 0 or self._hurried()) and self._wanted():
             with own_randomness():
                 self._turn(self._left)
         self._since = time.monotonic()

@@ -33,7 +33,7 @@ _CLAIMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 def describe(profile: Profile) -> dict[str, Any]:
     """Return what the page says of a profile."""
     base = profile.name.partition("+")[0]
-    hidden, shown = _CLAIMS.get(base, ((), ("a profile of your own: see docs/design.md",)))
+    hidden, shown = _CLAIMS.get(base, ((), ("a profile of your own: see docs/security.md",)))
     return {
         "profile": profile.name,
         "summary": profile.summary,

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import queue
 import socket
 import ssl
 import threading
@@ -409,20 +410,24 @@ def test_garbage_after_the_handshake(message: Any, enclave: Enclave) -> None:
     assert enclave.handled == []
 
 
-def test_an_oversized_hello_is_refused_before_it_is_read(enclave: Enclave, connect: Callable[..., Any]) -> None:
+def test_an_oversized_hello_is_refused_before_it_is_read(
+    enclave: Enclave, connect: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stranger is told nothing; what the operator's log says of it is the reason."""
+    refused: queue.Queue[str] = queue.Queue()
+    monkeypatch.setattr(server.logger, "warning", lambda text, error: refused.put(str(error)))
     with bare_client(enclave.address) as stream:
         secured: Any = stream._socket
         secured.sendall((frames.HELLO.fields + 1).to_bytes(4, "little"))
         with pytest.raises(ConnectionClosedError):
-            answer, _ = stream.receive(ANY, deadline=soon())
-            assert "fields too long" in answer["message"]
             stream.receive(ANY, deadline=soon())
+    assert "fields too long" in refused.get(timeout=20)
     with bare_client(enclave.address) as stream:  # a session's limits are no stranger's
         greet(stream)
-        with pytest.raises(ConnectionClosedError):
+        with contextlib.suppress(ConnectionClosedError):  # the server may be quicker
             stream.send({"x": "y" * frames.AUTHENTICATE.fields}, limits=ANY, deadline=soon())
-            assert stream.receive(ANY, deadline=soon())[0]["error"] == "protocol"
             stream.receive(ANY, deadline=soon())
+    assert "fields too long" in refused.get(timeout=20)
     connect(enclave).close()
 
 

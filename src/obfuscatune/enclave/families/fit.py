@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from obfuscatune.enclave.families.form import Decoder
+from obfuscatune.enclave.families.made import refuse_other_values
 from obfuscatune.enclave.families.stock import refuse_changed
 from obfuscatune.errors import UnsupportedModelError
 from obfuscatune.profiles import Profile
@@ -30,7 +31,10 @@ def fit(decoder: Decoder, profile: Profile, chosen: Collection[str] = ()) -> Pro
         bfloat16 = next(decoder.model.parameters()).dtype == torch.bfloat16
         fitted = dataclasses.replace(fitted, primes=4 if bfloat16 else 7)
     if fitted.remote:
-        refuse_changed(decoder.blocks[fitted.enclave_blocks :], fitted)
+        leaving = decoder.blocks[fitted.enclave_blocks :]
+        refuse_changed(leaving, fitted)
+        if decoder.known:
+            refuse_other_values(decoder, leaving, fitted)
     return fitted
 
 

@@ -231,6 +231,12 @@ class Attention(Part):
     dropout_field: str = field(kw_only=True, default="attention_dropout")
     index: int = field(kw_only=True)
 
+    @property
+    def dropout_of_weights(self) -> float:
+        """The probability on attention weights, as it is on the module: a number, or a dropout's."""
+        found = [getattr(self.module, name, None) for name in ("attn_dropout", "attention_dropout")]
+        return float(max((getattr(value, "p", value) or 0.0 for value in found), default=0.0))
+
 
 @dataclass(slots=True, repr=False)
 class Mlp(Part):

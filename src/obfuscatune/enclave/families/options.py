@@ -11,7 +11,7 @@ from peft import LoraConfig
 
 from obfuscatune.errors import UnsupportedModelError
 
-# Of LoraConfig and its bases. That these are equal to plain PEFT, or refused, is what tests/compatibility is for.
+# Of LoraConfig and its bases. That these are equal to plain PEFT, or refused, is for tests/exactness/test_options.py.
 KNOWN = {
     *("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "bias"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"),

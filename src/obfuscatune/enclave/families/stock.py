@@ -1,8 +1,8 @@
 """Whether what leaves for the worker is stock code: the worker computes that, and never a change made to a module.
 
 A subclass under a known ``model_type``, a ``forward`` set on an instance, or a hook would be lost without a word when
-its module is replaced. Code that stays in the enclave may be changed at will. Not seen are other values of a stock
-module's attributes, such as another activation than the configuration's.
+its module is replaced. Code that stays in the enclave may be changed at will. Other values of a stock module's
+attributes are the matter of `made`.
 """
 
 from collections.abc import Iterator

@@ -20,7 +20,7 @@ from obfuscatune.enclave.keys import Key
 from obfuscatune.enclave.recipes.context import Keying, Streams, rank_keys
 from obfuscatune.enclave.recipes.whole import LAST, Around, Shipped, ship_attention, ship_mlp
 from obfuscatune.enclave.remote.body import PassedBlock, RemoteBody, adopt
-from obfuscatune.enclave.remote.layers import replace_part, standins
+from obfuscatune.enclave.remote.layers import dropouts_of, replace_part, standins
 from obfuscatune.enclave.remote.linear import Placed
 from obfuscatune.enclave.remote.lora import PushedPair, Slot
 from obfuscatune.enclave.remote.standing import Standing
@@ -99,12 +99,12 @@ class StreamRecipe:
             slots=self._slots,
         )
         for block in self._blocks:
-            shell = body if block is first else PassedBlock()
+            shell = body if block is first else PassedBlock(block.path, keying.passes)
             keying.replacements.append(partial(self._replace, block, shell))
         keying.replacements.append(lambda: body.watch(self._standing()))
 
     def _replace(self, block: Block, shell: nn.Module) -> None:
-        adopt(shell, block.module, {part.name: standins(*part.layers) for part in block.parts})
+        adopt(shell, block.module, block.path, {p.name: standins(*p.layers) | dropouts_of(p) for p in block.parts})
         replace_part(self._list(), str(block.index), shell, tuple(block.layers))
         for slot in self._slots:
             for part in block.parts:

@@ -11,7 +11,7 @@ from obfuscatune.enclave.folding import key_attention, key_mlp
 from obfuscatune.enclave.keys import ConcatKey, HeadKeys, IdentityKey, Key, build, head_keys
 from obfuscatune.enclave.keys.diagonal import gated_keys
 from obfuscatune.enclave.recipes.context import Keying, Streams, rank_keys
-from obfuscatune.enclave.remote.layers import replace_part, standins
+from obfuscatune.enclave.remote.layers import dropouts_of, replace_part, standins
 from obfuscatune.enclave.remote.linear import Placed
 from obfuscatune.enclave.remote.lora import Slot, SplitInput, SplitOutput
 from obfuscatune.enclave.remote.whole import RemoteAttention, RemoteMlp, RemotePart
@@ -73,7 +73,7 @@ def key_attention_part(keying: Keying, block: Block) -> None:
         bias=_bias(shipped),
         dropout=attention.dropout,
         slots=_slots(keying, shipped),
-        children=standins(*attention.layers),
+        children=standins(*attention.layers) | dropouts_of(attention),
     )
     _replace(keying, attention, remote)
 
@@ -87,7 +87,7 @@ def key_mlp_part(keying: Keying, block: Block) -> None:
         bias=_bias(shipped),
         dropout=mlp.dropout,
         slots=_slots(keying, shipped),
-        children=standins(*mlp.layers),
+        children=standins(*mlp.layers) | dropouts_of(mlp),
     )
     _replace(keying, mlp, remote)
 
@@ -134,7 +134,7 @@ def ship_attention(keying: Keying, attention: Attention, around: Around) -> Ship
     keys_first = _keys_of_layers(attention, by_piece)
     fields["widths"] = [key.size for key in keys_first]
     segment = keying.define(attention.path, "attention", fields, keyed.keyed, last.weight.dtype)
-    keying.note_dropout(attention.dropout_field, getattr(keying.config, attention.dropout_field, None) or 0.0)
+    keying.note_dropout(attention.dropout_field, attention.dropout_of_weights)
     return Shipped(
         attention, segment, stream, key_in, key_out, keys_first, heads.output, keyed.bias, keyed.value_offset
     )

@@ -20,10 +20,10 @@ from obfuscatune.enclave.remote.lora import Slot
 from obfuscatune.enclave.remote.passes import Passes
 from obfuscatune.enclave.remote.standing import Standing
 from obfuscatune.enclave.remote.whole import add_cache, refuse_unknown
-from obfuscatune.enclave.remote.withdrawn import Fixed
+from obfuscatune.enclave.remote.withdrawn import Departed, Standin, refused_piece
 
 
-class RemoteBody(Fixed):
+class RemoteBody(Standin):
     """Stands in the place of the first block that is on the worker, and does the work of all of them.
 
     Sends ``x R``, or ``x C R``, and returns ``y R^-1``.
@@ -91,6 +91,8 @@ class RemoteBody(Fixed):
         if self._standing is not None:
             self._standing.require()
         placed = self.placed
+        if not self._passes.enter_body():
+            raise refused_piece(placed.path)
         rows = placed.rows(hidden_states)
         rows = centre(rows) if self._centred else rows
         call = RemoteCall(
@@ -107,23 +109,30 @@ class RemoteBody(Fixed):
         self._passes.add_rotary(call, tables)
         if cache is not None:
             add_cache(call, self._mirror, cache, self._index, self._passed)
-        return decode(call.run()["y"], placed.key_out)
+        return self._passes.leave_body(decode(call.run()["y"], placed.key_out))
 
 
-class PassedBlock(nn.Module):
-    """Stands in the place of every later block of the body: gives what it gets."""
+class PassedBlock(Standin):
+    """Stands in the place of every later block of the body: gives what it gets, which must be what the body gave."""
+
+    def __init__(self, path: str, passes: Passes) -> None:
+        super().__init__()
+        self.path, self._passes = path, passes
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return ``hidden_states``."""
+        """Return ``hidden_states``; raises UnsupportedModelError where the body has not given it."""
+        if not self._passes.is_of_body(hidden_states):
+            raise refused_piece(self.path)
         return hidden_states
 
 
-def adopt(shell: nn.Module, block: nn.Module, parts: dict[str, dict[str, nn.Module]]) -> nn.Module:
+def adopt(shell: nn.Module, block: nn.Module, path: str, parts: dict[str, dict[str, nn.Module]]) -> nn.Module:
     """Give ``shell`` the children of ``block``, so that parameters keep their names, and return it.
 
     Args:
-        parts: by name of a child that has left, what stays of its own children: PEFT's layers.
+        path: of the block. parts: by name of a child that has left, what stays of its own children: PEFT's layers, and
+            dropouts.
     """
     for name, child in block.named_children():
-        shell.add_module(name, nn.ModuleDict(parts[name]) if name in parts else child)
+        shell.add_module(name, Departed(f"{path}.{name}", parts[name]) if name in parts else child)
     return shell

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from obfuscatune.enclave.families import Layer
+from obfuscatune.enclave.families import Layer, Part
 from obfuscatune.enclave.remote.withdrawn import Withdrawn
 from obfuscatune.errors import UnsupportedModelError
 
@@ -15,6 +15,12 @@ def standins(*layers: Layer) -> dict[str, nn.Module]:
     PEFT's layers stay, so that the adapter's parameters keep their names, and whoever looks for another layer is told.
     """
     return {layer.name: Withdrawn(layer.path) if layer.lora is None else layer.lora for layer in layers}
+
+
+def dropouts_of(part: Part) -> dict[str, nn.Module]:
+    """The dropouts of a part that has left, by name, but for the one on its output: they stand, and are not called."""
+    children = part.module.named_children()
+    return {name: child for name, child in children if isinstance(child, nn.Dropout) and child is not part.dropout}
 
 
 def _refuse_merge(layer: Layer) -> None:

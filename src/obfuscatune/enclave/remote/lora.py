@@ -56,6 +56,8 @@ class Slot(ABC):
         self.name, self.layer = name, layer
         self.lora: Any = layer.lora
         self.holder: nn.Module = layer.parent
+        # Those of an adapter that is there by now are switched off with a warning where they are not called.
+        self._dropouts = {name: getattr(module, "p", 0.0) for name, module in layer.lora.lora_dropout.items()}
 
     @abstractmethod
     def contribute(self, call: RemoteCall, x: Tensor | None) -> None:
@@ -99,7 +101,11 @@ class Slot(ABC):
             )
 
     def refuse_code_within(self, adapter: str) -> None:
-        """Refuse hooks and forwards that are set on what PEFT's layer would call, and is not called here."""
+        """Refuse what PEFT's layer would heed of the modules that it calls, and which are not called here.
+
+        Hooks and forwards that are set on them, factors that are no plain linear layers, and a dropout that nobody was
+        warned of.
+        """
         modules = self.lora._modules  # at each call: not by nn.Module's lookup
         for name in _CALLED if self.calls_dropout else _CALLED_WITH_DROPOUT:
             part = modules[name] if name == "base_layer" else modules[name]._modules[adapter]
@@ -109,6 +115,25 @@ class Slot(ABC):
                     where=f"{self.layer.path}.{name}",
                     hint=_OWN_CODE,
                 )
+            if name in ("lora_A", "lora_B") and (
+                part._parameters.get("bias") is not None or type(part).forward is not nn.Linear.forward
+            ):
+                raise UnsupportedModelError(
+                    "a LoRA factor that is not a linear layer without bias",
+                    got=type(part).__name__,
+                    where=f"{self.layer.path}.{name}",
+                    hint=_OWN_CODE,
+                )
+        if self.calls_dropout or not self.lora.training:
+            return
+        dropout = modules["lora_dropout"]._modules[adapter]
+        if type(dropout) is not nn.Identity and getattr(dropout, "p", 1.0) not in (0.0, self._dropouts.get(adapter)):
+            raise UnsupportedModelError(
+                "LoRA dropout of an adapter that came, or was changed, after the model was protected",
+                got=getattr(dropout, "p", type(dropout).__name__),
+                where=f"{self.layer.path}.lora_dropout",
+                hint=f"lora_dropout=0, or model.eval(); {_OWN_CODE}, dropout too",
+            )
 
 
 @dataclass(slots=True, repr=False)  # a repr would show a factor

@@ -13,7 +13,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from obfuscatune.enclave.families import Norm
-from obfuscatune.enclave.remote.withdrawn import Fixed
+from obfuscatune.enclave.remote.withdrawn import Standin
 from obfuscatune.errors import UnsupportedModelError
 from obfuscatune.protocol.norms import rms_rows
 
@@ -24,7 +24,7 @@ class _Last(threading.local):
     rows: tuple[weakref.ref[Tensor], Tensor] | None = None
 
 
-class FoldedNorm(Fixed):
+class FoldedNorm(Standin):
     """``x = x^ * gain + bias``: gives x, and hands over ``x^`` when asked for the rows of that very x.
 
     Keeps the parameters' names of the norm it replaces. They are frozen: their keyed copies are on the worker.

@@ -6,6 +6,7 @@ and padding, which the shapes and the attention map tell it anyhow, and nothing 
 """
 
 import itertools
+import threading
 import weakref
 from typing import Any
 
@@ -18,6 +19,13 @@ from obfuscatune.errors import UnsupportedModelError
 from obfuscatune.protocol.bits import pack_mask
 
 
+class _Body(threading.local):
+    """Where a thread's pass is, with all blocks in one call: several threads may run the model at once."""
+
+    is_due = False
+    output: weakref.ref[Tensor] | None = None
+
+
 class Passes:
     """Numbers the forward passes of one model, and the tensors that their calls share."""
 
@@ -26,6 +34,7 @@ class Passes:
         self._numbers = itertools.count(1)
         self._shared: dict[int, tuple[weakref.ref[Tensor], int, int, list[int]]] = {}
         self.number = 0
+        self._body = _Body()
 
     def begin(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Count a pass: a forward pre-hook of the model. A step that goes on from a cache counts with the last one.
@@ -35,6 +44,21 @@ class Passes:
         cache = kwargs.get("past_key_values")
         if torch.is_grad_enabled() or cache is None or not cache.get_seq_length():
             self.number += 1
+        self._body.is_due = True
+
+    def enter_body(self) -> bool:
+        """Whether the model's pass has come to the call for all blocks, which each pass does once."""
+        due, self._body.is_due, self._body.output = self._body.is_due, False, None
+        return due
+
+    def leave_body(self, output: Tensor) -> Tensor:
+        """Note what that call gave, and return it."""
+        self._body.output = weakref.ref(output)
+        return output
+
+    def is_of_body(self, hidden_states: Tensor) -> bool:
+        """Whether this is what the call for all blocks gave last."""
+        return self._body.output is not None and self._body.output() is hidden_states
 
     def add_mask(self, call: RemoteCall, mask: Tensor | None) -> None:
         """Tell a call of the mask that ``transformers`` gave, in one of its forms.

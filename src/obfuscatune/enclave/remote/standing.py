@@ -17,14 +17,21 @@ class Standing:
 
     def __init__(self, parent: nn.Module, names: Iterable[str], path: str) -> None:
         self._found = [entry for name in names for entry in _from(parent, name, path)]
+        self._dropouts = [(m, m.p, where) for _, _, m, where in self._found if isinstance(m, nn.Dropout)]
 
     def require(self) -> None:
-        """Raise UnsupportedModelError where one was replaced or removed, or has got a hook or forward of its own."""
+        """Raise UnsupportedModelError where one was replaced or removed, or has got a hook or forward of its own.
+
+        So it is where a dropout that was off, or that `protect` has warned of, is to drop something now.
+        """
         for parent, name, module, path in self._found:
             if parent._modules.get(name) is not module:
                 raise _lost("something else in its place", path)
             if (own := own_code(module)) is not None:
                 raise _lost(own, path)
+        for dropout, p, path in self._dropouts:
+            if dropout.p != p and dropout.p > 0 and dropout.training:
+                raise _lost(f"another dropout than when it was protected ({dropout.p:g})", path)
 
 
 def _from(parent: nn.Module, name: str, path: str) -> Iterator[tuple[nn.Module, str, nn.Module, str]]:

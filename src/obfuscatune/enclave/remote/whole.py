@@ -19,17 +19,20 @@ from obfuscatune.enclave.remote.linear import Placed
 from obfuscatune.enclave.remote.lora import Slot
 from obfuscatune.enclave.remote.passes import Passes
 from obfuscatune.enclave.remote.standing import Standing
-from obfuscatune.enclave.remote.withdrawn import Fixed
+from obfuscatune.enclave.remote.withdrawn import Standin
 from obfuscatune.errors import UnsupportedModelError
 
 # Arguments that reach a decoder block and mean nothing to it: what masks, rotary tables and the cache say already, what
 # the loss takes, and outputs whose hooks refuse them where they cannot be given (`protect`).
 _KNOWN = frozenset({"position_ids", "cache_position", "use_cache"})
 _KNOWN |= {"num_items_in_batch", "shift_labels", "output_attentions", "output_hidden_states"}
+# What packed rows bring for kernels that read no mask, and what tokenizers and `generate` hand on.
+_KNOWN |= {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
+_KNOWN |= {"token_type_ids", "tokenizer", "assistant_tokenizer"}
 _AS_EVER = {"is_causal": True}  # arguments that say in this value what is so anyhow
 
 
-class RemotePart(Fixed):
+class RemotePart(Standin):
     """Base of both: ``y = decode(worker(encode(x))) + b``, and LoRA.
 
     Args:

@@ -39,6 +39,55 @@ class Fixed(nn.Module):
     __reduce__ = __reduce_ex__ = __copy__ = __deepcopy__ = _refuse_copy
 
 
+class Standin(Fixed):
+    """A module in the place of one whose code and numbers left: what is set on it, nobody would heed.
+
+    ``scaling`` or ``act`` of an attention, ``eps`` of a norm: on the plain model's module each has its effect.
+    """
+
+    _is_sealed = False
+
+    def seal(self) -> None:
+        """From now on only what this module has itself can be set; names with an underscore are libraries' own."""
+        self.__dict__["_is_sealed"] = True
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if self._is_sealed and not name.startswith("_") and not self._has(name):
+            raise UnsupportedModelError(
+                "a value is set on a module that the worker stands for, where it would have no effect",
+                got=name,
+                where=f"{self.path}.{name}",
+                hint="set it, or in the configuration, before the model is protected; strict and paper keep the module",
+            )
+        super().__setattr__(name, value)
+
+    def _has(self, name: str) -> bool:
+        places = (self.__dict__, self._parameters, self._buffers, self._modules)
+        return any(name in place for place in places) or hasattr(type(self), name)
+
+
+class Departed(Standin, nn.ModuleDict):
+    """Stands where attention or MLP was in a block that left as a whole; has PEFT's layers, and what is called not."""
+
+    def __init__(self, path: str, modules: dict[str, nn.Module]) -> None:
+        super().__init__()
+        self.path = path
+        self.update(modules)
+
+    def forward(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse: it is not here."""
+        raise refused_piece(self.path)
+
+
+def refused_piece(where: str) -> UnsupportedModelError:
+    """Return what a call of a piece of the body by itself is refused with."""
+    return UnsupportedModelError(
+        "a piece of the model is called by itself, and all blocks are one call on the worker",
+        where=where,
+        hint="call the model, or protect with another profile: balanced has the blocks one by one",
+    )
+
+
 def refused_copy(where: str) -> UnsupportedModelError:
     """Return what a copy is refused with: ``copy``, ``pickle``, ``torch.save``, PEFT's ``modules_to_save``."""
     return UnsupportedModelError(
@@ -68,7 +117,7 @@ def refuse_conversion(fn: Callable[[Tensor], Tensor], dtype: torch.dtype, where:
         )
 
 
-class Withdrawn(Fixed, nn.Linear):
+class Withdrawn(Standin, nn.Linear):
     """Stands where a plain linear layer was that is on the worker now, keyed.
 
     It is an ``nn.Linear`` so that PEFT finds it where it looks for layers to adapt, and is told that it cannot: an

@@ -163,7 +163,8 @@ class Conversation:
         except ConnectionClosedError:
             raise
         except ObfuscatuneError as error:
-            self._send(stream, to_fields(error))
+            with contextlib.suppress(ConnectionClosedError):  # as the stream is after bytes that are no message
+                self._send(stream, to_fields(error))
             raise
         try:
             host.strangers.exit(self._source, self)

@@ -11,7 +11,7 @@ from obfuscatune.studies.reports.page import Section, figure, page, paragraph, p
 CLEAR, KEYED, GREY = "#5b6b82", "#c4572b", "#c9d0da"
 WARNING = (
     "Both processes ran on this machine, so nothing was protected from its owner. The keys hide coordinates; they are "
-    "not a cryptographic boundary. docs/design.md says what each profile leaks."
+    "not a cryptographic boundary. docs/security.md says what each profile leaks."
 )
 
 

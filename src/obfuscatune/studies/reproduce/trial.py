@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from lm_eval.models.huggingface import HFLM
 
-from obfuscatune.enclave.families import family_of
 from obfuscatune.enclave.protect import protect
 from obfuscatune.enclave.protected import Protected
 from obfuscatune.settings import TrainingSettings
@@ -163,7 +162,8 @@ def _switch_off_dropout(model: Any) -> None:
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    setattr(model.config, family_of(model.config).attention_dropout, 0.0)  # what `protect` looks at
+        elif getattr(module, "attention_dropout", 0.0):  # where it is a number of the attention's
+            module.attention_dropout = 0.0
 
 
 def _answer_nll(result: TaskResult) -> float:

@@ -88,7 +88,9 @@ def test_streams_of_two_sessions_are_not_linked(recorded: Callable[[str], Record
     """The attack's own negative control: rows of one session, and what is said to come of them from another's."""
     here, there = recorded("balanced"), record(fixtures, "balanced", 1, (256,))
     view, other = here.sample.view, there.sample.view
-    for first, added, last in junctions(view.blocks):
+    places = list(junctions(view.blocks))
+    assert places
+    for first, added, last in places:
         found = link((first, added, last), view.rows(*first), view.rows(*added), other.rows(*last))
         into, out, end = here.truth.keys[first], here.truth.keys[added], there.truth.keys[last]
         assert relative_key_error(found.carried, into, end) > 0.95
