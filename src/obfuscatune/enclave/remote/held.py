@@ -61,6 +61,7 @@ class HeldSlot(Slot):
         self.anchor = self.gradient.anchor
         self.session, self._passes, self._segment = session, passes, segment
         self._key_in, self._key_out = key_in, key_out
+        self._moved: set[str] = set()  # the factors that the worker has changed
         self._compared = -1
         self._versions = (-1, -1)
         self._follows = True
@@ -146,9 +147,11 @@ class HeldSlot(Slot):
             if keyed.shape != parameter.T.shape or keyed.dtype != parameter.dtype:
                 got, expected = f"{list(keyed.shape)} {keyed.dtype}", f"{list(parameter.T.shape)} {parameter.dtype}"
                 raise self.session.fault("factor of a held slot", self.layer.path, got=got, expected=expected)
-        with torch.no_grad():
-            self._a.copy_(key_rows(keyed_a.double(), self._key_in).T)
-            self._b.copy_(self.layer.stored(self._key_out.apply_inverse(keyed_b.double())).T)
+        with torch.no_grad():  # a factor that nobody trained stays as it is, to the last bit
+            if "a" in self._moved:
+                self._a.copy_(key_rows(keyed_a.double(), self._key_in).T)
+            if "b" in self._moved:
+                self._b.copy_(self.layer.stored(self._key_out.apply_inverse(keyed_b.double())).T)
         self._remember()
 
     def _remember(self) -> None:
@@ -200,6 +203,16 @@ class HeldSlot(Slot):
     def begin_backward(self) -> float | None:
         """Return what the worker multiplies this slot's gradient with before it adds to it; None to clear it."""
         return self.gradient.begin()
+
+    def stepped(self) -> None:
+        """Note that the worker has stepped the factors that had a gradient."""
+        if self.anchor.grad is not None:
+            self._moved |= self.gradient.factors
+        self.gradient.settle()
+
+    def imported(self) -> None:
+        """Note that the worker has other factors now."""
+        self._moved = {"a", "b"}
 
     def take_norm(self, norm: Any, factors: tuple[str, ...]) -> Tensor:
         """Return the increment of the accumulated gradient, as the anchor's gradient. Refuses what is no norm."""

@@ -94,7 +94,7 @@ class RemoteOptimizer(Optimizer):
         for pending in asked:
             pending.result()
         for slot in self._adapter.slots:
-            slot.gradient.settle()
+            slot.stepped()
         self._adapter.stale = True
         for group, local in zip(self.param_groups, self._local.param_groups, strict=True):
             local.update({name: value for name, value in group.items() if name in self._local.defaults})
@@ -171,6 +171,8 @@ class RemoteOptimizer(Optimizer):
             asked.append(session.submit("optimizer", "-", header, part_of(slots, tensors), {}))
         for pending in asked:
             pending.result()
+        for slot in self._adapter.slots:
+            slot.imported()
         self._adapter.fetch()
 
 
