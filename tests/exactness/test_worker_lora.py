@@ -388,8 +388,15 @@ def add_noise(p: nn.Parameter, saved: torch.Tensor) -> None:
     p.grad.add_(1e-6 * torch.ones_like(saved))
 
 
-@pytest.mark.parametrize("cleared", [True, False])
-@pytest.mark.parametrize("change", [add_saved, put_back, add_noise])
+@pytest.mark.parametrize(
+    ("change", "cleared"),
+    [
+        (add_saved, True),
+        (put_back, False),
+        pytest.param(put_back, True, marks=pytest.mark.slow),
+        pytest.param(add_noise, True, marks=pytest.mark.slow),
+    ],
+)
 def test_gradients_that_are_not_the_workers_are_refused(
     protect: Any, change: Callable[[nn.Parameter, torch.Tensor], None], *, cleared: bool
 ) -> None:
