@@ -131,6 +131,72 @@ def gradient_checkpointing(model: Any, optimizer: torch.optim.Optimizer) -> list
     return []
 
 
+def saliency_between(model: Any, optimizer: torch.optim.Optimizer) -> list[float]:
+    """Gradients of an input alone, between backward and step, leave LoRA's as they are."""
+    norms = []
+    for batch in range(2):
+        optimizer.zero_grad()
+        loss(model, batch).backward()
+        for backward in (torch.autograd.grad, lambda value, e: value.backward(inputs=[e])):
+            embedded = model.get_input_embeddings()(BATCHES[3]).detach().requires_grad_()
+            backward(scalar(model(inputs_embeds=embedded).logits), embedded)
+        norms.append(float(nn.utils.clip_grad_norm_(trained(model), 0.5)))
+        optimizer.step()
+    return norms
+
+
+def clipped_at_each_pass(model: Any, optimizer: torch.optim.Optimizer) -> list[float]:
+    norms = []
+    for batch in range(3):
+        loss(model, batch).backward()
+        norms.append(float(nn.utils.clip_grad_norm_(trained(model), 0.3)))
+    optimizer.step()
+    return norms
+
+
+def gradients_by_hand(model: Any, optimizer: torch.optim.Optimizer) -> list[float]:
+    """As `autograd.grad` returns them, scaled by a factor above 1, in other tensors."""
+    for batch in range(2):
+        optimizer.zero_grad()
+        parameters = trained(model)
+        found = torch.autograd.grad(loss(model, batch), parameters, allow_unused=True)
+        for parameter, gradient in zip(parameters, found, strict=True):
+            parameter.grad = None if gradient is None else gradient * 1.5
+        optimizer.step()
+    return []
+
+
+def a_closure(model: Any, optimizer: torch.optim.Optimizer) -> list[float]:
+    def evaluate() -> Any:
+        optimizer.zero_grad()
+        value = loss(model, 0)
+        value.backward()
+        return value.detach()
+
+    return [float(optimizer.step(evaluate)) for _ in range(2)]  # type: ignore[func-returns-value]
+
+
+def settings_change(model: Any, optimizer: torch.optim.Optimizer) -> list[float]:
+    zero_before_forward(model, optimizer)
+    optimizer.param_groups[0].update({"lr": 0.03, "weight_decay": 0.4, "momentum": 0.2})
+    return zero_before_forward(model, optimizer)
+
+
+def an_added_group(model: Any, optimizer: torch.optim.Optimizer) -> list[float]:
+    wte = model.get_input_embeddings().weight.requires_grad_()
+    optimizer.add_param_group({"params": [wte], "lr": 0.3, "weight_decay": 0.2})
+    before = wte.detach().clone()
+    zero_before_forward(model, optimizer)
+    return [float((wte - before).detach().norm())]
+
+
+def frozen_after(model: Any, optimizer: torch.optim.Optimizer) -> list[float]:
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name or ("lora_" in name and ".h.1." in name):
+            parameter.requires_grad_(False)
+    return accumulate_and_clip(model, optimizer)
+
+
 WAYS = [
     zero_before_forward,
     zero_between_forward_and_backward,
@@ -141,6 +207,13 @@ WAYS = [
     several_forwards_before_one_backward,
     evaluate_between,
     gradient_checkpointing,
+    saliency_between,
+    clipped_at_each_pass,
+    gradients_by_hand,
+    a_closure,
+    settings_change,
+    an_added_group,
+    frozen_after,
 ]
 
 
@@ -153,7 +226,7 @@ CELLS = [
     pytest.param(variant, way, id=f"{variant}-{way.__name__}", marks=[] if quick else [pytest.mark.slow])
     for row, variant in enumerate(ORTHOGONAL)
     for column, way in enumerate(WAYS)
-    for quick in [variant == "paper" or row % 4 == column % 4]
+    for quick in [variant == "paper" or (row % 4 == column % 4 and column < 9)]
 ]
 
 
@@ -249,3 +322,149 @@ def test_training_under_another_scale(protect: Any) -> None:
                 zero_before_forward(each, optimizer)
             zero_before_forward(each, optimizer)
         assert worst(adapter(protected.model), adapter(reference)) < PARAMETERS
+
+
+def freeze(model: nn.Module) -> None:
+    """As LoRA-FA has it, and nothing of the last block."""
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name or ".h.1." in name:
+            parameter.requires_grad_(False)
+
+
+def test_what_is_frozen_before_stays_as_it_is(protect: Any) -> None:
+    reference, model = twins()
+    before = adapter(reference)
+    freeze(reference)
+    freeze(model)
+    optimizer = torch.optim.SGD(trained(reference), lr=0.05, weight_decay=0.1)
+    expected = accumulate_and_clip(reference, optimizer)
+    with protect(model, profile="paper") as protected:
+        optimizer = protected.create_optimizer("sgd", lr=0.05, weight_decay=0.1)
+        assert accumulate_and_clip(protected.model, optimizer) == pytest.approx(expected, rel=NORMS)
+        after = adapter(protected.model)
+        assert worst(after, adapter(reference)) < PARAMETERS
+        still = [name for name in after if torch.equal(after[name], before[name])]
+        assert still == [name for name in after if "lora_A" in name or ".h.1." in name]
+        next(p for name, p in protected.model.named_parameters() if "lora_A" in name).requires_grad_()
+        loss(protected.model, 0).backward()
+        with pytest.raises(UsageError, match="unfrozen after its optimizer"):
+            optimizer.step()
+
+
+def test_an_adapter_loaded_for_inference_has_no_optimizer(protect: Any) -> None:
+    _, model = twins()
+    model.requires_grad_(requires_grad=False)
+    with protect(model, profile="paper") as protected:
+        assert not trained(protected.model)
+        with pytest.raises(UsageError, match="nothing of the model requires a gradient"):
+            protected.create_optimizer("sgd", lr=0.1)
+
+
+def test_a_frozen_anchor_beside_factors_that_are_not_is_refused(protect: Any) -> None:
+    _, model = twins()
+    with protect(model, profile="paper") as protected:
+        next(p for name, p in protected.model.named_parameters() if "anchor" in name).requires_grad_(False)
+        with pytest.raises(UsageError, match="frozen by its anchor"):
+            loss(protected.model, 0)
+        with torch.no_grad():
+            loss(protected.model, 0)
+
+
+def graded(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.grad is not None]
+
+
+def add_saved(p: nn.Parameter, saved: torch.Tensor) -> None:
+    assert p.grad is not None
+    p.grad.add_(saved)
+
+
+def put_back(p: nn.Parameter, saved: torch.Tensor) -> None:
+    p.grad = saved
+
+
+def add_noise(p: nn.Parameter, saved: torch.Tensor) -> None:
+    assert p.grad is not None
+    p.grad.add_(1e-6 * torch.ones_like(saved))
+
+
+@pytest.mark.parametrize(
+    ("change", "cleared"),
+    [
+        (add_saved, True),
+        (put_back, False),
+        pytest.param(put_back, True, marks=pytest.mark.slow),
+        pytest.param(add_noise, True, marks=pytest.mark.slow),
+    ],
+)
+def test_gradients_that_are_not_the_workers_are_refused(
+    protect: Any, change: Callable[[nn.Parameter, torch.Tensor], None], *, cleared: bool
+) -> None:
+    reference, model = twins()
+    with protect(model, profile="paper") as protected:
+        optimizer = protected.create_optimizer("sgd", lr=0.1)
+        loss(protected.model, 0).backward()
+        saved = [p.grad.clone() for p in graded(protected.model) if p.grad is not None]
+        if cleared:
+            optimizer.zero_grad()
+        loss(protected.model, 1).backward()
+        for parameter, gradient in zip(graded(protected.model), saved, strict=True):
+            change(parameter, gradient)
+        before = adapter(protected.model)
+        with pytest.raises(UsageError, match="up to one factor"):
+            optimizer.step()
+        assert worst(adapter(protected.model), before) == 0
+        zero_before_forward(protected.model, optimizer)  # the control: the next step is a right one
+        zero_before_forward(reference, torch.optim.SGD(trained(reference), lr=0.1))
+        assert worst(adapter(protected.model), adapter(reference)) < PARAMETERS
+
+
+def test_gradients_that_cancel_are_no_fault(protect: Any) -> None:
+    reference, model = twins()
+    with protect(model, profile="paper") as protected:
+        for each, optimizer in (
+            (reference, torch.optim.SGD(trained(reference), lr=0.1)),
+            (protected.model, protected.create_optimizer("sgd", lr=0.1)),
+        ):
+            loss(each, 0).backward()
+            (-loss(each, 0)).backward()
+            optimizer.step()
+            (loss(each, 0) * 1e-9).backward()
+            optimizer.step()
+        assert worst(adapter(protected.model), adapter(reference)) < PARAMETERS
+
+
+def test_groups_of_the_workers_parameters_are_refused(protect: Any) -> None:
+    _, model = twins()
+    with protect(model, profile="paper") as protected:
+        optimizer = protected.create_optimizer("sgd", lr=0.1)
+        factor = next(p for name, p in protected.model.named_parameters() if "lora_A" in name)
+        with pytest.raises(UsageError, match="a group of an optimizer"):
+            optimizer.add_param_group({"params": [factor]})
+        stock = torch.optim.SGD([factor], lr=0.1)
+        with pytest.raises(UsageError, match="create_optimizer"):
+            stock.step()
+        loss(protected.model, 0).backward()
+        optimizer.param_groups[0]["maximize"] = True
+        with pytest.raises(UsageError, match="maximize"):
+            optimizer.step()
+        optimizer.param_groups[0]["maximize"] = False
+        optimizer.param_groups[0]["params"] = optimizer.param_groups[0]["params"][1:]
+        with pytest.raises(UsageError, match="were edited"):
+            optimizer.step()
+
+
+@pytest.mark.parametrize("profile", ["paper", "balanced"])
+def test_values_that_change_between_a_cached_prefix_and_the_rest(protect: Any, profile: str) -> None:
+    reference, model = twins()
+
+    def rest(each: Any) -> torch.Tensor:
+        with torch.no_grad():
+            cache = each(input_ids=BATCHES[0][:, :3], use_cache=True).past_key_values
+            for name, parameter in each.named_parameters():
+                if "lora_B" in name:
+                    parameter.copy_(torch.linspace(-1, 1, parameter.numel()).view_as(parameter))
+            return each(input_ids=BATCHES[0][:, 3:], past_key_values=cache).logits
+
+    with protect(model, profile=profile) as protected:
+        assert error(rest(protected.model), rest(reference)) < PARAMETERS

@@ -9,7 +9,8 @@ from torch import nn
 
 from obfuscatune.enclave.keys import MasterSecret
 from obfuscatune.enclave.links import Link
-from obfuscatune.enclave.remote.held import OPTIMIZERS, HeldAdapter, RemoteOptimizer
+from obfuscatune.enclave.remote.held import HeldAdapter
+from obfuscatune.enclave.remote.optimizer import OPTIMIZERS, RemoteOptimizer
 from obfuscatune.enclave.report import Report, make_report
 from obfuscatune.enclave.session import Session
 from obfuscatune.enclave.sharing.workers import Workers
@@ -50,7 +51,7 @@ class Protected:
         self._final_report: Report | None = None
         if held is not None and held.slots:
             # Of all optimizers of the process, until the model has gone.
-            weakref.finalize(model, held.refuse_stock_optimizers().remove)
+            weakref.finalize(model, held.refuse_stock_optimizers(RemoteOptimizer).remove)
         for link in links:
             # The model's end, not this object's: `protect(model).model` alone keeps running.
             weakref.finalize(model, link.session.close)
@@ -81,12 +82,20 @@ class Protected:
 
         Args:
             kind: ``adamw`` or ``sgd``. options: of that torch optimizer (weight_decay, betas, momentum, ...).
+
+        Raises:
+            UsageError: no such optimizer or option, or nothing requires a gradient.
         """
         if kind not in OPTIMIZERS:
             raise UsageError("optimizer", got=repr(kind), expected=", ".join(OPTIMIZERS))
         slots = [] if self._held is None else self._held.slots
-        anchors = {id(slot.anchor) for slot in slots}
-        local = [p for p in self.model.parameters() if p.requires_grad and id(p) not in anchors]
+        held = {id(parameter) for slot in slots for parameter in slot.parameters()}
+        local = [p for p in self.model.parameters() if p.requires_grad and id(p) not in held]
+        if not local and not any(slot.trained() for slot in slots):
+            raise UsageError(
+                "nothing of the model requires a gradient",
+                hint="PeftModel.from_pretrained freezes an adapter unless is_trainable=True is given",
+            )
         if self._held is not None and slots:
             return RemoteOptimizer(self._held, local, kind=kind, lr=lr, **options)
         return OPTIMIZERS[kind](local, lr=lr, **options)

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from obfuscatune.errors import ProtocolError
 from obfuscatune.worker.parallel import ALONE, Group
 
 LAST = "out"
@@ -151,7 +152,30 @@ class HeldFactors:
         """Both factors by name."""
         return {"a": self.a, "b": self.b}
 
+    def clear(self) -> None:
+        """Forget the gradient accumulated so far."""
+        self.a.grad = self.b.grad = None
+
+    def scale_gradient(self, scale: float) -> None:
+        """Multiply the gradient accumulated so far."""
+        for parameter in (self.a, self.b):
+            if parameter.grad is not None:
+                parameter.grad.mul_(scale)
+
     def gradient_norm(self) -> float:
         """Euclidean norm of the gradient accumulated so far over both factors; 0 before the first backward."""
         grads = [p.grad for p in (self.a, self.b) if p.grad is not None]
         return float(torch.stack([g.double().square().sum() for g in grads]).sum().sqrt()) if grads else 0.0
+
+
+def factors_named(held: Mapping[str, HeldFactors], names: Sequence[str] | None) -> list[nn.Parameter]:
+    """Return the factors of a segment by their names, ``<slot>.a`` and ``<slot>.b``; all of them for None.
+
+    Raises:
+        ProtocolError: one is not held.
+    """
+    known = {f"{slot}.{name}": p for slot, factors in held.items() for name, p in factors.parameters().items()}
+    wanted = list(known) if names is None else list(dict.fromkeys(names))
+    if not known.keys() >= set(wanted):
+        raise ProtocolError("factors to train", got=repr(wanted)[:40], expected=f"some of {list(known)}"[:200])
+    return [known[name] for name in wanted]

@@ -51,29 +51,23 @@ class HeldOptimizer:
         return [(f"{name}.{factor}", p) for name, held in self._held.items() for factor, p in held.parameters().items()]
 
     def _make(self, kind: Any, options: Any) -> torch.optim.Optimizer:
-        if kind not in OPTIMIZERS or not isinstance(options, dict):
-            raise ProtocolError("optimizer", got=repr(kind)[:40], expected=", ".join(OPTIMIZERS))
-        if not options.keys() <= OPTIMIZER_OPTIONS[kind]:
-            raise ProtocolError(
-                "options of the optimizer", got=sorted(options), expected=sorted(OPTIMIZER_OPTIONS[kind])
-            )
-        try:
-            return OPTIMIZERS[kind]([p for _, p in self._parameters()], **options)
-        except (TypeError, ValueError) as error:
-            raise ProtocolError("options of the optimizer", got=sorted(options), expected=str(error)) from error
+        return _optimizer([p for _, p in self._parameters()], kind, options)
 
     def _step(self, header: dict[str, Any]) -> None:
+        kind, options = header.get("kind"), header.get("options")
         if self._optimizer is None:
-            self._optimizer = self._make(header.get("kind"), header.get("options"))
-        self._optimizer.param_groups[0]["lr"] = float(header["lr"])
+            self._optimizer = self._make(kind, options)
+        # Of each step: a schedule may change any of them.
+        made = _optimizer([torch.nn.Parameter(torch.zeros(1))], kind, options).param_groups[0]
+        settings = {name: made[name] for name in OPTIMIZER_OPTIONS[str(kind)] & set(options or ()) if name != "lr"}
+        self._optimizer.param_groups[0].update({**settings, "lr": float(header["lr"])})
         # Gradient clipping, decided in the enclave; a slot without a factor is not stepped.
         scales = header.get("scales", {})
         for name, held in self._held.items():
-            for parameter in held.parameters().values():
-                if name not in scales:
-                    parameter.grad = None
-                elif parameter.grad is not None:
-                    parameter.grad.mul_(scales[name])
+            if name in scales:
+                held.scale_gradient(scales[name])
+            else:
+                held.clear()
         self._optimizer.step()
 
     def _export(self) -> dict[str, Tensor]:
@@ -99,3 +93,15 @@ class HeldOptimizer:
             else:
                 with torch.no_grad():
                     parameters[target].copy_(tensor)
+
+
+def _optimizer(parameters: list[torch.nn.Parameter], kind: Any, options: Any) -> torch.optim.Optimizer:
+    """Return a stock optimizer of these parameters, with options that were checked."""
+    if kind not in OPTIMIZERS or not isinstance(options, dict):
+        raise ProtocolError("optimizer", got=repr(kind)[:40], expected=", ".join(OPTIMIZERS))
+    if not options.keys() <= OPTIMIZER_OPTIONS[kind]:
+        raise ProtocolError("options of the optimizer", got=sorted(options), expected=sorted(OPTIMIZER_OPTIONS[kind]))
+    try:
+        return OPTIMIZERS[kind](parameters, **options)
+    except (TypeError, ValueError) as error:
+        raise ProtocolError("options of the optimizer", got=sorted(options), expected=str(error)) from error

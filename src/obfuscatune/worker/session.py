@@ -20,7 +20,7 @@ from obfuscatune.protocol.expand import tensors_drawn
 from obfuscatune.protocol.frames import PROTOCOL_VERSION, TensorSpec
 from obfuscatune.protocol.limits import Limits
 from obfuscatune.protocol.memory import peak_memory_bytes
-from obfuscatune.worker.adapters import HeldFactors, SlotInputs
+from obfuscatune.worker.adapters import HeldFactors, SlotInputs, factors_named
 from obfuscatune.worker.attention import AttentionSegment
 from obfuscatune.worker.body import BodySegment
 from obfuscatune.worker.budget import Ledger, free_bytes
@@ -282,14 +282,15 @@ class WorkerSession:
         wants = list(header.get("wants", ()))
         if not set(wants) <= set(leaves) or set(grads) != set(tensors) or not grads:
             raise ProtocolError("gradients of a call", got=[*wants, *tensors], expected=[*leaves, *outputs])
-        for slot in header.get("fresh", ()):
-            for parameter in segment.held[slot].parameters().values():
-                parameter.grad = None
-        held = [parameter for factors in segment.held.values() for parameter in factors.parameters().values()]
+        held = factors_named(segment.held, header.get("accumulate"))
         targets = [leaves[name] for name in wants] + held
         found = torch.autograd.grad(
             [outputs[n] for n in grads], targets, list(grads.values()), allow_unused=True, materialize_grads=True
         )
+        for slot in header.get("fresh", ()):
+            segment.held[slot].clear()
+        for slot, scale in header.get("scales", {}).items():
+            segment.held[slot].scale_gradient(scale)
         for parameter, grad in zip(held, found[len(wants) :], strict=True):
             parameter.grad = grad if parameter.grad is None else parameter.grad + grad
         norms = {slot: factors.gradient_norm() for slot, factors in segment.held.items()}

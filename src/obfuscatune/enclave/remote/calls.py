@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from obfuscatune.enclave.freivalds import Check
+from obfuscatune.enclave.remote.accumulated import is_wanted
 from obfuscatune.enclave.session import Session
 from obfuscatune.errors import UsageError
 
@@ -41,10 +42,10 @@ class Held(Protocol):
 
     anchor: nn.Parameter
 
-    def begin_backward(self) -> bool:
-        """Whether the worker shall clear the slot's gradient first."""
+    def begin_backward(self) -> float | None:
+        """Return what the worker multiplies the slot's gradient with first; None to clear it."""
 
-    def take_norm(self, norm: Any) -> Tensor:
+    def take_norm(self, norm: Any, factors: tuple[str, ...]) -> Tensor:
         """Return the gradient of the anchor, from the norm that the worker told."""
 
 
@@ -59,7 +60,8 @@ class RemoteCall:
         header: further fields of the request (mask, rotary, cache). extras: further tensors, which have no gradient.
         factors: names of all pushed LoRA factors that this call uses; push: those of them in ``tensors`` that the
             worker does not have yet in this value.
-        held: slots whose factors the worker holds, by slot name.
+        held: slots whose factors the worker holds, by slot name. trained: those of their factors (``a``, ``b``) that
+            require a gradient, by slot name.
         when_sent: what to do once the worker has answered. added: what the enclave adds to the un-keyed output
             ``[..., out]``, from the reply's tensors.
         check: verifies ``y = x W``, and the backward's ``dx = dy W^T``, of a linear segment without a LoRA slot.
@@ -75,6 +77,7 @@ class RemoteCall:
     factors: list[str] = field(default_factory=list)
     push: set[str] = field(default_factory=set)
     held: dict[str, Held] = field(default_factory=dict)
+    trained: dict[str, tuple[str, ...]] = field(default_factory=dict)
     when_sent: list[Callable[[], None]] = field(default_factory=list)
     added: list[Callable[[dict[str, Tensor]], Tensor]] = field(default_factory=list)
     check: Check | None = None
@@ -105,7 +108,7 @@ class RemoteCall:
         return self._forward(keep=False)
 
     def _inputs(self) -> dict[str, Tensor]:
-        return {**self.tensors, **{f"anchor.{slot}": held.anchor for slot, held in self.held.items()}}
+        return {**self.tensors, **{f"anchor.{slot}": self.held[slot].anchor for slot in self.trained}}
 
     def _forward(self, *, keep: bool) -> dict[str, Tensor]:
         sent = {n: t.detach() for n, t in self.tensors.items() if n not in self.factors or n in self.push}
@@ -125,10 +128,19 @@ class RemoteCall:
             tell()
         return outputs
 
-    def _backward(self, wants: list[str], grads: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return the gradients of the tensors in ``wants`` and of the anchors, each by name."""
-        fresh = [slot for slot, held in self.held.items() if held.begin_backward()]
-        header = {"segment": self.segment, "call": self.id, "wants": wants, "fresh": fresh}
+    def _backward(
+        self, wants: list[str], slots: list[str], grads: dict[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return the gradients of the tensors in ``wants`` and of the anchors of ``slots``, each by name."""
+        scales = {slot: self.held[slot].begin_backward() for slot in slots}
+        header = {
+            "segment": self.segment,
+            "call": self.id,
+            "wants": wants,
+            "accumulate": [f"{slot}.{factor}" for slot in slots for factor in self.trained[slot]],
+            "fresh": [slot for slot, scale in scales.items() if scale is None],
+            "scales": {slot: scale for slot, scale in scales.items() if scale not in (None, 1.0)},
+        }
         expected = {name: (tuple(self.tensors[name].shape), self.tensors[name].dtype) for name in wants}
         reply, found = self.session.request("backward", self.layer, header, grads, expected)
         if self.check is not None:
@@ -136,7 +148,7 @@ class RemoteCall:
         norms = reply.get("gradient_norms")
         if not isinstance(norms, dict):
             raise self.session.fault("gradient norms", self.layer, got=type(norms).__name__, expected="map")
-        anchors = {f"anchor.{slot}": held.take_norm(norms.get(slot)) for slot, held in self.held.items()}
+        anchors = {f"anchor.{slot}": self.held[slot].take_norm(norms.get(slot), self.trained[slot]) for slot in slots}
         return found, anchors
 
 
@@ -174,10 +186,12 @@ class _Remote(torch.autograd.Function):
         call: RemoteCall = ctx.lease.consume()
         needed = dict(zip(ctx.names, ctx.needs_input_grad[2:], strict=True))
         wants = [name for name in call.tensors if needed[name]]
+        leaves = dict(zip(ctx.names, (node for node, _ in ctx.next_functions), strict=True))
+        slots = [slot for slot in call.trained if is_wanted(leaves[f"anchor.{slot}"])]
         given = {name: grad.contiguous() for name, grad in zip(call.shapes, grads, strict=True) if grad is not None}
         try:
             with without_autocast():
-                found, anchors = call._backward(wants, given)
+                found, anchors = call._backward(wants, slots, given)
         except UsageError:  # nothing was sent: the worker still has the call
             call.session.drop("calls", call.id)
             raise

@@ -1,16 +1,16 @@
 """LoRA factors that the worker holds and trains (``lora_placement="worker"``, as the paper has it).
 
-Stock training code wants parameters with gradients. Each such slot has an *anchor* in the enclave: a parameter of two
-numbers whose gradient has the Euclidean **norm** of the gradient that the worker has accumulated for the slot, and a
-fixed direction. Under orthogonal keys that norm equals the one in plain coordinates, so that ``clip_grad_norm_`` over
-the anchors computes the true global norm and scales the anchors' gradients; :class:`RemoteOptimizer` reads the factor
-off them and sends it along with the step. What does not scale a gradient as a whole (``clip_grad_value_``, noise) turns
-it away from that direction, and is refused.
+Stock training code wants parameters with gradients. Each such slot has an *anchor* in the enclave (`accumulated.py`): a
+parameter whose gradient has the Euclidean norm of the gradient that the worker has accumulated for the slot. Under
+orthogonal keys that norm equals the one in plain coordinates, so that ``clip_grad_norm_`` over the anchors computes the
+true global norm and scales the anchors' gradients; `RemoteOptimizer` (`optimizer.py`) reads the factor off them.
+
+PEFT's own parameters stay where they are and keep their ``requires_grad``: it says which factors the worker trains.
+They never have a gradient here.
 """
 
 import hashlib
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,19 +22,12 @@ from obfuscatune.enclave.families import Layer
 from obfuscatune.enclave.families.form import refuse_variants
 from obfuscatune.enclave.folding import key_rows, unkey_rows
 from obfuscatune.enclave.keys import Key
-from obfuscatune.enclave.remote.calls import RemoteCall
+from obfuscatune.enclave.remote.accumulated import Accumulated
+from obfuscatune.enclave.remote.calls import RemoteCall, version_of
 from obfuscatune.enclave.remote.lora import Slot
 from obfuscatune.enclave.remote.passes import Passes
 from obfuscatune.enclave.session import Session
 from obfuscatune.errors import UsageError
-from obfuscatune.protocol.optimizers import OPTIMIZER_OPTIONS
-
-OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
-# Of an anchor's gradient. Nearly all in one number, so that a bound on each number that does nothing there does nothing
-# to a gradient of that norm either.
-_SMALL = 1e-4
-_DIRECTION = torch.tensor([math.sqrt(1 - _SMALL**2), _SMALL], dtype=torch.float64)
-_TURNED = 1e-9  # relative; 1e-12 would be rounding
 
 
 class HeldSlot(Slot):
@@ -64,20 +57,45 @@ class HeldSlot(Slot):
         self.owner: HeldAdapter | None = None
         self._adapter: str = self.lora.active_adapters[0]
         self._a, self._b = self.lora.lora_A[self._adapter].weight, self.lora.lora_B[self._adapter].weight
-        # Float64: the clipping factor is a quotient of two norms, and must be exactly 1 where nothing is clipped.
-        self.anchor = nn.Parameter(torch.zeros(2, dtype=torch.float64))
-        self.norm = 0.0
+        self.gradient = Accumulated(layer.path)
+        self.anchor = self.gradient.anchor
         self.session, self._passes, self._segment = session, passes, segment
         self._key_in, self._key_out = key_in, key_out
-        self._last_pass = self._compared = -1
+        self._moved: set[str] = set()  # the factors that the worker has changed
+        self._compared = -1
+        self._versions = (-1, -1)
+        self._follows = True
         self._synced: tuple[Tensor, Tensor] | None = None
         self._scaling = math.nan
         self.push()
 
     def take_over(self) -> None:
-        """Freeze PEFT's parameters: from here on the worker trains."""
-        for parameter in (self._a, self._b):
-            parameter.requires_grad_(False)
+        """Let the anchor require a gradient where a factor does."""
+        self._follows = self._a.requires_grad or self._b.requires_grad
+        self.anchor.requires_grad_(self._follows)
+
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        """The anchor, and PEFT's parameters as they were last seen."""
+        return self.anchor, self._a, self._b
+
+    def trained(self) -> tuple[str, ...]:
+        """Names of the factors that require a gradient now, as training code has set it on PEFT's parameters.
+
+        Raises:
+            UsageError: training code has frozen the anchor and not them.
+        """
+        names = tuple(name for name, p in (("a", self._a), ("b", self._b)) if p.requires_grad)
+        if names and not self.anchor.requires_grad:
+            if self._follows:
+                raise UsageError(
+                    "LoRA that the worker trains is frozen by its anchor, and its factors are not",
+                    got="requires_grad of the anchor alone was set to False",
+                    where=self.layer.path,
+                    hint="set requires_grad of the three alike: lora_A, lora_B and the anchor beside them",
+                )
+            self._follows = True
+            self.anchor.requires_grad_(True)
+        return names
 
     def push(self) -> None:
         """Send PEFT's values, keyed, and their scale, where they are not the ones last exchanged (others were loaded).
@@ -129,16 +147,29 @@ class HeldSlot(Slot):
             if keyed.shape != parameter.T.shape or keyed.dtype != parameter.dtype:
                 got, expected = f"{list(keyed.shape)} {keyed.dtype}", f"{list(parameter.T.shape)} {parameter.dtype}"
                 raise self.session.fault("factor of a held slot", self.layer.path, got=got, expected=expected)
-        with torch.no_grad():
-            self._a.copy_(key_rows(keyed_a.double(), self._key_in).T)
-            self._b.copy_(self.layer.stored(self._key_out.apply_inverse(keyed_b.double())).T)
+        with torch.no_grad():  # a factor that nobody trained stays as it is, to the last bit
+            if "a" in self._moved:
+                self._a.copy_(key_rows(keyed_a.double(), self._key_in).T)
+            if "b" in self._moved:
+                self._b.copy_(self.layer.stored(self._key_out.apply_inverse(keyed_b.double())).T)
         self._remember()
 
     def _remember(self) -> None:
         self._synced = (self._a.detach().clone(), self._b.detach().clone())
+        self._versions = (version_of(self._a), version_of(self._b))
+
+    def _is_untouched(self) -> bool:
+        """Whether PEFT's layer has the tensors last exchanged, and none was changed in place.
+
+        A decode step asks this. A write to ``.data`` does not show here: values are compared once in each pass.
+        """
+        modules, adapter = self.lora._modules, self._adapter
+        a = modules["lora_A"]._modules[adapter]._parameters["weight"]
+        b = modules["lora_B"]._modules[adapter]._parameters["weight"]
+        return a is self._a and b is self._b and (version_of(a), version_of(b)) == self._versions
 
     def contribute(self, call: RemoteCall, x: Tensor | None) -> None:
-        """Let the worker add its product; sends values that were loaded since, looked for once in each pass.
+        """Let the worker add its product; sends values that were loaded since.
 
         Raises:
             UsageError: the anchor was stepped by a stock optimizer, or another adapter was chosen.
@@ -157,59 +188,37 @@ class HeldSlot(Slot):
             )
         refuse_variants(self.lora, self.layer.path, [self._adapter])
         self.refuse_code_within(self._adapter)
-        if self._compared != self._passes.number or self.scaling() != self._scaling:
+        compared = self._compared == self._passes.number and self._is_untouched()
+        if not compared or self.scaling() != self._scaling:
             if self.anchor.any():
                 raise stock_optimizer(self.layer.path)
             if self.scaling() != self._scaling and self.owner is not None:
                 self.owner.pull()  # for a scale alone the values there are sent back
             self.push()
-            self._compared = self._passes.number
+            self._compared, self._versions = self._passes.number, (version_of(self._a), version_of(self._b))
         call.held[self.name] = self
+        if torch.is_grad_enabled() and (trained := self.trained()):
+            call.trained[self.name] = trained
 
-    def begin_backward(self) -> bool:
-        """Whether the worker shall clear this slot's gradient before it adds to it: the anchor's was cleared since.
-
-        Asked here and not in the forward, because training code may call ``zero_grad`` between the two. Within one
-        backward pass autograd sums the increments of all calls first, so there an empty gradient means nothing.
-        """
-        cleared = self.anchor.grad is None or not self.anchor.grad.any()
-        fresh = cleared and self.norm > 0.0 and self._last_pass != _backward_pass()
-        if fresh:
-            self.norm = 0.0
-        return fresh
-
-    def take_norm(self, norm: Any) -> Tensor:
-        """Return the increment of the accumulated gradient's norm, the anchor's gradient. Refuses what is no norm."""
-        if not isinstance(norm, float | int) or not math.isfinite(norm) or norm < 0:
-            raise self.session.fault("gradient norm of a held slot", self.layer.path)
-        increment, self.norm = norm - self.norm, float(norm)
-        self._last_pass = _backward_pass()
-        return increment * _DIRECTION
-
-    def scale(self) -> float | None:
-        """What the gradient on the worker is multiplied with before a step, as clipping did here; None without one.
-
-        Raises:
-            UsageError: it was changed otherwise than by a factor.
-        """
-        if self.anchor.grad is None:
-            return None
-        return self._length(self.anchor.grad) / self.norm if self.norm > 0.0 else 1.0
+    def begin_backward(self) -> float | None:
+        """Return what the worker multiplies this slot's gradient with before it adds to it; None to clear it."""
+        return self.gradient.begin()
 
     def stepped(self) -> None:
-        """Note that the worker scaled its gradient, or dropped it, as :meth:`scale` said."""
-        self.norm = 0.0 if self.anchor.grad is None else self._length(self.anchor.grad)
+        """Note that the worker has stepped the factors that had a gradient."""
+        if self.anchor.grad is not None:
+            self._moved |= self.gradient.factors
+        self.gradient.settle()
 
-    def _length(self, gradient: Tensor) -> float:
-        """Signed length of a gradient along `_DIRECTION`."""
-        length = float(gradient @ _DIRECTION)
-        if not torch.allclose(gradient, length * _DIRECTION, rtol=_TURNED, atol=_TURNED * _SMALL * abs(length)):
-            raise UsageError(
-                "the gradient of LoRA that the worker trains was changed otherwise than by one factor",
-                where=self.layer.path,
-                hint="clip_grad_norm_ instead of clip_grad_value_; noise on gradients needs lora_placement='enclave'",
-            )
-        return length
+    def imported(self) -> None:
+        """Note that the worker has other factors now."""
+        self._moved = {"a", "b"}
+
+    def take_norm(self, norm: Any, factors: tuple[str, ...]) -> Tensor:
+        """Return the increment of the accumulated gradient, as the anchor's gradient. Refuses what is no norm."""
+        if not isinstance(norm, float | int) or not math.isfinite(norm) or norm < 0:
+            raise self.session.fault("gradient norm of a held slot", self.layer.path)
+        return self.gradient.add(float(norm), factors)
 
 
 def stock_optimizer(where: str) -> UsageError:
@@ -219,11 +228,6 @@ def stock_optimizer(where: str) -> UsageError:
         where=where,
         hint="pass protected.create_optimizer(...) to the Trainer: optimizers=(optimizer, None)",
     )
-
-
-def _backward_pass() -> int:
-    """Number of the backward pass that runs; torch has no public name for it."""
-    return torch._C._current_graph_task_id()
 
 
 class HeldAdapter:
@@ -245,20 +249,23 @@ class HeldAdapter:
         """A name of all keys of the slots: what was made under others is known by it. It tells nothing of them."""
         return self._keys.hexdigest()[:32]
 
-    def refuse_stock_optimizers(self) -> Any:
-        """Refuse, before it steps, any other optimizer of this process that has an anchor; returns a handle to end it.
+    def refuse_stock_optimizers(self, own: type[Optimizer]) -> Any:
+        """Refuse, before it steps, any other optimizer of this process that has an anchor or a factor.
 
         Without that a run of one step would train nothing, and say nothing.
+
+        Args:
+            own: the class of the optimizer that may. Returns a handle to end it.
         """
-        anchors = {id(slot.anchor): slot.layer.path for slot in self.slots}
 
         def check(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            if isinstance(optimizer, RemoteOptimizer):
+            if isinstance(optimizer, own):
                 return
+            held = {id(parameter): slot.layer.path for slot in self.slots for parameter in slot.parameters()}
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
-                    if id(parameter) in anchors:
-                        raise stock_optimizer(anchors[id(parameter)])
+                    if id(parameter) in held:
+                        raise stock_optimizer(held[id(parameter)])
 
         return register_optimizer_step_pre_hook(check)
 
@@ -274,7 +281,7 @@ class HeldAdapter:
         header = {"action": "export"}
         asked = {session.submit("optimizer", "-", header, {}, None): own for session, own in self.by_session().items()}
         return {
-            name: tensor for pending, own in asked.items() for name, tensor in _of(own, pending.result()[1]).items()
+            name: tensor for pending, own in asked.items() for name, tensor in part_of(own, pending.result()[1]).items()
         }
 
     def pull(self) -> None:
@@ -300,82 +307,7 @@ class HeldAdapter:
         self.stale = False
 
 
-def _of(slots: list[HeldSlot], state: dict[str, Tensor]) -> dict[str, Tensor]:
+def part_of(slots: list[HeldSlot], state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The part of the factors and moments that belongs to some slots: no worker speaks for another one's."""
     names = {slot.full_name for slot in slots}  # of SLOT.a, SLOT.b and SLOT.a/MOMENT
     return {name: tensor for name, tensor in state.items() if name.partition("/")[0].rpartition(".")[0] in names}
-
-
-class RemoteOptimizer(Optimizer):
-    """Steps the factors that the worker holds, and what is trained in the enclave beside them.
-
-    A stock torch optimizer to schedulers and to the Trainer.
-
-    Args:
-        adapter: the held slots. local: trained parameters of the enclave (blocks that stay inside, a trained head).
-        kind: ``adamw`` or ``sgd``. lr: learning rate.
-        options: further arguments of that torch optimizer (weight_decay, betas, momentum, ...).
-
-    ``state_dict`` carries the keyed factors and moments, so that a resumed run continues bit for bit under the same
-    keys.
-    """
-
-    def __init__(
-        self, adapter: HeldAdapter, local: list[nn.Parameter], *, kind: str, lr: float, **options: Any
-    ) -> None:
-        unknown = sorted(options.keys() - OPTIMIZER_OPTIONS[kind])
-        if unknown:
-            expected = f"some of {', '.join(sorted(OPTIMIZER_OPTIONS[kind]))}"
-            raise UsageError("option of an optimizer on the worker", got=", ".join(unknown), expected=expected)
-        self._adapter, self._kind = adapter, kind
-        self._options = {"lr": lr, **{n: list(v) if isinstance(v, tuple) else v for n, v in options.items()}}
-        self._local = OPTIMIZERS[kind](local, lr=lr, **options) if local else None
-        super().__init__([*(slot.anchor for slot in adapter.slots), *local], {"lr": lr})
-
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Step the factors of every slot that has a gradient, clipped as the anchors' gradients were."""
-        scales = {slot.full_name: scale for slot in self._adapter.slots if (scale := slot.scale()) is not None}
-        lr = float(self.param_groups[0]["lr"])
-        header = {"action": "step", "kind": self._kind, "options": self._options, "lr": lr}
-        asked = []
-        for session, slots in self._adapter.by_session().items():
-            own = {slot.full_name: scales[slot.full_name] for slot in slots if slot.full_name in scales}
-            asked.append(session.submit("optimizer", "-", {**header, "scales": own}, {}, {}))
-        for pending in asked:
-            pending.result()
-        for slot in self._adapter.slots:
-            slot.stepped()
-        self._adapter.stale = True
-        if self._local is not None:
-            self._local.param_groups[0]["lr"] = lr
-            self._local.step()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the schedule's state and, keyed, the factors and moments on the worker."""
-        local = None if self._local is None else self._local.state_dict()
-        return {**super().state_dict(), "worker": self._adapter.export(), "local": local, "keys": self._adapter.keys}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Put both back.
-
-        Raises:
-            UsageError: the state was made under other keys, under which it means something else.
-        """
-        state = dict(state_dict)
-        if state.pop("keys", None) != self._adapter.keys:
-            raise UsageError(
-                "state of an optimizer whose factors were keyed otherwise",
-                expected="the secret, profile and weights under which it was saved",
-                hint="protect(model, secret=protected.secret of that session), which a checkpoint holds",
-            )
-        tensors, local = state.pop("worker"), state.pop("local")
-        if self._local is not None:
-            self._local.load_state_dict(local)
-        super().load_state_dict(state)
-        header = {"action": "import", "kind": self._kind, "options": self._options}
-        asked = []
-        for session, slots in self._adapter.by_session().items():
-            asked.append(session.submit("optimizer", "-", header, _of(slots, tensors), {}))
-        for pending in asked:
-            pending.result()
-        self._adapter.fetch()
