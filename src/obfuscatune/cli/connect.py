@@ -48,7 +48,7 @@ def command(options: ConnectOptions) -> None:
         app = build_app(
             offer(enclave, limits, metrics), limits, metrics, tokens=[token], hosts=["127.0.0.1", "localhost"]
         )
-        server = Server(app, limits)
+        server = Server(app, limits, give_up=enclave.give_up)
         enclave.start(on_fault=server.leave)
         announce(f"http://127.0.0.1:{listener.getsockname()[1]}", enclave.names, token)
         try:
