@@ -94,6 +94,7 @@ class Running:
     port: int
     batcher: Batcher
     openai: OpenAI
+    leave: Callable[[], None]
 
     @property
     def url(self) -> str:
@@ -113,21 +114,23 @@ class Running:
 
 
 @contextmanager
-def serving(served: ServedModel, limits: Limits, **changes: Any) -> Iterator[Running]:
+def serving(
+    served: ServedModel, limits: Limits, *, tls: dict[str, str] | None = None, **changes: Any
+) -> Iterator[Running]:
     """Serve in a thread, with the real uvicorn on a real socket; ``changes`` are of the offer."""
     metrics = Metrics()
     batcher = Batcher(served, limits, metrics)
     with listen("127.0.0.1", 0) as listener:
         offered = replace(offer(served, batcher, limits, metrics), **changes)
         app = build_app(offered, limits, metrics, tokens=[TOKEN], hosts=["127.0.0.1", "localhost"])
-        server = Server(app, limits)
+        server = Server(app, limits, give_up=batcher.stop, **(tls or {}))
         batcher.start(on_fault=server.leave)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         port = listener.getsockname()[1]
         try:
             with OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=TOKEN, max_retries=0, timeout=60) as client:
-                yield Running(port, batcher, client)
+                yield Running(port, batcher, client, server.leave)
         finally:
             server.leave()
             thread.join(60)

@@ -2,6 +2,7 @@
 
 import json
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -31,6 +32,7 @@ class Model:
 
     def __init__(self) -> None:
         self.asked: list[Any] = []
+        self.told = 0
         self.job: dict[str, Any] = {"status": "done", "step": 60, "steps": 60}
         self.go = threading.Semaphore(0)  # for each word of a prompt that says "slowly"
         self.left = threading.Event()
@@ -38,6 +40,7 @@ class Model:
 
     def __call__(self, party: PublicIdentity, fields: dict[str, Any], payload: bytes) -> Any:
         if fields["op"] == "status":
+            self.told += 1
             return {**self.job, "queries": len(self.asked)}, b""
         (prompt,) = json.loads(payload)
         if len(self.asked) == QUOTA:
@@ -150,6 +153,9 @@ def test_the_usual_client_over_an_attested_channel(
     address, model = start(ENCLAVE)
     with connected(address, files, capsys) as (url, token, lines, codes):
         assert any(line.startswith("accepted; SIMULATION") for line in lines)
+        curl = ["curl", "--silent", "--max-time", "30", "-H", f"Authorization: Bearer {token}"]
+        said = subprocess.run([*curl, f"{url}/models/job"], capture_output=True, check=True).stdout  # noqa: S603
+        assert json.loads(said)["id"] == "job"
         with openai.OpenAI(base_url=url, api_key=token, max_retries=0) as client:
             other = talk(client, url, token, model, start, address)
     assert codes == [1]
@@ -166,10 +172,11 @@ def talk(client: openai.OpenAI, url: str, token: str, model: Model, start: Start
     sampling = {"temperature": 0.5, "top_p": 0.9, "seed": 7}
     chat = client.chat.completions.create(model="job", messages=messages, max_tokens=2, **sampling)
     assert chat.choices[0].message.content == "WHY NOT? "
-    stream = client.chat.completions.create(model="job", messages=messages, stream=True, temperature=1)
-    chunks = [chunk for chunk in stream if chunk.choices]
+    usage = {"stream_options": {"include_usage": True}}
+    stream = client.chat.completions.create(model="job", messages=messages, stream=True, temperature=1, **usage)
+    *chunks, last = stream
     assert [text for chunk in chunks if (text := chunk.choices[0].delta.content)] == ["WHY ", "NOT? "]
-    usage = chunks[-1].usage
+    usage = last.usage
     assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (3, 2, 5)  # tokens, not messages
     pieces = iter(client.completions.create(model="job", prompt="slowly red", stream=True))
     for word in ("SLOWLY ", "RED "):  # each is here before the enclave has made the next
@@ -223,9 +230,16 @@ def test_a_connection_that_broke_is_asked_over_another(
         connected(address, files, capsys) as (url, token, _, codes),
         openai.OpenAI(base_url=url, api_key=token, max_retries=0) as client,
     ):
-        stream = client.completions.create(model="job", prompt="once broken twice", stream=True, temperature=1)
-        chunks = [chunk for chunk in stream if chunk.choices]
-        assert "".join(chunk.choices[0].text for chunk in chunks) == "ONCE BROKEN TWICE "
+        chunks = list(
+            client.completions.create(
+                model="job",
+                prompt="once broken twice",
+                stream=True,
+                temperature=1,
+                stream_options={"include_usage": True},
+            )
+        )
+        assert "".join(choice.text for chunk in chunks for choice in chunk.choices) == "ONCE BROKEN TWICE "
         assert [c.usage.completion_tokens for c in chunks if c.usage] == [3]
         thread.join(30)
         assert again[0].asked == model.asked and len(model.asked) == 1
@@ -234,6 +248,49 @@ def test_a_connection_that_broke_is_asked_over_another(
         with pytest.raises(openai.InternalServerError):
             client.completions.create(model="job", prompt="x")
     assert codes == [1]
+
+
+def test_an_enclave_that_is_away_is_told_and_one_that_changed_ends_it_without_a_request(
+    start: Start, files: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("obfuscatune.serving.relay.RENEWAL_SECONDS", 0.05)
+    monkeypatch.setattr("obfuscatune.serving.relay.AWAY_SECONDS", 0.05)
+    address, model = start(ENCLAVE)
+    with (
+        connected(address, files, capsys) as (url, token, _, codes),
+        openai.OpenAI(base_url=url, api_key=token, max_retries=0) as client,
+    ):
+        health = url.replace("/v1", "/health")
+
+        def until(status: int) -> None:
+            deadline = time.monotonic() + 20
+            while httpx2.get(health).status_code != status:
+                assert time.monotonic() < deadline
+                threading.Event().wait(0.02)
+
+        until(200)
+        # A client that gave up asks again by itself: the very same question, which the enclave counts once.
+        impatient = client.with_options(max_retries=1, timeout=0.3)
+        for _ in range(2):
+            with pytest.raises(openai.APITimeoutError):
+                impatient.completions.create(model="job", prompt="slowly red", temperature=1)
+        seeds = [sampling["seed"] for _, _, sampling in model.asked]
+        assert seeds[0] == seeds[1] != seeds[2] == seeds[3]
+        while model.told < 3:  # its evidence is renewed though nobody asks
+            threading.Event().wait(0.02)
+        model.stop()  # type: ignore[attr-defined]
+        until(503)
+        with pytest.raises(openai.InternalServerError) as caught:
+            client.completions.create(model="job", prompt="x")
+        assert (caught.value.status_code, caught.value.code) == (503, "unavailable")
+        assert caught.value.response.headers["retry-after"] == "5"
+        _, back = start(ENCLAVE, address)
+        until(200)
+        back.stop()  # type: ignore[attr-defined]
+        until(503)
+        _, other = start(Identity.generate("other", "x25519"), address)
+    assert codes == [1] and not other.asked and not other.told
+    assert "error: " in capsys.readouterr().err
 
 
 def test_an_enclave_that_is_refused_gets_no_port(

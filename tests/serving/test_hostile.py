@@ -4,11 +4,21 @@ import contextlib
 import json
 import select
 import socket
+import ssl
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
+from pathlib import Path
 
+import httpx2
 import openai
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import Encoding, PrivateFormat
 
 from obfuscatune.serving.limits import Limits
 
@@ -176,6 +186,46 @@ def test_200_connections_do_not_keep_a_client_out_for_long(small: Running) -> No
         for connection in idle:
             read_all(connection)
     assert small.get("/health", token=None).status_code == 200
+
+
+def test_connections_that_never_begin_tls_end_soon(open_served, tmp_path: Path) -> None:
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
+    now = datetime.now(UTC)
+    certificate = x509.CertificateBuilder(name, name, key.public_key(), 1, now - timedelta(1), now + timedelta(1))
+    address = x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))])
+    pem = certificate.add_extension(address, critical=False).sign(key, SHA256()).public_bytes(Encoding.PEM)
+    (tmp_path / "cert.pem").write_bytes(pem)
+    (tmp_path / "key.pem").write_bytes(
+        key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, serialization.NoEncryption())
+    )
+    files = {"certificate": str(tmp_path / "cert.pem"), "key": str(tmp_path / "key.pem")}
+    limits = Limits(head_seconds=1, connections=20)
+    trusted = ssl.create_default_context(cafile=files["certificate"])
+    with serving(open_served("balanced"), limits, tls=files) as server, contextlib.ExitStack() as stack:
+
+        def health() -> int:
+            return httpx2.get(f"https://127.0.0.1:{server.port}/health", verify=trusted, timeout=5).status_code
+
+        assert health() == 200
+        silent = [stack.enter_context(server.connect()) for _ in range(60)]
+        for connection in silent[:5]:
+            connection.sendall(b"GET / HTTP/1.1\r\n\r\n")  # which is no TLS
+        started = time.monotonic()
+        # Above twice the limit there is nothing at once, and the others end in their time.
+        closed = [read_all(connection, 5) for connection in silent]
+        assert not any(b"HTTP" in answer for answer in closed)
+        assert time.monotonic() - started < 5
+        assert health() == 200
+
+
+def test_an_address_in_full_is_the_same_as_its_path(small: Running) -> None:
+    for method, path, code in (("GET", "/v1/models", 200), ("GET", "/health", 200), ("POST", "/health", 405)):
+        line = f"{method} http://127.0.0.1:{small.port}{path} HTTP/1.1\r\n{HOST}{AUTH}Connection: close\r\n\r\n"
+        assert status(send(small, line)) == code
+    line = f"GET http://127.0.0.1:{small.port}/v1/models HTTP/1.1\r\n"
+    assert status(send(small, f"{line}{HOST}\r\n")) == 401
+    assert status(send(small, f"{line}Host: evil\r\n{AUTH}\r\n")) == 421
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ from obfuscatune.serving.question import Question
 from obfuscatune.serving.refusal import Refusal
 from obfuscatune.serving.relay import PARALLEL, Enclave
 from obfuscatune.serving.sampling import Settings
+from obfuscatune.serving.seeds import MOST, SECONDS, Seeds
 
 REPLY = {"prompt_tokens": [1], "completion_tokens": [2], "ended": [1]}
 Parts = Iterator[tuple[dict[str, Any], bytes]]
@@ -30,6 +32,9 @@ class Channel:
     def stream(self, fields: Any, payload: bytes, **more: Any) -> Parts:
         return self._answer(self)
 
+    def request(self, fields: Any, **more: Any) -> tuple[dict[str, Any], bytes]:
+        return next(self._answer(self))
+
     def close(self) -> None:
         self.closed.set()
 
@@ -40,10 +45,10 @@ class Channel:
         self.close()
 
 
-def enclave_of(answer: Callable[[Channel], Parts]) -> Enclave:
+def enclave_of(answer: Callable[[Channel], Parts], seconds: float = 30.0) -> Enclave:
     first: Any = SimpleNamespace(verdict=None)
-    job: Any = SimpleNamespace(digest="job")
-    return Enclave(lambda: Channel(answer), first, job, "job", 30.0)  # type: ignore[arg-type, return-value]
+    job: Any = SimpleNamespace(digest="job", max_queries=9, max_new_tokens=5)
+    return Enclave(lambda: Channel(answer), first, job, "job", seconds)  # type: ignore[arg-type, return-value]
 
 
 def question(show: Callable[[str], None] | None = None) -> Question:
@@ -123,3 +128,114 @@ def test_an_answer_that_is_asked_for_again_goes_on_or_is_refused(second: str, mo
         with pytest.raises(Refusal, match="no completion"):
             asyncio.run(work)
     assert len(tries) == 2
+
+
+def stalls(channel: Channel) -> Parts:
+    assert channel.closed.wait(30)
+    raise ConnectionClosedError("connection is closed")
+    yield REPLY, b""
+
+
+def test_the_time_of_a_request_is_waiting_and_answer_together() -> None:
+    async def scene() -> list[Any]:
+        enclave = enclave_of(stalls, seconds=0.3)
+        started = time.monotonic()
+        work = [enclave.complete(question()) for _ in range(PARALLEL + 3)]
+        outcomes = await asyncio.gather(*work, return_exceptions=True)
+        assert time.monotonic() - started < 10  # all at once, though most had to wait
+        return outcomes
+
+    outcomes = asyncio.run(scene())
+    assert [(refusal.status, refusal.code) for refusal in outcomes] == [(504, "timeout")] * (PARALLEL + 3)
+
+
+def test_what_an_enclave_has_not_answered_at_the_end_is_told() -> None:
+    async def scene() -> list[Any]:
+        enclave = enclave_of(stalls)
+        tasks = [asyncio.create_task(enclave.complete(question())) for _ in range(PARALLEL + 3)]
+        while enclave.load() != (3, PARALLEL):
+            await asyncio.sleep(0.01)
+        enclave.give_up()
+        return await asyncio.gather(*tasks, enclave.complete(question()), return_exceptions=True)
+
+    assert {(refusal.status, refusal.code) for refusal in asyncio.run(scene())} == {(503, "unavailable")}
+
+
+def test_a_renewal_that_stalls_holds_up_no_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("obfuscatune.serving.relay.RENEWAL_SECONDS", 0.0)
+    begun, go = threading.Event(), threading.Event()
+    first: Any = SimpleNamespace(verdict=None)
+
+    def connect() -> Any:
+        begun.set()
+        go.wait(30)
+        raise ConnectionClosedError("too slow")
+
+    for enclave in (
+        Enclave(connect, first, first, "job", 30.0),
+        enclave_of(lambda channel: begun.set() or stalls(channel)),
+    ):
+        enclave.start(on_fault=lambda: None)
+        assert begun.wait(30)
+        begun.clear()
+        started = time.monotonic()
+        enclave.close()
+        assert time.monotonic() - started < 5
+    go.set()
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"status": "x" * 1000},
+        {"status": ["running"]},
+        {"status": "running", "step": -1},
+        {"status": "running", "queries": "<b>"},
+        {"status": "running", "steps": 10**30},
+    ],
+)
+def test_a_status_that_is_none_is_not_passed_on(told: dict[str, Any]) -> None:
+    with pytest.raises(Refusal) as refused:
+        asyncio.run(enclave_of(lambda channel: iter([(told, b"")])).progress())
+    assert refused.value.status == 502
+
+
+def test_polls_that_stall_hold_up_no_question() -> None:
+    polls, go = list[Channel](), threading.Event()
+
+    def answer(channel: Channel) -> Parts:
+        polls.append(channel)
+        assert go.wait(30)
+        yield {"status": "running"}, b""
+
+    enclave = enclave_of(answer)
+
+    async def scene() -> list[dict[str, Any]]:
+        waiting = [asyncio.create_task(enclave.progress()) for _ in range(50)]
+        while not polls:
+            await asyncio.sleep(0.01)
+        enclave._connect = lambda: Channel(lambda _: iter([(REPLY, b"text")]))  # type: ignore[assignment, return-value]
+        one = question()
+        await asyncio.wait_for(enclave.complete(one), 20)
+        assert one.text == "text"
+        go.set()
+        return await asyncio.gather(*waiting)
+
+    assert len(asyncio.run(scene())) == 50 and len(polls) == 1
+
+
+def test_who_asks_again_gets_the_same_random_numbers() -> None:
+    now = [0.0]
+    seeds = Seeds(lambda: now[0])
+    first, second = (seeds.take(b"same", again=False) for _ in range(2))
+    assert first.value != second.value  # two samples of one prompt
+    first.state, second.state = "answered", "failed"
+    assert seeds.take(b"same", again=True) is second
+    second.state = "answered"
+    assert seeds.take(b"same", again=True) in (first, second)  # an answer that did not arrive
+    assert seeds.take(b"other", again=True) not in (first, second)
+    now[0] = SECONDS + 1
+    assert seeds.take(b"same", again=True) not in (first, second)
+    for _ in range(2 * MOST):
+        seeds.take(b"many", again=False)
+    assert len(seeds._drawn) == MOST

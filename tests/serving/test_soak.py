@@ -108,8 +108,9 @@ async def load(url: str, token: str, pid: int, expected: dict[str, str], seconds
                 prompt, stream = choice.choice(PROMPTS), choice.random() < 0.3
                 asked = time.monotonic()
                 try:
+                    more = {"stream_options": {"include_usage": True}} if stream else {}
                     reply = await ai.completions.create(
-                        model="base", prompt=prompt, max_tokens=MAX_TOKENS, temperature=0, stream=stream
+                        model="base", prompt=prompt, max_tokens=MAX_TOKENS, temperature=0, stream=stream, **more
                     )
                     chunks = [chunk async for chunk in reply] if stream else [reply]
                 except Exception:
@@ -117,7 +118,7 @@ async def load(url: str, token: str, pid: int, expected: dict[str, str], seconds
                     continue
                 found.seconds.append(time.monotonic() - asked)
                 found.tokens += chunks[-1].usage.completion_tokens
-                found.wrong += "".join(chunk.choices[0].text for chunk in chunks) != expected[prompt]
+                found.wrong += "".join(c.text for chunk in chunks for c in chunk.choices) != expected[prompt]
 
     async def watch() -> None:
         for tenth in range(1, 11):

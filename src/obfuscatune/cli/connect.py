@@ -23,7 +23,7 @@ class ConnectOptions(EnclaveOptions, ConfigOptions):
     job: Path = option("the job file whose trained model is queried")
     name: str = option("what clients call the model", "job")
     port: int = option("port on 127.0.0.1; 0 takes a free one", 8000, min=0, ceiling=65535)
-    reply_seconds: float = option("seconds to wait for an answer of the enclave", 600.0)
+    reply_seconds: float = option("seconds that a request may take, waiting included", 600.0)
 
 
 @takes(ConnectOptions)
@@ -34,7 +34,8 @@ def command(options: ConnectOptions) -> None:
     from obfuscatune.serving.app import build_app
     from obfuscatune.serving.limits import Limits
     from obfuscatune.serving.metrics import Metrics
-    from obfuscatune.serving.relay import Enclave, offer
+    from obfuscatune.serving.relay import Enclave
+    from obfuscatune.serving.relayed import offer
     from obfuscatune.serving.server import Server, listen
 
     job = SignedJob.load(options.job).job
@@ -48,7 +49,7 @@ def command(options: ConnectOptions) -> None:
         app = build_app(
             offer(enclave, limits, metrics), limits, metrics, tokens=[token], hosts=["127.0.0.1", "localhost"]
         )
-        server = Server(app, limits)
+        server = Server(app, limits, give_up=enclave.give_up)
         enclave.start(on_fault=server.leave)
         announce(f"http://127.0.0.1:{listener.getsockname()[1]}", enclave.names, token)
         try:

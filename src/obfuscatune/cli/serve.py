@@ -87,7 +87,7 @@ def command(options: ServeOptions) -> None:
         metrics = Metrics()
         batcher = Batcher(served, limits, metrics)
         app = build_app(offer(served, batcher, limits, metrics), limits, metrics, tokens=tokens, hosts=hosts)
-        server = Server(app, limits, certificate=certificate, key=key)
+        server = Server(app, limits, certificate=certificate, key=key, give_up=batcher.stop)
         batcher.start(on_fault=server.leave)
         scheme = "http" if options.ssl_certfile is None else "https"
         host = f"[{options.host}]" if ":" in options.host else options.host

@@ -172,12 +172,14 @@ def _prompt(value: Any) -> Prompt | None:
     for message in value:
         if not isinstance(message, dict) or set(message) != {"role", "content"} or message["role"] not in ROLES:
             return None
-        if not _is_text(message["content"]):
+        # An answer in the history may be empty, where the model had ended it at once.
+        if not _is_text(message["content"], may_be_empty=message["role"] == "assistant"):
             return None
         turns.append((message["role"], message["content"]))
     return tuple(turns)
 
 
-def _is_text(value: Any) -> bool:
+def _is_text(value: Any, *, may_be_empty: bool = False) -> bool:
     """Whether it is a text with something in it, and no half of a surrogate pair, which no tokenizer takes."""
-    return isinstance(value, str) and bool(value.strip()) and not any("\ud800" <= char <= "\udfff" for char in value)
+    fits = isinstance(value, str) and (may_be_empty or bool(value))
+    return fits and not any("\ud800" <= char <= "\udfff" for char in value)

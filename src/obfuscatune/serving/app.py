@@ -18,7 +18,7 @@ from obfuscatune.serving.handlers import ChatHandler, Offer, TextHandler
 from obfuscatune.serving.limits import Limits
 from obfuscatune.serving.metrics import Metrics
 from obfuscatune.serving.refusal import Refusal
-from obfuscatune.serving.request import parse
+from obfuscatune.serving.request import no_model, parse
 
 PAGE = {
     "/": ("index.html", "text/html"),
@@ -46,10 +46,19 @@ def build_app(
     async def completions(request: Request) -> Response:
         return await _handle(request, offered.text, "cmpl")
 
+    entries = {
+        name: {"id": name, "object": "model", "created": started, "owned_by": "obfuscatune"} for name in offered.names
+    }
+
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        entry = {"object": "model", "created": started, "owned_by": "obfuscatune"}
-        return {"object": "list", "data": [{"id": name, **entry} for name in offered.names]}
+        return {"object": "list", "data": list(entries.values())}
+
+    @app.get("/v1/models/{name}")
+    async def model(name: str) -> dict[str, Any]:
+        if name not in entries:
+            raise no_model(offered.names)
+        return entries[name]
 
     @app.get("/v1/protection")
     async def protection() -> dict[str, Any]:
@@ -59,7 +68,7 @@ def build_app(
 
         @app.get("/v1/job")
         async def job() -> dict[str, Any]:
-            return await asyncio.to_thread(tell)
+            return await tell()
 
     @app.get("/health")
     async def health() -> Response:
@@ -87,13 +96,16 @@ def build_app(
     async def failed(request: Request, error: Exception) -> Response:  # the guard sees the error too, and logs it
         return JSONResponse(Refusal.internal().body(), 500)
 
-    return Guard(app, tokens=tokens, hosts=hosts, paths=PATHS, open_paths=OPEN, limits=limits, metrics=metrics)
+    paths = [*PATHS, *(f"/v1/models/{name}" for name in offered.names)]
+    return Guard(app, tokens=tokens, hosts=hosts, paths=paths, open_paths=OPEN, limits=limits, metrics=metrics)
 
 
 async def _handle(request: Request, handler: ChatHandler | TextHandler, prefix: str) -> Response:
     """Answer, or stop when the client leaves before the answer begins."""
     body = parse(await request.body())
-    answering = asyncio.ensure_future(handler.handle_request(body, f"{prefix}-{secrets.token_hex(12)}"))
+    count = request.headers.get("x-stainless-retry-count", "")  # of OpenAI's clients
+    work = handler.answer(body, f"{prefix}-{secrets.token_hex(12)}", again=count.isdecimal() and count.strip("0") != "")
+    answering = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(_left(request))
     try:
         await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)

@@ -82,11 +82,18 @@ class Batcher:
             self._rows.append(row)
             self._changed.notify_all()
 
-    def close(self) -> None:
-        """Stop after the next token; what is not done is answered with 503."""
+    def stop(self) -> None:
+        """Answer what is not done with 503, at once, and compute no more of it; does not wait."""
         with self._changed:
             self._closed = True
+            left = [*self._running, *self._rows]
             self._changed.notify_all()
+        for row in left:
+            row.fail(_unavailable())
+
+    def close(self) -> None:
+        """As :meth:`stop`, and wait for the end of the step that is computed."""
+        self.stop()
         if self._thread.ident is not None:
             self._thread.join()
 

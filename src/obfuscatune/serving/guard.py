@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
@@ -67,6 +68,7 @@ class Guard:
             if scope["type"] == "lifespan":
                 await self._app(scope, receive, send)
             return
+        scope = self._own(scope)
         path = scope["path"] if scope["path"] in self._paths else "other"
         begun = False
 
@@ -93,6 +95,14 @@ class Guard:
             refusal = Refusal.internal()
         if not begun:  # else uvicorn closes the connection, which tells the client that its answer is cut
             await JSONResponse(refusal.body(), refusal.status, refusal.headers())(scope, receive, answer)
+
+    def _own(self, scope: Scope) -> Scope:
+        """Return a request by its path, where it names this server before it, as to a proxy; HTTP wants both taken."""
+        scheme, found, rest = scope["raw_path"].decode("latin-1").partition("://")
+        host, _, path = rest.partition("/")
+        if not found or scheme.lower() not in ("http", "https") or _without_port(host).lower() not in self._hosts:
+            return scope
+        return {**scope, "raw_path": f"/{path}".encode("latin-1"), "path": unquote(f"/{path}")}
 
     def _check(self, scope: Scope) -> None:
         if scope["http_version"] not in ("1.0", "1.1"):

@@ -6,12 +6,13 @@
 
 import asyncio
 import json
+import threading
 from abc import abstractmethod
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from fastapi.responses import StreamingResponse
+from fastapi.responses import Response, StreamingResponse
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.utils import BaseGenerateManager, Modality
@@ -30,6 +31,9 @@ from obfuscatune.serving.text import Text
 from obfuscatune.training.chat import prompt_tokens, spells_special
 from obfuscatune.training.encoding import check_embedded, vocabulary_of
 
+# What a request's body holds for the handlers beside its fields: names that no request gets through with.
+_TOKENS, _SETTINGS = "its tokens", "its settings"
+
 
 class Served(Protocol):
     """What is served, as the handlers need it."""
@@ -44,7 +48,7 @@ class Served(Protocol):
 
 
 class Prompts:
-    """Stands in for the processor: texts and messages to tokens.
+    """Texts and messages to tokens.
 
     A message that spells a special token is refused, see `spells_special`. A bare text is the client's own in all its
     parts, and its special tokens are special, as in ``obfuscatune generate``.
@@ -52,23 +56,42 @@ class Prompts:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
+        self._lock = threading.Lock()  # a tokenizer keeps state between calls
 
-    def __call__(self, text: str, **more: Any) -> dict[str, list[int]]:
+    def text(self, text: str) -> list[int]:
         """Return the tokens of a text."""
-        return {"input_ids": list(self._tokenizer(text)["input_ids"])}
+        with self._lock:
+            return list(self._tokenizer(text)["input_ids"])
 
-    def apply_chat_template(self, messages: Sequence[Mapping[str, str]], **more: Any) -> dict[str, list[int]]:
+    def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Return the tokens of messages and of the header of the answer; raises Refusal."""
+        with self._lock:
+            return self._chat(messages)
+
+    def _chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         turns = [(message["role"], message["content"]) for message in messages]
         number = spells_special(self._tokenizer, turns)
         if number is not None:
             name = f"messages[{number}].content"
             raise Refusal(400, f"{name} spells a special token", code="invalid_value", param=name)
         try:
-            return {"input_ids": prompt_tokens(self._tokenizer, turns, "messages")}
+            return prompt_tokens(self._tokenizer, turns, "messages")
         except UsageError as error:
             text = f"{error.what}; {error.hint}" if error.hint else error.what
         raise Refusal(400, text, code="chat_template", param="messages")
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Stands in for transformers' processor, where the tokens of a request are made already."""
+
+    tokens: Sequence[Any]
+
+    def __call__(self, text: str, **more: Any) -> dict[str, Any]:
+        """Return the tokens."""
+        return {"input_ids": self.tokens}
+
+    apply_chat_template = __call__
 
 
 class Manager(BaseGenerateManager):
@@ -117,9 +140,11 @@ class Manager(BaseGenerateManager):
 class Generation(Manager):
     """One request to a model in this process."""
 
-    def __init__(self, served: ServedModel, batcher: Batcher, limits: Limits, metrics: Metrics, name: str) -> None:
+    def __init__(
+        self, served: ServedModel, batcher: Batcher, limits: Limits, metrics: Metrics, name: str, field: str
+    ) -> None:
         self._served, self._batcher, self._limits, self._metrics = served, batcher, limits, metrics
-        self._name = name
+        self._name, self._field = name, field
         self._row: Row | None = None
         self._ended = False
 
@@ -156,16 +181,16 @@ class Generation(Manager):
 
     def _submit(self, prompt: list[int], settings: Settings, *, streaming: bool) -> Row:
         if not prompt:
-            raise Refusal(400, "the prompt has no token", code="invalid_value", param="prompt")
+            raise Refusal(400, "the prompt has no token", code="invalid_value", param=self._field)
         try:
             check_embedded(prompt, vocabulary_of(self._served.model.config), "prompt")
         except UsageError as error:
-            raise Refusal(400, error.what, code="invalid_value", param="prompt") from None
+            raise Refusal(400, error.what, code="invalid_value", param=self._field) from None
         positions = self._served.positions
         if positions is not None:
             if len(prompt) >= positions:
                 message = f"the prompt has {len(prompt)} tokens, and the model's context is {positions}"
-                raise Refusal(400, message, code="context_length_exceeded", param="messages")
+                raise Refusal(400, message, code="context_length_exceeded", param=self._field)
             settings.longest = min(settings.longest, positions - len(prompt))
         text = Text(self._served.tokenizer, settings.stop)
         row = Row(self._name, prompt, settings, text, seconds=self._limits.seconds, streaming=streaming)
@@ -177,11 +202,26 @@ class Generation(Manager):
 class _Ours:
     """What both handlers have in common: the collaborators that they ask, and a stream that ends as OpenAI's does."""
 
-    kind = ""
+    kind = field = ""
 
-    def __init__(self, served: Served, limits: Limits, prompts: Any, generation: Callable[[str], Manager]) -> None:
+    def __init__(self, served: Served, limits: Limits, prompts: Any, generation: Callable[[str, str], Manager]) -> None:
         super().__init__(model_manager=self, generation_state=self)  # type: ignore[call-arg]
         self._served, self._limits, self._prompts, self._generation = served, limits, prompts, generation
+
+    async def answer(self, body: dict[str, Any], request_id: str, *, again: bool) -> Response:
+        """Answer a request. again: whether it is asked again, as its client says. Raises Refusal.
+
+        Tokens are made in a thread: those of a long prompt take a second, in which the loop has others to serve.
+        """
+        request.check(body, self.kind, self._served.names)
+        asked = request.plain(body, self.kind)
+        settings = replace(request.settings(asked, self._served.defaults, self._limits), again=again)
+        make = self._prompts.chat if self.kind == "chat" else self._prompts.text
+        tokens = await asyncio.to_thread(make, asked[self.field])
+        response: Response = await self.handle_request(  # type: ignore[attr-defined]
+            {**asked, _TOKENS: tokens, _SETTINGS: settings}, request_id
+        )
+        return response
 
     # As the handlers' model manager and state of generation.
 
@@ -192,22 +232,24 @@ class _Ours:
         return True  # tokens as plain lists, and nothing moved to a device
 
     def get_manager(self, model_id: str, use_cb: bool = False) -> Manager:
-        return self._generation(model_id)
+        return self._generation(model_id, self.field)
 
     # In place of the handlers' own.
 
     def _validate_request(self, body: dict[str, Any]) -> None:
-        request.check(body, self.kind, self._served.names)
+        pass  # it has been, before its tokens were made
 
     def _resolve_model(self, body: dict[str, Any]) -> tuple[str, Served, Any]:
-        return body["model"], self._served, self._prompts
+        return body["model"], self._served, Ready(body[_TOKENS])
 
     def _build_generation_config(self, body: dict[str, Any], *args: Any, **more: Any) -> Settings:
-        return request.settings(body, self._served.defaults, self._limits)
+        settings: Settings = body[_SETTINGS]
+        return settings
 
     def _streaming(self, *args: Any, gen_manager: Manager, **more: Any) -> StreamingResponse:
         response: StreamingResponse = super()._streaming(*args, gen_manager=gen_manager, **more)  # type: ignore[misc]
-        response.body_iterator = _ended(response.body_iterator, gen_manager)
+        settings: Settings = args[5]
+        response.body_iterator = _ended(response.body_iterator, gen_manager, settings.usage)
         response.headers["Cache-Control"] = "no-store"
         return response
 
@@ -215,27 +257,31 @@ class _Ours:
 class ChatHandler(_Ours, ChatCompletionHandler):  # type: ignore[misc]
     """``/v1/chat/completions``."""
 
-    kind = "chat"
+    kind, field = "chat", "messages"
 
 
 class TextHandler(_Ours, CompletionHandler):  # type: ignore[misc]
     """``/v1/completions``."""
 
-    kind = "completion"
+    kind, field = "completion", "prompt"
 
     def _streaming(self, *args: Any, **more: Any) -> StreamingResponse:
         *others, manager, suffix = args  # this handler passes all by position
         return super()._streaming(*others, gen_manager=manager, suffix=suffix)
 
 
-async def _ended(chunks: Any, manager: Manager) -> AsyncIterator[str]:
-    """Yield the chunks and OpenAI's end of a stream; a failure as its error object."""
+async def _ended(chunks: Any, manager: Manager, usage: bool) -> AsyncIterator[str]:
+    """Yield the chunks and OpenAI's end of a stream; a failure as its error object. usage: whether it is asked for."""
     try:
         async for chunk in chunks:
             # The handlers join what has come meanwhile: pieces may be before an error. In a piece quotes are escaped.
             pieces, error, _ = chunk.partition('data: {"error"')
+            if '"usage":{' in pieces:  # the last one, alone; in a text its quotation marks are escaped
+                pieces = _counted(pieces, manager.prompt_tokens, usage)
+            elif usage:
+                pieces = pieces.replace("}\n\n", ',"usage":null}\n\n')  # in a text the ends of lines are escaped
             if pieces:
-                yield pieces if manager.prompt_tokens is None else _counted(pieces, manager.prompt_tokens)
+                yield pieces
             if error:
                 yield f"data: {json.dumps((manager.failure or Refusal.internal()).body())}\n\n"
                 return
@@ -244,13 +290,21 @@ async def _ended(chunks: Any, manager: Manager) -> AsyncIterator[str]:
         manager.end()
 
 
-def _counted(chunk: str, prompt_tokens: int) -> str:
-    """Return a stream's chunk; in the one that has the usage, with so many tokens of the prompt."""
-    if '"usage":{' not in chunk:  # in a text its quotation marks are escaped
-        return chunk
+def _counted(chunk: str, prompt_tokens: int | None, usage: bool) -> str:
+    """Return a stream's last chunk without its counts, and behind it, where they are asked for, one of them alone.
+
+    prompt_tokens: where transformers' handlers do not see them.
+    """
     content = json.loads(chunk.removeprefix("data: "))
-    usage = content["usage"]
-    usage |= {"prompt_tokens": prompt_tokens, "total_tokens": prompt_tokens + usage["completion_tokens"]}
+    counts = content.pop("usage")
+    if not usage:
+        return _event(content)
+    if prompt_tokens is not None:
+        counts |= {"prompt_tokens": prompt_tokens, "total_tokens": prompt_tokens + counts["completion_tokens"]}
+    return _event({**content, "usage": None}) + _event({**content, "choices": [], "usage": counts})
+
+
+def _event(content: dict[str, Any]) -> str:
     return f"data: {json.dumps(content, separators=(',', ':'), ensure_ascii=False)}\n\n"
 
 
@@ -269,14 +323,14 @@ class Offer:
     about: Callable[[], dict[str, Any]]
     alive: Callable[[], bool]
     load: Callable[[], tuple[int, int]]
-    job: Callable[[], dict[str, Any]] | None = None
+    job: Callable[[], Awaitable[dict[str, Any]]] | None = None
 
 
 def offer(served: ServedModel, batcher: Batcher, limits: Limits, metrics: Metrics) -> Offer:
     """Return the offer of a model in this process."""
 
-    def generation(name: str) -> Manager:
-        return Generation(served, batcher, limits, metrics, name)
+    def generation(name: str, field: str) -> Manager:
+        return Generation(served, batcher, limits, metrics, name, field)
 
     def about() -> dict[str, Any]:
         workers = [link.session.worker for link in served.protected.links]

@@ -12,8 +12,10 @@ class Limits:
         max_new_tokens: longest completion, whatever a request asks for.
         seconds: that one request may take, waiting included.
         body_bytes, header_bytes: of one request. connections: at a time.
-        head_seconds: for a request's headers. body_seconds: for its body. send_seconds: for a client to read a piece.
+        head_seconds: for a request's headers, and for TLS before them. body_seconds: for its body.
+        send_seconds: for a client to read a piece.
         keep_alive_seconds: that an idle connection is kept. drain_seconds: for what is under way at a shutdown.
+        flush_seconds: then, for clients to take what they are told of the rest.
     """
 
     max_batch: int = 8
@@ -28,3 +30,4 @@ class Limits:
     send_seconds: float = 30.0
     keep_alive_seconds: int = 30
     drain_seconds: int = 30
+    flush_seconds: int = 3

@@ -2,7 +2,7 @@
 
 import codecs
 import json
-import secrets
+import math
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -23,24 +23,24 @@ class Question:
     """A prompt on its way to the enclave, and what has come back of its answer.
 
     Args:
-        prompt: a text or messages. settings: how it is completed; those that sample get a seed, by which the enclave
+        prompt: a text or messages. settings: how it is completed; those that sample have a seed, by which the enclave
             gives the same answer however often it is asked. show: called with each piece of the text, from the thread
             that asks; None: the answer is wanted whole.
 
     Attributes:
-        text, prompt_tokens, tokens, ended: of the answer so far.
+        text, prompt_tokens, tokens, ended: of the answer so far. until: when nobody waits any more, by the clock.
     """
 
     def __init__(self, prompt: Any, settings: Settings, show: Callable[[str], None] | None) -> None:
         self.longest = settings.longest
         sampling: dict[str, Any] = {"stop": list(settings.stop)} if settings.stop else {}
         if settings.temperature > 0:
-            seed = secrets.randbits(63) if settings.seed is None else settings.seed
-            sampling |= {"temperature": settings.temperature, "top_p": settings.top_p, "seed": seed}
+            sampling |= {"temperature": settings.temperature, "top_p": settings.top_p, "seed": settings.seed}
         self.fields = {"op": "generate", "max_new_tokens": self.longest, "sampling": sampling, "stream": 1}
         self.payload = json.dumps([prompt]).encode()
         self.text, self.prompt_tokens, self.tokens, self.ended = "", 0, 0, False
         self.begun = self.given_up = False
+        self.until = math.inf
         self._show = show
         self._lock = threading.Lock()
         self._channel: AttestedChannel | None = None

@@ -44,6 +44,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "service_tier": ("auto", "default"),
     "suffix": ("",),
 }
+_MESSAGE_FIELDS = ("name", "refusal", "tool_calls", "tool_call_id", "function_call", "audio", "annotations")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -87,11 +88,32 @@ def check(body: Mapping[str, Any], kind: str, names: tuple[str, ...]) -> None:
     if model is None:
         raise _wrong("model", f"one of {', '.join(names)}")
     if model not in names:
-        raise Refusal(404, f"no such model; there are {', '.join(names)}", code="model_not_found", param="model")
-    if not isinstance(body.get("stream") or False, bool):
+        raise no_model(names)
+    if not isinstance(body.get("stream"), bool | None):
         raise _wrong("stream", "true or false")
-    _check_stream_options(body.get("stream_options"))
-    _check_messages(body.get("messages")) if kind == "chat" else _check_text(body.get("prompt"), "prompt")
+    if not isinstance(body.get("user"), str | None):
+        raise _wrong("user", "a text")
+    _check_stream_options(body.get("stream_options"), bool(body.get("stream")))
+    _check_messages(body.get("messages")) if kind == "chat" else _check_prompt(body.get("prompt"))
+
+
+def plain(body: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """Return a checked request with what it asks for alone: its texts joined, and nothing that is null."""
+    asked = {name: value for name, value in body.items() if name in FIELDS[kind] and value is not None}
+    if kind == "chat":
+        asked["messages"] = [{"role": m["role"], "content": _joined(m["content"])} for m in asked["messages"]]
+    elif isinstance(asked["prompt"], list):
+        (asked["prompt"],) = asked["prompt"]
+    return asked
+
+
+def _joined(content: Any) -> str:
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+
+
+def no_model(names: tuple[str, ...]) -> Refusal:
+    """Return the refusal of a model that is none of these."""
+    return Refusal(404, f"no such model; there are {', '.join(names)}", code="model_not_found", param="model")
 
 
 def _is_neutral(name: str, value: Any) -> bool:
@@ -118,7 +140,7 @@ def settings(body: Mapping[str, Any], defaults: Defaults, limits: Limits) -> Set
     if temperature is not None and temperature < LEAST_TEMPERATURE:
         temperature = 0.0
     stop = body.get("stop")
-    stops = [stop] if isinstance(stop, str) else stop or []
+    stops = [stop] if isinstance(stop, str) else [] if stop is None else stop
     if not isinstance(stops, list) or len(stops) > MAX_STOPS or not all(isinstance(s, str) and s for s in stops):
         raise _wrong("stop", f"a text, or up to {MAX_STOPS} of them")
     if any(len(s) > MAX_STOP_CHARACTERS for s in stops):
@@ -130,6 +152,7 @@ def settings(body: Mapping[str, Any], defaults: Defaults, limits: Limits) -> Set
         top_k=defaults.top_k,
         seed=_number(body, "seed", -(1 << 63), (1 << 63) - 1, int),
         stop=tuple(stops),
+        usage=bool((body.get("stream_options") or {}).get("include_usage")),
     )
 
 
@@ -144,11 +167,14 @@ def _number(body: Mapping[str, Any], name: str, least: float, most: float, kind:
     return kind(value)
 
 
-def _check_stream_options(value: Any) -> None:
+def _check_stream_options(value: Any, streams: bool) -> None:
     if value is None:
         return
-    known = ("include_usage", "include_obfuscation")
-    if not isinstance(value, dict) or not all(k in known and isinstance(v, bool) for k, v in value.items()):
+    if not streams:
+        raise _wrong("stream_options", "stream: true beside it")
+    options = {name: option for name, option in value.items() if option is not None} if isinstance(value, dict) else {}
+    asked = {name: option for name, option in options.items() if (name, option) != ("include_obfuscation", False)}
+    if not isinstance(value, dict) or not all(k == "include_usage" and isinstance(v, bool) for k, v in asked.items()):
         raise _wrong("stream_options", "include_usage, true or false")
 
 
@@ -159,18 +185,30 @@ def _check_messages(value: Any) -> None:
         where = f"messages[{number}]"
         if not isinstance(message, dict) or message.get("role") not in ROLES:
             raise _wrong(where, f"a message of role {', '.join(ROLES)}")
-        if any(name not in ("role", "content", "name") and item is not None for name, item in message.items()):
-            raise _wrong(where, "role and content, and nothing else")
+        # An answer of the official client, given back to it as history, has all of OpenAI's fields, most of them null.
+        others = [name for name, item in message.items() if name not in ("role", "content") and item is not None]
+        if others:
+            name = next((name for name in _MESSAGE_FIELDS if name in others), None)
+            raise _wrong(f"{where}.{name}" if name else where, "role and content, and nothing else")
         content = message.get("content")
         parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+        if not parts:
+            raise _wrong(f"{where}.content", "a text, or at least one part")
         for part in parts:
             if not isinstance(part, dict) or part.get("type") != "text" or len(part) != 2:
                 raise _wrong(f"{where}.content", "text, or parts of type text")
-            _check_text(part.get("text"), f"{where}.content")
+            # A model may have answered with no text at all, and its answer is part of the history.
+            _check_text(part.get("text"), f"{where}.content", may_be_empty=message["role"] == "assistant")
 
 
-def _check_text(value: Any, name: str) -> None:
-    if not isinstance(value, str) or not value:
+def _check_prompt(value: Any) -> None:
+    if isinstance(value, list) and len(value) != 1:
+        raise _wrong("prompt", "one text; ask for several in requests of their own, which share a batch")
+    _check_text(value[0] if isinstance(value, list) else value, "prompt")
+
+
+def _check_text(value: Any, name: str, *, may_be_empty: bool = False) -> None:
+    if not isinstance(value, str) or not (value or may_be_empty):
         raise _wrong(name, "a text that is not empty")
     if _SURROGATE.search(value):  # JSON can spell half a character, a tokenizer cannot
         raise _wrong(name, "Unicode text")

@@ -1,6 +1,7 @@
 """One request while it is computed: its tokens so far, and the event loop that waits for them."""
 
 import asyncio
+import threading
 import time
 from typing import Any
 
@@ -34,6 +35,7 @@ class Row:
         self._deadline = self.started + seconds
         self._text, self._streaming = text, streaming
         self._loop = asyncio.get_running_loop()
+        self._ending = threading.Lock()
 
     @property
     def total_tokens(self) -> int:
@@ -84,20 +86,21 @@ class Row:
     def finish(self) -> None:
         """It is complete."""
         self._send(self._text.end())
-        self._end(None)
+        self._end(None, None)
 
     def fail(self, refusal: Refusal) -> None:
-        """It failed; does nothing where it is done."""
-        if not self.done:
-            self.failure = refusal
-            self._end(_StreamError(refusal.message))
+        """It failed; does nothing where it is done. From any thread."""
+        self._end(_StreamError(refusal.message), refusal)
 
     def _send(self, piece: str) -> None:
         if piece and self._streaming:
             self._put(piece)
 
-    def _end(self, last: Any) -> None:
-        self.done = True
+    def _end(self, last: Any, failure: Refusal | None) -> None:
+        with self._ending:
+            if self.done:
+                return
+            self.done, self.failure = True, failure
         self._put(last)
 
     def _put(self, item: Any) -> None:

@@ -26,7 +26,8 @@ class Settings:
     Attributes:
         longest: tokens at most. temperature: 0 takes the likeliest. top_p, top_k: as of transformers; 1 and 0 are off.
         seed: of this request's random numbers; None: the system's. stop: texts that end it.
-        stopped: whether it ended by itself rather than at its longest.
+        stopped: whether it ended by itself rather than at its longest. usage: whether a stream tells its counts.
+        again: whether the client says that it has asked this before, and had no answer.
     """
 
     longest: int
@@ -36,6 +37,8 @@ class Settings:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     stopped: bool = False
+    usage: bool = False
+    again: bool = False
 
     @property
     def max_new_tokens(self) -> int:
