@@ -117,7 +117,7 @@ def test_where_no_worker_listens_the_greeting_is_not_waited_for_as_long_as_a_res
     with session_and_peer(timeout=600) as (session, _), pytest.raises(WorkerFault) as caught:
         session.hello()
     assert str(caught.value).startswith("no reply within 0.05 s")
-    assert caught.value.hint == "is an obfuscatune worker what listens there"
+    assert caught.value.hint == "is an obfuscatune worker of this version what listens there"
     with session_and_peer(timeout=600) as (session, peer):
         peer.sendall(frame({**OK, "version": PROTOCOL_VERSION}) + frame({**OK, "id": 2}, {"y": Y}))
         session.hello()

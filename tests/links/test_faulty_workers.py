@@ -328,4 +328,4 @@ def test_what_listens_there_and_says_nothing(
         outcome = run(*options, *at(addresses), "--output_dir", tmp_path / "out", "--timeout", PATIENCE)
         assert time.monotonic() - stranger.struck[0] < SLACK
     check(outcome, "no reply within 0.2 s", addresses, "-")
-    assert "hint: is an obfuscatune worker what listens there" in outcome.err
+    assert "hint: is an obfuscatune worker of this version what listens there" in outcome.err

@@ -232,13 +232,15 @@ PROTOCOL_WORDS = {
     *("id", "op", "drop", "calls", "caches", "shared", "segment", "kind", "spec", "slot"),
     *("widths", "heads", "kv_heads", "scale", "rotary", "softcap", "activation", "gated"),
     *("keep", "factors", "held", "mask", "shape", "cache", "start", "length", "rows", "call", "wants", "fresh"),
-    *("action", "options", "scales", "lr", "a", "b"),
+    *("action", "options", "scales", "accumulate", "a", "b"),
+    *("lr", "momentum", "dampening", "weight_decay", "nesterov"),
     *("hello", "define", "hold", "forward", "backward", "optimizer", "stats", "step", "export", "sgd"),
     *("multiply", "transpose", "body", "parts", "eps", "bias", "parallel", "recompute"),
     *("linear", "attention", "mlp", "gelu_new", "gelu", "gelu_pytorch_tanh", "silu"),
     *("x", "y", "cos", "sin", "weight", "first", "first_bias", "last"),
     *SLOTS,
     *(f"{kind}.{slot}" for kind in "uvAB" for slot in SLOTS),
+    *(f"{slot}.{factor}" for slot in SLOTS for factor in "ab"),
 }
 # Of model, family, layers, adapter and profile. Short ones would be found in numbers by chance.
 FORBIDDEN_WORDS = (

@@ -152,8 +152,8 @@ def terms(scratch: Path) -> Target:
         workers=(Worker("0" * 64, "a cloud"),),
         shows={"balanced": line(profile_named("balanced"))},
     )
-    seeds = (encode(given.to_dict()), b'{"version":2}', b'{"version":2,"workers":"any"}')
-    return Target(lambda data: Terms.from_dict(decode(data, "terms")), seeds, refused=(b"{}", b'{"version":1}'))
+    seeds = (encode(given.to_dict()), b'{"version":3}', b'{"version":3,"workers":"any"}')
+    return Target(lambda data: Terms.from_dict(decode(data, "terms")), seeds, refused=(b"{}", b'{"version":2}'))
 
 
 def succession(scratch: Path) -> Target:

@@ -137,10 +137,11 @@ class RemoteCall:
             "segment": self.segment,
             "call": self.id,
             "wants": wants,
-            "accumulate": [f"{slot}.{factor}" for slot in slots for factor in self.trained[slot]],
             "fresh": [slot for slot, scale in scales.items() if scale is None],
             "scales": {slot: scale for slot, scale in scales.items() if scale not in (None, 1.0)},
         }
+        if self.held:  # left out, it would be all
+            header["accumulate"] = [f"{slot}.{factor}" for slot in slots for factor in self.trained[slot]]
         expected = {name: (tuple(self.tensors[name].shape), self.tensors[name].dtype) for name in wants}
         reply, found = self.session.request("backward", self.layer, header, grads, expected)
         if self.check is not None:
