@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -204,7 +205,8 @@ def test_a_dead_worker_is_named_with_the_checkpoint_to_resume_from(
         finetune[finetune.index("--worker") + 1] = address
         outcome = run(*finetune, "--output_dir", output)
     assert outcome.code == 1
-    assert f"worker {address}, layer transformer.h.0.attn, call " in outcome.err
+    # Its sessions end some milliseconds after it, in whichever layer the step has come to.
+    assert re.search(rf"worker {re.escape(address)}, layer transformer\.h\.\d\.\w+, call ", outcome.err), outcome.err
     assert f"--resume_from_checkpoint {output / 'checkpoint-3'}" in outcome.err
     assert not (output / "adapter_config.json").exists()
 
