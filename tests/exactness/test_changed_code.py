@@ -1,5 +1,6 @@
 """A model whose code was changed is run as it is where the change stays in the enclave, and refused where it leaves."""
 
+import contextlib
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -146,6 +147,29 @@ def test_a_configuration_that_was_changed_later(protect: Any, family: str, name:
             protect(model, profile=profile)
         with protect(model, profile="strict") as protected:
             assert error(protected.model(input_ids=ids).logits, reference(input_ids=ids).logits) < EXACT
+
+
+@pytest.mark.parametrize("profile", ["paper", "balanced", "stream", "shared"])
+@pytest.mark.parametrize("change", ["hook", "forward"])
+def test_a_change_of_the_head_is_kept(protect: Any, change: str, profile: str) -> None:
+    with wide(), torch.no_grad():
+        reference, model = twins_of("llama", lora=False)
+        ids = tokens(2, 6)
+        unchanged = reference(input_ids=ids).logits
+        for each in (reference, model):
+            head = each.get_output_embeddings()
+            if change == "hook":
+                head.register_forward_hook(lambda module, args, output: 3 * output)
+            else:
+                head.forward = lambda x, head=head: 3 * torch.nn.functional.linear(x, head.weight, head.bias)
+        more = {"worker": "spawn"} if profile == "shared" else {}
+        with (
+            pytest.warns(UserWarning) if more else contextlib.nullcontext(),
+            protect(model, profile=profile, **more) as p,
+        ):
+            expected = reference(input_ids=ids).logits
+            assert error(p.model(input_ids=ids).logits, expected) < (1e-5 if more else EXACT)
+        assert error(unchanged, expected) > 0.5  # the control
 
 
 def test_a_dropout_of_one_module_is_warned_of(protect: Any) -> None:

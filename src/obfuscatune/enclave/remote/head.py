@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from obfuscatune.enclave.hooks import own_code
 from obfuscatune.protocol.products import linear
 
 
@@ -22,8 +23,9 @@ class FastHead(nn.Linear):
 
 
 def use_fast_head(causal_lm: Any) -> None:
-    """Put it in the place of a plain head; one that PEFT wraps is left as it is."""
+    """Put it in the place of a plain head; one that PEFT wraps, or that has hooks or a forward of its own, stays."""
     for name, module in causal_lm.named_children():
-        if type(module) is nn.Linear and module is causal_lm.get_output_embeddings():
+        plain = type(module) is nn.Linear and own_code(module) is None
+        if plain and module is causal_lm.get_output_embeddings():
             setattr(causal_lm, name, FastHead(module))
             return
