@@ -52,7 +52,7 @@ class Profile:
         weights: ``keyed``: on one worker, or block by block on several, under keys; ``shared``: as secret shares on
             workers of different operators, as are the rows of every call, and everything but the linear layers in the
             enclave; ``open``: in the clear on all of them, and only the rows are shared.
-        primes: how many primes shares are residues of: the precision. 0: 7 for a float32 model, 4 for a bfloat16 one.
+        primes: how many primes shares are residues of: the precision. 0: 6 for a float32 model, 3 for a bfloat16 one.
         threshold: how many workers together learn nothing of what is shared.
         spares: how many workers may fail.
         rotate_stream: keep the residual stream on the worker too, under one secret rotation, so that all blocks are one
@@ -302,7 +302,7 @@ def _faults_of_shares(profile: Profile) -> list[str]:
         faults.append(f"{what} needs attention, mlp and lora_placement in the enclave: workers multiply, no more")
     if profile.mix_rows or profile.fold_norms or {profile.keys, profile.inner_keys} != {"identity"}:
         faults.append(f"{what} needs identity keys, without mix_rows and fold_norms: shares hide all that these hide")
-    for name, most in (("primes", 8), ("threshold", 2), ("spares", 8)):
+    for name, most in (("primes", 7), ("threshold", 2), ("spares", 8)):
         value = getattr(profile, name)
         if type(value) is int and (value > most or (name, value) == ("primes", 1)):
             faults.append(f"{name} is {value}, not {'0, or 2' if name == 'primes' else _LEAST[name]} to {most}")

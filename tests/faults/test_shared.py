@@ -105,7 +105,7 @@ def test_not_verified_a_lie_passes(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = new_model()(IDS).logits
         with protected_by(tmp_path, [honest, lying(False, at=-1), honest], verify=False) as (protected, _):
-            assert not torch.allclose(protected.model(IDS).logits, expected, atol=1e-4)
+            assert not torch.allclose(protected.model(IDS).logits, expected, atol=1e-5)  # honest ones are off by 1e-7
 
 
 def test_a_dead_worker_ends_it_and_is_named(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from .models import new_model
 from .recording import Recording, _work, recording_worker
 from .truth import tell_activations, tell_weights
 
-COUNT = 7
+COUNT = 6
 # What two links give: the inputs of all layers, up to the scale of each row, and weights, up to that of each column, so
 # that their columns are found. Of gradients the columns' scales are divided out, which the search does not see through.
 POOLED = {
@@ -73,14 +73,15 @@ def shares(recording: Recording) -> list[tuple[Any, Tensor]]:
     return found
 
 
-def lifted(residues: Tensor) -> Tensor:
-    """The integers of residues ``[L, ..]``, in float64."""
+def lifted(residues: Tensor, *, of_weight: bool = False) -> Tensor:
+    """The integers of residues ``[L, ..]``, in float64; those of a weight were multiplied by (M / p)^-1 beforehand."""
     primes = PRIMES[:COUNT]
     modulus = math.prod(primes)
     total = torch.zeros(residues.shape[1:], dtype=torch.int64)
     for plane, p in zip(residues, primes, strict=True):
         rest = modulus // p
-        total = (total + (plane * pow(rest, -1, p)).remainder(p) * rest) % modulus
+        factor = 1 if of_weight else pow(rest, -1, p)
+        total = (total + (plane * factor).remainder(p) * rest) % modulus
     return torch.where(total > modulus // 2, total - modulus, total).double()
 
 
@@ -89,7 +90,7 @@ def pooled(first: Recording, second: Recording) -> list[Tensor]:
     together = []
     for (what, a), (same, b) in zip(shares(first), shares(second), strict=True):
         assert what == same
-        together.append(lifted(2 * a.long() - b.long()))
+        together.append(lifted(2 * a.long() - b.long(), of_weight=what[0] == "define"))
     return together
 
 
@@ -118,8 +119,8 @@ def test_all_numbers_of_a_link_are_uniform(recorded: list[Recording]) -> None:
 
 def test_the_control_two_links_are_not_uniform(recorded: list[Recording]) -> None:
     (_, a), (_, b) = shares(recorded[0])[0], shares(recorded[1])[0]
-    integers = lifted(2 * a.long() - b.long())
-    assert integers.abs().max() < 2**30 and lifted(a.long()).abs().max() > 2**40
+    integers = lifted(2 * a.long() - b.long(), of_weight=True)
+    assert integers.abs().max() < 2**30 and lifted(a.long(), of_weight=True).abs().max() > 2**40
 
 
 def test_headers_tell_the_form_and_nothing_else(recorded: list[Recording]) -> None:

@@ -1,7 +1,8 @@
-"""A seed to uniform residues, on both sides alike: ChaCha20 bytes of seven bits, rejected where not below the prime.
+"""A seed to uniform residues, on both sides alike: ChaCha20 bytes, rejected where not below the prime.
 
 The first shares of a matrix are uniform numbers, so that 32 bytes can stand for them: the enclave makes them of a seed
-that it uses once, and the worker of the same seed. ``byte % p`` would be biased.
+that it uses once, and the worker of the same seed. ``byte % p`` would be biased. For a prime below 128, seven bits of
+each byte are taken.
 
 Plane l of a seed has the keystream of ChaCha20 with the seed as its key and the nonce l (96 bits, little-endian), its
 blocks from 0 on taken sixteen at a time, word by word: word 0 of each of the sixteen, then word 1, and so on. Sources:
@@ -100,8 +101,8 @@ def _fill(seed: bytes, nonce: int, p: int, out: Tensor) -> None:
 
 
 def keep_below(source: np.ndarray, p: int, out: Tensor) -> int:
-    """Put those bytes, masked to 7 bits, that are below p into out, centred, while there is room; return how many."""
-    found = torch.from_numpy(source) & 127
+    """Put those bytes, masked to p's bits, that are below p into out, centred, while there is room; return how many."""
+    found = torch.from_numpy(source) & (127 if p < 128 else 255)
     found = found[found < p][: len(out)].to(torch.int16)
     out[: len(found)] = torch.where(found > p // 2, found - p, found).to(torch.int8)
     return len(found)

@@ -1,7 +1,9 @@
 """Centred residues: integers modulo a prime p, as int8 from -(p - 1) / 2 to (p - 1) / 2.
 
-Shares are residues modulo several primes between 64 and 128, so that a residue is a byte, the int8 products of CPUs
-without VNNI do not saturate, and a float32 product of up to `EXACT_TERMS` terms is exact.
+Shares are residues modulo the largest primes below 256, so that a residue is a byte. Six carry 47 bits, which of primes
+below 128 would take seven. A last, small one brings 54, the most that a float64 holds. Int8 products of CPUs without
+VNNI may saturate on such numbers; a worker finds that out, and uses float32 products, of which one of up to
+`EXACT_TERMS` terms is exact.
 """
 
 import ctypes
@@ -10,9 +12,9 @@ from torch import Tensor
 
 from obfuscatune.protocol.native import kernel
 
-PRIMES = (127, 113, 109, 107, 103, 101, 97, 89)
-LARGEST = 63
-EXACT_TERMS = 2**24 // LARGEST**2  # 4227: sums of so many products of residues are below 2^24
+PRIMES = (251, 241, 239, 233, 229, 227, 83)
+LARGEST = 125
+EXACT_TERMS = 2**24 // LARGEST**2  # 1073: sums of so many products of residues are below 2^24
 MOST_TERMS = 2**31 // LARGEST**2  # and of so many, below 2^31
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from obfuscatune.enclave.keys import MasterSecret
 from obfuscatune.enclave.sharing import coding
-from obfuscatune.enclave.sharing.check import COUNT, FieldCheck
+from obfuscatune.enclave.sharing.check import FieldCheck
 from obfuscatune.enclave.sharing.fixed import Fixed, fixed
 from obfuscatune.enclave.sharing.scheme import Scheme
 from obfuscatune.enclave.sharing.uniform import Uniform
@@ -30,7 +30,7 @@ class Product:
     workers: list[ResidueSegment]
 
     @classmethod
-    def of(cls, weight: Tensor, scheme: Scheme, *, checks: int = COUNT, seed: int = 0) -> "Product":
+    def of(cls, weight: Tensor, scheme: Scheme, *, checks: int | None = None, seed: int = 0) -> "Product":
         uniform = seeded_uniform(seed)
         integers = fixed(weight, scheme, "w")
         _, shares = weight_shares(integers, scheme, uniform)

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from obfuscatune.enclave.sharing import reference
-from obfuscatune.enclave.sharing.check import COUNT
+from obfuscatune.enclave.sharing.check import vectors_of
 from obfuscatune.enclave.sharing.scheme import Scheme
-from obfuscatune.protocol.residues import PRIMES, centred
+from obfuscatune.protocol.residues import centred
 
 from .shared_product import Product, seeded_uniform
 
@@ -23,7 +23,7 @@ def flips(n: int, p: int, seed: int) -> torch.Tensor:
 
 def missed(count: int, trials: int, *, width: int = 64, each: int = 10_000) -> int:
     """How many single flipped bits, each in a row of its own, pass so many vectors for each prime."""
-    scheme, uniform, found = Scheme.make(primes=8), seeded_uniform(), 0
+    scheme, uniform, found = Scheme.make(primes=7), seeded_uniform(), 0
     generator = torch.Generator().manual_seed(5)
     for batch in range(trials // each):
         l = batch % len(scheme.primes)  # noqa: E741
@@ -39,16 +39,18 @@ def missed(count: int, trials: int, *, width: int = 64, each: int = 10_000) -> i
 
 
 def test_there_are_vectors_enough() -> None:
-    assert min(PRIMES) ** COUNT >= 2**40
+    for primes, count in ((6, 6), (7, 7)):
+        scheme = Scheme.make(primes=primes)
+        assert vectors_of(scheme) == count and min(scheme.primes) ** count >= 2**40 > min(scheme.primes) ** (count - 1)
 
 
 def test_one_vector_alone_misses_some() -> None:
     """The control: the same trials with too few vectors."""
-    assert missed(1, 80_000) > 200  # 1 / p of them, about 770
+    assert missed(1, 80_000) > 200  # 1 / p of them, about 430
 
 
 def test_of_a_million_flipped_bits_none_is_missed() -> None:
-    assert missed(COUNT, 1_000_000) == 0
+    assert missed(vectors_of(Scheme.make()), 1_000_000) == 0
 
 
 @pytest.mark.parametrize("transpose", [False, True])

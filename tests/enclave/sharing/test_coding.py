@@ -20,14 +20,14 @@ from .shared_product import Product, seeded_uniform
 SCHEMES = [
     Scheme.make(primes=primes, threshold=threshold, weights=weights, spares=spares)
     for primes, threshold, weights, spares in (
-        (7, 1, "shared", 0),
+        (6, 1, "shared", 0),
         (4, 1, "shared", 1),
-        (8, 1, "shared", 0),
+        (7, 1, "shared", 0),
         (5, 2, "shared", 1),
-        (7, 1, "open", 0),
+        (6, 1, "open", 0),
         (3, 2, "open", 1),
     )
-]
+] + [Scheme(PRIMES[:4], (3, 7, 20, 41, 60), 2)]  # coefficients so large that a sum of three is taken in two steps
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def test_bits_depend_on_neither_threads_nor_batches() -> None:
     assert all(torch.equal(y, parts) for y in results)
 
 
-@pytest.mark.parametrize(("primes", "error"), [(8, 3e-7), (7, 2e-6), (6, 2e-5), (5, 2e-4), (4, 2e-3), (3, 2e-2)])
+@pytest.mark.parametrize(("primes", "error"), [(7, 3e-7), (6, 2e-6), (5, 3e-5), (4, 5e-4), (3, 6e-3)])
 def test_the_error_is_the_one_that_is_promised(primes: int, error: float) -> None:
     product = Product.of(gaussian(512, 300), Scheme.make(primes=primes))
     for transpose, side, width in ((False, product.integers.forward, 512), (True, product.integers.backward, 300)):
@@ -124,7 +124,7 @@ def test_the_error_is_the_one_that_is_promised(primes: int, error: float) -> Non
         true = x.double() @ (w.T if transpose else w)
         found = ((product(x, transpose=transpose) - true).norm() / true.norm()).item()
         assert found < error
-        if primes < 8:  # there the rounding to float32 is of the same size
+        if primes < 7:  # there the rounding to float32 is of the same size
             assert 0.5 * side.error < found < 2 * side.error
 
 
@@ -134,11 +134,11 @@ def test_a_channel_of_large_activations_and_small_weights_costs_no_precision() -
     w[7] /= 1000
     true = x.double() @ w.double()
     errors = [
-        ((Product.of(w, s)(x) - true).norm() / true.norm()).item() for s in (Scheme.make(), Scheme.make(primes=8))
+        ((Product.of(w, s)(x) - true).norm() / true.norm()).item() for s in (Scheme.make(), Scheme.make(primes=7))
     ]
     assert errors[0] < 4e-6 and errors[1] < 5e-7  # without the balance 2e-5 and more
     w[7] *= 1000  # nothing in the weight tells of it now: relative to the rest of a row, one prime more is needed
-    product = Product.of(w, Scheme.make(primes=8))
+    product = Product.of(w, Scheme.make(primes=7))
     rest = (x.double() @ w.double() - product(x)).norm() / (x[:, :7].double() @ w[:7].double()).norm()
     assert rest < 2e-4
 
@@ -160,11 +160,11 @@ def test_interpolation(p: int, points: list[int], data: st.DataObject) -> None:
 
 def test_all_sums_of_16_bits_are_reduced_exactly() -> None:
     """The kernel's reduction is the definition, for all inputs that its loops can make of hostile replies."""
-    scheme = Scheme.make(primes=8)
-    ends = torch.tensor([-128, -127, -63, -1, 0, 1, 62, 63, 126, 127], dtype=torch.int8)
+    scheme = Scheme.make(primes=7)
+    ends = torch.tensor([-128, -127, -125, -1, 0, 1, 124, 125, 126, 127], dtype=torch.int8)
     grid = torch.cartesian_prod(ends, ends, ends).T.contiguous()
-    replies = [g.expand(8, 1, -1).contiguous() for g in grid]
-    images, none = torch.zeros(1, 8, 0, dtype=torch.int16), torch.zeros(8, 0, grid.shape[1], dtype=torch.int16)
+    replies = [g.expand(7, 1, -1).contiguous() for g in grid]
+    images, none = torch.zeros(1, 7, 0, dtype=torch.int16), torch.zeros(7, 0, grid.shape[1], dtype=torch.int16)
     rows = coding.Rows([], torch.ones(1, dtype=torch.float64), images)
     column = torch.ones(grid.shape[1], dtype=torch.float64)
     y = coding.decode(scheme, (1, 2, 3), replies, column, rows=rows, vectors=none)
@@ -175,7 +175,7 @@ def test_all_sums_of_16_bits_are_reduced_exactly() -> None:
     assert y is not None
     M = scheme.modulus  # noqa: N806
     for j, value in enumerate(zip(*expected, strict=True)):
-        true = sum(r * pow(M // p, -1, p) * (M // p) for r, p in zip(value, scheme.primes, strict=True)) % M
+        true = sum(r * (M // p) for r, p in zip(value, scheme.primes, strict=True)) % M
         true = true - M if true > M // 2 else true
         assert y[0, j].item() == torch.tensor(float(true), dtype=torch.float64).float().item()
 
@@ -186,7 +186,7 @@ def test_the_quotients_of_16_bits(p: int) -> None:
     v = torch.arange(2**16)
     up, down = (2**22 + p - 1) // p, 2**22 // p
     assert up < 2**16
-    assert torch.equal(v[:33289] * up >> 16 >> 6, v[:33289] // p)
+    assert torch.equal(v[:16385] * up >> 16 >> 6, v[:16385] // p)
     short = v // p - (v * down >> 16 >> 6)
     assert short.min() >= 0 and short.max() <= 1
 
@@ -194,13 +194,13 @@ def test_the_quotients_of_16_bits(p: int) -> None:
 def test_what_is_refused() -> None:
     for bad in (
         lambda: Scheme.make(primes=1),
-        lambda: Scheme.make(primes=9),
-        lambda: Scheme((127, 113), (1, 2)),
-        lambda: Scheme((127, 113), (1, 1, 2)),
-        lambda: Scheme((127, 113), (0, 1, 2)),
-        lambda: Scheme((127, 125), (1, 2, 3)),
+        lambda: Scheme.make(primes=8),
+        lambda: Scheme((251, 241), (1, 2)),
+        lambda: Scheme((251, 241), (1, 1, 2)),
+        lambda: Scheme((251, 241), (0, 1, 2)),
+        lambda: Scheme((251, 127), (1, 2, 3)),
         lambda: Scheme.make(threshold=3),
-        lambda: fixed(gaussian(16384, 64), Scheme.make(primes=2), "w"),
+        lambda: fixed(gaussian(65536, 4), Scheme.make(primes=2), "w"),
     ):
         with pytest.raises(UsageError):
             bad()
@@ -227,7 +227,7 @@ def test_rows_that_are_not_finite_give_nan_and_shares_of_zeros(monkeypatch: pyte
 def test_the_first_shares_are_what_was_drawn() -> None:
     scheme = Scheme.make(threshold=2)
     drawn = torch.stack([seeded_uniform().draw(scheme, 3, 8) for _ in range(2)])
-    none = torch.zeros(7, 0, 8, dtype=torch.int16)
+    none = torch.zeros(6, 0, 8, dtype=torch.int16)
     rows = coding.encode(scheme, gaussian(3, 8), torch.ones(8).double(), drawn, most=1e6, vectors=none)
     assert torch.equal(rows.shares[0], drawn[0]) and torch.equal(rows.shares[1], drawn[1])
-    assert all(len(rule) == 3 and len(w) == 3 for rule in [share_weights(scheme, 127)] for w in rule)
+    assert all(len(rule) == 3 and len(w) == 3 for rule in [share_weights(scheme, 251)] for w in rule)

@@ -29,7 +29,7 @@ def fit(decoder: Decoder, profile: Profile, chosen: Collection[str] = ()) -> Pro
     fitted = _adapted(decoder, profile, chosen)
     if fitted.shares and not fitted.primes:
         bfloat16 = next(decoder.model.parameters()).dtype == torch.bfloat16
-        fitted = dataclasses.replace(fitted, primes=4 if bfloat16 else 7)
+        fitted = dataclasses.replace(fitted, primes=3 if bfloat16 else 6)
     if fitted.remote:
         leaving = decoder.blocks[fitted.enclave_blocks :]
         refuse_changed(leaving, fitted)

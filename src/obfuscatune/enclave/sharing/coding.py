@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from obfuscatune.enclave.sharing import reference
-from obfuscatune.enclave.sharing.scheme import Scheme, cofactor, lagrange, share_weights
+from obfuscatune.enclave.sharing.scheme import Scheme, centre, lagrange, lift_factor, share_weights
 from obfuscatune.protocol.native import BUILD_HINT, kernel
-from obfuscatune.protocol.residues import centred
 
 Rules = tuple[tuple[tuple[int, ...], ...], ...]  # by prime, and share
 _FEW_NUMBERS = 1 << 15  # what one thread does before two have met
@@ -102,7 +101,7 @@ def decode(
         replies: of the workers there, int8 ``[L, n, width]``, any numbers. They may lie in memory that a worker can
             change: each byte is read once, and what is checked is what was read.
         column: ``[width]`` float64, what the result is multiplied by.
-        rows: what `encode` returned of this call. vectors: int16 ``[L, checks, width]``, from `for_results`.
+        rows: what `encode` returned of this call. vectors: int16 ``[L, checks, width]``, centred.
     """
     n, width = replies[0].shape[1:]
     rules = result_rules(scheme, tuple(points))
@@ -125,24 +124,24 @@ def decode(
 
 @functools.cache
 def share_rules(scheme: Scheme) -> Rules:
-    """For each prime, the coefficients of each share that is made."""
+    """For each prime, the coefficients of each share that is made of rows."""
     return tuple(tuple(share_weights(scheme, p)) for p in scheme.primes)
 
 
 @functools.cache
+def weight_rules(scheme: Scheme) -> Rules:
+    """The same of a weight, whose residues are multiplied by the inverse of M / p first: then products need not be."""
+    rules = share_rules(scheme) if scheme.shares_weights else (((1, *[0] * scheme.threshold),),) * len(scheme.primes)
+    return tuple(
+        tuple((centre(own * lift_factor(scheme, p), p), *drawn) for own, *drawn in of_prime)
+        for p, of_prime in zip(scheme.primes, rules, strict=True)
+    )
+
+
+@functools.cache
 def result_rules(scheme: Scheme, points: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
-    """For each prime, the coefficients of the replies from these points, with the inverse of M / p in them."""
-    rules = []
-    for p in scheme.primes:
-        c = pow(cofactor(scheme, p), -1, p)
-        rules.append(tuple((value * c + p // 2) % p - p // 2 for value in lagrange(points, 0, p)))
-    return tuple(rules)
-
-
-def for_results(scheme: Scheme, vectors: Tensor) -> Tensor:
-    """The check's vectors ``[L, checks, width]`` as `decode` wants them: times M / p, centred."""
-    planes = [centred(own * cofactor(scheme, p), p) for p, own in zip(scheme.primes, vectors, strict=True)]
-    return torch.stack(planes).to(torch.int16)
+    """For each prime, the coefficients of the replies from these points."""
+    return tuple(lagrange(points, 0, p) for p in scheme.primes)
 
 
 @functools.cache

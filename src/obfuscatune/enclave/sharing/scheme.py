@@ -47,7 +47,7 @@ class Scheme:
             )
 
     @classmethod
-    def make(cls, *, primes: int = 7, threshold: int = 1, weights: str = "shared", spares: int = 0) -> "Scheme":
+    def make(cls, *, primes: int = 6, threshold: int = 1, weights: str = "shared", spares: int = 0) -> "Scheme":
         """The scheme of so many primes, from the largest on, at the points 1, 2, 3, ..
 
         Raises: `UsageError` where it cannot be.
@@ -87,8 +87,13 @@ def lagrange(points: tuple[int, ...], at: int, p: int) -> tuple[int, ...]:
         for j, u in enumerate(points):
             if i != j:
                 c = c * (at - u) * pow(t - u, -1, p) % p
-        found.append((c + p // 2) % p - p // 2)
+        found.append(centre(c, p))
     return tuple(found)
+
+
+def centre(x: int, p: int) -> int:
+    """The residue of x modulo p that is nearest to zero."""
+    return (x + p // 2) % p - p // 2
 
 
 def share_weights(scheme: Scheme, p: int) -> list[tuple[int, ...]]:
@@ -103,6 +108,6 @@ def share_weights(scheme: Scheme, p: int) -> list[tuple[int, ...]]:
     return [lagrange(drawn, t, p) for t in scheme.points[T:]]
 
 
-def cofactor(scheme: Scheme, p: int) -> int:
-    """M / p mod p, of the Chinese remainder theorem."""
-    return scheme.modulus // p % p
+def lift_factor(scheme: Scheme, p: int) -> int:
+    """The inverse c of M / p mod p, of the Chinese remainder theorem: Y is ``sum_p (c Y mod p) M / p mod M``."""
+    return pow(scheme.modulus // p, -1, p)

@@ -20,7 +20,7 @@ from obfuscatune.enclave.keys.source import Secret
 from obfuscatune.enclave.replies import Pending
 from obfuscatune.enclave.session import Session
 from obfuscatune.enclave.sharing import coding
-from obfuscatune.enclave.sharing.check import COUNT, FieldCheck
+from obfuscatune.enclave.sharing.check import FieldCheck
 from obfuscatune.enclave.sharing.fixed import Side, fixed
 from obfuscatune.enclave.sharing.scheme import Scheme
 from obfuscatune.enclave.sharing.uniform import Uniform
@@ -88,7 +88,7 @@ class Workers(Secret):
     def define(self, path: str, weight: Tensor) -> SharedWeight:
         """Share a weight ``[in, out]`` anew, and send each worker its share. Raises WorkerFault."""
         integers = fixed(weight, self.scheme, path)
-        check = FieldCheck(integers.integers, self.scheme, self._uniform, COUNT if self._verify else 0)
+        check = FieldCheck(integers.integers, self.scheme, self._uniform, None if self._verify else 0)
         segment = f"s{self._segments}"
         self._segments += 1
         seeds, shares = weight_shares(integers, self.scheme, self._uniform)

@@ -14,7 +14,7 @@
 #define WIDTH 64  /* columns of a block: bytes of a vector */
 #define AHEAD 4   /* blocks: how early the next ones are asked for */
 #define ROWS 5    /* of x whose sums are in registers at a time: 4 vectors each */
-#define SHIFT 64  /* makes residues of x unsigned, as the instruction wants its first factor */
+#define SHIFT 128 /* makes residues of x unsigned, as the instruction wants its first factor */
 
 int64_t reduce(const int32_t *x, int64_t n, int32_t prime, int8_t *out);
 

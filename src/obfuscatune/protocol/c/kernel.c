@@ -1,4 +1,4 @@
-/* Arithmetic of shares over primes 64 < p < 128; what each function computes is written down, slowly, in
+/* Arithmetic of shares over primes 64 < p < 256; what each function computes is written down, slowly, in
  * enclave/sharing/reference.py, protocol/residues.py and protocol/expand.py, and has the same bits here.
  *
  * Residues are centred: |r| <= (p - 1) / 2, one byte. Compiled without -ffast-math and without contraction, so that
@@ -40,8 +40,9 @@ INLINE int32_t low_bits(double rounded) {
     return (int32_t)bits;
 }
 
-/* The centred residue of v - p / 2: floor(v / p) is v m / 2^22 with m = 2^22 / p rounded up, as long as v (p - 1) < 2^22;
- * so v is 33288 at most. Without a comparison, as p / 2 is added first and taken off at last. */
+/* The centred residue of v - p / 2: floor(v / p) is v m / 2^22 with m = 2^22 / p rounded up, as long as v (p - 1) < 2^22,
+ * so up to NEAR. Without a comparison, as p / 2 is added first and taken off at last. */
+#define NEAR ((1 << 22) / 256)
 INLINE int16_t centred(uint16_t v, uint16_t m, uint16_t p) {
     uint16_t k = (uint16_t)(((uint32_t)v * m) >> 16) >> 6;
     return (int16_t)(v - k * p - p / 2);
@@ -59,6 +60,10 @@ INLINE uint16_t rounded_down(uint16_t p) { return (uint16_t)((1 << 22) / p); }
 
 /* What makes sums of at least -least positive: a multiple of p, and the half that `centred` takes off. */
 INLINE uint16_t lift(int32_t least, uint16_t p) { return (uint16_t)((least + p - 1) / p * p + p / 2); }
+
+/* Whether sums of at most `reach`, either way, can be reduced at all, lifted, in 16 bits; and whether by `centred`. */
+INLINE int fits(int32_t reach, uint16_t p) { return 2 * reach + p + p / 2 < 1 << 16; }
+INLINE int is_near(int32_t reach, uint16_t p) { return 2 * reach + p + p / 2 <= NEAR; }
 
 INLINE void dot_tile(const int16_t *rows, int64_t width, int64_t count, const int16_t *v, int32_t *sums) {
     int32_t a = 0, b = 0, c = 0, d = 0;
@@ -142,8 +147,8 @@ INLINE int64_t encode_any(const struct encoding *e, int64_t begin, int64_t end) 
     int64_t done = end;
     double *t = malloc((size_t)width * sizeof *t);
     int32_t *q = malloc((size_t)(TILE * width) * sizeof *q);
-    int16_t *r = malloc((size_t)(TILE * width) * sizeof *r);
-    if (!t || !q || !r) {
+    int16_t *r = malloc((size_t)(TILE * width) * sizeof *r), *part = malloc((size_t)width * sizeof *part);
+    if (!t || !q || !r || !part) {
         done = -1;
         goto end;
     }
@@ -154,7 +159,7 @@ INLINE int64_t encode_any(const struct encoding *e, int64_t begin, int64_t end) 
                 quantize(e->x + (first + i) * width, e->column, width, e->room, e->half, t, q + i * width);
         for (int64_t l = 0; l < L; l++) {
             const int32_t prime = e->primes[l];
-            const uint16_t p = (uint16_t)prime, m = rounded_up(p), up = lift(3 * 63 * 63, p), four = 4 * p + p / 2;
+            const uint16_t p = (uint16_t)prime, m = rounded_up(p), below = rounded_down(p), four = 4 * p + p / 2;
             const float inverse = 1.0f / p;
             for (int64_t i = 0; i < count; i++) {
                 const int32_t *qi = q + i * width;
@@ -165,16 +170,24 @@ INLINE int64_t encode_any(const struct encoding *e, int64_t begin, int64_t end) 
                 }
                 const int64_t at = l * plane + (first + i) * width;
                 const int8_t *u1 = e->drawn + at, *u2 = T > 1 ? u1 + L * plane : u1;
-                for (int64_t s = 0; s < e->made; s++) { /* within 3 * 63 * 63 of `up`: below 33288 */
-                    const int16_t *w = e->weights + (l * e->made + s) * (1 + T);
-                    const int16_t w0 = w[0], w1 = w[1], w2 = T > 1 ? w[2] : 0;
+                for (int64_t s = 0; s < e->made; s++) {
+                    const int16_t *w = e->weights + (l * e->made + s) * (1 + T), *own = ri;
+                    int16_t w0 = w[0], w1 = w[1], w2 = T > 1 ? w[2] : 0;
+                    int32_t reach = (abs(w0) + abs(w1) + abs(w2)) * (p / 2);
                     int8_t *out = e->shares[s] + at;
-                    if (w2 == 0)
+                    if (!fits(reach, p)) { /* three terms: the first two by themselves */
+                        const uint16_t up = lift((abs(w0) + abs(w1)) * (p / 2), p);
                         for (int64_t j = 0; j < width; j++)
-                            out[j] = (int8_t)centred((uint16_t)(w0 * ri[j] + w1 * u1[j] + up), m, p);
+                            part[j] = centred_wide((uint16_t)(w0 * ri[j] + w1 * u1[j] + up), below, p);
+                        own = part, w0 = 1, w1 = 0, reach = (1 + abs(w2)) * (p / 2);
+                    }
+                    const uint16_t up = lift(reach, p);
+                    if (w2 == 0 && is_near(reach, p))
+                        for (int64_t j = 0; j < width; j++)
+                            out[j] = (int8_t)centred((uint16_t)(w0 * own[j] + w1 * u1[j] + up), m, p);
                     else
                         for (int64_t j = 0; j < width; j++)
-                            out[j] = (int8_t)centred((uint16_t)(w0 * ri[j] + w1 * u1[j] + w2 * u2[j] + up), m, p);
+                            out[j] = (int8_t)centred_wide((uint16_t)(w0 * own[j] + w1 * u1[j] + w2 * u2[j] + up), below, p);
                 }
             }
             for (int64_t k = 0; k < checks; k++) {
@@ -188,19 +201,19 @@ INLINE int64_t encode_any(const struct encoding *e, int64_t begin, int64_t end) 
         }
     }
 end:
-    free(t), free(q), free(r);
+    free(t), free(q), free(r), free(part);
     return done;
 }
 FOR_EACH_CPU(encode, (const struct encoding *e, int64_t begin, int64_t end), (e, begin, end))
 
-/* Rows of products: interpolated at 0, checked, lifted, scaled. */
+/* Rows of products, times the inverse of M / p: interpolated at 0, checked, lifted, scaled. */
 struct decoding {
     const int8_t *const *replies; /* [needed] of [L, n, width], any bytes, read once: others may change them */
     int64_t needed, n, width;
     const int32_t *primes;        /* [L] */
     int64_t L;
-    const int16_t *weights;       /* [L, needed], centred, times the inverse of M / p */
-    const int16_t *vectors;       /* [L, checks, width], centred, times M / p */
+    const int16_t *weights;       /* [L, needed], centred */
+    const int16_t *vectors;       /* [L, checks, width], centred */
     int64_t checks;
     const int16_t *images;        /* [n, L, checks] */
     const double *scales;         /* [n] */
@@ -213,33 +226,40 @@ INLINE int64_t decode_any(const struct decoding *e, int64_t begin, int64_t end) 
     const int64_t width = e->width, L = e->L, needed = e->needed, checks = e->checks, plane = e->n * width;
     int64_t done = begin;
     int16_t *r = malloc((size_t)(TILE * width) * sizeof *r);
-    int32_t *parts = malloc((size_t)(2 * TILE * width) * sizeof *parts); /* of the first four primes, of the others */
+    int32_t *parts = malloc((size_t)(2 * TILE * width) * sizeof *parts); /* of the first three primes, of the others */
     int32_t whole[2] = {1, 1};
     if (!r || !parts) {
         done = -1;
         goto end;
     }
-    for (int64_t l = 0; l < L; l++) whole[l / 4] *= e->primes[l];
+    for (int64_t l = 0; l < L; l++) whole[l >= 3] *= e->primes[l]; /* a part is at most twice its product: below 2^31 */
     const double inverse0 = 1.0 / whole[0], inverse1 = 1.0 / whole[1];
     for (int64_t first = begin; first < end; first += TILE) {
         const int64_t count = end - first < TILE ? end - first : TILE, span = count * width;
         memset(parts, 0, (size_t)(2 * TILE * width) * sizeof *parts);
         for (int64_t l = 0; l < L; l++) {
-            const int32_t prime = e->primes[l], rest = whole[l / 4] / prime;
-            const uint16_t p = (uint16_t)prime, m = rounded_down(p), up = lift(63 + 3 * 63 * 128, p);
+            const int32_t prime = e->primes[l], rest = whole[l >= 3] / prime;
+            const uint16_t p = (uint16_t)prime, m = rounded_up(p), below = rounded_down(p);
             const int64_t at = l * plane + first * width;
-            int32_t *part = parts + (l / 4) * TILE * width;
-            for (int64_t s = 0; s < needed; s += 3) { /* three bytes that may be anything, and what is there: below 2^16 */
+            int32_t *part = parts + (l >= 3) * TILE * width;
+            for (int64_t s = 0, next; s < needed; s = next) { /* bytes that may be anything, up to three at a time */
                 const int16_t *w = e->weights + l * needed + s;
-                const int8_t *a = e->replies[s] + at, *b = s + 1 < needed ? e->replies[s + 1] + at : a,
-                             *c = s + 2 < needed ? e->replies[s + 2] + at : a;
-                const int16_t w0 = w[0], w1 = s + 1 < needed ? w[1] : 0, w2 = s + 2 < needed ? w[2] : 0;
-                if (s == 0)
+                int32_t reach = s ? p / 2 : 0;
+                for (next = s; next < needed && next < s + 3 && fits(reach + 128 * abs(w[next - s]), p); next++)
+                    reach += 128 * abs(w[next - s]);
+                const int8_t *a = e->replies[s] + at, *b = next > s + 1 ? e->replies[s + 1] + at : a,
+                             *c = next > s + 2 ? e->replies[s + 2] + at : a;
+                const int16_t w0 = w[0], w1 = next > s + 1 ? w[1] : 0, w2 = next > s + 2 ? w[2] : 0;
+                const uint16_t up = lift(reach, p);
+                if (s == 0 && is_near(reach, p))
                     for (int64_t j = 0; j < span; j++)
-                        r[j] = centred_wide((uint16_t)(w0 * a[j] + w1 * b[j] + w2 * c[j] + up), m, p);
+                        r[j] = centred((uint16_t)(w0 * a[j] + w1 * b[j] + w2 * c[j] + up), m, p);
+                else if (s == 0)
+                    for (int64_t j = 0; j < span; j++)
+                        r[j] = centred_wide((uint16_t)(w0 * a[j] + w1 * b[j] + w2 * c[j] + up), below, p);
                 else
                     for (int64_t j = 0; j < span; j++)
-                        r[j] = centred_wide((uint16_t)(r[j] + w0 * a[j] + w1 * b[j] + w2 * c[j] + up), m, p);
+                        r[j] = centred_wide((uint16_t)(r[j] + w0 * a[j] + w1 * b[j] + w2 * c[j] + up), below, p);
             }
             for (int64_t j = 0; j < span; j++) part[j] += r[j] * rest;
             for (int64_t k = 0; k < checks; k++) {
@@ -282,12 +302,14 @@ INLINE int64_t reduce_any(const int32_t *x, int64_t n, int32_t prime, int8_t *ou
 }
 FOR_EACH_CPU(reduce, (const int32_t *x, int64_t n, int32_t prime, int8_t *out), (x, n, prime, out))
 
-/* Keep of bytes, masked to seven bits, those below p, centred; at most `wanted`. Returns how many were kept. */
+/* Keep of bytes, masked to the bits of a prime, those below p, centred; at most `wanted`. Returns how many were kept. */
+INLINE int32_t mask_of(int32_t prime) { return prime < 128 ? 127 : 255; }
+
 INLINE int64_t keep_one_by_one(const uint8_t *bytes, int64_t n, int32_t prime, int8_t *out, int64_t wanted) {
     int64_t kept = 0;
-    int32_t half = prime / 2;
+    const int32_t half = prime / 2, mask = mask_of(prime);
     for (int64_t j = 0; j < n && kept < wanted; j++) { /* without a branch on the byte */
-        int32_t b = bytes[j] & 127;
+        int32_t b = bytes[j] & mask;
         out[kept] = (int8_t)(b > half ? b - prime : b);
         kept += b < prime;
     }
@@ -300,11 +322,11 @@ __attribute__((target("avx512f,avx512bw,avx512vbmi2"))) static int64_t keep_by_6
                                                                                    int64_t wanted) {
     int64_t kept = 0, j = 0;
     const __m512i p = _mm512_set1_epi8((char)prime), half = _mm512_set1_epi8((char)(prime / 2)),
-                  mask = _mm512_set1_epi8(127);
+                  mask = _mm512_set1_epi8((char)mask_of(prime));
     for (; j + 64 <= n && kept + 64 <= wanted; j += 64) {
         __m512i b = _mm512_and_si512(_mm512_loadu_si512(bytes + j), mask);
-        __mmask64 good = _mm512_cmplt_epi8_mask(b, p);
-        b = _mm512_mask_sub_epi8(b, _mm512_cmpgt_epi8_mask(b, half), b, p);
+        __mmask64 good = _mm512_cmplt_epu8_mask(b, p);
+        b = _mm512_mask_sub_epi8(b, _mm512_cmpgt_epu8_mask(b, half), b, p);
         _mm512_storeu_si512(out + kept, _mm512_maskz_compress_epi8(good, b));
         kept += __builtin_popcountll(good);
     }

@@ -29,13 +29,21 @@ class _Coalition:
     primes: tuple[int, ...] = ()
     segments: dict[str, Segment] = field(default_factory=dict)
 
-    def read(self, shares: Sequence[Tensor]) -> Tensor:
-        """Float64 numbers of the shares ``[L, ..]`` of each point: at 0 for several points, as they are for one."""
+    def read(self, shares: Sequence[Tensor], *, lifted: bool = False) -> Tensor:
+        """Float64 numbers of the shares ``[L, ..]`` of each point: at 0 for several points, as they are for one.
+
+        Args:
+            lifted: whether the residues are times the inverse of M / p already, as those of weights and products are.
+        """
         planes = []
         for i, p in enumerate(self.primes):
             factors = lagrange(self.points, 0, p) if len(self.points) > 1 else (1,)
             pairs = zip(factors, shares, strict=True)
             planes.append(torch.stack([c * share[i].long() for c, share in pairs]).sum(dim=0))
+        if not lifted:
+            planes = [
+                plane * pow(math.prod(self.primes) // p, -1, p) for plane, p in zip(planes, self.primes, strict=True)
+            ]
         return lift(planes, self.primes)
 
     def define(self, frames: Sequence[Frame]) -> None:
@@ -43,19 +51,19 @@ class _Coalition:
         specs = [frame.header["spec"] for frame in frames]
         self.points, self.primes = tuple(spec["point"] for spec in specs), tuple(specs[0]["primes"])
         block, role = divmod(len(self.segments), len(ROLES))
-        weight = self.read([frame.tensors["weight"] for frame in frames])
+        weight = self.read([frame.tensors["weight"] for frame in frames], lifted=True)
         self.segments[frames[0].header["segment"]] = Segment(
             block, (ROLES[role],), LinearSegment({}, {"weight": weight}, {})
         )
 
 
 def lift(planes: Sequence[Tensor], primes: Sequence[int]) -> Tensor:
-    """Return the integers of residues modulo each prime, from -M/2 to M/2, as parts of M: float64 in [-.5, .5]."""
+    """Return the integers x of ``x (M / p)^-1`` mod p, from -M/2 to M/2, as parts of M: float64 in [-.5, .5]."""
     modulus = math.prod(primes)
     total = torch.zeros_like(planes[0])
     for plane, p in zip(planes, primes, strict=True):
         rest = modulus // p
-        total = (total + (plane * pow(rest, -1, p)).remainder(p) * rest) % modulus
+        total = (total + plane.remainder(p) * rest) % modulus
     return torch.where(total > modulus // 2, total - modulus, total).double() / modulus
 
 
@@ -99,7 +107,7 @@ def _call(coalition: _Coalition, requests: Sequence[Frame], replies: Sequence[Fr
     backward = bool(requests[0].header["transpose"])
     x = coalition.read([frame.tensors["x"] for frame in requests])
     if len(requests) == 1:
-        y = coalition.read([frame.tensors["y"] for frame in replies])
+        y = coalition.read([frame.tensors["y"] for frame in replies], lifted=True)
     else:  # its polynomial has a higher degree than the factors', and these give it too
         weight = segment.weight(segment.roles[0])
         y = x @ (weight.T if backward else weight)

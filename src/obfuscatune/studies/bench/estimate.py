@@ -27,7 +27,7 @@ from typing import Any
 from obfuscatune.enclave.arithmetic import mixed_call, of_keys
 from obfuscatune.enclave.families import Attention, Block, Decoder, Group, Part
 from obfuscatune.enclave.recipes.shared import scheme_of
-from obfuscatune.enclave.sharing.check import COUNT
+from obfuscatune.enclave.sharing.check import vectors_of
 from obfuscatune.profiles import Profile
 
 ROWS, LENGTH = 512, 128  # tokens of the call, and of one of its texts, that the estimate is for
@@ -134,7 +134,7 @@ class _Sums:
         self.inside += ROWS * keys
         if profile.shares:
             scheme = scheme_of(profile)
-            workers, checks = len(scheme.points), COUNT if profile.verify else 0
+            workers, checks = len(scheme.points), vectors_of(scheme) if profile.verify else 0
             self.sent, self.received = self.sent + width, self.received + out
             self.inside += ROWS * len(scheme.primes) * (width * (workers + checks) + out * (scheme.needed + checks))
             self.outside += ROWS * len(scheme.primes) * workers * width * out

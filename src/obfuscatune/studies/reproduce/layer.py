@@ -42,7 +42,7 @@ def layer_seconds(rows: int, width: int, *, fhe: bool) -> list[dict[str, Any]]:
     truth = x.double() @ weight.double()
     found = [_row("float32 in the clear", lambda: x @ weight, truth)]
     with _shared(x, weight) as product:
-        found.append(_row("shared, 7 primes", product, truth))
+        found.append(_row("shared, 6 primes", product, truth))
     if fhe:
         found.append(_row("FHE, 7 bits", _encrypted(x, weight), truth, rounds=1))
     return found
