@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from obfuscatune.enclave.session import Session
-from obfuscatune.errors import ConnectionClosedError, ProtocolError, WorkerFault
+from obfuscatune.errors import ConnectionClosedError, ProtocolError, UsageError, WorkerFault
 from obfuscatune.protocol.arena import LEAST_BYTES, Arena
 from obfuscatune.protocol.connection import Connection
 from obfuscatune.protocol.frames import PROTOCOL_VERSION
@@ -54,6 +54,12 @@ def linear(session: Session) -> Tensor:
 def call(session: Session, op: str, x: Tensor, **fields: Any) -> Tensor:
     expected = {"y": (tuple(x.shape), torch.float32)}
     return session.request(op, "h.0", {"segment": "s", **fields}, {"x": x}, expected)[1]["y"]
+
+
+def is_empty(session: Session) -> bool:
+    """Whether nobody has any of the arena."""
+    shelf = session._shelf
+    return shelf is not None and shelf.take((shelf.arena.size,), torch.int8) is not None
 
 
 @pytest.mark.parametrize(("budget", "mapped"), [(1 << 40, True), (1 << 20, False)])
@@ -132,11 +138,10 @@ def test_many_requests_under_way_have_places_of_their_own_and_give_them_back() -
             results = [pending.result()[1]["y"] for pending in reversed(asked)][::-1]
             for x, y in zip(xs, results, strict=True):
                 torch.testing.assert_close(y, x @ weight)
-        shelf = session._shelf
-        assert shelf is not None and shelf.take((shelf.arena.size,), torch.int8) is not None  # nobody has any of it
+        assert is_empty(session)
 
 
-def test_a_result_in_place_keeps_its_place_until_it_is_released() -> None:
+def test_a_result_in_place_keeps_its_place_until_it_goes() -> None:
     def answer(fields: dict[str, Any], arena: Arena) -> tuple[dict[str, Any], dict[str, Tensor]]:
         arena.read(placed(fields, dtype="int32"))["y"].fill_(fields["value"])
         return {"placed": placed(fields, dtype="int32")}, {}
@@ -148,9 +153,26 @@ def test_a_result_in_place_keeps_its_place_until_it_is_released() -> None:
         results = [pending.result(in_place=True)[1]["y"] for pending in asked]
         assert len({y.data_ptr() for y in results}) == 5
         assert all(bool((y == value).all()) for value, y in enumerate(results))
-        asked[0].release()
+        first = results.pop(0).data_ptr()
         again = session.submit("multiply", "h.0", {"value": 5}, {}, expected).result(in_place=True)[1]["y"]
-        assert again.data_ptr() == results[0].data_ptr() and bool((results[1] == 1).all())
+        assert again.data_ptr() == first and bool((results[0] == 1).all())
+
+
+def test_what_is_given_up_leaves_no_place() -> None:
+    """Memory that was never sent, a request that was never waited for, and one that is not a request."""
+    with served(honest) as session:
+        weight = linear(session)
+        x = torch.randn(SHAPE)
+        mine = session.empty(SHAPE, torch.float32).copy_(x)
+        torch.testing.assert_close(call(session, "multiply", mine, transpose=False), x @ weight)
+        assert not is_empty(session)  # who made it has it still
+        del mine
+        session.empty(SHAPE, torch.float32)
+        with pytest.raises(UsageError):
+            session.submit("multiply", "h.0", {"segment": object()}, {"x": x}, {"y": (SHAPE, x.dtype)})
+        session.submit("multiply", "h.0", {"segment": "s", "transpose": False}, {"x": x}, {"y": (SHAPE, x.dtype)})
+        session.request("stats", "-", {}, {}, {})  # whose reply comes after it
+        assert is_empty(session)
 
 
 def test_what_does_not_fit_goes_through_the_socket(monkeypatch: pytest.MonkeyPatch) -> None:

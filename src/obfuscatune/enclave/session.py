@@ -186,30 +186,32 @@ class Session(Secret):
             self._refuse_ended(layer)
             self._last_id += 1
             pending = Pending(self, op, layer, self._last_id, expected)
-            message = {"id": pending.id, "op": op, **header}
-            dropped = {kind: taken for kind, ids in self._dropped.items() if (taken := _take(ids))}
-            if dropped:
-                message["drop"] = dropped
-            if self._shelf is not None and op in PLACED and is_large(tensors, expected):
-                tensors, fields, pending.placed = self._shelf.place(tensors, expected or {})
-                message |= fields
-            busy = bool(self._under_way)
-            self._under_way.append(pending)  # first, because the reply may come before the last byte is sent
+            dropped: dict[str, list[int]] = {}
+            placed = 0
             started = time.perf_counter()
             try:
+                message = {"id": pending.id, "op": op, **header}
+                dropped = {kind: taken for kind, ids in self._dropped.items() if (taken := _take(ids))}
+                if dropped:
+                    message["drop"] = dropped
+                if self._shelf is not None and op in PLACED and is_large(tensors, expected):
+                    tensors, fields, pending.placed = self._shelf.place(tensors, expected or {})
+                    message |= fields
+                    placed = pending.placed.bytes_sent
+                busy = bool(self._under_way)
+                self._under_way.append(pending)  # first, because the reply may come before the last byte is sent
                 sent = self.connection.send(
                     message, tensors, meanwhile=self._read_meanwhile if busy else None, descriptor=descriptor
                 )
             except UsageError:  # beyond the limits, so not a byte of it was sent
                 self._under_way.remove(pending)
-                pending.release()
                 for kind, ids in dropped.items():
                     self._dropped[kind][:0] = ids
                 raise
             except BaseException as error:
                 self._break(error, layer)
                 raise
-            self.count(op, calls=1, bytes_sent=sent + pending.bytes_placed, seconds=time.perf_counter() - started)
+            self.count(op, calls=1, bytes_sent=sent + placed, seconds=time.perf_counter() - started)
             return pending
 
     def await_reply(self, pending: Pending) -> None:
