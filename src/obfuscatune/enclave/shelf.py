@@ -101,7 +101,7 @@ class Shelf:
                 sent[name] = tensor
                 continue
             rows.append(self.arena.row(name, here))
-            places.append(here.place)  # type: ignore[attr-defined]
+            places.append(here.place)
             size += here.nbytes
         lengths = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in expected.items()}
         found = {name: self._place(length) for name, length in lengths.items()}
