@@ -5,18 +5,22 @@ import functools
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from obfuscatune.enclave.protect import protect
 from obfuscatune.enclave.session import Session
 from obfuscatune.errors import ConnectionClosedError, ProtocolError, UsageError, WorkerFault
 from obfuscatune.protocol.arena import LEAST_BYTES, Arena
 from obfuscatune.protocol.connection import Connection
 from obfuscatune.protocol.frames import PROTOCOL_VERSION
 from obfuscatune.worker.server import serve_connection
+
+from ..faults.workers import IDS, new_model, worker_in_a_thread
 
 ROWS, WIDTH = 200, 128  # 102,400 bytes of float32
 SHAPE = (1, ROWS, WIDTH)
@@ -126,6 +130,32 @@ def test_what_a_call_keeps_for_its_backward_is_the_workers_own() -> None:
         header = {"call": first.id, "wants": ["x"]}
         found = session.request("backward", "h.0", header, {"y": grad}, expected)[1]["x"]
         torch.testing.assert_close(found, grad @ weight.T)
+
+
+@pytest.mark.filterwarnings("ignore:.*protect nothing:UserWarning")
+@pytest.mark.parametrize("profile", ["balanced", "stream", "paper"])
+def test_a_model_has_the_same_bits_with_every_tensor_in_shared_memory(
+    profile: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is read where it lies: cached keys, kept calls, pushed factors and masks outlive their request."""
+    found = []
+    for least in (1, LEAST_BYTES):
+        monkeypatch.setattr("obfuscatune.enclave.shelf.LEAST_BYTES", least)
+        options = {"profile": profile, "insecure_test_seed": 1, "timeout": 20.0}
+        with worker_in_a_thread(tmp_path) as address, protect(new_model(), worker=address, **options) as protected:
+            model, mask = protected.model, torch.ones_like(IDS)
+            mask[0, :2] = 0
+            beams = model.generate(IDS, attention_mask=mask, max_new_tokens=4, num_beams=2, pad_token_id=0)
+            for _ in range(2):
+                model(IDS, attention_mask=mask, labels=IDS).loss.backward()
+            gradients = [p.grad for p in model.parameters() if p.grad is not None]
+            if profile == "paper":  # the worker's own are told by their norms, and by a number that is new each time
+                gradients = [gradient[:1] for gradient in gradients]
+            found.append([model(IDS, attention_mask=mask).logits.detach(), beams, *gradients])
+            moved = protected.session.connection.bytes_sent
+            counted = sum(traffic.bytes_sent for traffic in protected.session.traffic.values())
+            assert (counted > moved) == (least == 1)
+    assert all(map(torch.equal, *found))
 
 
 def test_many_requests_under_way_have_places_of_their_own_and_give_them_back() -> None:
