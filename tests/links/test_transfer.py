@@ -88,12 +88,12 @@ def test_both_ways_go_through_page_locked_memory(op: str, tap: bool, gpu: Gpu, m
         session.request("define", "h.0", {"segment": "s", "kind": "linear", "spec": {}}, {"weight": weight}, {})
         patched.setattr(torch.Tensor, "to", noted)
         waits = gpu.waits
-        header = {"segment": "s", "transpose": False}
+        header = {"segment": "s", "transpose": False, "keep": True}
         y = session.request(op, "h.0", header, {"x": x}, {"y": ((1, 200, 128), torch.float32)})[1]["y"]
     torch.testing.assert_close(y, x @ weight)
     assert gpu.waits == waits + 1
     (sent,) = seen
-    # A product reads its rows where the enclave put them.
+    # A product reads its rows where the enclave put them; a call that is kept has its own.
     assert (sent.data_ptr() in gpu.pinned) == (tap or op == "forward")
 
 
