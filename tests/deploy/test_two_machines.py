@@ -20,7 +20,7 @@ HEADING = "## Two machines: enclave and worker"
 ADDRESS = {"gpu": "10.87.0.1", "lab": "10.87.0.2"}
 MEASURE = """import sys, pathlib
 from tests.training.test_overlap import measure
-measure(sys.argv[1], pathlib.Path(sys.argv[2]), width=256, insecure=True)"""
+measure(sys.argv[1], pathlib.Path(sys.argv[2]), width=128, insecure=True)"""
 
 
 def end_of(machine: str) -> str:

@@ -189,7 +189,7 @@ def measure(address: str, directory: Path, width: int = 64, **options: Any) -> d
 def test_over_a_link_of_1_ms_and_1_gbit(worker: str, tmp_path: Path) -> None:
     """Measured, without a bound; `tests/deploy/test_two_machines.py` does the same where the kernel makes the link."""
     with slow_link(worker, tmp_path, bytes_per_second=125e6, delay=5e-4) as relay:
-        assert set(measure(relay, tmp_path, width=256)) == {False, True}
+        assert set(measure(relay, tmp_path, width=128)) == {False, True}
 
 
 @pytest.mark.slow
