@@ -18,6 +18,14 @@ pytestmark = pytest.mark.slow
 PAGE = Path(__file__).parents[2] / "docs" / "deployment.md"
 HEADING = "## Two machines: enclave and worker"
 ADDRESS = {"gpu": "10.87.0.1", "lab": "10.87.0.2"}
+MEASURE = """import sys, pathlib
+from tests.training.test_overlap import measure
+measure(sys.argv[1], pathlib.Path(sys.argv[2]), width=128, insecure=True)"""
+
+
+def end_of(machine: str) -> str:
+    """Name of the machine's end of the link."""
+    return f"ob{machine}{os.getpid() % 100000}"
 
 
 def ip(*arguments: str) -> "subprocess.CompletedProcess[str]":
@@ -30,7 +38,7 @@ def namespaces() -> Iterator[dict[str, str]]:
     if os.geteuid() != 0 or shutil.which("ip") is None:
         pytest.skip("network namespaces need root and iproute2")
     made = {name: f"obft-{name}-{os.getpid()}" for name in ADDRESS}
-    ends = {name: f"ob{name}{os.getpid() % 100000}" for name in ADDRESS}
+    ends = {name: end_of(name) for name in ADDRESS}
     with contextlib.ExitStack() as stack:
         for namespace in made.values():
             try:
@@ -114,3 +122,27 @@ def test_the_commands_of_the_page(namespaces: dict[str, str], run_yaml: str, tmp
             assert done.returncode == 0, done.stderr
     assert (homes["lab"] / "adapter" / "adapter_model.safetensors").is_file()
     assert not list(homes["gpu"].glob("lab.key")), "no secret half crosses"
+
+
+def test_two_half_batches_over_1_ms_and_1_gbit(namespaces: dict[str, str], tmp_path: Path) -> None:
+    """Steps a second with `--overlap` and without, over a link that the kernel makes slow; seen with `pytest -s`."""
+    for machine, namespace in namespaces.items():
+        slow = ["qdisc", "add", "dev", end_of(machine), "root", "netem", "delay", "500us", "rate", "1gbit"]
+        made = subprocess.run(["tc", "-n", namespace, *slow], capture_output=True, text=True)  # noqa: S603, S607
+        if made.returncode:
+            pytest.skip(f"this kernel has no netem: {made.stderr.strip()[:80]}")
+    where = f"tcp://{ADDRESS['gpu']}:7001"
+    on = {machine: ["ip", "netns", "exec", namespace, sys.executable] for machine, namespace in namespaces.items()}
+    listening = [*on["gpu"], "-m", "obfuscatune", "worker", "--listen", where, "--insecure"]
+    with subprocess.Popen(listening, stdout=subprocess.PIPE, text=True) as process:  # noqa: S603
+        try:
+            assert process.stdout is not None and where in process.stdout.readline()
+            command = [*on["lab"], "-c", MEASURE, where, str(tmp_path)]
+            done = subprocess.run(  # noqa: S603
+                command, cwd=PAGE.parents[1], capture_output=True, text=True, timeout=240
+            )
+        finally:
+            process.terminate()
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"[\d.]+ steps/s, with overlap [\d.]+ steps/s\n", done.stdout), done.stdout
+    print(done.stdout)

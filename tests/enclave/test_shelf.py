@@ -5,18 +5,22 @@ import functools
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from obfuscatune.enclave.protect import protect
 from obfuscatune.enclave.session import Session
-from obfuscatune.errors import ConnectionClosedError, ProtocolError, WorkerFault
+from obfuscatune.errors import ConnectionClosedError, ProtocolError, UsageError, WorkerFault
 from obfuscatune.protocol.arena import LEAST_BYTES, Arena
 from obfuscatune.protocol.connection import Connection
 from obfuscatune.protocol.frames import PROTOCOL_VERSION
 from obfuscatune.worker.server import serve_connection
+
+from ..faults.workers import IDS, new_model, worker_in_a_thread
 
 ROWS, WIDTH = 200, 128  # 102,400 bytes of float32
 SHAPE = (1, ROWS, WIDTH)
@@ -54,6 +58,12 @@ def linear(session: Session) -> Tensor:
 def call(session: Session, op: str, x: Tensor, **fields: Any) -> Tensor:
     expected = {"y": (tuple(x.shape), torch.float32)}
     return session.request(op, "h.0", {"segment": "s", **fields}, {"x": x}, expected)[1]["y"]
+
+
+def is_empty(session: Session) -> bool:
+    """Whether nobody has any of the arena."""
+    shelf = session._shelf
+    return shelf is not None and shelf.take((shelf.arena.size,), torch.int8) is not None
 
 
 @pytest.mark.parametrize(("budget", "mapped"), [(1 << 40, True), (1 << 20, False)])
@@ -122,6 +132,32 @@ def test_what_a_call_keeps_for_its_backward_is_the_workers_own() -> None:
         torch.testing.assert_close(found, grad @ weight.T)
 
 
+@pytest.mark.filterwarnings("ignore:.*protect nothing:UserWarning")
+@pytest.mark.parametrize("profile", ["balanced", "stream", "paper"])
+def test_a_model_has_the_same_bits_with_every_tensor_in_shared_memory(
+    profile: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is read where it lies: cached keys, kept calls, pushed factors and masks outlive their request."""
+    found = []
+    for least in (1, LEAST_BYTES):
+        monkeypatch.setattr("obfuscatune.enclave.shelf.LEAST_BYTES", least)
+        options = {"profile": profile, "insecure_test_seed": 1, "timeout": 20.0}
+        with worker_in_a_thread(tmp_path) as address, protect(new_model(), worker=address, **options) as protected:
+            model, mask = protected.model, torch.ones_like(IDS)
+            mask[0, :2] = 0
+            beams = model.generate(IDS, attention_mask=mask, max_new_tokens=4, num_beams=2, pad_token_id=0)
+            for _ in range(2):
+                model(IDS, attention_mask=mask, labels=IDS).loss.backward()
+            gradients = [p.grad for p in model.parameters() if p.grad is not None]
+            if profile == "paper":  # the worker's own are told by their norms, and by a number that is new each time
+                gradients = [gradient[:1] for gradient in gradients]
+            found.append([model(IDS, attention_mask=mask).logits.detach(), beams, *gradients])
+            moved = protected.session.connection.bytes_sent
+            counted = sum(traffic.bytes_sent for traffic in protected.session.traffic.values())
+            assert (counted > moved) == (least == 1)
+    assert all(map(torch.equal, *found))
+
+
 def test_many_requests_under_way_have_places_of_their_own_and_give_them_back() -> None:
     with served(honest) as session:
         weight = linear(session)
@@ -132,11 +168,10 @@ def test_many_requests_under_way_have_places_of_their_own_and_give_them_back() -
             results = [pending.result()[1]["y"] for pending in reversed(asked)][::-1]
             for x, y in zip(xs, results, strict=True):
                 torch.testing.assert_close(y, x @ weight)
-        shelf = session._shelf
-        assert shelf is not None and shelf.take((shelf.arena.size,), torch.int8) is not None  # nobody has any of it
+        assert is_empty(session)
 
 
-def test_a_result_in_place_keeps_its_place_until_it_is_released() -> None:
+def test_a_result_in_place_keeps_its_place_until_it_goes() -> None:
     def answer(fields: dict[str, Any], arena: Arena) -> tuple[dict[str, Any], dict[str, Tensor]]:
         arena.read(placed(fields, dtype="int32"))["y"].fill_(fields["value"])
         return {"placed": placed(fields, dtype="int32")}, {}
@@ -148,9 +183,26 @@ def test_a_result_in_place_keeps_its_place_until_it_is_released() -> None:
         results = [pending.result(in_place=True)[1]["y"] for pending in asked]
         assert len({y.data_ptr() for y in results}) == 5
         assert all(bool((y == value).all()) for value, y in enumerate(results))
-        asked[0].release()
+        first = results.pop(0).data_ptr()
         again = session.submit("multiply", "h.0", {"value": 5}, {}, expected).result(in_place=True)[1]["y"]
-        assert again.data_ptr() == results[0].data_ptr() and bool((results[1] == 1).all())
+        assert again.data_ptr() == first and bool((results[0] == 1).all())
+
+
+def test_what_is_given_up_leaves_no_place() -> None:
+    """Memory that was never sent, a request that was never waited for, and one that is not a request."""
+    with served(honest) as session:
+        weight = linear(session)
+        x = torch.randn(SHAPE)
+        mine = session.empty(SHAPE, torch.float32).copy_(x)
+        torch.testing.assert_close(call(session, "multiply", mine, transpose=False), x @ weight)
+        assert not is_empty(session)  # who made it has it still
+        del mine
+        session.empty(SHAPE, torch.float32)
+        with pytest.raises(UsageError):
+            session.submit("multiply", "h.0", {"segment": object()}, {"x": x}, {"y": (SHAPE, x.dtype)})
+        session.submit("multiply", "h.0", {"segment": "s", "transpose": False}, {"x": x}, {"y": (SHAPE, x.dtype)})
+        session.request("stats", "-", {}, {}, {})  # whose reply comes after it
+        assert is_empty(session)
 
 
 def test_what_does_not_fit_goes_through_the_socket(monkeypatch: pytest.MonkeyPatch) -> None:

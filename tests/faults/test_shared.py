@@ -1,23 +1,33 @@
 """Workers that lie, die or stand still under `shared`: caught, named where a spare tells, and borne where it can be."""
 
 import contextlib
+import ctypes
+import itertools
 import os
 import signal
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
 import torch
 
 import obfuscatune
+from obfuscatune.enclave.sharing import coding
 from obfuscatune.errors import UsageError, WorkerFault
 from obfuscatune.protocol.connection import Connection
+from obfuscatune.protocol.frames import TensorSpec
 
 from .workers import IDS, Answer, Fields, Tensors, honest, loss_of, new_model, worker_in_a_thread
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*protect nothing:UserWarning")
+
+TRACED = ("sharing/workers.py", "sharing/coding.py", "sharing/uniform.py")
+BYTE = TensorSpec("", torch.int8, (1,))
 
 
 @pytest.fixture(autouse=True)
@@ -141,6 +151,20 @@ def test_with_a_spare_nobody_waits_for_a_worker_that_stands_still(tmp_path: Path
             released.set()
 
 
+def test_workers_that_say_nothing_at_the_end_are_waited_for_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mute(connection: Connection, request: Fields, reply: Fields, outputs: Tensors) -> None:
+        if request["op"] != "stats":
+            connection.send(reply, outputs)
+
+    monkeypatch.setattr("obfuscatune.enclave.protected.CLOSING_SECONDS", 0.3)
+    with protected_by(tmp_path, [mute] * 3) as (protected, _):
+        started = time.monotonic()
+        protected.close()
+        assert 0.3 <= time.monotonic() - started < 0.6
+
+
 def test_two_dead_workers_are_too_many_for_one_spare(tmp_path: Path) -> None:
     answers: list[Answer] = [honest, leaving, honest, leaving]
     with (
@@ -149,6 +173,71 @@ def test_two_dead_workers_are_too_many_for_one_spare(tmp_path: Path) -> None:
         pytest.raises(WorkerFault),
     ):
         step(protected.model)
+
+
+def test_an_interrupt_at_any_line_of_a_product_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C there ends no session, and what was under way gives back its places in shared memory."""
+    monkeypatch.setattr("obfuscatune.enclave.shelf.LEAST_BYTES", 1)
+    monkeypatch.setattr("obfuscatune.enclave.sharing.workers._TILE_ROWS_HERE", 4)  # of ten, so three parts
+    with protected_by(tmp_path, [honest] * 3) as (protected, _), torch.no_grad():
+        expected = protected.model(IDS).logits
+        for line in itertools.count(0, 41):
+            with interrupted(line) as left:
+                protected.model(IDS)
+            if left[0] >= 0:
+                break
+            for link in protected.links:
+                link.session.request("stats", "-", {}, {}, {})  # its reply comes after all that was under way
+                arena = link.session._shelf.arena
+                assert link.session.empty((arena.size,), torch.int8).data_ptr() == arena.view(BYTE, 0).data_ptr()
+        assert line > 100
+        torch.testing.assert_close(protected.model(IDS).logits, expected)
+
+
+def test_no_thread_of_the_kernel_outlives_an_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would write to memory that belongs to somebody else by then."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    begun, ended = threading.Event(), threading.Event()
+
+    def kernel(record: Any, begin: Any, end: Any) -> int:
+        if begin.value == 0:
+            begun.wait(60)
+            raise KeyboardInterrupt
+        begun.set()
+        time.sleep(0.05)  # as a computation that does not heed it
+        ended.set()
+        return int(end.value)
+
+    with pytest.raises(KeyboardInterrupt):
+        coding._each(kernel, ctypes.c_int(), 8, coding._FEW_NUMBERS)
+    assert ended.is_set()
+
+
+@contextlib.contextmanager
+def interrupted(after: int) -> Iterator[list[int]]:
+    """Raise KeyboardInterrupt after so many lines of the first product; yields how many of them were left."""
+    left = [after]
+
+    def on_line(frame: FrameType, event: str, _: Any) -> Any:
+        if event == "line":
+            left[0] -= 1
+            if left[0] < 0:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return on_line
+
+    def on_call(frame: FrameType, event: str, _: Any) -> Any:
+        return on_line if frame.f_code.co_filename.endswith(TRACED) else None
+
+    sys.settrace(on_call)
+    try:
+        yield left
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(None)
 
 
 def test_one_share_of_a_call_goes_to_one_worker_once(tmp_path: Path) -> None:

@@ -57,8 +57,8 @@ def worker_in_a_thread(directory: Path, answer: Answer = honest, sessions: int =
 
     def serve() -> None:
         for _ in range(sessions):
-            session = WorkerSession(torch.device("cpu"))
             connection = Connection(listener.accept()[0], peer="enclave")
+            session = WorkerSession(torch.device("cpu"), passing=connection)
             with contextlib.closing(connection), contextlib.suppress(ConnectionClosedError):
                 while True:
                     request, tensors = connection.receive()

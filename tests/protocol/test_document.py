@@ -37,7 +37,7 @@ def test_vectors_are_their_frames() -> None:
     block = re.search(r"```vectors\n(.*?)```", TEXT, re.DOTALL)
     assert block is not None
     lines = block[1].splitlines()
-    assert len(lines) == 6
+    assert len(lines) == 10
     for line in lines:
         digits, _, text = line.partition(" ")
         assert decode_frame(bytes.fromhex(digits)) == (json.loads(text), {})

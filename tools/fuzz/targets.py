@@ -36,6 +36,7 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
         formats.protocol_frame,
         formats.drawn_tensors,
         links.worker_replies,
+        links.enclave_requests,
         formats.state,
         formats.log_copy,
         formats.log_entry,

@@ -24,7 +24,9 @@ def command(
     profile: Annotated[
         list[str] | None,
         typer.Option(
-            help="NAME or NAME+switch=value[+...], @tcp or @tls for a listening worker; repeatable", metavar="PROFILE"
+            help="NAME or NAME+switch=value[+...], @tcp or @tls for a listening worker, @socket for a spawned one "
+            "without shared memory; repeatable",
+            metavar="PROFILE",
         ),
     ] = None,
     workload: Annotated[

@@ -17,7 +17,7 @@ from obfuscatune.enclave.sharing.workers import Workers
 from obfuscatune.errors import UsageError, WorkerFault
 from obfuscatune.profiles import Profile
 
-CLOSING_SECONDS = 60.0  # for each of a session's last replies: the adapter's factors where a worker trains them
+CLOSING_SECONDS = 60.0  # for all last replies together: the adapter's factors where a worker trains them, numbers
 
 
 class Protected:
@@ -109,7 +109,7 @@ class Protected:
     def close(self) -> None:
         """End all sessions; the workers forget it all. The model cannot be run after that; may be called again.
 
-        A worker that does not answer any more is waited for `CLOSING_SECONDS` at most.
+        Workers that do not answer any more are waited for `CLOSING_SECONDS` at most, all of them together.
 
         Raises:
             WorkerFault: a worker failed only now, and LoRA factors that it trained are lost; the sessions have ended.

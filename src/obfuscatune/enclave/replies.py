@@ -36,11 +36,6 @@ class Pending(Secret):
         return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self._expected.values())
 
     @property
-    def bytes_placed(self) -> int:
-        """Bytes of its tensors that were put into shared memory, and not sent."""
-        return 0 if self.placed is None else self.placed.bytes_sent
-
-    @property
     def has_come(self) -> bool:
         """Whether the reply is there, so that `result` will not wait."""
         return self._frame is not None
@@ -48,15 +43,15 @@ class Pending(Secret):
     def take(self, frame: Frame) -> None:
         """Take what the worker sent in this request's turn, not yet checked."""
         if self.placed is not None:
-            self.placed.sent_is_read()
-        self._frame = frame  # last: from here on another thread may release it all
+            self.placed.sent = []  # the worker has read it
+        self._frame = frame
 
     def result(self, *, in_place: bool = False) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Wait for the reply, and return it checked: fields and tensors. To be called once, by any thread.
 
         Args:
             in_place: leave integers in shared memory, where the worker can change them still: for a caller that reads
-                each of them once, and then calls `release`.
+                each of them once. They keep their places there until they go.
 
         Raises:
             WorkerFault: naming worker, layer and call.
@@ -75,10 +70,11 @@ class Pending(Secret):
         return frame.fields, tensors
 
     def _tensors(self, frame: Frame, in_place: bool) -> dict[str, Tensor]:
-        if self.placed is None:
+        placed, self.placed = self.placed, None
+        if placed is None:
             return frame.tensors
         try:
-            found = self.placed.found(frame.fields.pop("placed", []), self._expected or {})
+            found = placed.found(frame.fields.pop("placed", []), self._expected or {})
             if not found.keys().isdisjoint(frame.tensors):
                 raise ProtocolError("placed tensors of a reply", expected="others than those that are sent")
             if not in_place or any(tensor.is_floating_point() for tensor in found.values()):
@@ -87,14 +83,7 @@ class Pending(Secret):
             details = {"got": error.what, "expected": error.expected}
             raise self._session.fault("the reply breaks the protocol", self.layer, call=self.id, **details) from error
         self._session.count(self.op, bytes_received=sum(tensor.nbytes for tensor in found.values()))
-        if not in_place:
-            self.release()
         return {**found, **frame.tensors}
-
-    def release(self) -> None:
-        """Nothing of a result in place is read any more, or the request was not sent."""
-        if self.placed is not None:
-            self.placed.release()
 
 
 def fault_of(

@@ -32,6 +32,7 @@ DROPPED = ("calls", "caches", "shared")
 _MAX_DROPS = 1000
 GREETING_SECONDS = 60.0  # six signs of life of a worker's queue
 ENDING_SECONDS = 10.0  # for a spawned worker to leave by itself
+_LEAST_SECONDS = 0.001  # beyond a deadline: what has come is still read
 
 
 @dataclass(slots=True)
@@ -78,6 +79,7 @@ class Session(Secret):
         self.connection, self.worker, self.process = connection, worker, process
         self.traffic: defaultdict[str, Traffic] = defaultdict(Traffic)
         self._timeout, self._queue = timeout, queue
+        self._deadline: float | None = None
         self._last_id = 0
         self._dropped: dict[str, list[int]] = {kind: [] for kind in DROPPED}
         self._under_way: deque[Pending] = deque()
@@ -142,10 +144,13 @@ class Session(Secret):
         self._dropped[kind].append(number)
 
     def limit(self, seconds: float) -> None:
-        """Wait for replies this long at most from now on: for the last requests of a session."""
+        """Wait this long at most from now on, for all replies together: for the last requests of a session."""
         self._timeout = min(self._timeout, seconds)
-        if self._ended is None:
-            self.connection.settimeout(self._timeout)
+        self._deadline = time.monotonic() + seconds
+
+    def _bound_wait(self) -> None:
+        if self._deadline is not None:
+            self.connection.settimeout(max(_LEAST_SECONDS, min(self._timeout, self._deadline - time.monotonic())))
 
     def request(
         self, op: str, layer: str, header: dict[str, Any], tensors: Mapping[str, Tensor], expected: Expected | None
@@ -186,30 +191,33 @@ class Session(Secret):
             self._refuse_ended(layer)
             self._last_id += 1
             pending = Pending(self, op, layer, self._last_id, expected)
-            message = {"id": pending.id, "op": op, **header}
-            dropped = {kind: taken for kind, ids in self._dropped.items() if (taken := _take(ids))}
-            if dropped:
-                message["drop"] = dropped
-            if self._shelf is not None and op in PLACED and is_large(tensors, expected):
-                tensors, fields, pending.placed = self._shelf.place(tensors, expected or {})
-                message |= fields
-            busy = bool(self._under_way)
-            self._under_way.append(pending)  # first, because the reply may come before the last byte is sent
+            dropped: dict[str, list[int]] = {}
+            placed = 0
             started = time.perf_counter()
             try:
+                message = {"id": pending.id, "op": op, **header}
+                dropped = {kind: taken for kind, ids in self._dropped.items() if (taken := _take(ids))}
+                if dropped:
+                    message["drop"] = dropped
+                if self._shelf is not None and op in PLACED and is_large(tensors, expected):
+                    tensors, fields, pending.placed = self._shelf.place(tensors, expected or {})
+                    message |= fields
+                    placed = pending.placed.bytes_sent
+                busy = bool(self._under_way)
+                self._bound_wait()
+                self._under_way.append(pending)  # first, because the reply may come before the last byte is sent
                 sent = self.connection.send(
                     message, tensors, meanwhile=self._read_meanwhile if busy else None, descriptor=descriptor
                 )
             except UsageError:  # beyond the limits, so not a byte of it was sent
                 self._under_way.remove(pending)
-                pending.release()
                 for kind, ids in dropped.items():
                     self._dropped[kind][:0] = ids
                 raise
             except BaseException as error:
                 self._break(error, layer)
                 raise
-            self.count(op, calls=1, bytes_sent=sent + pending.bytes_placed, seconds=time.perf_counter() - started)
+            self.count(op, calls=1, bytes_sent=sent + placed, seconds=time.perf_counter() - started)
             return pending
 
     def await_reply(self, pending: Pending) -> None:
@@ -219,6 +227,7 @@ class Session(Secret):
             while not pending.has_come:
                 self._refuse_ended(pending.layer)
                 try:
+                    self._bound_wait()
                     self._hand_over(self.connection.receive_frame(max_payload=self._under_way[0].most))
                 except BaseException as error:
                     self._break(error, pending.layer)

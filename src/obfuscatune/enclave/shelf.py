@@ -1,11 +1,13 @@
 """The enclave's books of the memory that it shares with a worker of this machine: who lies where, and until when.
 
-A request's tensors lie there until its reply has come, a reply's until they are copied or read. Where there is no room
+A request's tensors lie there until its reply has come, a reply's until they are copied or read. A place is given back
+when nothing refers to it any more, so that an interrupt or an error anywhere leaves none behind. Where there is no room
 a tensor goes through the socket, as without all this.
 """
 
 import math
 import threading
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,37 +28,42 @@ def is_large(tensors: Mapping[str, Tensor], expected: Expected | None) -> bool:
     return max(sizes, default=0) >= LEAST_BYTES
 
 
+class Place:
+    """Bytes of the arena that somebody has, for as long as this object lives."""
+
+    __slots__ = ("_freed", "offset")
+
+    def __init__(self, offset: int, freed: deque[int]) -> None:
+        self.offset, self._freed = offset, freed
+
+    def __del__(self) -> None:
+        self._freed.append(self.offset)  # and no lock: the collector may run in a thread that holds it
+
+
 class Placed:
-    """What one request has on the shelf. Attributes: ``sent``, offsets of its tensors; ``wanted``, of its reply's."""
+    """What one request has on the shelf.
 
-    def __init__(self, shelf: "Shelf", sent: list[int], wanted: dict[str, int], size: int) -> None:
+    Attributes: ``sent``, places of its tensors, until the worker has read them; ``wanted``, of its reply's, by name.
+    """
+
+    def __init__(self, arena: Arena, sent: list[Place], wanted: dict[str, Place], size: int) -> None:
         self.sent, self.wanted, self.bytes_sent = sent, wanted, size
-        self._shelf = shelf
-
-    def sent_is_read(self) -> None:
-        """The reply has come, so that the worker has read what was sent."""
-        self._shelf.free(self.sent)
-        self.sent = []
+        self._arena = arena
 
     def found(self, rows: Any, expected: Expected) -> dict[str, Tensor]:
-        """Return views of what the worker says it has put here; it may change them until `release`, and later.
+        """Return views of what the worker says it has put here, each with its place; it may change them at any time.
 
         Raises:
             ProtocolError: rows that are not what this enclave told it: the name, dtype, shape and place of each.
         """
-        told = self._shelf.arena.read(rows)
+        told = self._arena.read(rows)
         for name, tensor in told.items():
-            if name not in self.wanted or self._shelf.arena.offset_of(tensor) != self.wanted[name]:
+            if name not in self.wanted or self._arena.offset_of(tensor) != self.wanted[name].offset:
                 raise ProtocolError("placed tensors of a reply", expected="where the request wants them")
             if (tuple(tensor.shape), tensor.dtype) != expected[name]:
                 raise ProtocolError("placed tensors of a reply", expected="the shape and dtype that were asked for")
+            tensor.place = self.wanted[name]  # type: ignore[attr-defined]
         return told
-
-    def release(self) -> None:
-        """Nothing of it is read any more."""
-        self.sent_is_read()
-        self._shelf.free(self.wanted.values())
-        self.wanted = {}
 
 
 class Shelf:
@@ -65,51 +72,50 @@ class Shelf:
     def __init__(self, arena: Arena) -> None:
         self.arena = arena
         self._places, self._lock = Places(arena.size), threading.Lock()
+        self._freed: deque[int] = deque()  # offsets that nobody has any more, and `_places` does not know of yet
 
     def take(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor | None:
-        """Return memory of it for a tensor; None for a small one, and where there is no room."""
+        """Return memory of it for a tensor, which has it until it goes; None for a small one, and where no room is."""
         spec = TensorSpec("", dtype, tuple(shape))
-        offset = self._offset(spec.nbytes)
-        return None if offset is None else self.arena.view(spec, offset)
+        place = self._place(spec.nbytes)
+        if place is None:
+            return None
+        tensor = self.arena.view(spec, place.offset)
+        tensor.place = place  # type: ignore[attr-defined]
+        return tensor
 
     def place(
         self, tensors: Mapping[str, Tensor], expected: Expected
     ) -> tuple[dict[str, Tensor], dict[str, Any], Placed]:
-        """Put a request's large tensors here, and find room for its reply's.
+        """Put a request's large tensors here, unless `take` made them, and find room for its reply's.
 
         Returns:
             the tensors that are sent as ever; fields of the request; what the request has here.
         """
-        sent, rows, offsets, size = {}, [], [], 0
+        sent, rows, places, size = {}, [], [], 0
         for name, tensor in tensors.items():
-            place = tensor if self.arena.offset_of(tensor) is not None else self.take(tensor.shape, tensor.dtype)
-            if place is None:
+            here = tensor if hasattr(tensor, "place") and self.arena.offset_of(tensor) is not None else None
+            if here is None and (here := self.take(tensor.shape, tensor.dtype)) is not None:
+                here.copy_(tensor.detach())
+            if here is None:
                 sent[name] = tensor
                 continue
-            if place is not tensor:
-                place.copy_(tensor.detach())
-            row = self.arena.row(name, place)
-            rows.append(row)
-            offsets.append(row[3])
-            size += place.nbytes
-        wanted: dict[str, int] = {}
+            rows.append(self.arena.row(name, here))
+            places.append(here.place)
+            size += here.nbytes
         lengths = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in expected.items()}
-        for name, length in lengths.items():
-            offset = self._offset(length)
-            if offset is not None:
-                wanted[name] = offset
+        found = {name: self._place(length) for name, length in lengths.items()}
+        wanted = {name: place for name, place in found.items() if place is not None}
         fields: dict[str, Any] = {"placed": rows} if rows else {}
         if wanted:
-            fields["places"] = {name: [offset, lengths[name]] for name, offset in wanted.items()}
-        return sent, fields, Placed(self, offsets, wanted, size)
+            fields["places"] = {name: [place.offset, lengths[name]] for name, place in wanted.items()}
+        return sent, fields, Placed(self.arena, places, wanted, size)
 
-    def free(self, offsets: "Sequence[int] | Any") -> None:
-        """Give them back."""
-        with self._lock:
-            self._places.free(list(offsets))
-
-    def _offset(self, length: int) -> int | None:
+    def _place(self, length: int) -> Place | None:
         if length < LEAST_BYTES:
             return None
         with self._lock:
-            return self._places.take(length)
+            while self._freed:
+                self._places.free([self._freed.popleft()])
+            offset = self._places.take(length)
+            return None if offset is None else Place(offset, self._freed)

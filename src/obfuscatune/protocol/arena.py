@@ -108,9 +108,13 @@ class Arena:
         return [name, _NAMES[tensor.dtype], list(tensor.shape), self.offset_of(tensor)]
 
 
-def own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return copies of views, which the other side cannot change any more. Raises ProtocolError as a frame would."""
-    copies = {name: tensor.clone() for name, tensor in tensors.items()}
+def own(tensors: Mapping[str, Tensor], *, pin_memory: bool = False) -> dict[str, Tensor]:
+    """Return copies of views, which the other side cannot change any more, in page-locked memory where asked.
+
+    Raises:
+        ProtocolError: as a frame would.
+    """
+    copies = {n: torch.empty(t.shape, dtype=t.dtype, pin_memory=pin_memory).copy_(t) for n, t in tensors.items()}
     for tensor in copies.values():
         if tensor.dtype is torch.bool:
             check_bools(tensor.view(torch.uint8).numpy())

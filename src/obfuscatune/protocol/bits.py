@@ -22,5 +22,7 @@ def unpack_mask(bits: Tensor, shape: Any) -> Tensor:
         raise ProtocolError(
             "packed mask", got=f"{list(bits.shape)} for shape {shape!r}"[:80], expected="ceil(n/8) bytes"
         )
-    flat = np.unpackbits(bits.cpu().numpy(), count=count, bitorder="little")
-    return torch.from_numpy(flat).to(bits.device).bool().view(shape)
+    if not bits.is_cpu:  # where they are: a copy to the host would wait for all that the device has to do
+        each = bits.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8, device=bits.device) & 1
+        return each.view(-1)[:count].bool().view(shape)
+    return torch.from_numpy(np.unpackbits(bits.numpy(), count=count, bitorder="little")).bool().view(shape)

@@ -41,6 +41,8 @@ class Connection:
         peer: how errors name the other side, for instance its address.
         tap: called with "out" or "in" and each run of bytes that crossed, in order and before TLS: recordings for the
             wire test.
+
+    Attribute ``pin_memory``: whether tensors come in page-locked memory, from which a GPU copies without a wait.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Connection:
     ) -> None:
         self.limits, self.peer = limits, peer
         self.bytes_sent = self.bytes_received = 0
+        self.pin_memory = False
         self._stream, self._tap = stream_of(sock), tap
         self._timeout: float | None = None
         self._frame: Generator[list[Any], None, Frame] | None = None  # that is coming in
@@ -220,7 +223,8 @@ class Connection:
             yield [header]
         fields, specs = decode_header(header, payload_length, self.limits)
         try:
-            tensors = {name: torch.empty(shape, dtype=dtype, device="cpu") for name, dtype, shape in specs}
+            pinned = self.pin_memory
+            tensors = {n: torch.empty(shape, dtype=dtype, device="cpu", pin_memory=pinned) for n, dtype, shape in specs}
         except RuntimeError:  # torch's out of memory: it ends this session and not the server
             raise ProtocolError("payload does not fit in memory", got=f"{payload_length} bytes") from None
         arrays = [_array(tensor) for tensor in tensors.values() if tensor.numel()]

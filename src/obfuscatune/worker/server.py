@@ -16,6 +16,7 @@ from obfuscatune.protocol.connection import Connection
 from obfuscatune.worker.budget import is_out_of_memory
 from obfuscatune.worker.parallel import ALONE, Group, GroupError
 from obfuscatune.worker.session import WorkerSession
+from obfuscatune.worker.transfer import pins
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +60,7 @@ def serve_connection(
                 connection.settimeout(None)
                 group = ALONE if join is None else join()
                 ending.callback(group.leave_session)
+                connection.pin_memory = pins(device)
                 session = WorkerSession(device, budget, group, connection if connection.shares_memory else None)
             outputs: dict[str, torch.Tensor] = {}
             if type(number) is int and number > last:

@@ -29,6 +29,7 @@ from obfuscatune.worker.optimizer import HeldOptimizer
 from obfuscatune.worker.parallel import ALONE, Group, ends_the_group
 from obfuscatune.worker.residues import ResidueSegment
 from obfuscatune.worker.segments import Call, LinearSegment, MlpSegment, Segment
+from obfuscatune.worker.transfer import pins, to_device, to_host
 
 Reply = tuple[dict[str, Any], dict[str, Tensor]]
 
@@ -126,7 +127,8 @@ class WorkerSession:
             raise ProtocolError("placed tensors", got=header["op"], expected=" or ".join(PLACED))
         if "placed" in header:
             tensors = {**tensors, **self._placed(header, tensors)}
-        reply, outputs = operation(header, {name: tensor.to(self.device) for name, tensor in tensors.items()})
+        reply, outputs = operation(header, to_device(tensors, self.device))
+        outputs = to_host(outputs, self.device)
         return self._place(header, reply, outputs) if "places" in header else (reply, outputs)
 
     # memory that an enclave of this machine shares
@@ -150,11 +152,21 @@ class WorkerSession:
         return self._arena
 
     def _placed(self, header: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The request's tensors in the arena: copies, unless the operation is done with them when it answers."""
+        """The request's tensors in the arena: copies, unless the operation is done with them when it answers.
+
+        A product and a backward are, and a forward that keeps nothing is with its rows.
+        """
         views = self._mapped().read(header["placed"])
         if not views.keys().isdisjoint(tensors):
             raise ProtocolError("placed tensors", got=sorted(views), expected="others than those that are sent")
-        return views if header["op"] == "multiply" else own(views)
+        in_place = header["op"] != "forward" or not header.get("keep")
+        read = {
+            name: tensor
+            for name, tensor in views.items()
+            if in_place and tensor.dtype is not torch.bool and (header["op"] != "forward" or name[:2] in ("x", "u."))
+        }
+        kept = {name: tensor for name, tensor in views.items() if name not in read}
+        return {**read, **own(kept, pin_memory=pins(self.device))}
 
     def _place(self, header: dict[str, Any], reply: dict[str, Any], outputs: dict[str, Tensor]) -> Reply:
         """Put the reply's tensors where the enclave wants them; what has another size than it expects is sent."""

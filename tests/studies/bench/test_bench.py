@@ -10,6 +10,7 @@ import pytest
 
 from obfuscatune.cli.bench import command
 from obfuscatune.errors import ObfuscatuneError, UsageError
+from obfuscatune.protocol.arena import Arena
 from obfuscatune.studies.bench.contender import Contender, ContenderSpec
 from obfuscatune.studies.bench.link import LinkKind, split_link
 from obfuscatune.studies.bench.process import ContenderProcess
@@ -88,6 +89,17 @@ def test_counts_are_those_of_the_connection(profile: str, workload: str) -> None
         assert (reply["bytes"] > 0) == (reply["calls"] > 0) == (profile != "enclave")
     finally:
         contender.close()
+
+
+def test_a_row_without_shared_memory_stands_beside_another() -> None:
+    contender = Contender(dataclasses.replace(_spec("balanced"), link="socket"))
+    try:
+        contender.load(adapter=False)
+        assert not contender.protected.session.shares_memory
+    finally:
+        contender.close()
+    assert contender.spec.name == "balanced@socket"
+    assert Arena.create(1) is not None  # what others have
 
 
 @pytest.mark.parametrize("link", [pytest.param("tcp", marks=pytest.mark.slow), "tls"])

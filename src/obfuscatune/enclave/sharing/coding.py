@@ -8,7 +8,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Hashable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -186,7 +186,13 @@ def _each(function: Callable[..., int], record: ctypes.Structure, n: int, width:
             raise MemoryError("of the kernel's rows")
         return n if done >= end else done
 
-    return min(map(rows, range(threads)) if threads == 1 else _pool().map(rows, range(threads)))
+    if threads == 1:
+        return rows(0)
+    under_way = [_pool().submit(rows, i) for i in range(threads)]
+    try:
+        return min(part.result() for part in under_way)
+    finally:
+        wait(under_way)  # after an interrupt too: they read and write memory that the caller lets go of then
 
 
 def _pointers(tensors: Sequence[Tensor]) -> Any:

@@ -174,9 +174,6 @@ class Workers(Secret):
         self.seconds.decode += time.process_time() - started
         if y is None:
             raise self._wrong(weight, part, replies, side, vectors)
-        if self._waiting is None:
-            for pending in part.pending.values():
-                pending.release()
         out[start : start + part.count] = y
 
     def _decode(self, replies: Mapping[int, Tensor], part: _Part, side: Side, vectors: Tensor) -> Tensor | None:

@@ -1,4 +1,7 @@
-"""How a protected contender reaches its worker: spawned, or listening on loopback, in the clear or under TLS."""
+"""How a protected contender reaches its worker: spawned, or listening on loopback, in the clear or under TLS.
+
+``socket`` is spawned too, but shares no memory with the enclave: the row beside ``spawn`` that tells what that saves.
+"""
 
 import contextlib
 import os
@@ -8,12 +11,14 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args
+from unittest.mock import patch
 
 from obfuscatune.durable import write_new
 from obfuscatune.errors import ObfuscatuneError, UsageError
+from obfuscatune.protocol.arena import Arena
 from obfuscatune.protocol.waiting import WAITING
 
-LinkKind = Literal["spawn", "tcp", "tls"]
+LinkKind = Literal["spawn", "socket", "tcp", "tls"]
 _READY = "worker listening on "
 
 
@@ -33,8 +38,11 @@ def worker_at(link: LinkKind, *, device: str, threads: int) -> Iterator[dict[str
     Raises:
         ObfuscatuneError: it did not start.
     """
-    if link == "spawn":
-        yield {"worker": "spawn", "device": device, "threads": threads}
+    if link in ("spawn", "socket"):
+        # As on a system that has none; no user needs an option for it.
+        none = patch.object(Arena, "create", return_value=None) if link == "socket" else contextlib.nullcontext()
+        with none:
+            yield {"worker": "spawn", "device": device, "threads": threads}
         return
     with tempfile.TemporaryDirectory(prefix="obfuscatune-bench-") as name:  # made with mode 0700
         command = [sys.executable, "-m", "obfuscatune", "worker", "--listen", f"{link}://127.0.0.1:0"]

@@ -42,7 +42,7 @@ class BenchOptions:
     Attributes:
         sizes: names of shapes, or directories of models. workloads: names.
         profiles: ``NAME`` or ``NAME+switch=value+...``, as reports write them; ``...@tcp`` and ``...@tls`` for a worker
-            that listens on loopback instead of a spawned one.
+            that listens on loopback instead of a spawned one, ``...@socket`` for one that shares no memory.
         shape: of the workloads. repetitions: rounds that count. threads: of each process, torch's default otherwise.
         device: of plain and of the workers. dtype: of the weights.
     """
