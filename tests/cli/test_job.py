@@ -1,6 +1,7 @@
 """The parties' end of a job: to which enclave they talk, and what they take for its result."""
 
 import json
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,32 @@ def test_a_watch_connects_anew_and_tells_how_the_job_ended(
     monkeypatch.setattr(channel, "request", request)
     done = run("job", "watch", "job.json", "--interval", 0.05, *CONNECT)
     assert done.code == code and ends in done.out and faults == []
+
+
+def test_who_waits_is_told_for_what(job: Job, monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
+    """And once: a line when it changes, no line a second."""
+    channel = Channel(*seal("true"))
+    told, channel.states = channel.told, ["waiting", "waiting", "running", "done"]
+    missing = {"model": "aa" * 32, "data": "bb" * 32}
+    monkeypatch.setattr(channel, "told", lambda *state: told(*state) | {"missing": missing, "reason": ""})
+    monkeypatch.setattr(Enclave, "connect", lambda *_: channel)
+    done = run("job", "watch", "job.json", "--interval", 0.05, *CONNECT)
+    lines = done.err.splitlines()
+    assert lines.count("it waits for you to hand in data: obfuscatune job run") == 1
+    assert lines.count("it waits for the provider to hand in model: obfuscatune job run") == 1
+    assert lines[-1] == "running"
+    missing.clear()
+
+
+def test_an_enclave_that_says_nothing_is_lost_when_the_patience_is(
+    job: Job, monkeypatch: pytest.MonkeyPatch, run: Run
+) -> None:
+    monkeypatch.setattr("obfuscatune.parties.enclave._LEAST_SECONDS", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"tls://127.0.0.1:{silent.getsockname()[1]}"
+        begun = time.monotonic()
+        done = run("job", "watch", "job.json", "--patience", 0, *("--enclave", address), *CONNECT[2:])
+    assert done.code == 3 and time.monotonic() - begun < 20, done.err  # its --timeout is 60
 
 
 def test_a_lost_connection_is_another_exit_code_than_a_failed_job(

@@ -2,6 +2,7 @@
 
 import datetime
 import io
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from obfuscatune.errors import ConsentError, FormatError, SealError, UsageError
 from obfuscatune.parties import Job, Party, SignedJob, review
 from obfuscatune.parties.enclave import Enclave
 from obfuscatune.parties.identity import Identity, PublicIdentity
+from obfuscatune.parties.passphrase import VARIABLE, lock
 from obfuscatune.parties.sealed.archive import seal_files
 from obfuscatune.parties.sealed.card import make_card, read_card
 from obfuscatune.parties.terms import Terms
@@ -75,6 +77,26 @@ def sealed(folders: tuple[Path, Path], model_dir: Path, run: Run) -> tuple[Path,
 
 def propose(lab: Path, clinic: Path, run: Run, *more: object) -> Any:
     return run("job", "propose", "--party", clinic, "--partner_input", lab / "model.card", *more)
+
+
+def test_a_passphrase_is_asked_for_once(folders: tuple[Path, Path], run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So an agent may give it through a pipe, which can be read once."""
+    _, clinic = folders
+    (clinic / "rows.jsonl").write_text(ROWS)
+    key, phrase = clinic / "clinic.key", "correct horse battery"
+    identity = Identity.load(key)
+    key.write_bytes(lock(identity.to_bytes(), identity.public.to_dict(), phrase, log2_n=14))
+    reading, writing = os.pipe()
+    try:
+        os.write(writing, phrase.encode() + b"\n")
+        os.close(writing)
+        monkeypatch.setenv(VARIABLE, f"/dev/fd/{reading}")
+        both = ("--data", clinic / "rows.jsonl", "--prompts", clinic / "rows.jsonl")
+        done = run("party", "seal", "--party", clinic, *both)
+        assert done.code == 0, done.err
+        assert run("party", "seal", "--party", clinic, *both).code == 2  # the control: it has been read
+    finally:
+        os.close(reading)
 
 
 def test_a_folder_knows_its_party(folders: tuple[Path, Path], run: Run) -> None:

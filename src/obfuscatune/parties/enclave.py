@@ -6,7 +6,7 @@ What it is asked for is a job's life: submit with inputs, status, watch, fetch, 
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from obfuscatune.parties.sealed.reader import SealedReader
 RESULTS = ("adapter", "output", "report")
 ENDED = ("done", "failed", "refused", "cancelled", "deleted")
 MAX_RESULT_BYTES = 1 << 40
+_LEAST_SECONDS = 5.0  # that an enclave has to answer, however little patience there is
 Progress = Callable[[str, int, int], None]  # file, bytes done, bytes in all (0: not known yet)
 
 
@@ -133,10 +134,12 @@ class Enclave(Reached):
             LostError: it could not be reached for ``patience`` seconds. AttestationError, ConsentError: at once.
         """
         TlsAddress.parse(self.address)  # what is wrong with it is no loss
+        # One that has stopped keeps its connections open: no answer may take much longer than the patience.
+        near = replace(self, timeout=min(self.timeout, max(patience, _LEAST_SECONDS)))
         answered = time.monotonic()
         while True:
             try:
-                with self.connect(signed.job.enclave) as channel:
+                with near.connect(signed.job.enclave) as channel:
                     while True:
                         status = _ask(channel, "status", signed)
                         answered = time.monotonic()
