@@ -3,6 +3,7 @@
 import json
 import socket
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,38 @@ def test_every_verb_talks_to_the_enclave_of_the_job_only(
     done = run(*verb, *CONNECT)
     assert done.code == 1 and "another enclave than the one asked for" in done.err
     assert asked == ["former"]  # whether it goes on for that one
+
+
+@pytest.mark.parametrize("state", ["waiting", "queued", "done"])
+def test_what_the_enclave_has_from_an_earlier_job_is_not_sent_again(
+    job: Job, state: str, monkeypatch: pytest.MonkeyPatch, run: Run
+) -> None:
+    """The job may be queued, and over, as soon as it is submitted: then it takes no inputs, and needs none."""
+    path, digest = seal("rows", sender=CLINIC, kind="data")
+    Path("job.json").write_bytes(SignedJob(replace(job, data=digest)).sign(LAB).sign(CLINIC).to_bytes())
+    channel, asked = Channel(*seal("true")), []
+    channel.states = [state, state]
+    told, request = channel.told, channel.request
+    missing = {"model": "aa" * 32} if state == "waiting" else {}
+    monkeypatch.setattr(channel, "told", lambda *given: told(*given) | {"missing": missing})
+    monkeypatch.setattr(channel, "request", lambda fields, *more: asked.append(fields["op"]) or request(fields, *more))
+    monkeypatch.setattr(Enclave, "connect", lambda *_: channel)
+    done = run("job", "submit", "job.json", "--attach", path, *CONNECT)
+    assert done.code == 0 and asked == ["submit", "status"], done.err
+
+
+def test_a_job_that_was_deleted_is_no_success(job: Job, monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
+    channel = Channel(*seal("true"))
+    monkeypatch.setattr(Enclave, "connect", lambda *_: channel)
+    for folder in (Path("party.toml"), Path("terms.toml")):
+        folder.write_text(
+            'name = "clinic"\nrole = "owner"\nidentity = "clinic.key"\npolicy = "policy.toml"\nterms = "terms.toml"\n'
+            'enclave = "tls://127.0.0.1:1"\n'
+        )
+    for verb in (("run",), ("fetch", "job.json")):
+        channel.states = ["deleted", "deleted"]
+        done = run("job", *verb, *CONNECT)
+        assert done.code == 2 and "job propose" in done.err, done.err
 
 
 def test_a_list_of_jobs(job: Job, monkeypatch: pytest.MonkeyPatch, run: Run) -> None:

@@ -3,6 +3,7 @@
 import datetime
 import io
 import os
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,17 @@ def test_nothing_is_sealed_before_there_is_a_partner(tmp_path: Path, run: Run) -
     assert run("party", "init", "alone", "--role", "owner", "--enclave", ADDRESS, "--folder", folder).code == 0
     done = run("party", "seal", "--party", folder, "--data", tmp_path / "rows.jsonl")
     assert done.code == 2 and "name no partner" in done.err and not list(folder.glob("*.sealed"))
+
+
+@pytest.mark.parametrize("day", ["expires = 2020-02-02\n", ""])
+def test_nothing_is_sealed_under_terms_that_are_over(folders: tuple[Path, Path], day: str, run: Run) -> None:
+    terms, rows = folders[1] / "terms.toml", folders[1] / "rows.jsonl"
+    rows.write_text(ROWS)
+    text, found = re.subn("^expires = .*\n", day, terms.read_text(), flags=re.MULTILINE)
+    assert found == 1
+    terms.write_text(text)
+    done = run("party", "seal", "--party", folders[1], "--data", rows)
+    assert done.code == 2 and "have expired" in done.err and not list(folders[1].glob("*.sealed")), done.err
 
 
 def test_another_identity_of_the_partners_name_is_refused(folders: tuple[Path, Path], tmp_path: Path, run: Run) -> None:

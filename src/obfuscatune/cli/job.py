@@ -156,6 +156,8 @@ def run(options: RunOptions) -> None:
         print(status)
         return
     status = _watched(enclave, signed, options.patience)
+    if status.status == "deleted":
+        raise UsageError("the job was deleted", hint="make a new one, and let both sign it: obfuscatune job propose")
     if not status.results:
         print("the job gives you no results")
         return

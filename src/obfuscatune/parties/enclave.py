@@ -114,9 +114,10 @@ class Enclave(Reached):
         if unknown:
             raise UsageError("file is no input of this job", got=", ".join(unknown), hint="obfuscatune job review")
         with self.connect(signed.job.enclave) as channel:
-            channel.request({"op": "submit"}, signed.to_bytes())
-            for digest, path in files.items():
-                _upload(channel, {"job": signed.job.digest, "file": digest}, path, progress)
+            reply, _ = channel.request({"op": "submit"}, signed.to_bytes())
+            missing = Status.from_dict(reply).missing.values()  # else it came with an earlier job, and this one may run
+            for digest in files.keys() & missing:
+                _upload(channel, {"job": signed.job.digest, "file": digest}, files[digest], progress)
             status = _ask(channel, "status", signed)
         if status.status == "refused":
             raise ConsentError("the enclave refuses the job", got=printable(status.reason))
@@ -170,7 +171,9 @@ class Enclave(Reached):
         with self.connect(signed.job.enclave) as channel:
             status = _ask(channel, "status", signed)
             if status.status != "done":
-                raise UsageError("the job is not done", got=str(status), hint="obfuscatune job watch")
+                over = status.has_ended and status.status != "failed"
+                hint = "it gives nothing any more: obfuscatune job propose" if over else "obfuscatune job watch"
+                raise UsageError("the job is not done", got=str(status), hint=hint)
             results = {kind: digest for kind, digest in status.results.items() if kind in RESULTS}
             if not results:
                 raise UsageError("the job gives you no results", hint="obfuscatune job review")
