@@ -1,7 +1,9 @@
 """The parties' end of a job: to which enclave they talk, and what they take for its result."""
 
 import json
+import socket
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +120,38 @@ def test_every_verb_talks_to_the_enclave_of_the_job_only(
     assert asked == ["former"]  # whether it goes on for that one
 
 
+@pytest.mark.parametrize("state", ["waiting", "queued", "done"])
+def test_what_the_enclave_has_from_an_earlier_job_is_not_sent_again(
+    job: Job, state: str, monkeypatch: pytest.MonkeyPatch, run: Run
+) -> None:
+    """The job may be queued, and over, as soon as it is submitted: then it takes no inputs, and needs none."""
+    path, digest = seal("rows", sender=CLINIC, kind="data")
+    Path("job.json").write_bytes(SignedJob(replace(job, data=digest)).sign(LAB).sign(CLINIC).to_bytes())
+    channel, asked = Channel(*seal("true")), []
+    channel.states = [state, state]
+    told, request = channel.told, channel.request
+    missing = {"model": "aa" * 32} if state == "waiting" else {}
+    monkeypatch.setattr(channel, "told", lambda *given: told(*given) | {"missing": missing})
+    monkeypatch.setattr(channel, "request", lambda fields, *more: asked.append(fields["op"]) or request(fields, *more))
+    monkeypatch.setattr(Enclave, "connect", lambda *_: channel)
+    done = run("job", "submit", "job.json", "--attach", path, *CONNECT)
+    assert done.code == 0 and asked == ["submit", "status"], done.err
+
+
+def test_a_job_that_was_deleted_is_no_success(job: Job, monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
+    channel = Channel(*seal("true"))
+    monkeypatch.setattr(Enclave, "connect", lambda *_: channel)
+    for folder in (Path("party.toml"), Path("terms.toml")):
+        folder.write_text(
+            'name = "clinic"\nrole = "owner"\nidentity = "clinic.key"\npolicy = "policy.toml"\nterms = "terms.toml"\n'
+            'enclave = "tls://127.0.0.1:1"\n'
+        )
+    for verb in (("run",), ("fetch", "job.json")):
+        channel.states = ["deleted", "deleted"]
+        done = run("job", *verb, *CONNECT)
+        assert done.code == 2 and "job propose" in done.err, done.err
+
+
 def test_a_list_of_jobs(job: Job, monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
     monkeypatch.setattr(Enclave, "connect", lambda *_: Channel(*seal("true")))
     done = run("job", "list", *CONNECT)
@@ -148,6 +182,32 @@ def test_a_watch_connects_anew_and_tells_how_the_job_ended(
     monkeypatch.setattr(channel, "request", request)
     done = run("job", "watch", "job.json", "--interval", 0.05, *CONNECT)
     assert done.code == code and ends in done.out and faults == []
+
+
+def test_who_waits_is_told_for_what(job: Job, monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
+    """And once: a line when it changes, no line a second."""
+    channel = Channel(*seal("true"))
+    told, channel.states = channel.told, ["waiting", "waiting", "running", "done"]
+    missing = {"model": "aa" * 32, "data": "bb" * 32}
+    monkeypatch.setattr(channel, "told", lambda *state: told(*state) | {"missing": missing, "reason": ""})
+    monkeypatch.setattr(Enclave, "connect", lambda *_: channel)
+    done = run("job", "watch", "job.json", "--interval", 0.05, *CONNECT)
+    lines = done.err.splitlines()
+    assert lines.count("it waits for you to hand in data: obfuscatune job run") == 1
+    assert lines.count("it waits for the provider to hand in model: obfuscatune job run") == 1
+    assert lines[-1] == "running"
+    missing.clear()
+
+
+def test_an_enclave_that_says_nothing_is_lost_when_the_patience_is(
+    job: Job, monkeypatch: pytest.MonkeyPatch, run: Run
+) -> None:
+    monkeypatch.setattr("obfuscatune.parties.enclave._LEAST_SECONDS", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"tls://127.0.0.1:{silent.getsockname()[1]}"
+        begun = time.monotonic()
+        done = run("job", "watch", "job.json", "--patience", 0, *("--enclave", address), *CONNECT[2:])
+    assert done.code == 3 and time.monotonic() - begun < 20, done.err  # its --timeout is 60
 
 
 def test_a_lost_connection_is_another_exit_code_than_a_failed_job(

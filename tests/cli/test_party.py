@@ -2,6 +2,8 @@
 
 import datetime
 import io
+import os
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from obfuscatune.errors import ConsentError, FormatError, SealError, UsageError
 from obfuscatune.parties import Job, Party, SignedJob, review
 from obfuscatune.parties.enclave import Enclave
 from obfuscatune.parties.identity import Identity, PublicIdentity
+from obfuscatune.parties.passphrase import VARIABLE, lock
 from obfuscatune.parties.sealed.archive import seal_files
 from obfuscatune.parties.sealed.card import make_card, read_card
 from obfuscatune.parties.terms import Terms
@@ -77,6 +80,26 @@ def propose(lab: Path, clinic: Path, run: Run, *more: object) -> Any:
     return run("job", "propose", "--party", clinic, "--partner_input", lab / "model.card", *more)
 
 
+def test_a_passphrase_is_asked_for_once(folders: tuple[Path, Path], run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So an agent may give it through a pipe, which can be read once."""
+    _, clinic = folders
+    (clinic / "rows.jsonl").write_text(ROWS)
+    key, phrase = clinic / "clinic.key", "correct horse battery"
+    identity = Identity.load(key)
+    key.write_bytes(lock(identity.to_bytes(), identity.public.to_dict(), phrase, log2_n=14))
+    reading, writing = os.pipe()
+    try:
+        os.write(writing, phrase.encode() + b"\n")
+        os.close(writing)
+        monkeypatch.setenv(VARIABLE, f"/dev/fd/{reading}")
+        both = ("--data", clinic / "rows.jsonl", "--prompts", clinic / "rows.jsonl")
+        done = run("party", "seal", "--party", clinic, *both)
+        assert done.code == 0, done.err
+        assert run("party", "seal", "--party", clinic, *both).code == 2  # the control: it has been read
+    finally:
+        os.close(reading)
+
+
 def test_a_folder_knows_its_party(folders: tuple[Path, Path], run: Run) -> None:
     lab, clinic = map(Party.open, folders)
     assert lab.partner == clinic.identity.public and clinic.partner == lab.identity.public
@@ -135,6 +158,17 @@ def test_nothing_is_sealed_before_there_is_a_partner(tmp_path: Path, run: Run) -
     assert run("party", "init", "alone", "--role", "owner", "--enclave", ADDRESS, "--folder", folder).code == 0
     done = run("party", "seal", "--party", folder, "--data", tmp_path / "rows.jsonl")
     assert done.code == 2 and "name no partner" in done.err and not list(folder.glob("*.sealed"))
+
+
+@pytest.mark.parametrize("day", ["expires = 2020-02-02\n", ""])
+def test_nothing_is_sealed_under_terms_that_are_over(folders: tuple[Path, Path], day: str, run: Run) -> None:
+    terms, rows = folders[1] / "terms.toml", folders[1] / "rows.jsonl"
+    rows.write_text(ROWS)
+    text, found = re.subn("^expires = .*\n", day, terms.read_text(), flags=re.MULTILINE)
+    assert found == 1
+    terms.write_text(text)
+    done = run("party", "seal", "--party", folders[1], "--data", rows)
+    assert done.code == 2 and "have expired" in done.err and not list(folders[1].glob("*.sealed")), done.err
 
 
 def test_another_identity_of_the_partners_name_is_refused(folders: tuple[Path, Path], tmp_path: Path, run: Run) -> None:

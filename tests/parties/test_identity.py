@@ -95,6 +95,11 @@ def test_files(identity: Identity, tmp_path: Path) -> None:
     assert loaded.public.fingerprint == PublicIdentity.load(public).fingerprint
     assert identity.public.verify(loaded.sign("job", b"x"), "job", b"x")
     assert loaded.unwrap(identity.public.wrap(b"k", b"i"), b"i") == b"k"
+    locked = write(tmp_path / "b.key", identity.lock("correct horse battery"))
+    for wrong in (secret, locked):
+        with pytest.raises(FormatError, match="is a secret key") as refused:
+            PublicIdentity.load(wrong)
+        assert "party rotate" in str(refused.value)
 
 
 def test_fingerprints_differ_where_anything_does() -> None:

@@ -279,7 +279,7 @@ def test_queries_partners_and_the_date() -> None:
     assert given_all(partners=[clinic]).faults(asked, "owner", NOW) == [f"the partner {lab[:16]}"]
     assert given_all(partners=[lab]).faults(asked, "provider", NOW) == [f"the partner {clinic[:16]}"]
     assert given_all(expires=100).faults(asked, "owner", 100) == []
-    assert given_all(expires=100).faults(asked, "owner", 100.5) == ["the date"]
+    assert given_all(expires=100).faults(asked, "owner", 100.5) == ["the date: they have expired"]
 
 
 @pytest.mark.parametrize(

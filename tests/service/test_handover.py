@@ -5,7 +5,7 @@ import json
 import shutil
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 
 from obfuscatune.errors import (
     AttestationError,
+    BusyError,
     ConsentError,
     FormatError,
     ObfuscatuneError,
+    ProtocolError,
     SealError,
     StorageError,
     UsageError,
@@ -31,7 +33,9 @@ from obfuscatune.parties.membership import Member
 from obfuscatune.parties.reached import NotTakenError
 from obfuscatune.parties.succession import succeed
 from obfuscatune.parties.upgrade import Upgrade, certify, goes_on, read_certificate
+from obfuscatune.service import takeover
 from obfuscatune.service.handover import give, open_bundle, seal_bundle
+from obfuscatune.service.membership import MemberRequests
 from obfuscatune.service.runner import Runner
 from obfuscatune.service.serve import Service
 from obfuscatune.service.takeover import TakeOver, wait_for_hand_over
@@ -223,6 +227,59 @@ def test_it_goes_to_one_only_and_to_that_again_and_again(pair: Pair, tmp_path: P
         open_bundle(first, new.state.identity)
 
 
+def test_a_statement_may_name_the_one_enclave_that_may_have_it(pair: Pair, tmp_path: Path) -> None:
+    """Else a party with such hardware of its own takes the state there, and shuts the others out."""
+    with open_enclave(pair.directory) as new, open_enclave(tmp_path / "elsewhere") as elsewhere:
+        named = Upgrade.make(pair.old.fingerprint, pair.hardware.policy, to=new.fingerprint).sign(LAB).sign(CLINIC)
+        assert Upgrade.from_bytes(named.to_bytes()) == named
+        for statement, refused in (
+            (named, pytest.raises(ConsentError, match="another enclave of that code")),
+            (replace(named, to=elsewhere.fingerprint), pytest.raises(SealError, match="not of this upgrade")),
+            (replace(named, to=None), pytest.raises(SealError, match="not of this upgrade")),
+        ):
+            with refused:
+                pair.give(elsewhere, statement)
+        assert not pair.old.state.handed
+        pair.give(new, named)
+        assert pair.old.state.handed["to"] == new.fingerprint
+
+
+def test_who_asks_again_spoils_nothing_that_another_fetches(pair: Pair, tmp_path: Path) -> None:
+    members = members_of(pair.old, tmp_path / "parties")
+    requests = MemberRequests(members, pair.old.book, lambda *_: ({}, b""), simulated=True)
+    statement = pair.upgrade.sign(LAB).sign(CLINIC).to_bytes()
+    pieces = []
+    with open_enclave(pair.directory) as new:
+        for party in (LAB, CLINIC):
+            fields = {"op": "hand_over", "statement": len(statement)}
+            requests.handle(party.public, fields, statement + pair.hardware.evidence(new))
+            pieces.append(requests.handle(LAB.public, {"op": "bundle", "offset": 0}, b""))
+        assert pieces[0] == pieces[1]
+
+
+def test_what_one_party_brings_no_other_spoils(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither by a piece in between, nor by so much that there is no room: the longest file goes first."""
+    with open_enclave(pair.directory) as new:
+        bundle = pair.give(new)
+        pair.copy()
+        monkeypatch.setattr(takeover, "_MAX_PARTS_BYTES", 2 * len(bundle))
+        taking, half = TakeOver(new.state, pair.directory, pair.old.fingerprint), len(bundle) // 2
+
+        def bring(party: Identity, offset: int, data: bytes, size: int = len(bundle)) -> None:
+            taking.handle(party.public, {"op": "take_over", "offset": offset, "size": size}, data)
+
+        bring(LAB, 0, bundle[:half])
+        bring(STRANGER, 0, bundle[:9])
+        bring(STRANGER, 0, bytes(len(bundle)), 9 * len(bundle))
+        with pytest.raises(BusyError):
+            bring(STRANGER, len(bundle), bytes(len(bundle)), 9 * len(bundle))
+        for offset, size in ((half, len(bundle) + 1), (half - 1, len(bundle))):
+            with pytest.raises(ProtocolError, match="does not follow"):
+                bring(LAB, offset, bundle[half:], size)
+        bring(LAB, half, bundle[half:])
+        assert taking.taken.is_set()
+
+
 def test_an_old_enclave_that_starts_again_stays_at_its_end(pair: Pair) -> None:
     old = pair.old
     with open_enclave(pair.directory) as new:
@@ -317,7 +374,7 @@ def test_a_state_of_somebodys_own_making_makes_nobody_go_on_for_another() -> Non
 
 @settings(max_examples=100, deadline=None)
 @given(
-    name=st.sampled_from(["created", "enclave", "expires", "files", "format", "policy", "signatures"]),
+    name=st.sampled_from(["created", "enclave", "expires", "files", "format", "policy", "to", "signatures"]),
     value=st.none() | st.integers(-2, 1 << 60) | st.text(max_size=5) | st.lists(st.text(max_size=3), max_size=2)
     | st.dictionaries(st.text(max_size=5), st.text(max_size=5), max_size=2),
 )  # fmt: skip

@@ -104,6 +104,7 @@ def test_broken_files_are_named_and_passed_over(
 ) -> None:
     directory = tmp_path / "parties"
     (directory / "broken.pub").write_text("{}")
+    (directory / "other.key").write_bytes(STRANGER.to_bytes())
     (directory / "long.pub").write_bytes(b" " * 100_000)
     (directory / "cut.succession").write_bytes(succeed(CLINIC, None)[:-9])
     (directory / "folder.pub").mkdir()
@@ -112,7 +113,7 @@ def test_broken_files_are_named_and_passed_over(
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
             assert names(members) == ["clinic", "lab"]
-    for name in ("broken.pub", "long.pub", "cut.succession", "folder.pub", "pipe.pub", "dangling.pub"):
+    for name in ("broken.pub", "other.key", "long.pub", "cut.succession", "folder.pub", "pipe.pub", "dangling.pub"):
         assert len([record for record in caplog.records if name in record.message]) == 1, name
     with pytest.raises(UsageError, match="no such directory"):
         members_of(enclave, tmp_path / "nowhere").allows(LAB.public)

@@ -4,6 +4,7 @@ import io
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -11,6 +12,7 @@ from obfuscatune.cli import main
 from obfuscatune.parties.attestation.policy import Policy
 from obfuscatune.parties.attestation.simulator import SimulatedPlatform
 from obfuscatune.parties.canonical import encode
+from obfuscatune.parties.enclave import Enclave
 from obfuscatune.parties.identity import Identity
 from obfuscatune.service.escrow import Escrow
 from obfuscatune.service.takeover import wait_for_hand_over
@@ -89,7 +91,7 @@ def test_members_come_and_go(serving: Serving, run: Run, tmp_path: Path) -> None
     assert run(LAB, "agree", "broken.change")[0] == 2
 
 
-def test_an_upgrade(serving: Serving, run: Run, tmp_path: Path) -> None:
+def test_an_upgrade(serving: Serving, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     serving.members.found()
     hardware = tmp_path / "new-hardware"
     SimulatedPlatform.create(hardware)
@@ -105,6 +107,13 @@ def test_an_upgrade(serving: Serving, run: Run, tmp_path: Path) -> None:
     other.write_text(policy.read_text().replace(NEW_CODE.hex(), "ab" * 48))
     code, said = run(CLINIC, "upgrade", other)
     assert code == 1 and "another policy than yours" in said
+    code, said = run(CLINIC, "upgrade", policy, "--to", serving.server.address)  # not the new code at all
+    assert code == 1 and "refused" in said
+    with monkeypatch.context() as elsewhere:
+        accepted = SimpleNamespace(require=lambda: SimpleNamespace(identity=STRANGER.public))
+        elsewhere.setattr(Enclave, "verify", lambda _: accepted)
+        code, said = run(CLINIC, "upgrade", policy, "--to", "tls://127.0.0.1:1")
+        assert code == 1 and "to another enclave" in said
     assert run(CLINIC, "upgrade", policy)[0] == 0
     waits, addresses = threading.Event(), []
 

@@ -39,15 +39,15 @@ class EnclaveOptions(PartyOptions):
     allow_simulation: bool = option(SIMULATION_HELP, False, flag=SIMULATION_FLAG)
     timeout: float = option("seconds for a connection, and for each reply", 60.0, min=1e-3, ceiling=1e6)
 
-    def client(self) -> "Enclave":
-        """Return the enclave, which is judged by the policy at each connection."""
+    def client(self, party: "Party | None" = None) -> "Enclave":
+        """Return the enclave, which is judged by the policy at each connection; ``party``: of the folder, if open."""
         from obfuscatune.parties.enclave import Enclave
         from obfuscatune.parties.identity import Identity
 
         if self.enclave is not None and self.identity is not None and self.policy is not None:
             policy = load_policy(self.policy, self.allow_simulation)
             return Enclave(self.enclave, policy, Identity.load(self.identity), self.timeout)
-        party = open_party(self.party)
+        party = party or open_party(self.party)
         policy = party.policy if self.policy is None else load_policy(self.policy, self.allow_simulation)
         identity = party.identity if self.identity is None else Identity.load(self.identity)
         return Enclave(self.enclave or party.enclave_address, policy, identity, self.timeout, party.folder)

@@ -140,7 +140,8 @@ def run(options: RunOptions) -> None:
 
     Exits with 1 if the job failed, was refused or cancelled, and with 3 if the connection was lost for too long.
     """
-    signed, party, enclave = _load(options.file, options.party), open_party(options.party), options.client()
+    signed, party = _load(options.file, options.party), open_party(options.party)
+    enclave = options.client(party)
     try:
         status = enclave.status(signed)
         known = status.status not in ("waiting", "failed")
@@ -155,6 +156,8 @@ def run(options: RunOptions) -> None:
         print(status)
         return
     status = _watched(enclave, signed, options.patience)
+    if status.status == "deleted":
+        raise UsageError("the job was deleted", hint="make a new one, and let both sign it: obfuscatune job propose")
     if not status.results:
         print("the job gives you no results")
         return
@@ -251,6 +254,9 @@ def list_(options: ListOptions) -> None:
 def _load(path: Path | None, folder: Path) -> "SignedJob":
     from obfuscatune.parties.job import SignedJob
 
+    if path is None and not (folder / _FILE).exists():
+        hint = "obfuscatune job propose makes one; or name the file that your partner has signed"
+        raise UsageError("no job file in your folder", where=str(folder / _FILE), hint=hint)
     return SignedJob.load(folder / _FILE if path is None else path)
 
 
@@ -292,12 +298,16 @@ def _watched(enclave: "Enclave", signed: "SignedJob", patience: float, interval:
     from obfuscatune.parties.enclave import LostError
     from obfuscatune.parties.vocabulary import TURNS
 
-    status: Status | None = None
+    status, said = None, ""
+    role = signed.job.role_of(enclave.identity.public.fingerprint)
     print(TURNS, file=sys.stderr)
     try:
-        with tqdm(unit="step", file=sys.stderr, leave=False) as bar:
+        with tqdm(unit="step", file=sys.stderr, leave=False, disable=not sys.stderr.isatty()) as bar:
             for status in enclave.watch(signed, interval=interval, patience=patience):
-                bar.total, bar.n = status.steps or None, status.step
+                now = _standing(status, role)
+                if now != said and not status.has_ended:
+                    tqdm.write(now, file=sys.stderr)
+                bar.total, bar.n, said = status.steps or None, status.step, now
                 bar.set_description(printable(status.status))
     except LostError as error:
         print(f"LOST: {error}", file=sys.stderr)
@@ -306,6 +316,19 @@ def _watched(enclave: "Enclave", signed: "SignedJob", patience: float, interval:
         raise UsageError("nothing is known of the job", where=enclave.address)
     _end(status)
     return status
+
+
+def _standing(status: "Status", role: str | None) -> str:
+    """Return where a job stands, in a line; of one that waits, who is to hand in what."""
+    from obfuscatune.parties.party import KINDS
+
+    line = "  ".join(printable(text) for text in (status.status, status.reason) if text)
+    for side, kinds in KINDS.items():
+        missing = [kind for kind in kinds if kind in status.missing]
+        if missing and status.status == "waiting":
+            whose = "you to hand in" if side == role else f"the {side} to hand in"
+            line += f"\nit waits for {whose} {' and '.join(missing)}: obfuscatune job run"
+    return line
 
 
 def _end(status: "Status") -> None:

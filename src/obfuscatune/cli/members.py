@@ -3,7 +3,7 @@
 # ruff: noqa: RUF009 - option() makes a field, which is what the rule wants there
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -114,6 +114,7 @@ class UpgradeOptions(EnclaveOptions):
 
     new_policy: Path = argument("TOML policy that accepts the new code, and nothing else; files it names are beside it")
     file: Path = option("the statement: made if missing, or else signed too", Path("enclave.upgrade"))
+    to: str | None = option("address of the new enclave, which waits: no other one of that code may have it", None)
     days: float = option("until it expires", 30.0, min=0.01, ceiling=3650)
     yes: bool = option(YES, False, flag="--yes")
 
@@ -129,19 +130,29 @@ def upgrade(options: UpgradeOptions) -> None:
     from obfuscatune.parties.upgrade import MAX_BYTES, Upgrade
 
     client, memberships = options.client(), []
+    to = None
+    if options.to is not None:
+        new = replace(client, address=options.to, policy=Policy.load(options.new_policy), folder=None)
+        to = new.verify().require().identity.fingerprint
     if options.file.exists():  # who has left cannot ask the enclave any more, and must sign too
         statement = Upgrade.from_bytes(read_small(options.file, MAX_BYTES, "upgrade"), f"upgrade {options.file}")
         mine = Upgrade.make(statement.enclave, options.new_policy)
         if (statement.policy, statement.files) != (mine.policy, mine.files):
             hint = "one of you has not read the code that the other has"
             raise ConsentError("the statement has another policy than yours", where=str(options.file), hint=hint)
+        if to not in (None, statement.to):
+            got = f"{statement.to or 'any of that code'}"[:16]
+            raise ConsentError("the statement is to another enclave", got=got, expected=f"{to}"[:16])
     else:
         memberships = [client.members().membership]
-        statement = Upgrade.make(memberships[0].enclave, options.new_policy, days=options.days)
+        statement = Upgrade.make(memberships[0].enclave, options.new_policy, days=options.days, to=to)
     policy: Policy = statement.load_policy()
     for name, values in sorted(policy.measurements.items()):
         print(f"{name:12} {' or '.join(sorted(values))}")
-    _ask(f"hand over what is sealed to the enclave {statement.enclave} to this code", options.yes)
+    where = (
+        "in whatever enclave of it a party brings (--to names one)" if statement.to is None else f"in {statement.to}"
+    )
+    _ask(f"hand over what is sealed to the enclave {statement.enclave} to this code, {where}", options.yes)
     statement = statement.sign(client.identity)
     _write(options.file, statement.to_bytes())
     lacking = ", ".join(statement.lacking(memberships))

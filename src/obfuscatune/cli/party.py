@@ -52,6 +52,8 @@ def init(options: InitOptions) -> None:
     if party.partner_file is not None:
         _show_partner(party.partner.name, party.partner.fingerprint)
     print(f"read     {party.policy_file} and {party.terms_file}")
+    if options.policy is None and options.simulation is None:
+        print(f"fill in  {party.policy_file}: which hardware, and which measurements; it accepts nothing yet")
     print(f"give     {party.folder / f'{public.name}.pub'} to the operator and to your partner")
 
 

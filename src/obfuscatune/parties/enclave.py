@@ -6,7 +6,7 @@ What it is asked for is a job's life: submit with inputs, status, watch, fetch, 
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from obfuscatune.parties.sealed.reader import SealedReader
 RESULTS = ("adapter", "output", "report")
 ENDED = ("done", "failed", "refused", "cancelled", "deleted")
 MAX_RESULT_BYTES = 1 << 40
+_LEAST_SECONDS = 5.0  # that an enclave has to answer, however little patience there is
 Progress = Callable[[str, int, int], None]  # file, bytes done, bytes in all (0: not known yet)
 
 
@@ -113,9 +114,10 @@ class Enclave(Reached):
         if unknown:
             raise UsageError("file is no input of this job", got=", ".join(unknown), hint="obfuscatune job review")
         with self.connect(signed.job.enclave) as channel:
-            channel.request({"op": "submit"}, signed.to_bytes())
-            for digest, path in files.items():
-                _upload(channel, {"job": signed.job.digest, "file": digest}, path, progress)
+            reply, _ = channel.request({"op": "submit"}, signed.to_bytes())
+            missing = Status.from_dict(reply).missing.values()  # else it came with an earlier job, and this one may run
+            for digest in files.keys() & missing:
+                _upload(channel, {"job": signed.job.digest, "file": digest}, files[digest], progress)
             status = _ask(channel, "status", signed)
         if status.status == "refused":
             raise ConsentError("the enclave refuses the job", got=printable(status.reason))
@@ -133,10 +135,12 @@ class Enclave(Reached):
             LostError: it could not be reached for ``patience`` seconds. AttestationError, ConsentError: at once.
         """
         TlsAddress.parse(self.address)  # what is wrong with it is no loss
+        # One that has stopped keeps its connections open: no answer may take much longer than the patience.
+        near = replace(self, timeout=min(self.timeout, max(patience, _LEAST_SECONDS)))
         answered = time.monotonic()
         while True:
             try:
-                with self.connect(signed.job.enclave) as channel:
+                with near.connect(signed.job.enclave) as channel:
                     while True:
                         status = _ask(channel, "status", signed)
                         answered = time.monotonic()
@@ -167,7 +171,9 @@ class Enclave(Reached):
         with self.connect(signed.job.enclave) as channel:
             status = _ask(channel, "status", signed)
             if status.status != "done":
-                raise UsageError("the job is not done", got=str(status), hint="obfuscatune job watch")
+                over = status.has_ended and status.status != "failed"
+                hint = "it gives nothing any more: obfuscatune job propose" if over else "obfuscatune job watch"
+                raise UsageError("the job is not done", got=str(status), hint=hint)
             results = {kind: digest for kind, digest in status.results.items() if kind in RESULTS}
             if not results:
                 raise UsageError("the job gives you no results", hint="obfuscatune job review")

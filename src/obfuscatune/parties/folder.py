@@ -15,6 +15,7 @@ Paths are relative to the folder. What a party does with it is in `party`.
 import os
 import tomllib
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -106,9 +107,9 @@ class Folder:
         beside.write_text("\n".join(lines) + "\n", encoding="utf-8")
         beside.replace(self.folder / FILE)
 
-    @property
+    @cached_property
     def identity(self) -> Identity:
-        """The party's secret identity, read from its file."""
+        """The party's secret identity, read from its file once: a passphrase is asked for once."""
         return Identity.load(self.identity_file)
 
     @property

@@ -77,6 +77,9 @@ class PublicIdentity:
             FormatError: other fields, another format, or keys of a wrong size.
         """
         names = {"format", "name", "sealing_key", "signing_key", "suite"}
+        if isinstance(fields, dict) and fields.get("format") in (f"{FORMAT} secret", LOCKED):
+            hint = "NAME.pub is the file to give; if NAME.key has left its owner's machine: obfuscatune party rotate"
+            raise FormatError(f"{what} is a secret key, where a public identity belongs", hint=hint)
         if not isinstance(fields, dict) or set(fields) != names or fields["format"] != FORMAT:
             raise FormatError(f"{what} is no public identity of this version", expected=FORMAT)
         name, suite = fields["name"], fields["suite"]

@@ -65,9 +65,13 @@ class Party(Relations):
         for each in (path, card):
             if each.exists():
                 raise UsageError("file is there already", where=str(each), hint="nothing is ever overwritten")
-        if not Terms.from_dict(self.terms, "your terms").partners:
+        given = Terms.from_dict(self.terms, "your terms")
+        if not given.partners:
             hint = "obfuscatune party verify --partner NAME.pub"
             raise UsageError("the terms name no partner: no job could use it", where=str(self.terms_file), hint=hint)
+        if given.expires != "never" and given.expires <= time.time():
+            what, hint = "the terms have expired, or name no day: no job could use it", "a later day for `expires`"
+            raise UsageError(what, where=str(self.terms_file), hint=hint)
         terms, recipient = self.terms, self.verify().require().identity
         seal_files(path, files, kind=kind, sender=self.identity, recipients=[recipient], terms=terms)
         self._write_card(card, path)

@@ -68,7 +68,8 @@ def unlock(fields: dict[str, Any], passphrase: str, what: str) -> bytes:
     try:
         return AESGCM(_key(passphrase, salt, fields["log2_n"])).decrypt(nonce, box, encode(record))
     except InvalidTag:
-        problem = SealError(f"{what} does not open", got="another passphrase, or it was changed")
+        hint = "nobody can restore a lost passphrase: make a new identity, and have the members remove this one"
+        problem = SealError(f"{what} does not open", got="another passphrase, or it was changed", hint=hint)
     raise problem
 
 

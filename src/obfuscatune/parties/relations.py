@@ -76,7 +76,7 @@ class Relations(Folder):
         names = [FILE, f"{name}.key", f"{name}.pub", "terms.toml", *(["policy.toml"] if policy is None else [])]
         there = [each for each in names if (root / each).exists()]
         if there:
-            hint = "nothing is overwritten: take another folder"
+            hint = "nothing is overwritten: edit what is there, or take another folder"
             raise UsageError("file is there already", where=", ".join(there), hint=hint)
         party = cls(
             root,

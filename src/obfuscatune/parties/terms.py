@@ -108,7 +108,7 @@ class Terms:
         if self.expires == 0:
             faults.append("any date: the terms give none")
         elif self.expires != "never" and now > self.expires:
-            faults.append("the date")
+            faults.append("the date: they have expired")
         faults += faults_of_quotas(self, job.settings, job.max_new_tokens)
         return faults + self._faults_of_workers(job)
 

@@ -1,10 +1,12 @@
 """An upgrade: which other code an enclave may hand its state over to, signed by all whose files it could open.
 
     canonical JSON of {"signatures": {fingerprint: base64, ...}, "upgrade": {"created", "enclave", "expires", "files",
-    "format", "policy"}}
+    "format", "policy", "to"}}
 
 ``policy`` is the text of a policy (`attestation.policy`), ``files`` the files that it names, in base64, by name: what
-the old enclave judges the new one's evidence by. Each signs, for context "upgrade", the canonical form of "upgrade".
+the old enclave judges the new one's evidence by. ``to`` is the fingerprint of the one new enclave that may have it, or
+is left out: then any enclave of that code may, wherever it runs, and whoever of the parties brings it first decides.
+Each signs, for context "upgrade", the canonical form of "upgrade".
 
 And a certificate, by which an enclave that has handed over names the one that goes on; parties verify it before they
 take the new one for the old one:
@@ -45,7 +47,11 @@ _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 @dataclass(frozen=True)
 class Upgrade:
-    """``enclave`` (fingerprint) may hand its state over to code that ``policy`` accepts, until ``expires``."""
+    """``enclave`` (fingerprint) may hand its state over to code that ``policy`` accepts, until ``expires``.
+
+    Attributes:
+        to: fingerprint of the one enclave that may have it; None: any that the policy accepts.
+    """
 
     enclave: str
     policy: str
@@ -53,9 +59,10 @@ class Upgrade:
     created: int
     expires: int
     signatures: Mapping[str, bytes] = field(default_factory=dict)
+    to: str | None = None
 
     @classmethod
-    def make(cls, enclave: str, policy: Path, *, days: float = 30.0) -> "Upgrade":
+    def make(cls, enclave: str, policy: Path, *, days: float = 30.0, to: str | None = None) -> "Upgrade":
         """Return the statement that an enclave may be succeeded by what a policy file accepts, not signed yet.
 
         Raises:
@@ -65,7 +72,7 @@ class Upgrade:
         text, now = read_small(policy, _MAX_POLICY_BYTES, "policy").decode(), int(time.time())
         here = {name: policy.parent / name for name in _words(text) if (policy.parent / name).is_file()}
         files = {name: read_small(path, MAX_BYTES // 2, "file of the policy") for name, path in here.items()}
-        upgrade = cls(enclave, text, files, now, now + int(days * 86_400))
+        upgrade = cls(enclave, text, files, now, now + int(days * 86_400), to=to)
         upgrade.load_policy()
         return cls.from_bytes(upgrade.to_bytes())
 
@@ -145,8 +152,10 @@ class Upgrade:
         """Return the statement of a file; nothing of it is verified. Raises FormatError."""
         outer = decode(data.rstrip(b"\n"), what, max_bytes=MAX_BYTES)
         fields, signatures = outer.get("upgrade"), outer.get("signatures")
-        if set(outer) != {"signatures", "upgrade"} or not isinstance(fields, dict) or set(fields) != _FIELDS:
+        if set(outer) != {"signatures", "upgrade"} or not isinstance(fields, dict) or set(fields) - {"to"} != _FIELDS:
             raise FormatError(f"{what} is none", expected=FORMAT)
+        if "to" in fields and not is_digest(fields["to"]):
+            raise FormatError(f"{what}: the new enclave", expected="64 hex digits")
         if fields["format"] != FORMAT or not is_digest(fields["enclave"]) or type(fields["policy"]) is not str:
             raise FormatError(f"{what} of another form", expected=FORMAT)
         times = (fields["created"], fields["expires"])
@@ -166,6 +175,7 @@ class Upgrade:
             created=times[0],
             expires=times[1],
             signatures={name: unbase64(text, f"{what}: a signature") for name, text in signatures.items()},
+            to=fields.get("to"),
         )
 
     def _fields(self) -> dict[str, Any]:
@@ -176,6 +186,7 @@ class Upgrade:
             "files": {name: base64.b64encode(data).decode() for name, data in self.files.items()},
             "format": FORMAT,
             "policy": self.policy,
+            **({} if self.to is None else {"to": self.to}),
         }
 
 

@@ -471,7 +471,8 @@ class Book:
         self._require_here()
         record = self.record(digest)
         if record.status != "done":
-            raise UsageError("the job is not done", got=record.status, hint="obfuscatune job watch")
+            hint = "make a new one, and let both sign it" if record.status in USED_UP else "obfuscatune job watch"
+            raise UsageError("the job is not done", got=record.status, hint=hint)
         if not self._left().isdisjoint(record.parties):
             raise ConsentError("a party of the job has left", hint="fetch its results; it answers no more")
         job, prompts = self.signed(digest).job, 0 if question in record.counted.split() else prompts

@@ -30,7 +30,7 @@ def check_job(signed: SignedJob, *, enclaves: frozenset[str], now: float, ended:
     job = signed.job
     missing = signed.missing()
     if missing:
-        hint = "obfuscatune job sign"
+        hint = "each of the two: obfuscatune job sign; the file that the last one wrote has both signatures"
         raise ConsentError("job is not signed by both", got=f"no signature of the {' and '.join(missing)}", hint=hint)
     gone = [role for role in ROLES if getattr(job, role) in ended]
     if gone:

@@ -48,7 +48,8 @@ def give(book: Book, statement: bytes, evidence: bytes, *, simulated: bool) -> b
         simulated: whether this enclave runs in a simulator, and may so be succeeded by one.
 
     Raises:
-        ConsentError: not signed by all, of another enclave, over; or handed over to another. SealError: a signature.
+        ConsentError: not signed by all, of or to another enclave, over; or handed over to another. SealError: a
+            signature.
         AttestationError: the policy of the statement does not accept the evidence. FormatError: either is none.
         UsageError: nothing was ever submitted. StorageError: the disk refuses; nothing was handed over.
     """
@@ -61,6 +62,9 @@ def give(book: Book, statement: bytes, evidence: bytes, *, simulated: bool) -> b
         if not state.members:
             raise UsageError("no job was ever submitted: there is nothing to hand over")
         upgrade.check([each for each in chains(state) if each is not None], time.time())
+        if upgrade.to not in (None, claims.identity.fingerprint):
+            got, expected = claims.identity.fingerprint[:16], f"{upgrade.to}"[:16]
+            raise ConsentError("an upgrade to another enclave of that code", got=got, expected=expected)
         if claims.identity == state.identity.public:
             raise UsageError("an enclave cannot be handed over to itself")
         if len(state.former) >= MAX_FORMER:

@@ -268,7 +268,11 @@ def load_parties(directory: Path) -> list[PublicIdentity]:
         raise UsageError("no such directory of parties", where=str(directory), hint="put their NAME.pub files there")
     ends = _due(load_statements(directory))
     found: list[PublicIdentity] = []
-    for path in sorted(directory.glob("*.pub")):
+    for path in sorted(directory.iterdir()):
+        if path.suffix != ".pub":
+            if path.suffix != SUFFIX and not path.name.startswith("."):
+                _skip(path, UsageError("no NAME.pub"))
+            continue
         try:
             if not path.is_file():  # to open a pipe would wait for ever
                 raise UsageError("not a file")

@@ -81,7 +81,9 @@ class MemberRequests:
         size = fields.get("statement")
         if type(size) is not int or not 0 < size < len(payload):
             raise ProtocolError("not a hand-over", expected="a statement and evidence")
-        self._bundle = give(self._book, payload[:size], payload[size:], simulated=self._simulated)
+        bundle = give(self._book, payload[:size], payload[size:], simulated=self._simulated)
+        with self._book.state.lock:  # the first one stays: else who asks again spoils what another is fetching
+            self._bundle = self._bundle or bundle
         logger.info("handed over to %s", self._book.state.handed["to"])
         return {"size": len(self._bundle)}, b""
 

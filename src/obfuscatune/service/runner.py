@@ -326,7 +326,13 @@ class Runner:
             protected,
             kind=settings.optim,
             # The first evaluation is before the first step, and in the checkpoints.
-            args=training_arguments(settings, str(ram / "run"), report_to="none", eval_on_start=held_out is not None),
+            args=training_arguments(
+                settings,
+                str(ram / "run"),
+                report_to="none",
+                eval_on_start=held_out is not None,
+                logging_first_step=True,
+            ),
             quiet=True,  # the terminal is the operator's
             made_with=_origin(job),
             train_dataset=rows,
@@ -399,7 +405,10 @@ def _check_targets(job: Job, config: Any) -> None:
 
 
 class _SealCheckpoints(TrainerCallback):
-    """Seals each checkpoint that the Trainer has written into memory, and removes it there; tells of each step."""
+    """Seals each checkpoint that the Trainer has written into memory, and removes it there; tells of each step.
+
+    The last step is logged like the first: the owner is told how far the loss has come, however short the job is.
+    """
 
     def __init__(self, seal: Callable[[Path], str], hooks: Hooks) -> None:
         self._seal, self._hooks = seal, hooks
@@ -409,6 +418,7 @@ class _SealCheckpoints(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         self._hooks.progress(state.global_step, state.max_steps)
+        control.should_log |= state.global_step >= state.max_steps
         self._hooks.between()
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:

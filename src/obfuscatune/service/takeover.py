@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from obfuscatune.errors import ConsentError, ObfuscatuneError, ProtocolError, UsageError
+from obfuscatune.errors import BusyError, ConsentError, ObfuscatuneError, ProtocolError, UsageError
 from obfuscatune.parties.attestation.platform import Platform
 from obfuscatune.parties.channel.server import AttestedServer
 from obfuscatune.parties.channel.transfer import Piece
@@ -20,11 +20,12 @@ from obfuscatune.service.state import State
 
 logger = logging.getLogger(__name__)
 _COPY = "the operator copies store/ and log.jsonl of the old enclave's directory into the new one's; then ask again"
+_MAX_PARTS_BYTES = 4 * MAX_BUNDLE_BYTES  # of all parties together: a true state is rarely a tenth of the most
 _ANSWER_SECONDS = 10.0  # that the last reply may take before the server is closed
 
 
 class TakeOver:
-    """Answers whoever brings the state; one party after the other, in pieces.
+    """Answers whoever brings the state, in pieces; no party spoils what another brings.
 
     Args:
         state: new. directory: where store and log of the old enclave must be by then.
@@ -34,7 +35,7 @@ class TakeOver:
 
     def __init__(self, state: State, directory: Path, old: str) -> None:
         self._state, self._directory, self._old = state, directory, old
-        self._parts: dict[str, bytearray] = {}  # by party
+        self._parts: dict[str, tuple[int, bytearray]] = {}  # by party: the announced size, and what has come
         self._lock = threading.Lock()
         self._recovery = Recovery(directory, state.identity)
         self.taken = threading.Event()
@@ -51,15 +52,25 @@ class TakeOver:
             if fields.get("op") != "take_over":
                 raise ConsentError("this enclave waits for a hand-over", hint="obfuscatune party hand-over")
             piece = Piece.of(fields, payload, max_bytes=MAX_BUNDLE_BYTES)
-            data = bytearray() if piece.offset == 0 else self._parts.get(party.fingerprint, bytearray())
-            if len(data) != piece.offset:
-                raise ProtocolError("piece does not follow the one before", got=piece.offset, expected=len(data))
-            self._parts = {party.fingerprint: data}  # one at a time: 32 MiB, and not that of each party
-            data += piece.data
+            data = self._add(party.fingerprint, piece)
             if piece.is_last:
-                self._parts = {}
-                self._take(open_bundle(bytes(data), self._state.identity))
+                del self._parts[party.fingerprint]
+                self._take(open_bundle(data, self._state.identity))
             return {}, b""
+
+    def _add(self, party: str, piece: Piece) -> bytes:
+        """Return what a party has sent, with a piece more. Beyond `_MAX_PARTS_BYTES` in all the longest file goes."""
+        size, data = (piece.size, bytearray()) if piece.offset == 0 else self._parts.get(party, (0, bytearray()))
+        if (len(data), size) != (piece.offset, piece.size):
+            raise ProtocolError("piece does not follow the one before", got=piece.offset, expected=len(data))
+        data += piece.data
+        self._parts[party] = (size, data)
+        while sum(len(each) for _, each in self._parts.values()) > _MAX_PARTS_BYTES:
+            longest = max(self._parts, key=lambda name: self._parts[name][0])
+            del self._parts[longest]
+            if longest == party:
+                raise BusyError("no room for so long a state beside those of others", hint="ask again")
+        return bytes(data) if piece.is_last else b""
 
     def _release(self, party: PublicIdentity, share: bytes) -> tuple[dict[str, Any], bytes]:
         taken, lacking = self._recovery.release(party, share)
@@ -76,12 +87,14 @@ class TakeOver:
             if self.taken.is_set():
                 return
             before = (self._state.former, self._state.jobs, self._state.members)
+            counts = (self._state.uses, self._state.forgotten)
             log = (self._state.log_head, self._state.log_length)
             taken.adopt(self._state)
             try:
                 self._state.commit()
             except BaseException:
                 self._state.former, self._state.jobs, self._state.members = before
+                self._state.uses, self._state.forgotten = counts
                 self._state.log_head, self._state.log_length = log
                 raise
             self.taken.set()

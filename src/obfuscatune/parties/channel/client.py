@@ -211,8 +211,10 @@ def _open(address: str, timeout: float, deadline: float) -> tuple[frames.Stream,
     except ssl.SSLError as error:
         problem = ProtocolError("TLS handshake failed", got=error.reason, expected="TLS 1.3", where=address)
     except (OSError, ValueError) as error:
-        got = "timeout" if isinstance(error, TimeoutError) else getattr(error, "strerror", None)
-        problem = ProtocolError("TLS handshake failed", got=got, where=address)
+        late = isinstance(error, TimeoutError)
+        got = "timeout" if late else getattr(error, "strerror", None)
+        hint = "something listens there and says nothing: a stopped enclave, or another port" if late else None
+        problem = ProtocolError("TLS handshake failed", got=got, where=address, hint=hint)
     stream.close()
     raise problem from None
 
