@@ -108,11 +108,7 @@ def test_another_hosts_name_is_refused(small: Running, host: str) -> None:
         f"POST /v1/completions HTTP/1.1\r\n{HOST}{AUTH}Transfer-Encoding: chunked\r\n\r\nffffffffffffffffffffff\r\n",
         f"POST /v1/completions HTTP/1.1\r\n{HOST}{AUTH}Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
         f"POST /v1/completions HTTP/1.1\r\n{HOST}{AUTH}Transfer-Encoding: chunked\r\n\r\n0_5\r\nhello\r\n",
-        f"POST /v1/completions HTTP/1.0\r\n{HOST}{AUTH}Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
         f"POST /v1/completions HTTP/1.1\r\n{HOST}{AUTH}Transfer-Encoding:\r\n chunked\r\nContent-Length: 5\r\n\r\n0",
-        f"POST /v1/completions HTTP/1.1\r\n{HOST}{AUTH}Content-Encoding: gzip\r\nContent-Length: 2\r\n\r\n{{}}",
-        f'POST /v1/completions HTTP/1.1\r\n{HOST}{AUTH}Content-Type: a; Charset="utf-16"\r\nContent-Length: 0\r\n\r\n',
-        f"POST /v1/completions HTTP/1.1\r\n{HOST}{AUTH}Content-Type: a/b\r\nContent-Type: a; charset=utf-7\r\n\r\n",
         f"GET /health HTTP/1.1\r\n{HOST}{HOST}\r\n",
         f"GET /health HTTP/1.1\r\n{HOST} folded: x\r\n\r\n",
         f"GET /health HTTP/1.1\r\n{HOST}A: b\x00c\r\n\r\n",
@@ -224,12 +220,28 @@ def test_connections_that_never_begin_tls_end_soon(open_served, tmp_path: Path) 
         assert health() == 200
 
 
-def test_a_body_in_utf_8_by_name_is_taken(small: Running) -> None:
-    body = b'{"model": "base", "prompt": "x", "max_tokens": 1}'
-    for kind in ("application/json; charset=UTF-8", 'application/json;charset="utf8"', "text/plain"):
-        more = f"Content-Type: {kind}\r\nContent-Encoding: identity\r\nConnection: close\r\n"
-        head = f"POST /v1/completions HTTP/1.1\r\n{HOST}{AUTH}{more}Content-Length: {len(body)}\r\n\r\n"
-        assert status(send(small, head.encode() + body)) == 200
+@pytest.mark.parametrize(
+    ("version", "headers", "code"),
+    [
+        ("1.1", "Content-Length: {length}\r\nTransfer-Encoding: chunked", 400),
+        ("1.1", "Transfer-Encoding: chunked\r\nContent-Length: 0", 400),
+        ("1.0", "Transfer-Encoding: chunked", 400),
+        ("1.1", "Content-Length: {length}\r\nContent-Encoding: gzip", 415),
+        ("1.1", 'Content-Length: {length}\r\nContent-Type: application/json; Charset = "utf-16"', 415),
+        ("1.1", "Content-Length: {length}\r\nContent-Type: a; charset=utf-8\r\nContent-Type: a; charset=utf-7", 415),
+        ("1.1", "Transfer-Encoding: chunked", 200),
+        ("1.1", "Content-Length: {length}\r\nContent-Type: text/plain\r\nContent-Encoding: identity", 200),
+        ("1.1", "Content-Length: {length}\r\nContent-Type: application/json;charset=UTF-8", 200),
+        ("1.1", 'Content-Length: {length}\r\nContent-Type: application/json; charset="utf8"', 200),
+    ],
+)
+def test_a_good_body_of_two_readings_is_refused(small: Running, version: str, headers: str, code: int) -> None:
+    """By its length, or as a proxy may unpack or decode it."""
+    body = '{"model": "base", "prompt": "x", "max_tokens": 1}'
+    if "chunked" in headers:
+        body = f"{len(body):x}\r\n{body}\r\n0\r\n\r\n"
+    line = f"POST /v1/completions HTTP/{version}\r\n{HOST}{AUTH}Connection: close\r\n"
+    assert status(send(small, f"{line}{headers.format(length=len(body))}\r\n\r\n{body}")) == code
 
 
 def test_head_is_get_without_a_body(small: Running) -> None:
