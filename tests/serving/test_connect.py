@@ -2,11 +2,12 @@
 
 import json
 import socket
+import struct
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,28 @@ def files(platform: Any, simulation: Path, tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "job.json").write_bytes(SignedJob(job).sign(LAB).sign(CLINIC).to_bytes())
     line = ["--job", "job.json", "--identity", "clinic.key", "--policy", "policy.toml"]
     return [*line, "--port", "0", "--allow-simulation"]
+
+
+@contextmanager
+def resetting(address: str) -> Iterator[None]:
+    """A forwarder at an address with nothing behind it: it takes connections, and resets them."""
+    host, port = address.removeprefix("tls://").split(":")
+    with socket.create_server((host, int(port))) as listener:
+
+        def forward() -> None:
+            with suppress(OSError):  # shut down
+                while True:
+                    accepted, _ = listener.accept()
+                    accepted.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    accepted.close()
+
+        thread = threading.Thread(target=forward)
+        thread.start()
+        try:
+            yield
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+            thread.join(20)
 
 
 @contextmanager
@@ -280,10 +303,11 @@ def test_an_enclave_that_is_away_is_told_and_one_that_changed_ends_it_without_a_
             threading.Event().wait(0.02)
         model.stop()  # type: ignore[attr-defined]
         until(503)
-        with pytest.raises(openai.InternalServerError) as caught:
-            client.completions.create(model="job", prompt="x")
-        assert (caught.value.status_code, caught.value.code) == (503, "unavailable")
-        assert caught.value.response.headers["retry-after"] == "5"
+        for behind in (nullcontext(), resetting(address)):
+            with behind, pytest.raises(openai.InternalServerError) as caught:
+                client.completions.create(model="job", prompt="x")
+            assert (caught.value.status_code, caught.value.code) == (503, "unavailable")
+            assert caught.value.response.headers["retry-after"] == "5"
         _, back = start(ENCLAVE, address)
         until(200)
         back.stop()  # type: ignore[attr-defined]

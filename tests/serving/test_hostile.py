@@ -108,6 +108,7 @@ def test_another_hosts_name_is_refused(small: Running, host: str) -> None:
         f"POST /v1/completions HTTP/1.1\r\n{HOST}{AUTH}Transfer-Encoding: chunked\r\n\r\nffffffffffffffffffffff\r\n",
         f"POST /v1/completions HTTP/1.1\r\n{HOST}{AUTH}Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
         f"POST /v1/completions HTTP/1.1\r\n{HOST}{AUTH}Transfer-Encoding: chunked\r\n\r\n0_5\r\nhello\r\n",
+        f"POST /v1/completions HTTP/1.1\r\n{HOST}{AUTH}Transfer-Encoding:\r\n chunked\r\nContent-Length: 5\r\n\r\n0",
         f"GET /health HTTP/1.1\r\n{HOST}{HOST}\r\n",
         f"GET /health HTTP/1.1\r\n{HOST} folded: x\r\n\r\n",
         f"GET /health HTTP/1.1\r\n{HOST}A: b\x00c\r\n\r\n",
@@ -122,7 +123,7 @@ def test_requests_of_two_meanings_are_refused(
     small: Running, request_text: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     answer = send(small, request_text + f"GET /v1/models HTTP/1.1\r\n{HOST}{AUTH}\r\n")
-    assert status(answer) in (400, 413, 421, 501, 505)
+    assert status(answer) in (400, 413, 415, 421, 501, 505)
     assert b"owned_by" not in answer  # what is behind it is no second request
     assert answer.count(b"HTTP/1.1 ") == 1
     assert not caplog.records  # whoever sends them fills no log
@@ -217,6 +218,37 @@ def test_connections_that_never_begin_tls_end_soon(open_served, tmp_path: Path) 
         assert not any(b"HTTP" in answer for answer in closed)
         assert time.monotonic() - started < 5
         assert health() == 200
+
+
+@pytest.mark.parametrize(
+    ("version", "headers", "code"),
+    [
+        ("1.1", "Content-Length: {length}\r\nTransfer-Encoding: chunked", 400),
+        ("1.1", "Transfer-Encoding: chunked\r\nContent-Length: 0", 400),
+        ("1.0", "Transfer-Encoding: chunked", 400),
+        ("1.1", "Content-Length: {length}\r\nContent-Encoding: gzip", 415),
+        ("1.1", 'Content-Length: {length}\r\nContent-Type: application/json; Charset = "utf-16"', 415),
+        ("1.1", "Content-Length: {length}\r\nContent-Type: a; charset=utf-8\r\nContent-Type: a; charset=utf-7", 415),
+        ("1.1", "Transfer-Encoding: chunked", 200),
+        ("1.1", "Content-Length: {length}\r\nContent-Type: text/plain\r\nContent-Encoding: identity", 200),
+        ("1.1", "Content-Length: {length}\r\nContent-Type: application/json;charset=UTF-8", 200),
+        ("1.1", 'Content-Length: {length}\r\nContent-Type: application/json; charset="utf8"', 200),
+    ],
+)
+def test_a_good_body_of_two_readings_is_refused(small: Running, version: str, headers: str, code: int) -> None:
+    """By its length, or as a proxy may unpack or decode it."""
+    body = '{"model": "base", "prompt": "x", "max_tokens": 1}'
+    if "chunked" in headers:
+        body = f"{len(body):x}\r\n{body}\r\n0\r\n\r\n"
+    line = f"POST /v1/completions HTTP/{version}\r\n{HOST}{AUTH}Connection: close\r\n"
+    assert status(send(small, f"{line}{headers.format(length=len(body))}\r\n\r\n{body}")) == code
+
+
+def test_head_is_get_without_a_body(small: Running) -> None:
+    for path in ("/", "/health", "/v1/models", "/v1/models/base", "/metrics"):
+        answer = send(small, f"HEAD {path} HTTP/1.1\r\n{HOST}{AUTH}Connection: close\r\n\r\n")
+        assert status(answer) == 200 and answer.endswith(b"\r\n\r\n"), path
+    assert status(send(small, f"HEAD /v1/models HTTP/1.1\r\n{HOST}\r\n")) == 401
 
 
 def test_an_address_in_full_is_the_same_as_its_path(small: Running) -> None:

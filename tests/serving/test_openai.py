@@ -151,6 +151,7 @@ def test_a_completion_ends_before_its_stop_string(server: Running, expect) -> No
         *(("max_tokens", 0), ("max_tokens", 1.5), ("seed", "x"), ("stop", [""]), ("stop", ["a"] * 5), ("stop", 5)),
         *(("logprobs", 0), ("echo", 0), ("logit_bias", False)),  # 0 is not false, nor false an empty object
         *(("stream", 0), ("stream", ""), ("stop", 0), ("stop", {}), ("user", {}), ("user", 7), ("prompt", [])),
+        *(("safety_identifier", 7), ("prompt_cache_key", [])),
         *(("stream_options", {"include_usage": True}), ("prompt", [["a"]]), ("prompt", [7])),
         *(("stream", "yes"), ("prompt", ["a", "b"]), ("prompt", [1, 2]), ("prompt", ""), ("model", None)),
     ],
@@ -166,6 +167,7 @@ def test_what_is_not_honoured_is_refused_by_its_name(server: Running, field: str
 
 def test_values_that_ask_for_nothing_are_taken(server: Running, expect) -> None:
     neutral = {"n": 1, "frequency_penalty": 0, "presence_penalty": 0.0, "logprobs": None, "user": "me", "store": False}
+    neutral |= {"safety_identifier": "me", "prompt_cache_key": "mine"}
     body = {"model": "base", "prompt": "hello", "max_tokens": 4, **neutral}
     assert server.post("/v1/completions", body).json()["choices"][0]["text"] == expect("base", "hello", 4)
 
@@ -270,8 +272,9 @@ def test_a_full_queue_is_429_and_those_in_it_are_answered(open_served, expect) -
         assert set(outcomes) == {None, expect("base", "busy", 80)}
 
 
-def test_a_request_ends_when_its_time_is_over(open_served) -> None:
-    with serving(open_served("balanced"), Limits(seconds=0.0)) as server:
+@pytest.mark.parametrize("seconds", [0.0, 0.03])  # while its tokens are made, and while it is computed
+def test_a_request_ends_when_its_time_is_over(open_served, seconds: float) -> None:
+    with serving(open_served("balanced"), Limits(seconds=seconds)) as server:
         with pytest.raises(openai.InternalServerError) as caught:
             server.openai.completions.create(model="base", prompt="late", max_tokens=80)
         assert (caught.value.status_code, caught.value.code) == (504, "timeout")
@@ -326,13 +329,14 @@ def test_a_long_prompt_holds_up_nobody_else(open_served, monkeypatch: pytest.Mon
         return make(self, text)
 
     monkeypatch.setattr(Prompts, "text", slowly)
-    with serving(open_served("balanced"), Limits()) as server:
+    with serving(open_served("balanced"), Limits(max_queue=1)) as server:
         codes: list[int] = []
         body = {"model": "base", "prompt": "x", "max_tokens": 1}
         thread = threading.Thread(target=lambda: codes.append(server.post("/v1/completions", body).status_code))
         thread.start()
         assert begun.wait(30)
         assert server.get("/health").status_code == 200 and not codes
+        assert server.post("/v1/completions", body).json()["error"]["code"] == "queue_full"  # it is a queue too
         go.set()
         thread.join(30)
     assert codes == [200]

@@ -1,5 +1,6 @@
 """The page in a real browser: a chat that streams, what is protected, what goes wrong, by keyboard and on a phone."""
 
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -144,3 +145,28 @@ def test_it_can_be_used_by_keyboard_alone_and_on_a_phone(browser: Driver, server
     # Everything that the page has asked for came from its own server.
     names = browser.execute_script("return performance.getEntriesByType('resource').map(e => e.name)")
     assert names and all(name.startswith(server.url) for name in names)
+
+
+def test_no_script_and_no_server_of_elsewhere_is_used(browser: Driver, server: Running) -> None:
+    """Whatever a text brings into the page."""
+    open_page(browser, server)
+    insert = (
+        "const made = document.createElement('script'); made.textContent = 'window.ran = true';"
+        "document.body.append(made); return window.ran === true"
+    )
+    assert browser.execute_script(insert) is False
+    ask = "const [url, done] = arguments; fetch(url, {mode: 'no-cors'}).then(() => done('sent'), () => done('refused'))"
+    show = (
+        "const [url, done] = arguments, image = new Image();"
+        "image.onload = image.onerror = () => done(); image.src = url"
+    )
+    with socket.create_server(("127.0.0.1", 0)) as elsewhere:
+        url = f"http://127.0.0.1:{elsewhere.getsockname()[1]}/"
+        assert browser.execute_async_script(ask, url) == "refused"
+        browser.execute_async_script(show, url)
+        elsewhere.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            elsewhere.accept()
+    logged = "".join(entry["message"] for entry in browser.get_log("browser"))
+    assert all(rule in logged for rule in ("script-src 'self'", "connect-src 'self'", "img-src data:"))
+    assert server.get("/", token=None).headers["content-security-policy"].startswith("default-src 'none'; ")

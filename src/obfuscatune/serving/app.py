@@ -26,6 +26,7 @@ PAGE = {
     "/page.css": ("page.css", "text/css"),
 }
 OPEN = ("/health", *PAGE)  # wanted without a token: the page asks its reader for one
+_GET = ["GET", "HEAD"]
 PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/protection", "/v1/job", "/metrics", *OPEN)
 
 
@@ -50,38 +51,38 @@ def build_app(
         name: {"id": name, "object": "model", "created": started, "owned_by": "obfuscatune"} for name in offered.names
     }
 
-    @app.get("/v1/models")
+    @app.api_route("/v1/models", methods=_GET)
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": list(entries.values())}
 
-    @app.get("/v1/models/{name}")
+    @app.api_route("/v1/models/{name}", methods=_GET)
     async def model(name: str) -> dict[str, Any]:
         if name not in entries:
             raise no_model(offered.names)
         return entries[name]
 
-    @app.get("/v1/protection")
+    @app.api_route("/v1/protection", methods=_GET)
     async def protection() -> dict[str, Any]:
         return offered.about()
 
     if (tell := offered.job) is not None:
 
-        @app.get("/v1/job")
+        @app.api_route("/v1/job", methods=_GET)
         async def job() -> dict[str, Any]:
             return await tell()
 
-    @app.get("/health")
+    @app.api_route("/health", methods=_GET)
     async def health() -> Response:
         alive = offered.alive()
         return JSONResponse({"status": "ok" if alive else "unavailable"}, 200 if alive else 503)
 
-    @app.get("/metrics")
+    @app.api_route("/metrics", methods=_GET)
     async def prometheus() -> Response:
         return PlainTextResponse(metrics.text(*offered.load(), offered.alive()), media_type="text/plain; version=0.0.4")
 
     for path, (name, kind) in PAGE.items():
         content = (Path(__file__).parent / "page" / name).read_bytes()
-        app.add_api_route(path, _constant(content, kind), methods=["GET"])
+        app.add_api_route(path, _constant(content, kind), methods=_GET)
 
     @app.exception_handler(Refusal)
     async def refused(request: Request, refusal: Refusal) -> Response:

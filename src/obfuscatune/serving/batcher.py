@@ -77,8 +77,7 @@ class Batcher:
             if not self.alive:
                 raise _unavailable()
             if sum(not waiting.lapse() for waiting in self._rows) >= self._limits.max_queue:
-                message = f"{self._limits.max_queue} requests wait already"
-                raise Refusal(429, message, code="queue_full", retry_after=1)
+                raise Refusal.full(self._limits.max_queue)
             self._rows.append(row)
             self._changed.notify_all()
 

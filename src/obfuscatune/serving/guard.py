@@ -7,6 +7,7 @@ where an exception of the application ends: uvicorn would log it with its messag
 import asyncio
 import hmac
 import logging
+import re
 import traceback
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from obfuscatune.serving.refusal import Refusal
 
 logger = logging.getLogger(__name__)
 
+_CHARSET = re.compile(rb"charset\s*\*?=\s*[\"']?([^\s;\"']*)", re.IGNORECASE)
 _HEADERS = (
     # The page runs its own script and asks its own server, and nothing else.
     (
@@ -115,9 +117,14 @@ class Guard:
         headers: dict[bytes, list[bytes]] = {}
         for name, value in scope["headers"]:
             headers.setdefault(name, []).append(value)
-        if b"transfer-encoding" in headers and b"content-length" in headers:
-            # Two readers may take two lengths: what one of them passes, the other one takes for a second request.
-            raise Refusal(400, "both Transfer-Encoding and Content-Length", code="invalid_request")
+        # Two readers may take two lengths: what one of them passes, the other one takes for a second request.
+        if b"transfer-encoding" in headers and (b"content-length" in headers or scope["http_version"] == "1.0"):
+            message = "Transfer-Encoding is for HTTP 1.1, without Content-Length"
+            raise Refusal(400, message, code="invalid_request")
+        # Or two texts: one that a proxy unpacks or decodes, and the one that is here.
+        packed = [value for value in headers.get(b"content-encoding", []) if value.lower() != b"identity"]
+        if packed or not all(map(_is_utf8, headers.get(b"content-type", []))):
+            raise Refusal(415, "a body is JSON in UTF-8, and not packed", code="invalid_request")
         host = headers.get(b"host", [])
         if len(host) != 1 or _without_port(host[0].decode("latin-1")).lower() not in self._hosts:
             raise Refusal(421, "this server has another name", code="wrong_host")
@@ -159,6 +166,10 @@ class Guard:
 
     def _too_long(self) -> Refusal:
         return Refusal(413, f"a body has at most {self._limits.body_bytes} bytes", code="request_too_large")
+
+
+def _is_utf8(content_type: bytes) -> bool:
+    return all(name.lower() in (b"utf-8", b"utf8") for name in _CHARSET.findall(content_type))
 
 
 def _without_port(host: str) -> str:

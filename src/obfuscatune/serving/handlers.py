@@ -7,6 +7,7 @@
 import asyncio
 import json
 import threading
+import time
 from abc import abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -207,21 +208,36 @@ class _Ours:
     def __init__(self, served: Served, limits: Limits, prompts: Any, generation: Callable[[str, str], Manager]) -> None:
         super().__init__(model_manager=self, generation_state=self)  # type: ignore[call-arg]
         self._served, self._limits, self._prompts, self._generation = served, limits, prompts, generation
+        self._reading = 0
 
     async def answer(self, body: dict[str, Any], request_id: str, *, again: bool) -> Response:
         """Answer a request. again: whether it is asked again, as its client says. Raises Refusal.
 
-        Tokens are made in a thread: those of a long prompt take a second, in which the loop has others to serve.
+        Tokens are made in a thread: those of a long prompt take a second, in which the loop has others to serve. Many
+        of those are a queue too, with the same limits.
         """
+        begun = time.monotonic()
         request.check(body, self.kind, self._served.names)
         asked = request.plain(body, self.kind)
-        settings = replace(request.settings(asked, self._served.defaults, self._limits), again=again)
-        make = self._prompts.chat if self.kind == "chat" else self._prompts.text
-        tokens = await asyncio.to_thread(make, asked[self.field])
+        settings = replace(request.settings(asked, self._served.defaults, self._limits), again=again, begun=begun)
+        tokens = await self._tokens(asked[self.field])
         response: Response = await self.handle_request(  # type: ignore[attr-defined]
             {**asked, _TOKENS: tokens, _SETTINGS: settings}, request_id
         )
         return response
+
+    async def _tokens(self, content: Any) -> Any:
+        if self._reading >= self._limits.max_queue:
+            raise Refusal.full(self._reading)
+        make = self._prompts.chat if self.kind == "chat" else self._prompts.text
+        self._reading += 1
+        try:
+            async with asyncio.timeout(self._limits.seconds):
+                return await asyncio.to_thread(make, content)
+        except TimeoutError:
+            raise Refusal.late() from None
+        finally:
+            self._reading -= 1
 
     # As the handlers' model manager and state of generation.
 

@@ -25,6 +25,17 @@ class Refusal(Exception):  # noqa: N818 - what the server does; to its client it
         """Return what a client is told of a fault that is not its own."""
         return cls(500, "the request failed in the enclave", code="internal_error")
 
+    @classmethod
+    def full(cls, waiting: int, *, retry_after: int = 1) -> "Refusal":
+        """Return what a client is told where so many wait that it may not."""
+        message = f"{waiting} requests wait already"
+        return cls(429, message, code="queue_full", retry_after=retry_after)
+
+    @classmethod
+    def late(cls) -> "Refusal":
+        """Return what a client is told whose request has taken all the time that it may."""
+        return cls(504, "the time of the request is over", code="timeout")
+
     @property
     def kind(self) -> str:
         """OpenAI's class of the error, which clients choose their exception by."""
@@ -38,7 +49,7 @@ class Refusal(Exception):  # noqa: N818 - what the server does; to its client it
 
     def headers(self) -> dict[str, str]:
         """Return the headers that go with it. The connection ends: what is left of the body is not waited for."""
-        found = {"Connection": "close"} if self.status in (400, 401, 408, 413, 421, 431, 505) else {}
+        found = {"Connection": "close"} if self.status in (400, 401, 408, 413, 415, 421, 431, 505) else {}
         if self.retry_after is not None:
             found["Retry-After"] = str(self.retry_after)
         if self.status == 401:

@@ -191,13 +191,13 @@ class Enclave:
         except TimeoutError:
             if self._giving_up:
                 raise _ends() from None
-            raise Refusal(504, "the time of the request is over", code="timeout") from None
+            raise Refusal.late() from None
         finally:
             self._deadlines.discard(deadline)
 
     async def _complete(self, question: Question) -> None:
         if self._waiting >= Limits.max_queue:
-            raise Refusal(429, f"{self._waiting} requests wait already", code="queue_full", retry_after=5)
+            raise Refusal.full(self._waiting, retry_after=5)
         self._waiting += 1
         try:
             await self._places.acquire()

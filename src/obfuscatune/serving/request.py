@@ -20,7 +20,8 @@ MAX_STOPS = 4
 LEAST_TEMPERATURE = 1e-4  # below it logits overflow, and all of the batch with them; it means the likeliest token
 MAX_STOP_CHARACTERS = 64
 
-_COMMON = ("model", "stream", "stream_options", "temperature", "top_p", "max_tokens", "seed", "stop", "user")
+_LABELS = ("user", "safety_identifier", "prompt_cache_key")  # of a client's own user or cache: they change nothing
+_COMMON = ("model", "stream", "stream_options", "temperature", "top_p", "max_tokens", "seed", "stop", *_LABELS)
 FIELDS: dict[str, tuple[str, ...]] = {
     "chat": (*_COMMON, "messages", "max_completion_tokens"),
     "completion": (*_COMMON, "prompt"),
@@ -91,8 +92,9 @@ def check(body: Mapping[str, Any], kind: str, names: tuple[str, ...]) -> None:
         raise no_model(names)
     if not isinstance(body.get("stream"), bool | None):
         raise _wrong("stream", "true or false")
-    if not isinstance(body.get("user"), str | None):
-        raise _wrong("user", "a text")
+    for label in _LABELS:
+        if not isinstance(body.get(label), str | None):
+            raise _wrong(label, "a text")
     _check_stream_options(body.get("stream_options"), bool(body.get("stream")))
     _check_messages(body.get("messages")) if kind == "chat" else _check_prompt(body.get("prompt"))
 
@@ -156,14 +158,14 @@ def settings(body: Mapping[str, Any], defaults: Defaults, limits: Limits) -> Set
     )
 
 
-def _number(body: Mapping[str, Any], name: str, least: float, most: float, kind: Callable[[Any], Any]) -> Any:
+def _number(body: Mapping[str, Any], name: str, least: int, most: int, kind: Callable[[Any], Any]) -> Any:
     value = body.get(name)
     if value is None:
         return None
     is_number = isinstance(value, int | float) and not isinstance(value, bool)  # NaN is in no range
     if not is_number or not least <= value <= most or (kind is int and value != int(value)):
         what = "an integer" if kind is int else "a number"
-        raise _wrong(name, f"{what} from {least:g} to {most:g}")
+        raise _wrong(name, f"{what} from {least} to {most}")
     return kind(value)
 
 

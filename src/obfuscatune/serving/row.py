@@ -29,7 +29,7 @@ class Row:
         self.chooser = settings.chooser()
         self.failure: Refusal | None = None
         self.done = self.alone = self.cancelled = False
-        self.started = time.monotonic()
+        self.started = settings.begun
         self.first_token: float | None = None
         self.queue: asyncio.Queue[Any] = asyncio.Queue()
         self._deadline = self.started + seconds
@@ -53,7 +53,7 @@ class Row:
         return self.settings.longest - len(self.tokens)
 
     def age(self) -> float:
-        """Return the seconds since it was submitted."""
+        """Return the seconds since the request came."""
         return time.monotonic() - self.started
 
     def cancel(self) -> None:
@@ -80,7 +80,7 @@ class Row:
         if not self.done and self.cancelled:
             self.done = True
         if not self.done and time.monotonic() > self._deadline:
-            self.fail(Refusal(504, "the time of the request is over", code="timeout"))
+            self.fail(Refusal.late())
         return self.done
 
     def finish(self) -> None:

@@ -5,8 +5,9 @@ leaves it one choice in each row that samples. So requests of any settings share
 random numbers whoever else is in it.
 """
 
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -28,6 +29,7 @@ class Settings:
         seed: of this request's random numbers; None: the system's. stop: texts that end it.
         stopped: whether it ended by itself rather than at its longest. usage: whether a stream tells its counts.
         again: whether the client says that it has asked this before, and had no answer.
+        begun: when the request came, by `time.monotonic`.
     """
 
     longest: int
@@ -39,6 +41,7 @@ class Settings:
     stopped: bool = False
     usage: bool = False
     again: bool = False
+    begun: float = field(default_factory=time.monotonic)
 
     @property
     def max_new_tokens(self) -> int:

@@ -5,6 +5,7 @@ import os
 import queue
 import socket
 import ssl
+import struct
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -367,8 +368,29 @@ def test_what_is_no_tls_is_refused(owner: Identity, policy: Policy) -> None:
 def test_a_silent_peer_is_left(owner: Identity, policy: Policy) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = f"tls://127.0.0.1:{listener.getsockname()[1]}"
-        with pytest.raises(ProtocolError, match="TLS handshake failed: got timeout"):
+        with pytest.raises(ConnectionClosedError, match="TLS handshake failed: got timeout"):
             connect_attested(address, identity=owner, policy=policy, timeout=0.1)
+
+
+@pytest.mark.parametrize("resets", [False, True])
+def test_a_forwarder_with_nothing_behind_it_is_an_enclave_that_is_away(
+    owner: Identity, policy: Policy, resets: bool
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def forward() -> None:
+            accepted, _ = listener.accept()
+            with accepted:
+                accepted.recv(10_000)
+                if resets:
+                    accepted.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+        thread = threading.Thread(target=forward)
+        thread.start()
+        address = f"tls://127.0.0.1:{listener.getsockname()[1]}"
+        with pytest.raises(ConnectionClosedError, match="TLS handshake failed"):
+            connect_attested(address, identity=owner, policy=policy, timeout=20)
+        thread.join(20)
 
 
 # Garbage, slow and many strangers

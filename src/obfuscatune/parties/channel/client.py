@@ -7,7 +7,14 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from obfuscatune.errors import AttestationError, BusyError, ObfuscatuneError, ProtocolError, UsageError
+from obfuscatune.errors import (
+    AttestationError,
+    BusyError,
+    ConnectionClosedError,
+    ObfuscatuneError,
+    ProtocolError,
+    UsageError,
+)
 from obfuscatune.parties.attestation.evidence import Evidence
 from obfuscatune.parties.attestation.policy import Policy
 from obfuscatune.parties.attestation.verdict import Verdict
@@ -124,7 +131,7 @@ def connect_attested(
         AttestationError: the evidence is missing, of another key or moment, or refused by the policy.
         BusyError: the enclave had no place in all the time.
         ConsentError: the enclave does not know the client.
-        ProtocolError: the peer is no enclave of this protocol, or too slow (ConnectionClosedError).
+        ProtocolError: the peer is no enclave of this protocol, or gone or too slow (ConnectionClosedError).
         UsageError: nobody answers, or not an address.
     """
     deadline, pause = time.monotonic() + timeout, _FIRST_PAUSE
@@ -173,7 +180,7 @@ def fetch_evidence(address: str, *, timeout: float = 30.0, nonce: str | None = N
 
     Raises:
         AttestationError: the evidence cannot be read, or is of another key or nonce.
-        ProtocolError: the peer is no enclave of this protocol, or too slow (ConnectionClosedError).
+        ProtocolError: the peer is no enclave of this protocol, or gone or too slow (ConnectionClosedError).
         UsageError: nobody answers, not an address, or not a nonce.
     """
     if nonce is not None and not handshake.is_nonce(nonce):
@@ -197,7 +204,7 @@ def _open(address: str, timeout: float, deadline: float) -> tuple[frames.Stream,
         secured = client_context().wrap_socket(sock, do_handshake_on_connect=False)
     except OSError as error:
         sock.close()
-        raise ProtocolError("TLS handshake failed", got=error.strerror, where=address) from None
+        raise ConnectionClosedError("TLS handshake failed", got=error.strerror, where=address) from None
     stream = frames.Stream(secured, str(parsed))
     try:
         secured.settimeout(max(deadline - time.monotonic(), 1e-3))
@@ -208,13 +215,17 @@ def _open(address: str, timeout: float, deadline: float) -> tuple[frames.Stream,
         problem = _located(error, address)
     except ProtocolError as error:
         problem = error
+    except (ssl.SSLEOFError, ssl.SSLZeroReturnError) as error:
+        problem = ConnectionClosedError("TLS handshake failed", got=error.reason or "end of stream", where=address)
     except ssl.SSLError as error:
         problem = ProtocolError("TLS handshake failed", got=error.reason, expected="TLS 1.3", where=address)
-    except (OSError, ValueError) as error:
+    except OSError as error:  # as of a forwarder that has nothing behind it
         late = isinstance(error, TimeoutError)
-        got = "timeout" if late else getattr(error, "strerror", None)
         hint = "something listens there and says nothing: a stopped enclave, or another port" if late else None
-        problem = ProtocolError("TLS handshake failed", got=got, where=address, hint=hint)
+        got = "timeout" if late else error.strerror
+        problem = ConnectionClosedError("TLS handshake failed", got=got, where=address, hint=hint)
+    except ValueError:
+        problem = ProtocolError("TLS handshake failed", where=address)
     stream.close()
     raise problem from None
 
