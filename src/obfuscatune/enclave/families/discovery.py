@@ -46,7 +46,7 @@ def _find_blocks(model: nn.Module, where: str) -> tuple[str, list[nn.Module]]:
     lists = [
         (name, list(module))
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count and all(map(_has_linear, module))
+        if isinstance(module, nn.ModuleList) and 0 < len(module) == count and all(map(_has_linear, module))
     ]
     outer = [(name, blocks) for name, blocks in lists if not any(name.startswith(f"{other}.") for other, _ in lists)]
     if len(outer) != 1:
