@@ -18,6 +18,7 @@ from obfuscatune.enclave.remote.lora import Slot
 from obfuscatune.enclave.remote.norms import FoldedNorm
 from obfuscatune.enclave.remote.withdrawn import Withdrawn
 from obfuscatune.enclave.session import Session
+from obfuscatune.errors import UnsupportedModelError
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -143,7 +144,14 @@ class RemoteLinear(Withdrawn):
     def _dtype(self) -> torch.dtype:
         return self.group.placed.dtype
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
-        """Return ``[..., out]`` for x ``[..., in]``."""
+    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        """Return ``[..., out]`` for x ``[..., in]``.
+
+        Raises:
+            UnsupportedModelError: any other argument, as PEFT's hooks for one adapter a row put one here.
+        """
+        if kwargs:
+            got = ", ".join(kwargs)
+            raise UnsupportedModelError("an argument that a linear layer does not have", got=got, where=self.path)
         y = self.group.output(x, self.member)
         return y if self.bias is None else y + self.bias
