@@ -23,6 +23,7 @@ from transformers import (
     GPTNeoConfig,
     GptOssConfig,
     MambaConfig,
+    OpenAIGPTConfig,
     OPTConfig,
     PhiConfig,
 )
@@ -65,6 +66,14 @@ FOUND: dict[str, tuple[Callable[[], Any], list[int]]] = {
             resid_pdrop=0.0,
         ),
         [4, 1, 1],
+    ),
+    # Which takes neither a mask that is made already nor none.
+    "openai-gpt": (
+        lambda: OpenAIGPTConfig(
+            vocab_size=37, n_embd=24, n_layer=2, n_head=4, n_positions=64, attn_pdrop=0.0, embd_pdrop=0.0,
+            resid_pdrop=0.0,
+        ),
+        [1, 1, 1, 1],
     ),
     "phi": (lambda: PhiConfig(**{**COMMON, "hidden_size": 32}), [4, 1, 1]),
     "gemma": (lambda: GemmaConfig(**SQUARE, head_dim=6), [3, 1, 2, 1]),

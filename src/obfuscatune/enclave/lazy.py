@@ -126,11 +126,12 @@ def load_lazily(config: Any, source: TensorSource, dtype: torch.dtype) -> Any:
     """
     _check(config, source)
     skeleton = empty_model(config, dtype=dtype)
+    # Before the files are looked at: experts, say, have other names there than in the model.
+    leaving = {f"{layer.path}.weight" for block in read_decoder(skeleton).blocks for layer in block.layers}
     wanted = dict(skeleton.state_dict())
     tied = dict(skeleton._tied_weights_keys or {}) if getattr(config, "tie_word_embeddings", False) else {}
     wanted = {name: tensor for name, tensor in wanted.items() if name not in tied}
     names = _match({name: tuple(tensor.shape) for name, tensor in wanted.items()}, source, skeleton)
-    leaving = {f"{layer.path}.weight" for block in read_decoder(skeleton).blocks for layer in block.layers}
     unfilled = _unfilled(dtype)
     tensors = {
         name: unfilled.expand(tensor.shape) if name in leaving else _read(source, names[name], tensor.dtype)

@@ -118,7 +118,12 @@ def _trace(model: Any, paths: list[str], where: str) -> dict[str, int]:
     ids = torch.zeros(1, _TOKENS, dtype=torch.long, device="meta")
     made = torch.zeros(1, 1, _TOKENS, _TOKENS, dtype=next(skeleton.parameters()).dtype, device="meta")
     failure: Exception | None = None
-    for mask in (made, None):  # one that is made already, or one that the model makes for itself
+    flat = torch.ones(1, _TOKENS, device="meta")
+    for mask in (
+        made,
+        None,
+        flat,
+    ):  # one that is made already, or one that the model makes for itself, or of a tokenizer
         for tensors in entered.values():
             tensors.clear()
         try:

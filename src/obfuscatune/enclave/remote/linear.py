@@ -93,6 +93,10 @@ class LinearGroup(ABC):
     def outputs(self, x: Tensor) -> Sequence[Tensor]:
         """Make the call, and return the un-keyed output of each layer, with what LoRA slots add to it."""
 
+    def split(self, y: Tensor) -> Sequence[Tensor]:
+        """Return the columns of each layer: nobody else has y, so whoever gets a piece may change it (OLMo clips q)."""
+        return torch.unsafe_split_with_sizes(y, self.widths, dim=-1) if len(self.widths) > 1 else (y,)
+
 
 class KeyedGroup(LinearGroup):
     """Sends ``x* = x R_in``, receives ``y* = x* W*`` with ``W* = R_in^-1 W R_out``, returns ``y* R_out^-1``.
@@ -121,7 +125,7 @@ class KeyedGroup(LinearGroup):
         for slot in self.slots.values():
             slot.contribute(call, x)
         y = decode(call.run()["y"], placed.key_out)
-        return torch.split(y, self.widths, dim=-1) if len(self.widths) > 1 else (y,)
+        return self.split(y)
 
 
 class RemoteLinear(Withdrawn):
