@@ -71,13 +71,22 @@ def _linear_names(block: nn.Module, where: str) -> list[str]:
         if isinstance(module, nn.ModuleList) and name and _has_linear(module):
             raise UnsupportedModelError("a list of modules in a block, such as experts", where=f"{where}.{name}")
         for own, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim > 1 and not isinstance(module, nn.Linear | Conv1D | nn.Embedding):
+            if (
+                parameter.ndim > 1
+                and not isinstance(module, nn.Linear | Conv1D | nn.Embedding)
+                and not _is_norm(module)
+            ):
                 got = f"{own} {list(parameter.shape)}"
                 path = f"{where}.{name}" if name else where
                 raise UnsupportedModelError("weights that are not those of a linear layer", got=got, where=path)
         if isinstance(module, nn.Linear | Conv1D | BaseTunerLayer):
             names.append(name)
     return names
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """One of transformers, which stays in the enclave; that of all heads has a row for each (Command R+)."""
+    return type(module).__module__.startswith("transformers.models.") and type(module).__name__.endswith("Norm")
 
 
 def _refuse_shared(model: nn.Module, path: str, names: list[list[str]]) -> None:
