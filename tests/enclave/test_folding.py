@@ -1,6 +1,7 @@
 """Keyed weights compute on keyed rows what the plain weights compute on plain rows: float64 against dense maths."""
 
 import math
+import weakref
 from typing import Any
 
 import pytest
@@ -8,8 +9,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from obfuscatune.enclave.folding import centre, fold_norm, key_attention, key_mlp, key_rows, key_weight, unkey_rows
+from obfuscatune.enclave import folding
+from obfuscatune.enclave.folding import (
+    centre,
+    fold_norm,
+    fold_shift,
+    key_attention,
+    key_mlp,
+    key_rows,
+    key_weight,
+    times_gain,
+    unkey_rows,
+)
 from obfuscatune.enclave.keys import FAMILIES, ConcatKey, HeadKeys, IdentityKey, Key, MasterSecret, build, head_keys
 from obfuscatune.enclave.keys.diagonal import gated_keys
 
@@ -71,13 +84,61 @@ def test_a_centred_layer_norm_commutes_with_a_rotation(d: int, seed: int, family
     assert (rms_norm(rotation.apply(rows)) - rotation.apply(layer_norm)).abs().max() > 0.1  # it must be centred
 
 
-@given(SIZES, SIZES, SEEDS, FAMILY, FAMILY)
-def test_key_weight(d: int, out: int, seed: int, family_in: str, family_out: str) -> None:
+@given(SIZES, SIZES, SEEDS, FAMILY, FAMILY, st.sampled_from([1, 7, 20, folding.SLAB]))
+def test_key_weight(d: int, out: int, seed: int, family_in: str, family_out: str, slab: int) -> None:
     key_in, key_out = key(family_in, seed, "in", d), key(family_out, seed, "out", out)
-    rows, weight = normal(seed, 4, d), normal(seed + 1, d, out)
-    keyed = key_weight(weight, key_in, key_out)
+    rows, weight, gain = normal(seed, 4, d), normal(seed + 1, d, out), normal(seed + 2, d)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(folding, "SLAB", slab)
+        keyed = key_weight(weight, key_in, key_out)
+        folded = key_weight(weight, key_in, key_out, read=lambda columns: times_gain(columns, gain))
+        assert_equal(fold_shift(weight, None, gain), gain @ weight)
+        assert torch.equal(key_weight(weight, key_in, key_out, dtype=torch.bfloat16), keyed.bfloat16())
     assert_equal(keyed, torch.linalg.solve(key_in.dense(), weight) @ key_out.dense())
     assert_equal(key_out.apply_inverse(key_in.apply(rows) @ keyed), rows @ weight)
+    assert_equal(key_out.apply_inverse(key_in.apply(rows) @ folded), (rows * gain) @ weight)
+
+
+def test_keying_a_weight_holds_one_float64_copy() -> None:
+    """Of all tensors that are made while it is keyed and rounded, those alive at a time: the peak of an enclave."""
+    weight = torch.randn(512, 4096).bfloat16()
+    keys = key("monarch", 0, "in", 512), key("monarch", 0, "out", 4096)
+    with pytest.MonkeyPatch.context() as patch, Alive() as alive:
+        patch.setattr(folding, "SLAB", 1 << 16)
+        key_weight(weight, *keys, dtype=torch.bfloat16)
+    copy = weight.numel() * 8
+    assert copy * 1.25 < alive.most < copy * 1.6  # and one in bfloat16, and slabs
+    with Alive() as alive:  # the control: in one piece
+        keys[1].apply(unkey_rows(weight.double(), keys[0])).bfloat16()
+    assert alive.most > 3 * copy
+
+
+class Alive(TorchDispatchMode):
+    """Counts the bytes of the tensors that operations have made and that are there still; ``most``: at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = self._now = 0
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in self._seen:
+                self._add(tensor.untyped_storage())
+        return result
+
+    def _add(self, storage: Any) -> None:
+        address, size = storage.data_ptr(), storage.nbytes()
+        self._seen.add(address)
+        self._now += size
+        self.most = max(self.most, self._now)
+
+        def gone() -> None:
+            self._now -= size
+            self._seen.discard(address)
+
+        weakref.finalize(storage, gone)
 
 
 @given(SIZES, SIZES, SEEDS, FAMILY)

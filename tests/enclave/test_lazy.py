@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from transformers import MixtralConfig
 
 import obfuscatune
 from obfuscatune.enclave.lazy import lazy_weights, load_lazily
@@ -127,3 +128,11 @@ def test_tensors_of_another_model_are_refused(change, message):
     change(tensors)
     with pytest.raises(UnsupportedModelError, match=message):
         load_lazily(gpt2().config, Source(tensors), torch.float64)
+
+
+def test_experts_are_refused_for_what_they_are():
+    """And not for tensors that have other names in files than in the model."""
+    sizes = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = MixtralConfig(vocab_size=37, **sizes, num_key_value_heads=2, num_local_experts=2)
+    with pytest.raises(UnsupportedModelError, match=r"not those of a linear layer.*layers\.0\.mlp"):
+        load_lazily(config, Source({"model.embed_tokens.weight": torch.zeros(37, 32)}), torch.float32)

@@ -20,6 +20,7 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     Olmo2Config,
+    OlmoConfig,
     Phi3Config,
     Qwen2Config,
     Qwen3Config,
@@ -100,6 +101,7 @@ RECORDED: dict[str, Callable[[], Any]] = {
 SQUARE = {**COMMON, "hidden_size": 24}  # heads that are as wide together as the model
 UNRECORDED: dict[str, Callable[[], Any]] = {
     "olmo2": lambda: Olmo2Config(**SQUARE),
+    "olmo": lambda: OlmoConfig(**SQUARE, clip_qkv=0.5),  # changes q, k and v in place
     "granite": lambda: GraniteConfig(**SQUARE),
     "stablelm": lambda: StableLmConfig(**{**COMMON, "hidden_size": 32}),
     "cohere": lambda: CohereConfig(**SQUARE),
@@ -137,7 +139,7 @@ def randomize(model: Any, seed: int = 0) -> Any:
 def adapted(model: Any, **options: Any) -> Any:
     """A PEFT model of rank 3 around the model, on all linear layers unless told, both factors random."""
     dtype = next(model.parameters()).dtype
-    more = {"fan_in_fan_out": True} if model.config.model_type == "gpt2" else {}
+    more = {"fan_in_fan_out": True} if model.config.model_type in ("gpt2", "openai-gpt") else {}
     config = LoraConfig(**{"r": 3, "lora_alpha": 5, "target_modules": "all-linear", **more, **options})
     peft_model = get_peft_model(model, config).to(dtype).eval()
     randomize_lora(peft_model, seed=1)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,18 @@ import torch
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     BloomConfig,
     Cohere2Config,
     FalconConfig,
+    Gemma3Config,
+    Gemma3TextConfig,
     GemmaConfig,
     GPTJConfig,
     GPTNeoConfig,
     GptOssConfig,
     MambaConfig,
+    OpenAIGPTConfig,
     OPTConfig,
     PhiConfig,
 )
@@ -27,7 +32,7 @@ from obfuscatune import UnsupportedModelError
 from obfuscatune.cli import main
 from obfuscatune.enclave.remote.linear import RemoteLinear
 
-from .families import COMMON, SQUARE, adapted, randomize
+from .families import COMMON, SQUARE, adapted, randomize, wide
 from .models import error, gradients, scalar, tokens, worst
 
 EXACT = 1e-9  # float64; measured 5.5e-14
@@ -61,6 +66,14 @@ FOUND: dict[str, tuple[Callable[[], Any], list[int]]] = {
             resid_pdrop=0.0,
         ),
         [4, 1, 1],
+    ),
+    # Which takes neither a mask that is made already nor none.
+    "openai-gpt": (
+        lambda: OpenAIGPTConfig(
+            vocab_size=37, n_embd=24, n_layer=2, n_head=4, n_positions=64, attn_pdrop=0.0, embd_pdrop=0.0,
+            resid_pdrop=0.0,
+        ),
+        [1, 1, 1, 1],
     ),
     "phi": (lambda: PhiConfig(**{**COMMON, "hidden_size": 32}), [4, 1, 1]),
     "gemma": (lambda: GemmaConfig(**SQUARE, head_dim=6), [3, 1, 2, 1]),
@@ -175,6 +188,26 @@ def test_what_a_configuration_does_not_say_is_refused(
 def test_other_kinds_of_layers_are_refused_by_name(protect: Any, config: Callable[[], Any], message: str) -> None:
     with pytest.raises(UnsupportedModelError, match=message):
         protect(AutoModelForCausalLM.from_config(config()), profile="strict")
+
+
+@pytest.mark.parametrize("profile", ["balanced", "strict"])
+def test_the_language_model_of_a_model_of_pictures(protect: Any, profile: str) -> None:
+    """As docs/models.md has it; the whole is refused."""
+    text = Gemma3TextConfig(**SQUARE, head_dim=6, query_pre_attn_scalar=7, **WINDOWS)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2}
+    vision = {"model_type": "siglip_vision_model", **sizes, "image_size": 8, "patch_size": 2}
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=36)
+    whole = randomize(AutoModelForImageTextToText.from_config(config).double().eval())
+    with pytest.raises(UnsupportedModelError, match=r"pictures or sounds besides text: got model_type 'gemma3'"):
+        protect(whole, profile=profile)
+    model = AutoModelForCausalLM.from_config(whole.config.text_config, dtype=whole.dtype)
+    model.model, model.lm_head = copy.deepcopy(whole.model.language_model), copy.deepcopy(whole.lm_head)
+    ids, mask = batch()
+    with wide(), warnings.catch_warnings(), torch.no_grad():
+        warnings.filterwarnings("ignore", message=".*normalized in each head")
+        with protect(model.eval(), profile=profile, **MONARCH) as run:
+            got, expected = (m(input_ids=ids, attention_mask=mask).logits[mask.bool()] for m in (run.model, whole))
+    assert error(got, expected) < EXACT
 
 
 def test_inspect_says_what_was_found(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -1,9 +1,15 @@
-"""What the worker's process loads: itself, the protocol, and torch; so nothing of keys, models or the enclave."""
+"""What the worker's process loads: itself, the protocol, and torch; so nothing of keys, models or the enclave.
 
+And that no part of the package imports one that stands above it.
+"""
+
+import ast
 import json
 import pkgutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -69,3 +75,50 @@ def test_the_check_sees_what_is_loaded(module: str, libraries: set[str]) -> None
 
 def test_what_the_libraries_load_is_nothing_of_ours(libraries: set[str]) -> None:
     assert not {"obfuscatune", "transformers", "peft", "cryptography"} & libraries
+
+
+# The house of docs/design.md, from the ground up: each part imports those of rows below its own, and none beside it.
+ROOT = Path(obfuscatune.__file__).parent
+HOUSE = (
+    ("errors", "durable"),
+    ("protocol", "profiles", "settings"),
+    ("worker", "parties"),
+    ("enclave",),
+    ("training",),
+    ("serving", "studies"),
+    ("service",),
+    ("cli",),
+)
+ROW = {part: row for row, parts in enumerate(HOUSE) for part in parts}
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Parts of the package that a file imports anywhere in it, within functions too."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        yield from (
+            name.split(".")[1] for name in names if name.startswith("obfuscatune.") and name.split(".")[1] in ROW
+        )
+
+
+def upward(part: str, imports: set[str]) -> set[str]:
+    """Those of the imports that are not below the part."""
+    return {other for other in imports if other != part and ROW[other] >= ROW[part]}
+
+
+def test_no_part_imports_one_that_stands_above_or_beside_it() -> None:
+    entries = {path.stem for path in ROOT.iterdir() if not path.name.startswith("_") and path.suffix in ("", ".py")}
+    assert entries == set(ROW)
+    paths = 0
+    for part in ROW:
+        files = sorted((ROOT / part).rglob("*.py")) or [ROOT / f"{part}.py"]
+        found = {name: str(path.relative_to(ROOT)) for path in files for name in imported(path)}
+        paths += len(found)
+        assert not {name: found[name] for name in upward(part, set(found))}, part
+    assert paths > 40
+    assert upward("parties", {"errors", "enclave", "worker"}) == {"enclave", "worker"}  # the control

@@ -1,16 +1,19 @@
 """A model is mapped from its file, not copied: a layer is read when it is keyed, and is never held twice."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from obfuscatune.errors import UsageError
-from obfuscatune.training.loading import load_adapter, load_model, load_tokenizer
+from obfuscatune.cli.inspect import examine
+from obfuscatune.errors import UnsupportedModelError, UsageError
+from obfuscatune.training.loading import load_adapter, load_config, load_model, load_tokenizer
 
 TINY = {
     "vocab_size": 64,
@@ -117,3 +120,64 @@ def test_a_special_token_of_pictures_may_be_beyond_the_embedding(new_tokenizer, 
     assert len(load_tokenizer(str(tmp_path), GPT2Config(vocab_size=rows))) == rows + 1
     with pytest.raises(UsageError, match="tokenizer of another model"):
         load_tokenizer(str(tmp_path), GPT2Config(vocab_size=rows - 1))
+
+
+LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 37,
+    "hidden_size": 24,
+    "intermediate_size": 28,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+# What a file may say that no model can have: transformers fails at it in a dozen ways. Fields, and what we say.
+IMPOSSIBLE: dict[str, tuple[dict[str, Any], str]] = {
+    "a width in words": ({"hidden_size": "wide"}, "configuration: got hidden_size"),
+    "a broken width": ({"hidden_size": 24.5}, "configuration: got hidden_size"),
+    "a negative width": ({"hidden_size": -24}, "RuntimeError"),
+    "no heads": ({"num_attention_heads": 0}, "ZeroDivisionError"),
+    "heads that do not divide the width": ({"num_attention_heads": 5}, "got validate_architecture"),
+    "kv heads that do not divide the heads": ({"num_key_value_heads": 3}, "share no kv heads evenly: got 4 and 3"),
+    "heads of no width": ({"head_dim": 0}, "ZeroDivisionError"),
+    "an odd width to be rotated": ({"head_dim": 5}, "got validate_rope"),
+    "no layers": ({"num_hidden_layers": 0}, "no decoder blocks"),
+    "no layers to be discovered": ({"model_type": "olmo2", "num_hidden_layers": 0}, "blocks cannot be found"),
+    "a list of kinds that fills the memory": ({"model_type": "qwen2", "num_hidden_layers": 10**10}, "at most 4096"),
+    "another such list": (
+        {"model_type": "gpt_neo", "attention_types": [[["global"], 10**10]]},
+        r"layers in the model's configuration: got 10000000000",
+    ),
+    "an unknown activation": ({"hidden_act": "magic"}, "KeyError"),
+    "an unknown scaling": ({"rope_scaling": {"rope_type": "magic", "factor": 2.0}}, "KeyError"),
+    "half a scaling": ({"rope_scaling": {"rope_type": "yarn"}}, "configuration: got KeyError"),
+    "a scaling that is none": ({"rope_scaling": "x"}, "got rope_parameters"),
+    "an unknown kind of layer": ({"model_type": "qwen2", "layer_types": ["x", "x"]}, "got validate_layer_type"),
+    "kinds of fewer layers": ({"model_type": "qwen2", "layer_types": ["full_attention"]}, "got validate_layer_type"),
+    "a padding token beyond all": ({"pad_token_id": 99}, "AssertionError"),
+    "an unknown dtype": ({"dtype": "magic"}, "configuration: got AttributeError"),
+    "an unknown quantization": ({"quantization_config": "x"}, "configuration: got AttributeError"),
+    "an unknown kind of model": ({"model_type": "magic"}, "configuration: got ValueError"),
+    "code of attention by its name": ({"_attn_implementation": "somebody/kernel"}, "attention of the model's"),
+    "a model of pictures": (
+        {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}},
+        "takes pictures or sounds besides text: got model_type 'gemma3', around 'gemma3_text'",
+    ),
+    "another model of pictures": ({"model_type": "llava"}, "takes pictures or sounds besides text: got .*'llava'"),
+}
+
+
+@pytest.mark.parametrize(("fields", "said"), IMPOSSIBLE.values(), ids=IMPOSSIBLE)
+def test_an_impossible_configuration_is_refused(fields: dict[str, Any], said: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA, **fields}))
+    with pytest.raises((UsageError, UnsupportedModelError), match=said):
+        examine(load_config(str(tmp_path)), "float32")
+
+
+@pytest.mark.parametrize("content", ["[1]", "null", "{", "{}", "\xff"])
+def test_a_file_that_is_no_configuration_is_refused(content: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(content, encoding="latin-1")
+    with pytest.raises(UsageError, match="cannot load the model's configuration"):
+        load_config(str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    assert examine(load_config(str(tmp_path)), "float32")["heads"] == 4  # the control

@@ -5,10 +5,13 @@ key is
 
     W* = R_in^-1 W R_out,   so   (x R_in) W* R_out^-1 = x W.
 
-Everything is computed in float64 and rounded last, to the model's dtype. Secrecy: these functions read keys and plain
-weights; what they return as ``keyed`` may leave the enclave, what they return beside it must not.
+Everything is computed in float64 and rounded last, to the model's dtype. A weight is keyed some columns, then some rows
+at a time, so that there is one float64 copy of it and no more: that copy is most of the enclave's peak. Secrecy: these
+functions read keys and plain weights; what they return as ``keyed`` may leave the enclave, what they return beside it
+must not.
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +19,12 @@ from torch import Tensor
 
 from obfuscatune.enclave.keys import ConcatKey, HeadKeys, Key
 from obfuscatune.enclave.keys.source import Stream
+
+SLAB = 1 << 21  # numbers at a time: 16 MiB in float64, which malloc keeps for the next ones (`protocol/memory.py`)
+
+Read = Callable[
+    [Tensor], Tensor
+]  # some columns [in, n] of a plain weight to those that the worker's is made of, float64
 
 
 def fold_norm(weight: Tensor, bias: Tensor | None, gain: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -28,12 +37,21 @@ def fold_norm(weight: Tensor, bias: Tensor | None, gain: Tensor, shift: Tensor |
         weight: ``[in, out]``; bias: ``[out]``; gain, shift: ``[in]``. Any float dtype; float64 is returned. Where there
             is neither a bias nor a shift, there is no bias after it either.
     """
-    weight = weight.double()
-    folded_bias = None if bias is None else bias.double()
-    if shift is not None:
-        written = shift.double() @ weight
-        folded_bias = written if folded_bias is None else folded_bias + written
-    return gain.double()[:, None] * weight, folded_bias
+    return times_gain(weight, gain), fold_shift(weight, bias, shift)
+
+
+def times_gain(weight: Tensor, gain: Tensor) -> Tensor:
+    """Return ``diag(gain) W`` in float64, for all columns of W or for some."""
+    return gain.double()[:, None] * weight.double()
+
+
+def fold_shift(weight: Tensor, bias: Tensor | None, shift: Tensor | None) -> Tensor | None:
+    """Return the bias ``b + shift W`` in float64; None where there is neither."""
+    folded = None if bias is None else bias.double()
+    if shift is None:
+        return folded
+    written = _row_times(shift, weight)
+    return written if folded is None else folded + written
 
 
 def centre(rows: Tensor) -> Tensor:
@@ -45,9 +63,29 @@ def centre(rows: Tensor) -> Tensor:
     return rows - rows.mean(dim=-1, keepdim=True)
 
 
-def key_weight(weight: Tensor, key_in: Key, key_out: Key) -> Tensor:
-    """Return ``R_in^-1 W R_out`` in float64, for ``weight`` ``[in, out]``."""
-    return key_out.apply(unkey_rows(weight.double(), key_in))
+def key_weight(
+    weight: Tensor, key_in: Key, key_out: Key, *, read: Read = Tensor.double, dtype: torch.dtype = torch.float64
+) -> Tensor:
+    """Return ``R_in^-1 W R_out``, rounded to ``dtype``, for ``weight`` ``[in, out]``; ``read`` is what W is made by."""
+    half = torch.empty(weight.shape, dtype=torch.float64)
+    for part in _slabs(*weight.shape):  # each column by itself ...
+        half[:, part] = unkey_rows(read(weight[:, part]), key_in)
+    keyed = half if dtype == torch.float64 else torch.empty(weight.shape, dtype=dtype)
+    for part in _slabs(*reversed(weight.shape)):  # ... then each row
+        keyed[part] = key_out.apply(half[part])
+    return keyed
+
+
+def _slabs(length: int, count: int) -> Iterator[slice]:
+    """All of ``count`` rows, or columns, of ``length`` numbers each, in slices of about `SLAB` numbers."""
+    step = max(1, SLAB // max(1, length))
+    yield from (slice(start, start + step) for start in range(0, count, step))
+
+
+def _row_times(row: Tensor, weight: Tensor) -> Tensor:
+    """Return ``row W`` in float64, for ``row`` ``[in]`` and ``weight`` ``[in, out]``."""
+    row = row.double()
+    return torch.cat([row @ weight[:, part].double() for part in _slabs(*weight.shape)])
 
 
 def unkey_rows(matrix: Tensor, key: Key) -> Tensor:
@@ -66,7 +104,7 @@ class KeyedAttention:
 
     Attributes:
         keyed: ``first`` ``[d, n]``, ``first_bias`` ``[n]`` where there is one, ``last`` ``[heads, d]``: may leave the
-            enclave. float64.
+            enclave. The bias is float64.
         bias: ``[d]``, added to the un-keyed output in the enclave; None where there is none.
         value_offset: ``[heads * head_dim]``, what the true heads' output has more than the worker's.
     """
@@ -86,6 +124,8 @@ def key_attention(
     kv_heads: int,
     rotated: bool,
     stream: Stream | None,
+    read: Read = Tensor.double,
+    dtype: torch.dtype = torch.float64,
 ) -> KeyedAttention:
     r"""Key q,k,v, the attention and its output projection as one.
 
@@ -96,17 +136,21 @@ def key_attention(
     there the true one is sent, keyed. This needs attention dropout off. docs/design.md, "Whole submodules".
 
     Args:
-        first: ``q | k | v`` ``[d, n]`` and bias, norms already folded where the profile folds them. last:
-            ``[heads, d]`` and bias.
+        first: ``q | k | v`` ``[d, n]`` and bias, norms already folded into the bias where the profile folds them.
+            last: ``[heads, d]`` and bias.
         key_in, key_out: Ra and Rb, size d. heads: M, M^-T, N, and N for the heads' output.
         kv_heads: heads of k and v. rotated: whether q and k are rotated by position, at least in part.
         stream: randomness for c and e; ``None`` keeps the true biases.
+        read: folds norms into the weight of ``first``. dtype: of keyed weights.
     """
-    weight, bias = first[0].double(), first[1]
-    out_weight, out_bias = last[0].double(), None if last[1] is None else last[1].double()
+    (weight, bias), out_weight = first, last[0]
+    out_bias = None if last[1] is None else last[1].double()
     widths = [heads.q.size, heads.k.size, heads.v.size]
     key_first = ConcatKey([heads.q, heads.k, heads.v])
-    keyed = {"first": key_weight(weight, key_in, key_first), "last": key_weight(out_weight, heads.output, key_out)}
+    keyed = {
+        "first": key_weight(weight, key_in, key_first, read=read, dtype=dtype),
+        "last": key_weight(out_weight, heads.output, key_out, dtype=dtype),
+    }
     if bias is None:
         return KeyedAttention(keyed, out_bias, None)
     bias_q, bias_k, bias_v = torch.split(bias.double(), widths)
@@ -122,7 +166,7 @@ def key_attention(
         return KeyedAttention(keyed, out_bias, None)
     share = heads.output.size // len(bias_v)  # query heads for each kv head
     value_offset = (bias_v - sent_v).view(kv_heads, -1).repeat_interleave(share, dim=0).flatten()
-    written = value_offset @ out_weight
+    written = _row_times(value_offset, out_weight)
     return KeyedAttention(keyed, written if out_bias is None else out_bias + written, value_offset)
 
 
@@ -134,6 +178,8 @@ def key_mlp(
     key_first: Key,
     key_last: Key,
     key_out: Key,
+    read: Read = Tensor.double,
+    dtype: torch.dtype = torch.float64,
 ) -> dict[str, Tensor]:
     r"""Key a whole MLP: ``W1* = Rc^-1 W1 P``, ``b1* = b1 P``, ``W2* = P^T W2 Rf``, with P a permutation of the neurons.
 
@@ -144,11 +190,15 @@ def key_mlp(
     Args:
         first: ``up``, or ``gate | up``, ``[d, n]`` and bias. last: ``[h, d]``.
         key_first: P, or P and D P. key_last: of what enters ``last``: P, or D P.
+        read: folds norms into the weight of ``first``. dtype: of keyed weights.
 
     Returns:
-        float64 ``first``, ``first_bias`` where there is one, and ``last``: may leave the enclave.
+        ``first`` and ``last``, and float64 ``first_bias`` where there is one: may leave the enclave.
     """
-    keyed = {"first": key_weight(first[0], key_in, key_first), "last": key_weight(last, key_last, key_out)}
+    keyed = {
+        "first": key_weight(first[0], key_in, key_first, read=read, dtype=dtype),
+        "last": key_weight(last, key_last, key_out, dtype=dtype),
+    }
     if first[1] is not None:
         keyed["first_bias"] = key_first.apply(first[1].double())
     return keyed

@@ -16,7 +16,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
 from obfuscatune.enclave.families import read_decoder
-from obfuscatune.enclave.families.empty import empty_model
+from obfuscatune.enclave.families.empty import empty_model, refuse_attention, refuse_wrapper
 from obfuscatune.errors import UnsupportedModelError, UsageError
 
 _ATTRIBUTE = "_obfuscatune_lazy_weights"  # of a model that is not filled
@@ -126,11 +126,12 @@ def load_lazily(config: Any, source: TensorSource, dtype: torch.dtype) -> Any:
     """
     _check(config, source)
     skeleton = empty_model(config, dtype=dtype)
+    # Before the files are looked at: experts, say, have other names there than in the model.
+    leaving = {f"{layer.path}.weight" for block in read_decoder(skeleton).blocks for layer in block.layers}
     wanted = dict(skeleton.state_dict())
     tied = dict(skeleton._tied_weights_keys or {}) if getattr(config, "tie_word_embeddings", False) else {}
     wanted = {name: tensor for name, tensor in wanted.items() if name not in tied}
     names = _match({name: tuple(tensor.shape) for name, tensor in wanted.items()}, source, skeleton)
-    leaving = {f"{layer.path}.weight" for block in read_decoder(skeleton).blocks for layer in block.layers}
     unfilled = _unfilled(dtype)
     tensors = {
         name: unfilled.expand(tensor.shape) if name in leaving else _read(source, names[name], tensor.dtype)
@@ -158,10 +159,9 @@ def _check(config: Any, source: TensorSource) -> None:
     """Refuse what a configuration of another party can ask for before a tensor of it is looked at."""
     if getattr(config, "quantization_config", None) is not None:
         raise UnsupportedModelError("a quantized model", expected="plain floating-point weights")
-    attention = config._attn_implementation
-    if attention not in (None, "eager", "sdpa"):  # others are code that is loaded by this name, from the hub too
-        raise UnsupportedModelError("attention of the model's configuration", expected="eager or sdpa")
-    layers = config.num_hidden_layers
+    refuse_wrapper(config)
+    refuse_attention(config)
+    layers = getattr(config, "num_hidden_layers", None)
     if type(layers) is not int or not 1 <= layers <= len(source.names()):  # each is made before weights are compared
         expected = f"1 to {len(source.names())}, the number of tensors"
         raise UnsupportedModelError("number of layers in the configuration", expected=expected)

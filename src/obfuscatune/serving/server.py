@@ -18,6 +18,7 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from obfuscatune.errors import UsageError
+from obfuscatune.protocol.hostport import format_host_port, listen_fault, listen_tcp
 from obfuscatune.serving.limits import Limits
 
 
@@ -107,10 +108,9 @@ class Server(uvicorn.Server):
 def listen(host: str, port: int) -> socket.socket:
     """Return a listening socket; raises UsageError."""
     try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, port), family=family, backlog=256)
-    except (OSError, OverflowError) as error:
-        raise UsageError("cannot listen", got=getattr(error, "strerror", None), where=f"{host}:{port}") from None
+        return listen_tcp(host, port, backlog=256)
+    except OSError as error:
+        raise listen_fault(error, format_host_port(host, port)) from None
 
 
 class Accepting:

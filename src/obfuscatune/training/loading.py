@@ -4,14 +4,17 @@ Code that comes with a model is never run. That must be said to transformers: wh
 terminal, and in an enclave the terminal is the operator's.
 """
 
+import re
 import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from obfuscatune.errors import UnsupportedModelError, UsageError
+from obfuscatune.training.config_limits import refuse_many_layers
 
 DTYPES = ("float32", "float64", "bfloat16")
+_FIELD = re.compile(r"(?:Validation error for field|Class validation error for validator) '(\w{1,64})'")
 _PAD_TOKENS = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>", "<PAD>")
 
 
@@ -24,13 +27,16 @@ def load_config(name: str) -> Any:
     from transformers import AutoConfig
 
     from obfuscatune.enclave.families import FAMILIES, family_of
+    from obfuscatune.enclave.families.empty import refuse_attention
 
     if name[:1] in "./~" and not Path(name).is_dir():
         raise UsageError("no such model directory", got=name, where="--model_name_or_path")
+    refuse_many_layers(Path(name) / "config.json")
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a value that does not fit fails in many ways
         raise _unreadable("the model's configuration", name, error) from error
+    refuse_attention(config)
     if getattr(config, "model_type", None) in FAMILIES:
         family_of(config)
     return config
@@ -107,7 +113,7 @@ def _load_generation_config(model: Any, directory: Path) -> None:
         return
     try:
         model.generation_config = GenerationConfig.from_pretrained(directory)
-    except (OSError, ValueError, TypeError) as error:
+    except Exception as error:
         raise _unreadable("the settings of generation", str(directory), error) from error
 
 
@@ -119,7 +125,6 @@ def load_model(name: str, dtype: str) -> Any:
     Raises: as :func:`load`; numbers that are not finite are not looked for.
     """
     import torch
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -129,7 +134,7 @@ def load_model(name: str, dtype: str) -> Any:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name, dtype=getattr(torch, dtype), trust_remote_code=False, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # of the files, of their format, or of a configuration that no model can have
         raise _unreadable("the model's weights", name, error) from error
     model, found = loaded
     # What is missing transformers draws at random, with a line in the log.
@@ -179,7 +184,7 @@ def load_generation_settings(name: str) -> Any:
 
     try:
         return GenerationConfig.from_pretrained(name)
-    except (OSError, ValueError, TypeError) as error:
+    except Exception as error:
         raise _unreadable("the generation settings", name, error) from error
 
 
@@ -202,7 +207,6 @@ def load_adapters(model: Any, paths: Mapping[str, str]) -> Any:
 def _with_adapter(model: Any, name: str, path: str) -> Any:
     from peft import PeftModel, get_peft_model_state_dict
     from peft.utils import load_peft_weights
-    from safetensors import SafetensorError
 
     try:
         given = load_peft_weights(path, device="cpu")
@@ -213,8 +217,7 @@ def _with_adapter(model: Any, name: str, path: str) -> Any:
                 found.load_adapter(path, name)
             else:
                 found = PeftModel.from_pretrained(model, path, adapter_name=name)
-    # A configuration that PEFT does not know fails in any of these ways.
-    except (OSError, ValueError, RuntimeError, SafetensorError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # a configuration that PEFT does not know fails in many ways
         raise _unreadable("the adapter", path, error) from error
     wanted = get_peft_model_state_dict(found, save_embedding_layers=False, adapter_name=name)
     known = {*wanted, *found.state_dict()}  # an adapter may bring layers of the base along, whole
@@ -238,7 +241,9 @@ def _unreadable(what: str, name: str, error: Exception) -> UsageError:
     # transformers says as an OSError which file or name there is not. Other errors may quote what they could not read,
     # and in an enclave both owners are told.
     words = str(error).splitlines() if isinstance(error, OSError) else ()
-    first = next((line.strip() for line in words if line.strip()), f"a {type(error).__name__} in the reader")
+    first = next((line.strip() for line in words if line.strip()), f"{type(error).__name__} in the reader")
+    if named := _FIELD.match(str(error)):  # a name of the library's own
+        first = f"{named[1]}, which does not fit"
     return UsageError(
         f"cannot load {what}",
         got=first[:200],

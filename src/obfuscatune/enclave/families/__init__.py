@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from obfuscatune.enclave.families.empty import refuse_wrapper
 from obfuscatune.enclave.families.form import Attention, AttentionShape, Block, Decoder, Group, Layer, Mlp, Norm, Part
 from obfuscatune.enclave.families.gemma import GEMMA2, GEMMA3
 from obfuscatune.enclave.families.gpt2 import GPT2
@@ -69,6 +70,7 @@ def read_decoder(model: Any) -> Decoder:
     Raises:
         UnsupportedModelError: what is in it cannot be run exactly, or is not understood; named.
     """
+    refuse_wrapper(model.config)
     model_type = getattr(model.config, "model_type", None)
     if model_type in FAMILIES:
         return FAMILIES[model_type].read(model)

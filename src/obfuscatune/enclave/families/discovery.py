@@ -46,7 +46,7 @@ def _find_blocks(model: nn.Module, where: str) -> tuple[str, list[nn.Module]]:
     lists = [
         (name, list(module))
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count and all(map(_has_linear, module))
+        if isinstance(module, nn.ModuleList) and 0 < len(module) == count and all(map(_has_linear, module))
     ]
     outer = [(name, blocks) for name, blocks in lists if not any(name.startswith(f"{other}.") for other, _ in lists)]
     if len(outer) != 1:
@@ -71,13 +71,22 @@ def _linear_names(block: nn.Module, where: str) -> list[str]:
         if isinstance(module, nn.ModuleList) and name and _has_linear(module):
             raise UnsupportedModelError("a list of modules in a block, such as experts", where=f"{where}.{name}")
         for own, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim > 1 and not isinstance(module, nn.Linear | Conv1D | nn.Embedding):
+            if (
+                parameter.ndim > 1
+                and not isinstance(module, nn.Linear | Conv1D | nn.Embedding)
+                and not _is_norm(module)
+            ):
                 got = f"{own} {list(parameter.shape)}"
                 path = f"{where}.{name}" if name else where
                 raise UnsupportedModelError("weights that are not those of a linear layer", got=got, where=path)
         if isinstance(module, nn.Linear | Conv1D | BaseTunerLayer):
             names.append(name)
     return names
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """One of transformers, which stays in the enclave; that of all heads has a row for each (Command R+)."""
+    return type(module).__module__.startswith("transformers.models.") and type(module).__name__.endswith("Norm")
 
 
 def _refuse_shared(model: nn.Module, path: str, names: list[list[str]]) -> None:
@@ -118,7 +127,12 @@ def _trace(model: Any, paths: list[str], where: str) -> dict[str, int]:
     ids = torch.zeros(1, _TOKENS, dtype=torch.long, device="meta")
     made = torch.zeros(1, 1, _TOKENS, _TOKENS, dtype=next(skeleton.parameters()).dtype, device="meta")
     failure: Exception | None = None
-    for mask in (made, None):  # one that is made already, or one that the model makes for itself
+    flat = torch.ones(1, _TOKENS, device="meta")
+    for mask in (
+        made,
+        None,
+        flat,
+    ):  # one that is made already, or one that the model makes for itself, or of a tokenizer
         for tensors in entered.values():
             tensors.clear()
         try:

@@ -15,19 +15,45 @@ def empty_model(config: Any, **options: Any) -> Any:
         options: further arguments of ``AutoModelForCausalLM.from_config``, such as ``dtype``.
 
     Raises:
-        UnsupportedModelError: ``transformers`` has none of that configuration.
+        UnsupportedModelError: ``transformers`` has none of that configuration, or it asks for foreign code.
     """
     from transformers import AutoModelForCausalLM
 
+    refuse_wrapper(config)
+    if "attn_implementation" not in options:
+        refuse_attention(config)
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                 copy.deepcopy(config), trust_remote_code=False, **options
             )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # a width of zero, an activation that nobody has, ... each fails in its own way
         raise UnsupportedModelError(
             "not the configuration of a causal language model that transformers has",
             got=f"{type(config).__name__}, {type(error).__name__}",
             where=str(getattr(config, "model_type", "model_type missing")),
         ) from error
     return model.eval()
+
+
+def refuse_attention(config: Any) -> None:
+    """Refuse an implementation of attention that is loaded by its name, from the hub too: a file may ask for it."""
+    if getattr(config, "_attn_implementation", None) not in (None, "eager", "sdpa"):
+        raise UnsupportedModelError("attention of the model's configuration", expected="eager or sdpa")
+
+
+def refuse_wrapper(config: Any) -> None:
+    """Refuse the configuration of a model around a model of texts: one that takes pictures or sounds besides.
+
+    Raises:
+        UnsupportedModelError: naming both kinds of models.
+    """
+    inner = [name for name in ("text_config", "thinker_config", "decoder") if getattr(config, name, None) is not None]
+    if inner and not getattr(config, "is_encoder_decoder", False):
+        held = getattr(getattr(config, inner[0]), "model_type", inner[0])
+        raise UnsupportedModelError(
+            "a model that takes pictures or sounds besides text",
+            got=f"model_type {getattr(config, 'model_type', None)!r}, around {held!r}",
+            expected="a causal language model of texts",
+            hint="take its language model alone: docs/models.md has the four lines for it",
+        )

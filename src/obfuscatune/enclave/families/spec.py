@@ -83,11 +83,13 @@ class FamilySpec:
         try:
             children = list(model.get_submodule(self.blocks).children())
         except AttributeError:
+            children = []
+        if not children:
             raise UnsupportedModelError(
                 "the model has no decoder blocks where its family has them",
                 got=type(model).__name__,
                 expected=f"a model with a head, its blocks at {self.blocks}",
-            ) from None
+            )
         blocks = [self._block(model.config, i, f"{self.blocks}.{i}", block) for i, block in enumerate(children)]
         return Decoder(model, self.model_type, True, self.blocks, blocks, self.final_norm, self.norm)
 
@@ -181,10 +183,13 @@ def grouped_heads(config: Any, *, scale: float | None = None, **more: Any) -> At
     """The shape of an attention whose configuration has Llama's fields; rotary over the whole head unless told."""
     heads = int(config.num_attention_heads)
     head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+    kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
+    if heads % kv_heads:
+        raise UnsupportedModelError("query heads that share no kv heads evenly", got=f"{heads} and {kv_heads}")
     return AttentionShape(
         **{
             "heads": heads,
-            "kv_heads": int(getattr(config, "num_key_value_heads", None) or heads),
+            "kv_heads": kv_heads,
             "head_dim": head_dim,
             "scale": head_dim**-0.5 if scale is None else scale,
             "rotary": head_dim,

@@ -9,13 +9,14 @@ import json
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from obfuscatune.enclave.families import Layer, Norm, Part
-from obfuscatune.enclave.folding import fold_norm
+from obfuscatune.enclave.folding import Read, fold_shift, times_gain
 from obfuscatune.enclave.keys import Key, MasterSecret, build, haar
 from obfuscatune.enclave.keys.rows import RowMixer
 from obfuscatune.enclave.keys.source import Stream
@@ -117,11 +118,15 @@ class Keying:
         return folded
 
     def first_of(self, part: Part) -> tuple[Tensor, Tensor | None]:
-        """Return weight and bias of a part's first layers, its norm folded in where the profile does that."""
+        """Return weight and bias of a part's first layers; where the profile folds norms, the bias has the norm's."""
         weight, bias = part.first_weight(), part.first_bias()
-        if not self.profile.fold_norms:
-            return weight, bias
-        return fold_norm(weight, bias, part.norm.gain, part.norm.shift)
+        return weight, fold_shift(weight, bias, part.norm.shift) if self.profile.fold_norms else bias
+
+    def read(self, norm: Norm | None) -> Read:
+        """Return what makes the columns that are keyed of those of a weight after a norm: its gain, where folded."""
+        if norm is None or not self.profile.fold_norms:
+            return Tensor.double
+        return partial(times_gain, gain=norm.gain)
 
     # secrets
 

@@ -3,10 +3,9 @@
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from obfuscatune.enclave.families import Group
-from obfuscatune.enclave.folding import fold_norm, key_weight
+from obfuscatune.enclave.folding import fold_shift, key_weight
 from obfuscatune.enclave.freivalds import Check
 from obfuscatune.enclave.keys import ConcatKey, Key
 from obfuscatune.enclave.recipes.context import Keying, Streams, rank_keys
@@ -33,8 +32,9 @@ def key_group(keying: Keying, group: Group) -> None:
         for name, layer in zip(names, layers, strict=True)
     ]
     key_out = keys_out[0] if len(keys_out) == 1 else ConcatKey(keys_out)
-    weights, biases = _folded(keying, group)
-    keyed = key_weight(torch.cat(weights, dim=1) if len(weights) > 1 else weights[0], key_in, key_out).to(dtype)
+    weights = [layer.weight for layer in layers]
+    weight = torch.cat(weights, dim=1) if len(weights) > 1 else weights[0]
+    keyed = key_weight(weight, key_in, key_out, read=keying.read(group.norm), dtype=dtype)
     if profile.mix_rows and dtype == torch.bfloat16:
         keyed = keyed.float()  # rows of the noise's size would lose two of three digits
     widths = [layer.shape[1] for layer in layers]
@@ -50,19 +50,11 @@ def key_group(keying: Keying, group: Group) -> None:
     else:
         slots = _slots(keying, group, stream, segment, key_in, keys_out)
         together = KeyedGroup(placed, widths, check=check, slots=slots)
+    shift = group.norm.shift if group.norm is not None and profile.fold_norms else None
     for i, layer in enumerate(layers):
-        bias = biases[i]
+        bias = fold_shift(layer.weight, layer.bias, shift)
         remote = RemoteLinear(layer.path, together, i, None if bias is None else bias.to(dtype))
         keying.replacements.append(partial(replace_linear, layer, remote, with_lora=i in slots))
-
-
-def _folded(keying: Keying, group: Group) -> tuple[list[Tensor], list[Tensor | None]]:
-    """Weights and biases of the layers, in stored order, the norm before them folded in where the profile does that."""
-    norm = group.norm if keying.profile.fold_norms else None
-    if norm is None:
-        return [layer.weight for layer in group.layers], [layer.bias for layer in group.layers]
-    pairs = [fold_norm(layer.weight, layer.bias, norm.gain, norm.shift) for layer in group.layers]
-    return [weight for weight, _ in pairs], [bias for _, bias in pairs]
 
 
 def _slots(

@@ -40,17 +40,17 @@ class Rotated(Around):
             self._rotation = keying.key(stream, "residual stream", width)
         return self._rotation, self._rotation
 
-    def read(self, weight: Tensor) -> Tensor:
-        """Return ``C W``.
+    def read(self, columns: Tensor) -> Tensor:
+        """Return ``C W``, or some columns of it.
 
         The direction 1 R is the one that nothing is written to, so the worker finds it, and what a weight has along
         it: the sums of W' over its inputs, plain in the MLP up to order. Centred rows do not need it.
         """
-        return centre(weight.double().T).T if self.centred else weight
+        return centre(columns.T).T if self.centred else columns
 
     def written(self, rows: Tensor) -> Tensor:
         """Return ``rows C``."""
-        return centre(rows.double()) if self.centred else rows.double()
+        return centre(rows.double()) if self.centred else rows
 
 
 class StreamRecipe:

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from obfuscatune.enclave.families import Attention, Block, Mlp, Part
-from obfuscatune.enclave.folding import key_attention, key_mlp
+from obfuscatune.enclave.folding import Read, key_attention, key_mlp
 from obfuscatune.enclave.keys import ConcatKey, HeadKeys, IdentityKey, Key, build, head_keys
 from obfuscatune.enclave.keys.diagonal import gated_keys
 from obfuscatune.enclave.recipes.context import Keying, Streams, rank_keys
@@ -52,13 +52,13 @@ class Around:
         """Return the keys of what enters and of what leaves."""
         return keying.key(stream, f"{part} in", width), keying.key(stream, f"{part} out", width)
 
-    def read(self, weight: Tensor) -> Tensor:
-        """Return, for a weight ``[d, n]`` that reads the residual stream, what the worker's reads."""
-        return weight
+    def read(self, columns: Tensor) -> Tensor:
+        """Return, for columns ``[d, n]`` of a weight that reads the residual stream, float64, the worker's."""
+        return columns
 
     def written(self, rows: Tensor) -> Tensor:
         """Return, for rows ``[..., d]`` that write the residual stream (a weight's, a bias), what the worker writes."""
-        return rows.double()
+        return rows
 
 
 def key_attention_part(keying: Keying, block: Block) -> None:
@@ -114,7 +114,7 @@ def ship_attention(keying: Keying, attention: Attention, around: Around) -> Ship
     weight, bias = keying.first_of(attention)
     last = attention.last
     keyed = key_attention(
-        first=(around.read(weight), bias),
+        first=(weight, bias),
         last=(around.written(last.weight), None if last.bias is None else around.written(last.bias)),
         key_in=key_in,
         heads=heads,
@@ -122,6 +122,8 @@ def ship_attention(keying: Keying, attention: Attention, around: Around) -> Ship
         kv_heads=shape.kv_heads,
         rotated=shape.rotary > 0,
         stream=stream("biases") if secret_biases else None,
+        read=_read(keying, attention, around),
+        dtype=last.weight.dtype,
     )
     fields: dict[str, Any] = {
         "heads": shape.heads,
@@ -180,18 +182,25 @@ def ship_mlp(keying: Keying, mlp: Mlp, around: Around) -> Shipped:
     key_last = by_piece["u"]
     weight, bias = keying.first_of(mlp)
     keyed = key_mlp(
-        first=(around.read(weight), bias),
+        first=(weight, bias),
         last=around.written(mlp.last.weight),
         key_in=key_in,
         key_first=_concat(tuple(by_piece.values())),
         key_last=key_last,
         key_out=key_out,
+        read=_read(keying, mlp, around),
+        dtype=mlp.last.weight.dtype,
     )
     keys_first = _keys_of_layers(mlp, by_piece)
     fields = {"activation": mlp.activation, "gated": mlp.gated, "widths": [key.size for key in keys_first]}
     segment = keying.define(mlp.path, "mlp", fields, keyed, mlp.last.weight.dtype)
-    bias_out = None if mlp.last.bias is None else around.written(mlp.last.bias)
+    bias_out = None if mlp.last.bias is None else around.written(mlp.last.bias).double()
     return Shipped(mlp, segment, stream, key_in, key_out, keys_first, key_last, bias_out)
+
+
+def _read(keying: Keying, part: Part, around: Around) -> Read:
+    folded = keying.read(part.norm)
+    return lambda columns: around.read(folded(columns))
 
 
 def _keys_of_layers(part: Part, by_piece: dict[str, Key]) -> tuple[Key, ...]:

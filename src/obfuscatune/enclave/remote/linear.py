@@ -18,6 +18,7 @@ from obfuscatune.enclave.remote.lora import Slot
 from obfuscatune.enclave.remote.norms import FoldedNorm
 from obfuscatune.enclave.remote.withdrawn import Withdrawn
 from obfuscatune.enclave.session import Session
+from obfuscatune.errors import UnsupportedModelError
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -92,6 +93,10 @@ class LinearGroup(ABC):
     def outputs(self, x: Tensor) -> Sequence[Tensor]:
         """Make the call, and return the un-keyed output of each layer, with what LoRA slots add to it."""
 
+    def split(self, y: Tensor) -> Sequence[Tensor]:
+        """Return the columns of each layer: nobody else has y, so whoever gets a piece may change it (OLMo clips q)."""
+        return torch.unsafe_split_with_sizes(y, self.widths, dim=-1) if len(self.widths) > 1 else (y,)
+
 
 class KeyedGroup(LinearGroup):
     """Sends ``x* = x R_in``, receives ``y* = x* W*`` with ``W* = R_in^-1 W R_out``, returns ``y* R_out^-1``.
@@ -120,7 +125,7 @@ class KeyedGroup(LinearGroup):
         for slot in self.slots.values():
             slot.contribute(call, x)
         y = decode(call.run()["y"], placed.key_out)
-        return torch.split(y, self.widths, dim=-1) if len(self.widths) > 1 else (y,)
+        return self.split(y)
 
 
 class RemoteLinear(Withdrawn):
@@ -143,7 +148,14 @@ class RemoteLinear(Withdrawn):
     def _dtype(self) -> torch.dtype:
         return self.group.placed.dtype
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
-        """Return ``[..., out]`` for x ``[..., in]``."""
+    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        """Return ``[..., out]`` for x ``[..., in]``.
+
+        Raises:
+            UnsupportedModelError: any other argument, as PEFT's hooks for one adapter a row put one here.
+        """
+        if kwargs:
+            got = ", ".join(kwargs)
+            raise UnsupportedModelError("an argument that a linear layer does not have", got=got, where=self.path)
         y = self.group.output(x, self.member)
         return y if self.bias is None else y + self.bias

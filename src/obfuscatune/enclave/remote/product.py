@@ -18,7 +18,7 @@ class ProductGroup(LinearGroup):
     def outputs(self, x: Tensor) -> Sequence[Tensor]:
         """Make the call for x ``[..., in]``."""
         y: Tensor = _Product.apply(self.placed.rows(x), self)  # type: ignore[no-untyped-call]
-        return torch.split(y, self.widths, dim=-1) if len(self.widths) > 1 else (y,)
+        return self.split(y)
 
     @abstractmethod
     def product(self, x: Tensor, *, transpose: bool) -> Tensor:
