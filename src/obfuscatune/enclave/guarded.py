@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from obfuscatune.enclave.remote.passes import one_generation
 from obfuscatune.enclave.remote.withdrawn import Fixed, Withdrawn
 from obfuscatune.errors import UnsupportedModelError
 
@@ -35,6 +36,11 @@ class Guarded(Fixed):
             where=self.path,
             hint="a PEFT model's save_pretrained saves the adapter; state_dict() has what stayed in the enclave",
         )
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate, as ever; what the worker has a copy of is compared by value once, at the first step."""
+        with one_generation():
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         for path, module in self.named_modules():  # here, before anything is loaded
