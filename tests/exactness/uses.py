@@ -27,6 +27,7 @@ from peft.helpers import rescale_adapter_scale
 from peft.tuners.lora import LoraLayer
 from peft.utils.hotswap import hotswap_adapter
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrize
 from transformers import DataCollatorWithFlattening, DynamicCache, Trainer, TrainingArguments
 
@@ -366,6 +367,22 @@ hook("a norm", norm, FOLDED)
 hook("the embeddings", lambda model: base_of(model).get_input_embeddings(), NOBODY)
 
 
+@use(ALL)
+def hook_on_all_modules(model: Any) -> Tensor:
+    handle = register_module_forward_hook(lambda module, args, output: 3 * output if type(output) is Tensor else None)
+    try:
+        return logits(model)
+    finally:
+        handle.remove()
+
+
+@use(ALL)
+def weights_drawn_anew(model: Any) -> Tensor:
+    torch.manual_seed(0)
+    base_of(model).init_weights()
+    return logits(model)
+
+
 @use(STREAM)
 def block_removed(model: Any) -> Tensor:
     del blocks(model)[1]
@@ -532,6 +549,15 @@ def half_of_lora_frozen(model: Any) -> Tensor:
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
     scalar(model(tokens(2, 6)).logits).backward()
     optimizer.step()
+    return logits(model)
+
+
+@use(ALL)
+def all_trained(model: Any) -> Tensor:
+    for p in model.parameters():
+        p.requires_grad_(True)
+    scalar(model(tokens(2, 6)).logits).backward()
+    torch.optim.SGD(model.parameters(), lr=0.01).step()
     return logits(model)
 
 

@@ -48,6 +48,16 @@ class Guarded(Fixed):
                 module.refuse_load(state_dict, f"{prefix}{path}.")
         super()._load_from_state_dict(state_dict, prefix, *args)
 
+    def init_weights(self) -> None:
+        """Refuse: the worker would go on with the old ones."""
+        raise UnsupportedModelError(
+            "a protected model cannot be given new weights: most of them are on the worker, keyed",
+            where=self.path,
+            hint="initialize the model before it is protected",
+        )
+
+    initialize_weights = init_weights
+
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Refuse: most of the model is not here to be compiled."""
         raise refused_compilation(self.path)
