@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from obfuscatune.errors import (
         DataError,
         KeyFaultError,
+        NotFiniteError,
         ObfuscatuneError,
         ProtocolError,
         UnsupportedModelError,
@@ -35,6 +36,7 @@ _HOMES = {
     "obfuscatune.errors": (
         "DataError",
         "KeyFaultError",
+        "NotFiniteError",
         "ObfuscatuneError",
         "ProtocolError",
         "UnsupportedModelError",
@@ -52,6 +54,7 @@ __all__ = [
     "DataError",
     "KeyFaultError",
     "MasterSecret",
+    "NotFiniteError",
     "ObfuscatuneError",
     "Profile",
     "Protected",

@@ -101,6 +101,14 @@ class RollbackError(ObfuscatuneError):
     """The state on disk is older than the one that the enclave wrote last: somebody put back a copy."""
 
 
+class NotFiniteError(ObfuscatuneError):
+    """A number on its way to the worker, or back, is NaN or infinite; names the layer, and accuses nobody.
+
+    It is of the model, of the data or of a run that diverged: an honest worker's product of large numbers overflows as
+    the plain model's does. Nothing of it is used, and the session goes on.
+    """
+
+
 class TrainingError(ObfuscatuneError):
     """The numbers of a training run, or of its result, are not finite: there is no result."""
 

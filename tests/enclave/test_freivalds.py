@@ -87,6 +87,34 @@ def test_wrong_products_are_refused(wrong: str, dtype: torch.dtype) -> None:
     assert not check.holds(x, WRONG[wrong](y))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 8, 64])
+@pytest.mark.parametrize("part", [-1.1, -0.97, -0.8, -0.6, 0.6, 0.8, 0.97])
+def test_rows_whose_squares_have_no_room(part: float, rows: int, dtype: torch.dtype) -> None:
+    """With an infinite right side anything would pass; with one of zero no honest product."""
+    weight = torch.randn(96, 40, generator=GENERATOR).to(dtype)
+    check = Check(weight, MasterSecret.from_insecure_test_seed(5).stream("check"))
+    x = torch.randn(rows, 96, generator=GENERATOR)
+    y = numbers(rows, 40) * torch.finfo(dtype).max ** min(abs(part), 0.97)
+    assert not check.holds(x.to(dtype), y.to(dtype))
+    scale = torch.finfo(dtype).max ** part if part > -1 else torch.finfo(dtype).tiny / 16
+    x = (x.double() * scale / 32).to(dtype)
+    y = x @ weight
+    assert check.holds(x, y)
+    if part > -0.9:  # below that it is the rounding of numbers that are not normal
+        assert not check.holds(x, one_off(y))
+
+
+def numbers(rows: int, width: int) -> Tensor:
+    return torch.randn(rows, width, generator=GENERATOR, dtype=torch.float64).clamp(-1, 1)
+
+
+def one_off(y: Tensor) -> Tensor:
+    y = y.clone()
+    y[-1] = y[-1].flip(0)
+    return y
+
+
 def test_what_is_smaller_than_rounding_is_not_seen() -> None:
     check, x, y = case(torch.float32)
     assert check.holds(x, one(y, lambda row: row * (1 + 1e-7)))

@@ -9,7 +9,7 @@ from torch import Tensor
 from obfuscatune.enclave.keys import MasterSecret
 from obfuscatune.enclave.keys.rows import RowMixer
 from obfuscatune.enclave.mixing import cut, mix, noise_rows, padded_rows, tile_starts, tile_width
-from obfuscatune.errors import KeyFaultError
+from obfuscatune.errors import NotFiniteError
 
 MIXER = RowMixer(MasterSecret.from_insecure_test_seed(3).stream("rows"))
 ISOMETRY = {torch.float64: 1e-13, torch.float32: 3e-6}  # measured 4e-15 and 4e-7
@@ -49,7 +49,7 @@ def test_rows_of_zeros_look_like_all_others() -> None:
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_rows_that_are_not_finite_are_refused(bad: float) -> None:
-    with pytest.raises(KeyFaultError, match="not finite"):
+    with pytest.raises(NotFiniteError, match="not finite"):
         noise_rows(torch.full((1, 2, 3), bad))
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from obfuscatune.enclave.session import Session
-from obfuscatune.errors import ObfuscatuneError, UsageError, WorkerFault
+from obfuscatune.errors import NotFiniteError, ObfuscatuneError, UsageError, WorkerFault
 from obfuscatune.protocol.connection import Connection
 from obfuscatune.protocol.frames import DTYPES, PROTOCOL_VERSION, TensorSpec, encode_head
 
@@ -59,9 +59,6 @@ WRONG: dict[str, tuple[bytes, str]] = {
     "wrong dtype": (frame(OK, {"y": Y.half()}), "shape or dtype of y"),
     "wider dtype": (frame(OK, {"y": Y.double()}), "payload too long"),
     "integers": (frame(OK, {"y": Y.int()}), "shape or dtype of y"),
-    "NaN": (frame(OK, {"y": torch.full((2, 3), torch.nan)}), "y is not finite"),
-    "one Inf": (frame(OK, {"y": Y.clone().index_fill_(1, torch.tensor(2), torch.inf)}), "y is not finite"),
-    "Inf and -Inf": (frame(OK, {"y": torch.tensor([[torch.inf, -torch.inf, 0]] * 2)}), "y is not finite"),
     "no tensor": (frame(OK), r"tensors of the reply: got \[\], expected \['y'\]"),
     "more tensors": (frame(OK, {"y": Y, "z": Y[:0]}), "tensors of the reply"),
     "more bytes": (frame(OK, {"y": Y, "z": Y}), "payload too long"),
@@ -99,6 +96,23 @@ def test_a_wrong_reply_is_one_fault_and_the_end_of_the_session(case: str) -> Non
             ask(session)
         assert later.value.where == "h.0.attn"
         assert drained(peer).count(b"OBFT") == 1, "nothing is sent after a fault"
+
+
+NOT_FINITE = {
+    "NaN": torch.full((2, 3), torch.nan),
+    "one Inf": Y.clone().index_fill_(1, torch.tensor(2), torch.inf),
+    "Inf and -Inf": torch.tensor([[torch.inf, -torch.inf, 0]] * 2),
+}
+
+
+@pytest.mark.parametrize("case", NOT_FINITE)
+def test_a_reply_that_is_not_finite_is_not_used_and_the_session_goes_on(case: str) -> None:
+    with session_and_peer() as (session, peer):
+        peer.sendall(frame(OK, {"y": NOT_FINITE[case]}))
+        with pytest.raises(NotFiniteError, match=r"NaN or infinity in y \(at h\.0\.attn\)"):
+            ask(session)
+        peer.sendall(frame({**OK, "id": 2}, {"y": Y}))
+        assert torch.equal(ask(session)[1]["y"], Y)
 
 
 def drained(peer: socket.socket) -> bytes:
@@ -437,6 +451,8 @@ def only_a_fault(reply: bytes, call: Callable[[Session], Any]) -> None:
         peer.shutdown(socket.SHUT_WR)
         try:
             call(session)
+        except NotFiniteError:
+            assert not session.has_ended
         except ObfuscatuneError as error:
             assert type(error) is WorkerFault
             with pytest.raises(UsageError, match="ended by an earlier fault"):

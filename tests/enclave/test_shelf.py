@@ -14,7 +14,7 @@ from torch import Tensor
 
 from obfuscatune.enclave.protect import protect
 from obfuscatune.enclave.session import Session
-from obfuscatune.errors import ConnectionClosedError, ProtocolError, UsageError, WorkerFault
+from obfuscatune.errors import ConnectionClosedError, NotFiniteError, ProtocolError, UsageError, WorkerFault
 from obfuscatune.protocol.arena import LEAST_BYTES, Arena
 from obfuscatune.protocol.connection import Connection
 from obfuscatune.protocol.frames import PROTOCOL_VERSION
@@ -292,14 +292,14 @@ def test_a_tensor_that_is_placed_and_sent_is_one_fault() -> None:
             call(session, "multiply", torch.ones(SHAPE), transpose=False)
 
 
-def test_a_placed_tensor_that_is_not_finite_is_a_fault_like_a_sent_one() -> None:
+def test_a_placed_tensor_that_is_not_finite_is_not_used() -> None:
     def answer(fields: dict[str, Any], arena: Arena) -> tuple[dict[str, Any], dict[str, Tensor]]:
         arena.read(placed(fields))["y"].fill_(float("nan"))
         return {"placed": placed(fields)}, {}
 
     with served(Liar(answer)) as session:
         session.hello()
-        with pytest.raises(WorkerFault, match="y is not finite"):
+        with pytest.raises(NotFiniteError, match="NaN or infinity in y"):
             call(session, "multiply", torch.ones(SHAPE), transpose=False)
 
 

@@ -156,7 +156,7 @@ def test_backward_twice_is_refused(protect: Any) -> None:
     with protect(model) as protected:
         value = loss(protected.model)
         value.backward(retain_graph=True)
-        with pytest.raises(RuntimeError, match="a second time"):
+        with pytest.raises(UnsupportedModelError, match="a second time"):
             value.backward()
         loss(protected.model).backward()  # and the session goes on
 

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import GPT2Model
 
 import obfuscatune
-from obfuscatune import UnsupportedModelError, UsageError
+from obfuscatune import NotFiniteError, UnsupportedModelError, UsageError
 
 from .families import twins_of, wide
 from .models import TARGETS, VARIANTS, error, gpt2, scalar, tokens, twins, with_lora
@@ -147,12 +147,30 @@ def test_numbers_that_are_not_finite_accuse_no_worker(protect: Any, variant: str
     with protect(model, profile=profile, **switches) as protected:
         expected = reference(tokens(2, 4)).logits
         embedded = reference.get_input_embeddings()(tokens(2, 4)).detach()
-        with pytest.raises(UsageError, match="not finite"):
+        with pytest.raises(NotFiniteError):
             protected.model(inputs_embeds=embedded * float("nan"))
+        for large in (float("inf"), 1e305)[: 2 if profile in ("paper", "strict") else 1]:  # which take squares
+            value = protected.model(tokens(2, 4)).logits
+            with pytest.raises(NotFiniteError):
+                (value * large).sum().backward()
+            protected.model.zero_grad()
+        factors = [p for name, p in protected.model.named_parameters() if "lora_" in name]
+        before = [p.detach().clone() for p in factors]
+        with torch.no_grad():
+            for p in factors:
+                p.mul_(1e200)
+        for mode in (torch.no_grad(), torch.enable_grad()):
+            with mode, pytest.raises(NotFiniteError):
+                protected.model(tokens(2, 4))
+        with torch.no_grad():
+            for p, old in zip(factors, before, strict=True):
+                p.copy_(old)
         value = protected.model(tokens(2, 4)).logits
-        with pytest.raises(UsageError, match="not finite"):
-            (value * float("inf")).sum().backward()
-        assert error(protected.model(tokens(2, 4)).logits, expected) < 1e-9  # the session goes on
+        assert error(value, expected) < 1e-9  # the session goes on
+        scalar(value).backward()
+        del value
+        protected.model(tokens(2, 4))
+        assert protected.session.request("stats", "-", {}, {}, {})[0]["kept_calls"] == 0
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -177,6 +195,27 @@ def test_attention_in_both_directions(protect: Any) -> None:
     model.transformer.h[1].attn.is_causal = False
     with pytest.raises(UnsupportedModelError, match=r"is_causal=False.*h\.1\.attn"):
         obfuscatune.protect(model, worker="spawn", threads=1)
+
+
+@pytest.mark.parametrize("profile", ["balanced", "strict"])
+def test_training_of_a_model_without_an_adapter(protect: Any, profile: str) -> None:
+    """Not the plain model's, whose large weights are trained too; unless these were frozen before."""
+    _, model = twins(lora=False)
+    with protect(model, profile=profile) as protected:
+        before = protected.model(tokens(2, 4)).logits
+        scalar(before).backward()
+        with pytest.raises(UnsupportedModelError, match=r"all of a model is to be trained.*\(at "):
+            torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01).step()
+        assert error(protected.model(tokens(2, 4)).logits, before) < 1e-9
+    reference, model = twins(lora=False)
+    for each in (reference, model):
+        each.requires_grad_(requires_grad=False)
+        each.get_input_embeddings().weight.requires_grad_()
+    with protect(model, profile=profile) as protected:
+        for each in (reference, protected.model):
+            scalar(each(tokens(2, 4)).logits).backward()
+            torch.optim.SGD([p for p in each.parameters() if p.requires_grad], lr=0.01).step()
+        assert error(model(tokens(2, 4)).logits, reference(tokens(2, 4)).logits) < 1e-9
 
 
 def test_biases_that_transformers_says_it_trains(protect: Any) -> None:

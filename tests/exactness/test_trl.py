@@ -61,7 +61,7 @@ def grpo(model: Any, tokenizer: PreTrainedTokenizerBase, directory: Path) -> Any
     def reward(completions: list[str], **_: Any) -> list[float]:
         return [float(len(set(text))) for text in completions]
 
-    arguments = GRPOConfig(str(directory), num_generations=4, max_completion_length=6, beta=0.1, **SETTINGS)
+    arguments = GRPOConfig(str(directory), num_generations=2, max_completion_length=3, beta=0.1, **SETTINGS)
     rows = Dataset.from_list([{"prompt": text} for text in sentences(8)])
     return GRPOTrainer(model, reward, args=arguments, train_dataset=rows, processing_class=tokenizer)
 

@@ -176,6 +176,18 @@ def a_closure(model: Any, optimizer: torch.optim.Optimizer) -> list[float]:
     return [float(optimizer.step(evaluate)) for _ in range(2)]  # type: ignore[func-returns-value]
 
 
+def with_a_gradient_scaler(model: Any, optimizer: torch.optim.Optimizer) -> list[float]:
+    scaler, norms = torch.amp.GradScaler("cpu", init_scale=2.0**10), []  # type: ignore[attr-defined]
+    for batch in range(2):
+        optimizer.zero_grad()
+        scaler.scale(loss(model, batch)).backward()
+        scaler.unscale_(optimizer)
+        norms.append(float(nn.utils.clip_grad_norm_(trained(model), 0.3)))
+        scaler.step(optimizer)
+        scaler.update()
+    return norms
+
+
 def settings_change(model: Any, optimizer: torch.optim.Optimizer) -> list[float]:
     zero_before_forward(model, optimizer)
     optimizer.param_groups[0].update({"lr": 0.03, "weight_decay": 0.4, "momentum": 0.2})
@@ -211,6 +223,7 @@ WAYS = [
     clipped_at_each_pass,
     gradients_by_hand,
     a_closure,
+    with_a_gradient_scaler,
     settings_change,
     an_added_group,
     frozen_after,
@@ -368,6 +381,20 @@ def test_a_frozen_anchor_beside_factors_that_are_not_is_refused(protect: Any) ->
             loss(protected.model, 0)
         with torch.no_grad():
             loss(protected.model, 0)
+
+
+def test_hooks_on_gradients_that_are_not_here_are_refused(protect: Any) -> None:
+    _, model = twins()
+    with protect(model, profile="paper") as protected:
+        factor = [p for name, p in protected.model.named_parameters() if "lora_B" in name][-1]
+        for register in (factor.register_hook, factor.register_post_accumulate_grad_hook):
+            handle = register(lambda gradient: None)
+            with pytest.raises(UsageError, match="a hook on the gradient of LoRA"):
+                loss(protected.model, 0)
+            with torch.no_grad():
+                loss(protected.model, 0)
+            handle.remove()
+            loss(protected.model, 0).backward()
 
 
 def graded(model: nn.Module) -> list[nn.Parameter]:

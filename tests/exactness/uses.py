@@ -27,6 +27,7 @@ from peft.helpers import rescale_adapter_scale
 from peft.tuners.lora import LoraLayer
 from peft.utils.hotswap import hotswap_adapter
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrize
 from transformers import DataCollatorWithFlattening, DynamicCache, Trainer, TrainingArguments
 
@@ -217,6 +218,48 @@ def gradient_of_inputs(model: Any) -> Tensor:
 
 
 @use(NOBODY, reading=True)
+def gradient_with_a_graph(model: Any) -> Tensor:
+    embedded = base_of(model).get_input_embeddings()(tokens(2, 6)).detach().requires_grad_()
+    value = model(inputs_embeds=embedded).logits.square().sum()
+    gradient: Tensor = torch.autograd.grad(value, embedded, create_graph=True)[0].detach()
+    return gradient
+
+
+@use(WHOLE | HELD, reading=True)
+def retained_graph(model: Any) -> Tensor:
+    embedded = base_of(model).get_input_embeddings()(tokens(2, 6)).detach().requires_grad_()
+    value = model(inputs_embeds=embedded).logits.square().sum()
+    once, again = (torch.autograd.grad(value, embedded, retain_graph=keep)[0] for keep in (True, False))
+    both: Tensor = once + again
+    return both
+
+
+@use(ALL)
+def gradient_penalty(model: Any) -> Tensor:
+    base_of(model).set_attn_implementation("eager")  # torch's fused attention has no second derivative
+    embedded = base_of(model).get_input_embeddings()(tokens(2, 6)).detach().requires_grad_()
+    value = model(inputs_embeds=embedded).logits.square().sum()
+    (gradient,) = torch.autograd.grad(value, embedded, create_graph=True)
+    second: Tensor = torch.autograd.grad(gradient.square().sum(), embedded)[0]
+    return second
+
+
+@use(HELD, reading=True)
+def gradients_with_hooks(model: Any) -> Tensor:
+    seen = []
+    factors = [p for name, p in model.named_parameters() if "lora_" in name]
+    handles = [p.register_hook(lambda gradient: 0.5 * gradient) for p in factors]
+    handles += [p.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.flatten())) for p in factors]
+    try:
+        scalar(model(tokens(2, 6)).logits).backward()
+    finally:
+        model.zero_grad()
+        for handle in handles:
+            handle.remove()
+    return torch.stack(sorted(seen, key=lambda gradient: float(gradient.norm()))[-1:])
+
+
+@use(NOBODY, reading=True)
 def adapter_disabled(model: Any) -> Tensor:
     with model.disable_adapter():
         return logits(model)
@@ -324,6 +367,22 @@ hook("a norm", norm, FOLDED)
 hook("the embeddings", lambda model: base_of(model).get_input_embeddings(), NOBODY)
 
 
+@use(ALL)
+def hook_on_all_modules(model: Any) -> Tensor:
+    handle = register_module_forward_hook(lambda module, args, output: 3 * output if type(output) is Tensor else None)
+    try:
+        return logits(model)
+    finally:
+        handle.remove()
+
+
+@use(ALL)
+def weights_drawn_anew(model: Any) -> Tensor:
+    torch.manual_seed(0)
+    base_of(model).init_weights()
+    return logits(model)
+
+
 @use(STREAM)
 def block_removed(model: Any) -> Tensor:
     del blocks(model)[1]
@@ -379,6 +438,14 @@ def activation_replaced(model: Any) -> Tensor:
 @use(FOLDED)
 def epsilon_of_a_norm(model: Any) -> Tensor:
     setattr(norm(model), "eps" if is_gpt2(model) else "variance_epsilon", 0.5)
+    return logits(model)
+
+
+@use(WHOLE)
+def forward_of_a_lora_layer(model: Any) -> Tensor:
+    layer = loras(model)[0]
+    own = layer.forward
+    layer.forward = lambda *args, **kwargs: 3 * own(*args, **kwargs)
     return logits(model)
 
 
@@ -485,6 +552,15 @@ def half_of_lora_frozen(model: Any) -> Tensor:
     return logits(model)
 
 
+@use(ALL)
+def all_trained(model: Any) -> Tensor:
+    for p in model.parameters():
+        p.requires_grad_(True)
+    scalar(model(tokens(2, 6)).logits).backward()
+    torch.optim.SGD(model.parameters(), lr=0.01).step()
+    return logits(model)
+
+
 @use(HELD)
 def clipped_by_value(model: Any) -> Tensor:
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -500,6 +576,46 @@ def clipped_by_value(model: Any) -> Tensor:
 @use(NOBODY)
 def unloaded(model: Any) -> Tensor:
     return logits(model.unload())
+
+
+def after_a_prefix(model: Any, change: Callable[[], None]) -> Tensor:
+    """Logits of tokens that go on from cached ones, one by one, with a change before the last."""
+    ids = tokens(2, 6)
+    with torch.no_grad():
+        cache = model(ids[:, :3], use_cache=True).past_key_values
+        found = [model(ids[:, 3:4], past_key_values=cache).logits]
+        change()
+        found += [model(ids[:, i : i + 1], past_key_values=cache).logits for i in (4, 5)]
+    return torch.cat(found, dim=1)
+
+
+@use(NOBODY)
+def factors_written_after_a_prefix(model: Any) -> Tensor:
+    def change() -> None:
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.data.mul_(-2)
+
+    return after_a_prefix(model, change)
+
+
+@use(FOLDED)
+def norm_written_after_a_prefix(model: Any) -> Tensor:
+    def change() -> None:
+        norm(model).weight.data.mul_(2)
+
+    return after_a_prefix(model, change)
+
+
+@use(NOBODY)
+def factors_written_between_turns(model: Any) -> Tensor:
+    cache, how = DynamicCache(config=base_of(model).config), {"max_new_tokens": 4, "do_sample": False}
+    ids = model.generate(tokens(2, 6), past_key_values=cache, **how)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            p.data.mul_(-2)
+    found: Tensor = model.generate(ids, past_key_values=cache, **how)
+    return found
 
 
 @use(NOBODY)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import obfuscatune
-from obfuscatune.errors import UsageError, WorkerFault
+from obfuscatune.errors import NotFiniteError, UsageError, WorkerFault
 from obfuscatune.protocol.connection import Connection
 
 from .workers import Answer, Fields, Tensors, generate, loss_of, new_model, worker_in_a_thread
@@ -43,8 +43,6 @@ LIES: dict[str, tuple[Answer, str]] = {
     "wrong shape": (change_tensors(lambda t: t[..., :-1].contiguous()), "shape or dtype of"),
     "wrong dtype": (change_tensors(lambda t: t.half()), "shape or dtype of"),
     "too many bytes": (change_tensors(lambda t: t.double()), "payload too long"),
-    "NaN": (change_tensors(lambda t: t * torch.nan), "is not finite"),
-    "Inf": (change_tensors(lambda t: t / 0), "is not finite"),
     "no tensors": (lambda connection, request, reply, outputs: connection.send(reply) and None, "tensors of the reply"),
     "another call": (change(id=1), "reply to another call"),
     "refusal": (change(ok=False, message="out of memory"), "out of memory"),
@@ -82,6 +80,21 @@ def test_a_lie_in_a_training_step(op: str, number: int, layer: str, lie: str, tm
         with pytest.raises(UsageError, match="ended by an earlier fault"):
             loss_of(protected.model)
         assert "balanced" in str(protected.report())
+
+
+@pytest.mark.parametrize("how", [lambda t: t * torch.nan, lambda t: t / 0], ids=["NaN", "Inf"])
+@pytest.mark.parametrize("op", ["forward", "backward"])
+def test_a_reply_that_is_not_finite_is_not_used_and_no_fault(op: str, how: Any, tmp_path: Path) -> None:
+    """An honest worker's may be so. The call is forgotten on the worker, and the next one is answered."""
+    with (
+        worker_in_a_thread(tmp_path, lying(op, 3, change_tensors(how))) as address,
+        obfuscatune.protect(new_model(), worker=address, timeout=60) as protected,
+    ):
+        with pytest.raises(NotFiniteError, match=r"of what comes back .*h\.[01]\.attn") as caught:
+            loss_of(protected.model).backward()
+        assert "tensor(" not in "".join(traceback.format_exception(caught.value))
+        loss_of(protected.model).backward()
+        assert protected.session.request("stats", "-", {}, {}, {})[0]["kept_calls"] == 0
 
 
 def test_a_duplicate_reply_in_a_generation(tmp_path: Path) -> None:

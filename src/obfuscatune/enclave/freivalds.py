@@ -11,8 +11,10 @@ row, e r is normal with standard deviation |e|: an honest row is refused with pr
 rho of its size passes with probability (.8 tau / rho)^k. With k as in `CHECKS` that is at most 2^-40 for a row that
 is wrong as a whole (rho = 1), and for any rho above .0066 in float32. Errors below tau are not seen: they are what
 rounding does. The vectors stay secret as long as nothing is told about them but "all was right": the session ends at
-the first fault. Source: Freivalds, "Probabilistic machines can use less running time", IFIP 1977; for float products
-in an enclave: Tramer and Boneh, "Slalom", ICLR 2019.
+the first fault. A row whose squares have no room in the arithmetic of the check, because it is very large or very
+small, is brought to the size of 1 first: else an infinite right side would let anything pass, and one of zero nothing.
+Source: Freivalds, "Probabilistic machines can use less running time", IFIP 1977; for float products in an enclave:
+Tramer and Boneh, "Slalom", ICLR 2019.
 """
 
 from collections.abc import Sequence
@@ -73,7 +75,7 @@ class Check(Secret):
             return False
         vectors, images, gain = self._sides[transpose]
         width, tiles = x.shape[-1], len(starts)
-        few = x.numel() <= _FEW * tiles * width
+        few, exact = x.numel() <= _FEW * tiles * width, x.dtype
         dtype = torch.float64 if few or x.dtype == torch.float64 else torch.float32
         x, y = (t.reshape(tiles, -1, t.shape[-1]).to(dtype) for t in (x, y))
         parts = torch.stack([images[start : start + width] for start in starts]).to(dtype)
@@ -81,5 +83,25 @@ class Check(Secret):
         # less (rms 2.6e-7 and 8.6e-7 of |y| at 2304 columns).
         returned = (vectors.T.to(dtype) @ y.flatten(0, 1).T).view(-1, *y.shape[:2]).transpose(0, 1)
         gap = returned - torch.bmm(parts.mT, x.mT)  # [tiles, k, rows]
-        size = y.norm(dim=2) + gain * x.norm(dim=2)
-        return bool((gap.abs() <= self._tolerance * size[:, None]).all())  # written so that NaN is refused
+        of_x, of_y = gain * x.norm(dim=2), y.norm(dim=2)
+        least = torch.finfo(exact).tiny ** 0.4
+        fits = (of_x > least) & (of_y > least) & (of_x + of_y < torch.inf)
+        passes = (gap.abs() <= self._tolerance * (of_x + of_y)[:, None]).all(dim=1)  # written so that NaN is refused
+        if not (passes | ~fits).all():
+            return False
+        return all(
+            self._holds_scaled(x[tile, odd], y[tile, odd], (vectors, images[start : start + width], gain), exact)
+            for tile, start in enumerate(starts)
+            if (odd := ~fits[tile]).any()
+        )
+
+    def _holds_scaled(self, x: Tensor, y: Tensor, side: tuple[Tensor, Tensor, float], exact: torch.dtype) -> bool:
+        """Say whether rows pass that are brought to the size of 1; numbers below the least normal one are rounding."""
+        vectors, images, gain = side
+        x, y = x.double(), y.double()
+        largest = torch.maximum(x.abs().amax(dim=1), y.abs().amax(dim=1)).clamp_min(torch.finfo(torch.float64).tiny)
+        x, y = x / largest[:, None], y / largest[:, None]
+        gap = (y @ vectors - x @ images).abs().amax(dim=1)
+        size = y.norm(dim=1) + gain * x.norm(dim=1)
+        slack = torch.finfo(exact).tiny * sum((*x.shape[1:], *y.shape[1:])) / largest
+        return bool((gap <= self._tolerance * size + slack).all())

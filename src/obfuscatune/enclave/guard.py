@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from obfuscatune.enclave.families.options import refuse_options
 from obfuscatune.enclave.guarded import refused_compilation
+from obfuscatune.enclave.hooks import has_hooks_on_all
 from obfuscatune.enclave.inputs import is_transformed
 from obfuscatune.enclave.remote.calls import version_of
 from obfuscatune.enclave.remote.linear import RemoteLinear
@@ -76,6 +77,12 @@ class Guard:
                 "a protected model within a transform of torch.func (grad, vmap, jvp)",
                 where=self._model.path,
                 hint="torch.autograd.grad, and batches in the place of vmap",
+            )
+        if has_hooks_on_all():
+            raise UnsupportedModelError(
+                "hooks on all modules (register_module_forward_hook, FlopCounterMode): most are not called here",
+                where=self._model.path,
+                hint="register hooks on the modules that they are for; protected.report() has costs",
             )
         if self._on_worker:
             refuse_looking_ahead(self._model.config)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from obfuscatune.enclave.remote.passes import one_generation
 from obfuscatune.enclave.remote.withdrawn import Fixed, Withdrawn
 from obfuscatune.errors import UnsupportedModelError
 
@@ -36,11 +37,26 @@ class Guarded(Fixed):
             hint="a PEFT model's save_pretrained saves the adapter; state_dict() has what stayed in the enclave",
         )
 
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate, as ever; what the worker has a copy of is compared by value once, at the first step."""
+        with one_generation():
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
+
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         for path, module in self.named_modules():  # here, before anything is loaded
             if isinstance(module, Withdrawn):
                 module.refuse_load(state_dict, f"{prefix}{path}.")
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def init_weights(self) -> None:
+        """Refuse: the worker would go on with the old ones."""
+        raise UnsupportedModelError(
+            "a protected model cannot be given new weights: most of them are on the worker, keyed",
+            where=self.path,
+            hint="initialize the model before it is protected",
+        )
+
+    initialize_weights = init_weights
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Refuse: most of the model is not here to be compiled."""

@@ -1,6 +1,7 @@
 """Hooks, and forwards set on an instance: code that is lost where a module is not called any more."""
 
 from torch import nn
+from torch.nn.modules import module as torch_module
 
 _KINDS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # Hooks that transformers leaves after the first call that asked for hidden states or attention weights. They do nothing
@@ -25,3 +26,9 @@ def has_hooks(module: nn.Module, *, after: bool = False) -> bool:
     kinds = [kind for kind in _KINDS if not (after and kind == "_forward_pre_hooks")]
     hooks = [hook for kind in kinds for hook in getattr(module, kind).values()]
     return any(getattr(hook, "__module__", "") != _HARMLESS for hook in hooks)
+
+
+def has_hooks_on_all() -> bool:
+    """Whether anybody's hook is on every module of the process."""
+    named = vars(torch_module)  # torch has no public way to ask
+    return any(named.get(f"_global{kind}") for kind in _KINDS)

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from obfuscatune.enclave.keys.rows import RowMixer, RowMixing, mixed_rows
 from obfuscatune.enclave.keys.source import Secret
-from obfuscatune.errors import KeyFaultError
+from obfuscatune.errors import NotFiniteError
 
 TILE_WIDTHS = (64, 128, 256, 512)
 _MARGIN = 1.5  # of c over the estimate of |X|^2; nothing is inverted, so c I - X^T X may well be nearly singular
@@ -66,12 +66,12 @@ def cut(x: Tensor, rows: int, tile: int) -> Tensor:
 def noise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return L^T ``[tiles, w, w]`` with ``x^T x + L L^T = c I``, and c ``[tiles]``, in float64; x ``[tiles, n, w]``.
 
-    Raises: `KeyFaultError` where x is not finite: nothing could hide it.
+    Raises: `NotFiniteError` where x is not finite, or its squares are not: nothing could hide it.
     """
     x = x.double()
     gram = torch.bmm(x.mT, x)
     if not torch.isfinite(gram).all():
-        raise KeyFaultError("rows that are not finite cannot be mixed", hint="a training run that diverged")
+        raise NotFiniteError("rows that are not finite cannot be mixed", hint="a training run that diverged")
     # The largest eigenvalue, from below; a start of all ones would be orthogonal to it for some x, a trace cannot be.
     probe = gram / gram.abs().amax(dim=(1, 2), keepdim=True).clamp_min(1e-300)
     probe = probe[:, :, : min(8, gram.shape[1])] + 1e-3

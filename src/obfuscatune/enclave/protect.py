@@ -13,6 +13,7 @@ from torch import nn
 from obfuscatune.enclave.families import Block, Decoder, read_decoder
 from obfuscatune.enclave.families.fit import fit
 from obfuscatune.enclave.families.options import refuse_options
+from obfuscatune.enclave.frozen import are_frozen, refuse_training_of_all
 from obfuscatune.enclave.guard import Guard, refuse_looking_ahead
 from obfuscatune.enclave.guarded import guard_class
 from obfuscatune.enclave.inputs import Inputs
@@ -128,6 +129,7 @@ def protect(
         insecure=insecure,
         queue=queue,
     )
+    frozen = bool(adapters) or are_frozen(blocks)
     sessions: list[Session] = []
     try:
         for address in workers:
@@ -172,6 +174,7 @@ def protect(
         what = "the blocks' outputs stay on the worker: rotate_stream=False. The last hidden state is there"
         _refuse_output(causal_lm, "output_hidden_states", what)
     use_fast_head(causal_lm)
+    refuse_training_of_all(causal_lm, frozen=frozen)
     guard_class(causal_lm)
     for standin in causal_lm.modules():
         if isinstance(standin, Standin):

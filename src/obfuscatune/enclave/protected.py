@@ -14,7 +14,7 @@ from obfuscatune.enclave.remote.optimizer import OPTIMIZERS, RemoteOptimizer
 from obfuscatune.enclave.report import Report, make_report
 from obfuscatune.enclave.session import Session
 from obfuscatune.enclave.sharing.workers import Workers
-from obfuscatune.errors import UsageError, WorkerFault
+from obfuscatune.errors import NotFiniteError, UsageError, WorkerFault
 from obfuscatune.profiles import Profile
 
 CLOSING_SECONDS = 60.0  # for all last replies together: the adapter's factors where a worker trains them, numbers
@@ -72,7 +72,7 @@ class Protected:
             return
         try:
             self.close()
-        except WorkerFault as fault:  # the first error is the one to tell
+        except (WorkerFault, NotFiniteError) as fault:  # the first error is the one to tell
             error.add_note(f"closing failed too: {fault.what}")
 
     def create_optimizer(self, kind: str = "adamw", *, lr: float, **options: Any) -> torch.optim.Optimizer:
@@ -113,6 +113,7 @@ class Protected:
 
         Raises:
             WorkerFault: a worker failed only now, and LoRA factors that it trained are lost; the sessions have ended.
+            NotFiniteError: the factors that it trained are not finite; the sessions have ended.
         """
         sessions = [link.session for link in self.links]
         if self._final_report is not None or not sessions or any(session.has_ended for session in sessions):

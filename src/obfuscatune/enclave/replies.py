@@ -9,14 +9,12 @@ from torch import Tensor
 
 from obfuscatune.enclave.keys.source import Secret
 from obfuscatune.enclave.shelf import Expected, Placed
-from obfuscatune.errors import ProtocolError
+from obfuscatune.errors import NotFiniteError, ProtocolError
 from obfuscatune.protocol.arena import own
 from obfuscatune.protocol.connection import Frame
 
 if TYPE_CHECKING:
     from obfuscatune.enclave.session import Session
-
-NOT_FINITE_HINT = "a training run that diverged, which a lower learning rate may help; or a faulty worker"
 
 
 class Pending(Secret):
@@ -55,6 +53,7 @@ class Pending(Secret):
 
         Raises:
             WorkerFault: naming worker, layer and call.
+            NotFiniteError: a number of the reply is not finite, which an honest worker's may be; the session goes on.
             UsageError: the session has ended meanwhile, by a fault that was raised elsewhere.
         """
         if self._frame is None:
@@ -67,6 +66,7 @@ class Pending(Secret):
         if fault is not None:
             what, details = fault
             raise self._session.fault(what, self.layer, call=self.id, **details)
+        refuse_not_finite(tensors, self.layer, "of what comes back from the worker")
         return frame.fields, tensors
 
     def _tensors(self, frame: Frame, in_place: bool) -> dict[str, Tensor]:
@@ -104,10 +104,24 @@ def fault_of(
             if tuple(tensor.shape) != shape or tensor.dtype != dtype:
                 got = f"{list(tensor.shape)} {tensor.dtype}"
                 return f"shape or dtype of {name}", {"got": got, "expected": f"{list(shape)} {dtype}"}
-    for name, tensor in outputs.items():
-        if not is_finite(tensor):
-            return f"{name} is not finite", {"hint": NOT_FINITE_HINT}
     return None
+
+
+def refuse_not_finite(tensors: Mapping[str, Tensor], layer: str, which: str = "of the enclave") -> None:
+    """Raise NotFiniteError where a number is NaN or infinite: sent, it would come back so from an honest worker."""
+    for name, tensor in tensors.items():
+        if not is_finite(tensor):
+            raise not_finite(layer, f"NaN or infinity in {name}", which)
+
+
+def not_finite(layer: str, got: str, which: str = "of the enclave") -> NotFiniteError:
+    """Return what numbers that are not finite are refused with; ``which``: whose they are."""
+    return NotFiniteError(
+        f"numbers {which} are not finite",
+        got=got,
+        where=layer,
+        hint="weights or inputs too large for the dtype, or a training run that diverged; none of it is used",
+    )
 
 
 def is_finite(tensor: Tensor) -> bool:

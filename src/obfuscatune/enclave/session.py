@@ -1,9 +1,10 @@
 """The enclave's end of a session: requests to the worker, and the checks on every reply.
 
 Several requests may be under way; the worker answers them in order. The worker is not trusted to be right. A reply is
-used only if it has the id of its request, exactly the tensors expected, of exactly the expected shapes and dtypes, all
-finite. Anything else, a timeout and a dead worker become one :class:`~obfuscatune.errors.WorkerFault`, after which the
-session is closed for good, so that a late reply can never be taken for a later one.
+used only if it has the id of its request, exactly the tensors expected, of exactly the expected shapes and dtypes.
+Anything else, a timeout and a dead worker become one :class:`~obfuscatune.errors.WorkerFault`, after which the session
+is closed for good, so that a late reply can never be taken for a later one. A reply with a number that is not finite is
+not used either; an honest worker's may have one, so it is no fault.
 """
 
 import os
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from obfuscatune.enclave.keys.source import Secret
-from obfuscatune.enclave.replies import Pending, is_finite
+from obfuscatune.enclave.replies import Pending, refuse_not_finite
 from obfuscatune.enclave.shelf import Expected, Shelf, is_large
 from obfuscatune.errors import BusyError, ConnectionClosedError, ProtocolError, UsageError, WorkerFault
 from obfuscatune.protocol.arena import PLACED, Arena
@@ -170,11 +171,11 @@ class Session(Secret):
 
         Raises:
             WorkerFault: naming worker, layer and call.
-            UsageError: the protected model was closed before, or is of the process that this one was forked from; or a
-                number is not finite, or the request is beyond the limits of a frame, in which cases nothing was sent
-                and the session goes on.
+            NotFiniteError: a number is NaN or infinite; nothing was sent, and the session goes on.
+            UsageError: the protected model was closed before, or is of the process that this one was forked from; or
+                the request is beyond the limits of a frame: then nothing was sent, and the session goes on.
         """
-        self.refuse_not_finite(tensors, layer)
+        refuse_not_finite(tensors, layer)
         return self._submit(op, layer, header, tensors, expected)
 
     def _submit(
@@ -272,17 +273,6 @@ class Session(Secret):
             traffic = self.traffic[op]
             for name, count in counts.items():
                 setattr(traffic, name, getattr(traffic, name) + count)
-
-    def refuse_not_finite(self, tensors: Mapping[str, Tensor], layer: str) -> None:
-        """Refuse what is not finite: it would come back so, and an honest worker be accused of it."""
-        for name, tensor in tensors.items():
-            if not is_finite(tensor):
-                raise UsageError(
-                    "numbers of the enclave are not finite",
-                    got=f"NaN or infinity in {name}",
-                    where=layer,
-                    hint="a training run that diverged, or weights that are not finite; nothing was sent",
-                )
 
     def _is_copy(self) -> bool:
         """Whether this is the copy in a process that was forked: the connection is not its own."""

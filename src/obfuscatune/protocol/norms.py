@@ -4,7 +4,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from obfuscatune.protocol.derivatives import first_only
 
 
 def rms_rows(x: Tensor, eps: float) -> Tensor:
@@ -29,12 +30,13 @@ class _RmsNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
         y, scale = ctx.saved_tensors
-        wide, rows = _wide(grad), _wide(y)
-        along = torch.linalg.vecdot(wide, rows).unsqueeze(-1) / y.shape[-1]
-        return (torch.addcmul(wide, rows, along, value=-1) * scale).to(grad.dtype), None
+        with torch.no_grad():
+            wide, rows = _wide(grad), _wide(y)
+            along = torch.linalg.vecdot(wide, rows).unsqueeze(-1) / y.shape[-1]
+            gradient = (torch.addcmul(wide, rows, along, value=-1) * scale).to(grad.dtype)
+        return first_only([gradient], "a norm", y, grad)[0], None
 
 
 def _wide(x: Tensor) -> Tensor:

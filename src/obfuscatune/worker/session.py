@@ -4,6 +4,7 @@ A request is a header and tensors; its answer likewise. A request that is not a 
 with a message of names and shapes, which the server sends back; the session goes on.
 """
 
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -305,7 +306,8 @@ class WorkerSession:
             segment.held[slot].scale_gradient(scale)
         for parameter, grad in zip(held, found[len(wants) :], strict=True):
             parameter.grad = grad if parameter.grad is None else parameter.grad + grad
-        norms = {slot: factors.gradient_norm() for slot, factors in segment.held.items()}
+        found_norms = {slot: factors.gradient_norm() for slot, factors in segment.held.items()}
+        norms = {slot: n if math.isfinite(n) else None for slot, n in found_norms.items()}  # no header holds others
         return {"gradient_norms": norms}, dict(zip(wants, found, strict=False))
 
     def _multiply(self, header: dict[str, Any], tensors: dict[str, Tensor]) -> Reply:

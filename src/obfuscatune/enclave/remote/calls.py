@@ -11,12 +11,12 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from obfuscatune.enclave.freivalds import Check
 from obfuscatune.enclave.remote.accumulated import is_wanted
 from obfuscatune.enclave.session import Session
-from obfuscatune.errors import UsageError
+from obfuscatune.errors import NotFiniteError, UnsupportedModelError, UsageError
+from obfuscatune.protocol.derivatives import first_only, origin
 
 _NOTHING = nullcontext()
 
@@ -101,8 +101,9 @@ class RemoteCall:
         """Do the call and return the reply's tensors by name, differentiable where an input is."""
         if self.trains():
             inputs = self._inputs()
+            origins = (origin(*inputs.values()),)  # within a tuple autograd does not see it
             outputs = _Remote.apply(  # type: ignore[no-untyped-call]
-                self, list(inputs), *inputs.values()
+                self, origins, list(inputs), *inputs.values()
             )
             return dict(zip(self.shapes, outputs, strict=True))
         return self._forward(keep=False)
@@ -120,13 +121,22 @@ class RemoteCall:
             **self.header,
         }
         expected = {name: (shape, self.dtype) for name, shape in self.shapes.items()}
-        reply, outputs = self.session.request("forward", self.layer, header, {**sent, **self.extras}, expected)
+        pending = self.session.submit("forward", self.layer, header, {**sent, **self.extras}, expected)
+        self.id = pending.id
+        try:
+            _, outputs = pending.result()
+        except NotFiniteError:  # the worker has all that was sent, and the call
+            self._tell()
+            self.session.drop("calls", self.id)
+            raise
         if self.check is not None:
             self.check.require(self.session, self.layer, sent["x"], outputs["y"])
-        self.id = reply["id"]
+        self._tell()
+        return outputs
+
+    def _tell(self) -> None:
         for tell in self.when_sent:
             tell()
-        return outputs
 
     def _backward(
         self, wants: list[str], slots: list[str], grads: dict[str, Tensor]
@@ -149,7 +159,9 @@ class RemoteCall:
         norms = reply.get("gradient_norms")
         if not isinstance(norms, dict):
             raise self.session.fault("gradient norms", self.layer, got=type(norms).__name__, expected="map")
-        anchors = {f"anchor.{slot}": self.held[slot].take_norm(norms.get(slot), self.trained[slot]) for slot in slots}
+        anchors = {}
+        for slot in slots:
+            anchors[f"anchor.{slot}"] = self.held[slot].take_norm(norms.get(slot, "none"), self.trained[slot])
         return found, anchors
 
 
@@ -158,13 +170,15 @@ class _Lease:
 
     def __init__(self, call: RemoteCall) -> None:
         self._call: RemoteCall | None = call
+        self._layer = call.layer
 
     def consume(self) -> RemoteCall:
         call, self._call = self._call, None
         if call is None:
-            raise RuntimeError(
-                "backward through a remote layer a second time: the worker frees a call's graph at its first backward, "
-                "so retain_graph=True is not supported there"
+            raise UnsupportedModelError(
+                "backward a second time through what the worker computed, which forgets a call at its first backward",
+                where=self._layer,
+                hint="call backward once for the sum of losses, or the model once for each; strict takes retain_graph",
             )
         return call
 
@@ -175,25 +189,27 @@ class _Lease:
 
 class _Remote(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, call: RemoteCall, names: list[str], *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, call: RemoteCall, origins: tuple[Tensor], names: list[str], *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         outputs = call._forward(keep=True)
-        ctx.lease, ctx.names = _Lease(call), names
+        ctx.lease, ctx.origins, ctx.names = _Lease(call), origins, names
         return tuple(outputs[name] for name in call.shapes)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         call: RemoteCall = ctx.lease.consume()
-        needed = dict(zip(ctx.names, ctx.needs_input_grad[2:], strict=True))
+        needed = dict(zip(ctx.names, ctx.needs_input_grad[3:], strict=True))
         wants = [name for name in call.tensors if needed[name]]
         leaves = dict(zip(ctx.names, (node for node, _ in ctx.next_functions), strict=True))
         slots = [slot for slot in call.trained if is_wanted(leaves[f"anchor.{slot}"])]
-        given = {name: grad.contiguous() for name, grad in zip(call.shapes, grads, strict=True) if grad is not None}
+        given = {n: grad.detach().contiguous() for n, grad in zip(call.shapes, grads, strict=True) if grad is not None}
         try:
-            with without_autocast():
+            with torch.no_grad(), without_autocast():
                 found, anchors = call._backward(wants, slots, given)
-        except UsageError:  # nothing was sent: the worker still has the call
+        except (UsageError, NotFiniteError):  # it may be that nothing was sent, and the worker still has the call
             call.session.drop("calls", call.id)
             raise
-        return None, None, *(found.get(name, anchors.get(name)) for name in ctx.names)
+        gradients = [found.get(name, anchors.get(name)) for name in ctx.names]
+        return None, None, None, *first_only(gradients, call.layer, *grads, *ctx.origins)

@@ -26,6 +26,7 @@ from obfuscatune.enclave.remote.accumulated import Accumulated
 from obfuscatune.enclave.remote.calls import RemoteCall, version_of
 from obfuscatune.enclave.remote.lora import Slot
 from obfuscatune.enclave.remote.passes import Passes
+from obfuscatune.enclave.replies import not_finite
 from obfuscatune.enclave.session import Session
 from obfuscatune.errors import UsageError
 
@@ -82,9 +83,15 @@ class HeldSlot(Slot):
         """Names of the factors that require a gradient now, as training code has set it on PEFT's parameters.
 
         Raises:
-            UsageError: training code has frozen the anchor and not them.
+            UsageError: training code has frozen the anchor and not them, or has put hooks on one of the three.
         """
         names = tuple(name for name, p in (("a", self._a), ("b", self._b)) if p.requires_grad)
+        if names and any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self.parameters()):
+            raise UsageError(
+                "a hook on the gradient of LoRA that the worker trains, which has none here",
+                where=self.layer.path,
+                hint="clip_grad_norm_, or scale the loss; lora_placement='enclave' takes any hook",
+            )
         if names and not self.anchor.requires_grad:
             if self._follows:
                 raise UsageError(
@@ -215,7 +222,13 @@ class HeldSlot(Slot):
         self._moved = {"a", "b"}
 
     def take_norm(self, norm: Any, factors: tuple[str, ...]) -> Tensor:
-        """Return the increment of the accumulated gradient, as the anchor's gradient. Refuses what is no norm."""
+        """Return the increment of the accumulated gradient, as the anchor's gradient. Refuses what is no norm.
+
+        Args:
+            norm: as the worker tells it, None where it is not finite.
+        """
+        if norm is None:
+            raise not_finite(self.layer.path, "gradients of LoRA", "on the worker")
         if not isinstance(norm, float | int) or not math.isfinite(norm) or norm < 0:
             raise self.session.fault("gradient norm of a held slot", self.layer.path)
         return self.gradient.add(float(norm), factors)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from obfuscatune.enclave.families import Layer
 from obfuscatune.enclave.families.form import refuse_variants
 from obfuscatune.enclave.folding import centre
-from obfuscatune.enclave.hooks import has_hooks, own_code
+from obfuscatune.enclave.hooks import own_code
 from obfuscatune.enclave.keys import Key, decode, encode
 from obfuscatune.enclave.remote.calls import RemoteCall, version_of
 from obfuscatune.enclave.remote.passes import Passes
@@ -94,10 +94,12 @@ class Slot(ABC):
         return name
 
     def refuse_hooks(self) -> None:
-        """Refuse hooks on PEFT's layer where they would not run, and adapters by row, which PEFT tells it of by one."""
-        if self.lora._forward_pre_hooks or (not self.called and has_hooks(self.lora)):
+        """Refuse code on PEFT's layer where it would not run, and adapters by row, which PEFT tells it of by a hook."""
+        if self.lora._forward_pre_hooks or (not self.called and own_code(self.lora) is not None):
             raise UnsupportedModelError(
-                "adapter_names, or another hook on a LoRA layer", where=self.layer.path, hint=_OWN_CODE
+                "adapter_names, another hook on a LoRA layer, or a forward of its own",
+                where=self.layer.path,
+                hint=_OWN_CODE,
             )
 
     def refuse_code_within(self, adapter: str) -> None:

@@ -10,6 +10,7 @@ from obfuscatune.enclave.keys.rows import RowMixer
 from obfuscatune.enclave.mixing import mix, tile_starts
 from obfuscatune.enclave.remote.linear import Placed
 from obfuscatune.enclave.remote.product import ProductGroup
+from obfuscatune.enclave.replies import refuse_not_finite
 
 
 class MixedGroup(ProductGroup):
@@ -45,7 +46,7 @@ class MixedGroup(ProductGroup):
         else:
             rows, width = into.apply(x.to(self._dtype)), out.size
         rows = rows.flatten(0, -2)
-        placed.session.refuse_not_finite({"x": rows}, placed.path)  # mixed with noise it would be a fault of the keys
+        refuse_not_finite({"x": rows}, placed.path)  # before they are mixed with noise
         if not len(rows):
             return x.new_empty(*x.shape[:-1], width)
         mixed = mix(rows, self._mixer, self._tile)

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from obfuscatune.enclave.remote.calls import without_autocast
 from obfuscatune.enclave.remote.linear import LinearGroup
+from obfuscatune.protocol.derivatives import first_only, origin
 
 
 class ProductGroup(LinearGroup):
@@ -17,7 +17,8 @@ class ProductGroup(LinearGroup):
 
     def outputs(self, x: Tensor) -> Sequence[Tensor]:
         """Make the call for x ``[..., in]``."""
-        y: Tensor = _Product.apply(self.placed.rows(x), self)  # type: ignore[no-untyped-call]
+        rows = self.placed.rows(x)
+        y: Tensor = _Product.apply(rows, self, (origin(rows),))  # type: ignore[no-untyped-call]
         return self.split(y)
 
     @abstractmethod
@@ -27,12 +28,12 @@ class ProductGroup(LinearGroup):
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: ProductGroup) -> Tensor:
-        ctx.group = group
+    def forward(ctx: Any, x: Tensor, group: ProductGroup, origins: tuple[Tensor]) -> Tensor:
+        ctx.group, ctx.origins = group, origins
         return group.product(x, transpose=False)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        with without_autocast():
-            return ctx.group.product(grad, transpose=True), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
+        with torch.no_grad(), without_autocast():
+            gradient = ctx.group.product(grad.detach(), transpose=True)
+        return first_only([gradient], ctx.group.placed.path, grad, *ctx.origins)[0], None, None
