@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from obfuscatune.protocol.threads import threads_for
+
 # Up to so many rows a product costs the reading of the weight alone, and a CPU reads a tall float32 one faster as the
 # left factor. For 4 rows and a cold weight [3072, 768], W x^T takes .43 ms and x W^T .80 ms; [2304, 768]: .35 and .65;
 # [768, 768]: .11 and .20. A wide one is slower so, [768, 3072]: 1.2 and .72. From 8 rows on all are equal. In bfloat16
@@ -23,11 +25,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     shape, rows = (*x.shape[:-1], weight.shape[0]), x.shape[:-1].numel()
     flat = x.reshape(rows, x.shape[-1]).contiguous()
-    if _left_factor(weight, rows) and not torch.is_grad_enabled():
-        few = flat if rows > 1 else flat.expand(2, -1)  # one row alone would get the slower matrix-vector kernel
-        y = weight @ few.T if bias is None else torch.addmm(bias.unsqueeze(1), weight, few.T)
-        return y.T[:rows].reshape(shape).contiguous()
-    return F.linear(flat, weight, bias).view(shape)
+    with threads_for(rows * weight.numel()):
+        if _left_factor(weight, rows) and not torch.is_grad_enabled():
+            few = flat if rows > 1 else flat.expand(2, -1)  # one row alone would get the slower matrix-vector kernel
+            y = weight @ few.T if bias is None else torch.addmm(bias.unsqueeze(1), weight, few.T)
+            return y.T[:rows].reshape(shape).contiguous()
+        return F.linear(flat, weight, bias).view(shape)
 
 
 def _left_factor(weight: Tensor, rows: int) -> bool:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from obfuscatune.enclave.keys import HaarKey, MasterSecret, MonarchKey, monarch
-from obfuscatune.enclave.keys.monarch import FEW_ROWS, ONE_THREAD_ROWS
+from obfuscatune.enclave.keys.monarch import FEW_ROWS
 from obfuscatune.errors import KeyFaultError, UsageError
 
 PRODUCT = 1e-13  # float64, rows of size 1; measured 2.3e-15
@@ -58,20 +58,7 @@ def test_few_rows_and_many_are_the_same_products(rows: int, n: int, block: int) 
     x = torch.randn(rows, n, dtype=torch.float64, generator=torch.Generator().manual_seed(rows))
     r = key.dense() if n > FEW_ROWS else torch.cat([key.apply(row[None]) for row in torch.eye(n, dtype=torch.float64)])
     assert torch.allclose(key.apply(x), x @ r, rtol=0, atol=PRODUCT)
-    with torch.inference_mode():  # by numpy
-        assert torch.allclose(key.apply(x), x @ r, rtol=0, atol=PRODUCT)
-        assert torch.allclose(key.apply_inverse(x), x @ r.T, rtol=0, atol=PRODUCT)
     assert torch.allclose(key.apply_inverse(x), x @ r.T, rtol=0, atol=PRODUCT)
-
-
-@pytest.mark.parametrize("rows", [1, 16, ONE_THREAD_ROWS, ONE_THREAD_ROWS + 1])
-def test_few_rows_wake_no_second_thread(master: MasterSecret, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As torch's products would."""
-    key, x, calls, bmm = monarch(master.stream("m"), 512), torch.randn(rows, 512), list[int](), torch.bmm
-    monkeypatch.setattr(torch, "bmm", lambda *factors: calls.append(1) or bmm(*factors))
-    with torch.inference_mode():
-        key.apply_inverse(key.apply(x))
-    assert bool(calls) is (rows > ONE_THREAD_ROWS)
 
 
 def kronecker_error(r: torch.Tensor, block: int) -> float:

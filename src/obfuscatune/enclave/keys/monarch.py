@@ -9,9 +9,7 @@ at n = 3072, both with b = 64. Larger blocks lower it.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,12 +21,6 @@ from obfuscatune.errors import UsageError
 # Up to so many rows two row-major rounds are faster: a batched product from the right takes 9 us there, and one from
 # the left 30. For 4 rows of 768 a product takes 28 us so, else 61; from 16 rows on 60 (AMD EPYC, 1 thread, torch 2.13).
 FEW_ROWS = 8
-
-# Up to so many rows, and numbers in them, one thread is enough: to wake a second one takes longer than it saves, and
-# torch's products of blocks always do. 16 rows of 256 take 26 us in numpy, which does not. In torch they take 26 with
-# one thread, 80 to 280 with two, the more the busier the cores: with the worker's threads, a server's and its clients'.
-ONE_THREAD_ROWS = 64
-_ONE_THREAD_NUMBERS = 1 << 15
 
 Blocks = tuple[Tensor, ...]  # block-diagonal: groups of equal blocks [count, b, b], at most one group of one odd block
 
@@ -74,33 +66,9 @@ class MonarchKey(OrthogonalKey):
 
 
 def _rounds(x: Tensor) -> Callable[[Tensor, Blocks, Blocks, Factors], Tensor]:
-    if len(x) <= ONE_THREAD_ROWS and x.numel() <= _ONE_THREAD_NUMBERS and _is_plain(x):
-        return _in_one_thread
     if len(x) <= FEW_ROWS:
         return _by_rows
     return _by_features if x.dtype == torch.bfloat16 else _sandwich
-
-
-def _is_plain(x: Tensor) -> bool:
-    """Whether numpy can compute with it: no graph is recorded, and none compiled."""
-    return not torch.is_grad_enabled() and x.is_cpu and x.dtype.itemsize > 2 and not torch.compiler.is_compiling()
-
-
-def _in_one_thread(x: Tensor, first: Blocks, second: Blocks, permutations: Factors) -> Tensor:
-    p0, p1, p2 = (p.numpy() for p in permutations)
-    y = _blockwise(x.numpy().take(p0, 1), tuple(block.mT for block in first))
-    return torch.from_numpy(_blockwise(y.take(p1, 1), second).take(p2, 1))
-
-
-def _blockwise(x: "np.ndarray[Any, Any]", blocks: Blocks) -> "np.ndarray[Any, Any]":
-    """As `_round`."""
-    found, start = [], 0
-    for group in blocks:
-        count, size = group.shape[:2]
-        part = x[:, start : start + count * size].reshape(len(x), count, size).transpose(1, 0, 2)
-        found.append(np.matmul(part, group.numpy()).transpose(1, 0, 2).reshape(len(x), count * size))
-        start += count * size
-    return found[0] if len(found) == 1 else np.concatenate(found, axis=1)
 
 
 def _by_features(x: Tensor, first: Blocks, second: Blocks, permutations: Factors) -> Tensor:

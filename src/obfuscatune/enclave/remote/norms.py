@@ -16,6 +16,7 @@ from obfuscatune.enclave.families import Norm
 from obfuscatune.enclave.remote.withdrawn import Standin
 from obfuscatune.errors import UnsupportedModelError
 from obfuscatune.protocol.norms import rms_rows
+from obfuscatune.protocol.threads import threads_for
 
 
 class _Last(threading.local):
@@ -43,6 +44,12 @@ class FoldedNorm(Standin):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Return the norm's own output ``[..., d]``."""
+        with threads_for(hidden_states.numel()):
+            rows, output = self._rows_and_output(hidden_states)
+        self._last.rows = weakref.ref(output), rows
+        return output
+
+    def _rows_and_output(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         if self._kind == "layernorm":
             rows = F.layer_norm(hidden_states, hidden_states.shape[-1:], eps=self._eps)
             output = (
@@ -55,8 +62,7 @@ class FoldedNorm(Standin):
             rows = rms_rows(hidden_states, self._eps)
             wide = torch.promote_types(rows.dtype, torch.float32)  # in bfloat16 1 + w has few bits
             output = (rows.to(wide) * (1 + self.weight.to(wide))).to(rows.dtype)
-        self._last.rows = weakref.ref(output), rows
-        return output
+        return rows, output
 
     def rows_of(self, output: Tensor, layer: str) -> Tensor:
         """Return the normalized rows that ``output`` came from, and forget them.
