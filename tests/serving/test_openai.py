@@ -5,7 +5,8 @@ import json
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import openai
@@ -16,12 +17,13 @@ from transformers.cli.serving.utils import _StreamError
 from obfuscatune.profiles import resolve
 from obfuscatune.serving.handlers import ChatHandler, Manager, Prompts, TextHandler
 from obfuscatune.serving.limits import Limits
-from obfuscatune.serving.models import serve_model
+from obfuscatune.serving.models import ServedModel, serve_model
 from obfuscatune.serving.refusal import Refusal
 
 from .conftest import ADAPTERS, TOKEN, Running, serving
 
 MODELS = ("base", *ADAPTERS)
+Held = tuple[ServedModel, threading.Event]
 
 
 def wait_until(true: Callable[[], bool], seconds: float = 30) -> None:
@@ -239,37 +241,60 @@ def test_unknown_models_routes_and_bodies(server: Running) -> None:
     assert server.get("/health", token=None).json() == {"status": "ok"}
 
 
-def test_a_client_that_leaves_frees_its_place(server: Running) -> None:
-    before = metric(server, "cancelled_total")
-    stream = server.openai.completions.create(model="lab", prompt="go", max_tokens=90, temperature=1, stream=True)
-    next(iter(stream))
-    stream.close()
-    with server.connect() as quiet:  # one that waits for all of it, and goes
-        body = json.dumps({"model": "lab", "prompt": "go", "max_tokens": 90, "temperature": 1}).encode()
+@pytest.fixture
+def held(open_served: Callable[[str], ServedModel], monkeypatch: pytest.MonkeyPatch) -> Iterator[Held]:
+    """A model whose rounds begin when they are let, and what lets them."""
+    go, served = threading.Event(), open_served("balanced")
+    generate = served.model.generate
+
+    def slowly(**more: Any) -> Any:
+        assert go.wait(30)
+        return generate(**more)
+
+    monkeypatch.setattr(served.model, "generate", slowly)
+    yield served, go
+    go.set()
+
+
+def test_clients_that_leave_free_their_places(held: Held) -> None:
+    served, go = held
+    with serving(served, Limits(max_batch=1)) as server, ExitStack() as stack:
+        body = json.dumps({"model": "lab", "prompt": "go", "max_tokens": 90}).encode()
         head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {TOKEN}\r\n"
-        quiet.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-    wait_until(lambda: server.batcher.load() == (0, 0))
-    wait_until(lambda: metric(server, "cancelled_total") >= before + 1)  # the other may have been done already
+        clients = [stack.enter_context(server.connect()) for _ in range(3)]
+        for client in clients[:2]:  # they wait for all of it
+            client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        stream = body[:-1] + b', "stream": true}'
+        clients[2].sendall(f"{head}Content-Length: {len(stream)}\r\n\r\n".encode() + stream)
+        wait_until(lambda: server.batcher.load() == (2, 1))
+        for client in clients:
+            client.close()
+        wait_until(lambda: metric(server, "cancelled_total") == 3 and server.batcher.load()[0] == 0)
+        go.set()
+        wait_until(lambda: server.batcher.load() == (0, 0))
+        assert metric(server, "completion_tokens_total") == 0  # of 270
 
 
-def test_a_full_queue_is_429_and_those_in_it_are_answered(open_served, expect) -> None:
-    with serving(open_served("balanced"), Limits(max_batch=1, max_queue=2)) as server:
-        outcomes: list[str | None] = []
+def test_a_full_queue_is_429_and_those_in_it_are_answered(held: Held, expect) -> None:
+    served, go = held
+    with serving(served, Limits(max_batch=1, max_queue=2)) as server:
+        replies: list[str] = []
 
         def ask() -> None:
-            try:
-                reply = server.openai.completions.create(model="base", prompt="busy", max_tokens=80)
-                outcomes.append(reply.choices[0].text)
-            except openai.RateLimitError as error:
-                assert error.response.headers["retry-after"] == "1"
-                outcomes.append(None)
+            reply = server.openai.completions.create(model="base", prompt="busy", max_tokens=8)
+            replies.append(reply.choices[0].text)
 
-        threads = [threading.Thread(target=ask) for _ in range(12)]
-        for thread in threads:
+        threads = [threading.Thread(target=ask) for _ in range(3)]
+        for number, thread in enumerate(threads):
             thread.start()
+            wait_until(lambda number=number: server.batcher.load() == (number, 1))
+        with pytest.raises(openai.RateLimitError) as caught:
+            ask()
+        assert (caught.value.code, caught.value.response.headers["retry-after"]) == ("queue_full", "1")
+        go.set()
         for thread in threads:
-            thread.join()
-        assert set(outcomes) == {None, expect("base", "busy", 80)}
+            thread.join(30)
+        assert replies == [expect("base", "busy", 8)] * 3
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.03])  # while its tokens are made, and while it is computed
@@ -342,16 +367,8 @@ def test_a_long_prompt_holds_up_nobody_else(open_served, monkeypatch: pytest.Mon
     assert codes == [200]
 
 
-def test_what_is_not_done_when_the_server_ends_is_told(open_served, monkeypatch: pytest.MonkeyPatch) -> None:
-    go = threading.Event()
-    served = open_served("balanced")
-    generate = served.model.generate
-
-    def slowly(**more: Any) -> Any:
-        assert go.wait(30)
-        return generate(**more)
-
-    monkeypatch.setattr(served.model, "generate", slowly)
+def test_what_is_not_done_when_the_server_ends_is_told(held: Held) -> None:
+    served, go = held
     outcomes: list[int | str] = []
 
     def ask(stream: bool) -> None:
