@@ -66,7 +66,12 @@ class Pending(Secret):
         if fault is not None:
             what, details = fault
             raise self._session.fault(what, self.layer, call=self.id, **details)
-        refuse_not_finite(tensors, self.layer, "of what comes back from the worker")
+        try:
+            refuse_not_finite(tensors, self.layer, "of what comes back from the worker")
+        except NotFiniteError:
+            if self.op == "forward":  # which the worker may have kept for a backward that will not come
+                self._session.drop("calls", self.id)
+            raise
         return frame.fields, tensors
 
     def _tensors(self, frame: Frame, in_place: bool) -> dict[str, Tensor]:

@@ -121,22 +121,13 @@ class RemoteCall:
             **self.header,
         }
         expected = {name: (shape, self.dtype) for name, shape in self.shapes.items()}
-        pending = self.session.submit("forward", self.layer, header, {**sent, **self.extras}, expected)
-        self.id = pending.id
-        try:
-            _, outputs = pending.result()
-        except NotFiniteError:  # the worker has all that was sent, and the call
-            self._tell()
-            self.session.drop("calls", self.id)
-            raise
+        reply, outputs = self.session.request("forward", self.layer, header, {**sent, **self.extras}, expected)
         if self.check is not None:
             self.check.require(self.session, self.layer, sent["x"], outputs["y"])
-        self._tell()
-        return outputs
-
-    def _tell(self) -> None:
+        self.id = reply["id"]
         for tell in self.when_sent:
             tell()
+        return outputs
 
     def _backward(
         self, wants: list[str], slots: list[str], grads: dict[str, Tensor]
