@@ -5,13 +5,12 @@ is what the core gets from its memory.
 """
 
 import ctypes
-import functools
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
 from obfuscatune.protocol.native import kernel
+from obfuscatune.worker.pool import on_threads
 
 FEW = 16  # rows; beyond them oneDNN's product is as fast
 _BYTES_OF_A_THREAD = 4 * 1024**2  # of weight; for less a second thread costs more than it helps
@@ -48,12 +47,7 @@ def few_rows(x: Tensor, w: Tensor, primes: list[int], out: Tensor) -> bool:
             )
         )
 
-    done = [some(0)] if threads == 1 else list(_pool().map(some, range(threads)))
+    done = on_threads(some, threads)
     if min(done) < 0:
         raise MemoryError("of the kernel of few rows")
     return max(done) == 0
-
-
-@functools.cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(thread_name_prefix="few-rows")

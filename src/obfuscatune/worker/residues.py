@@ -15,6 +15,7 @@ from obfuscatune.errors import ProtocolError
 from obfuscatune.protocol.residues import EXACT_TERMS, LARGEST, MOST_TERMS, PRIMES, reduce
 from obfuscatune.worker.few_rows import few_rows
 from obfuscatune.worker.parallel import ALONE, Group
+from obfuscatune.worker.pool import on_threads
 from obfuscatune.worker.segments import Segment
 
 _FEWEST_ROWS, _MULTIPLE = 17, 8  # what cuBLAS asks of an int8 product: more than 16 rows, widths in steps of 8
@@ -81,16 +82,23 @@ class ResidueSegment(Segment):
             y = torch.empty(shape, dtype=torch.int8, device=x.device) if out is None else out
             if not transpose and few_rows(x, self.weight["weight"], self.primes, y):
                 return y
-        sums = torch.empty(shape[1:], dtype=torch.int32, device=x.device)  # one for all: new memory costs page faults
-        for i in range(self.mine.start, self.mine.stop):
-            plane = columns[i - self.mine.start]
-            if not self._exact:
-                sums = float_product(x[i], plane)
-            elif x.is_cpu:
-                torch._int_mm(x[i], plane, out=sums)
-            else:
-                sums = int8_product(x[i], plane)
-            reduce(sums, self.primes[i], out=y[i])
+        planes = range(self.mine.start, self.mine.stop)
+        threads = min(torch.get_num_threads(), len(planes)) if x.is_cpu else 1
+
+        def some(first: int) -> None:
+            """Every so many planes, on one thread: products that share their threads wait for each other's parts."""
+            sums = torch.empty(shape[1:], dtype=torch.int32, device=x.device)  # one for all: new memory costs faults
+            for i in planes[first::threads]:
+                plane = columns[i - self.mine.start]
+                if not self._exact:
+                    sums = float_product(x[i], plane)
+                elif x.is_cpu:
+                    torch._int_mm(x[i], plane, out=sums)
+                else:
+                    sums = int8_product(x[i], plane)
+                reduce(sums, self.primes[i], out=y[i])
+
+        on_threads(some, threads)
         return y if self.group.size == 1 else self.group.sum_(y)
 
 
