@@ -172,7 +172,9 @@ def lines(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> d
     template = inputs / "template"
     template.write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
     (tmp_path / "policy.toml").touch()
-    (tmp_path / "terms.toml").write_text(f'version = 3\npartners = ["{LAB.public.fingerprint}"]\n')
+    (tmp_path / "terms.toml").write_text(
+        f'version = 3\npartners = ["{LAB.public.fingerprint}"]\nexpires = 2099-01-01\n'
+    )
     for one in (LAB, CLINIC):
         key = tmp_path / f"{one.public.name}.key"
         key.write_bytes(one.to_bytes())

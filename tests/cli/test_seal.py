@@ -123,7 +123,7 @@ def test_misuse_writes_nothing(parties: Path, rows: Path, model_dir: Path, run: 
     for arguments, message in [
         ([*identity, *output, *terms], "no recipient"),
         ([*identity, *output, *terms, *recipient, *recipient], "there twice"),
-        ([*identity, *output, *terms, "--recipient", parties / "enclave.key"], "no public identity"),
+        ([*identity, *output, *terms, "--recipient", parties / "enclave.key"], "is a secret key"),
         (["--identity", parties / "lab.pub", *terms, *output, *recipient], "readable by others"),
         ([*identity, *output, *terms, *recipient, "--evidence", rows], "belong together"),
         ([*identity, *output, *terms, *recipient, "--policy", rows], "belong together"),

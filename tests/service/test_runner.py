@@ -439,7 +439,7 @@ def test_code_of_a_model_is_not_run_whatever_the_operator_types(
         ({"quantization_config": {"quant_method": "fp8"}}, "quantized"),
         ({"attn_implementation": "somebody/kernel"}, "attention"),
         ({"_attn_implementation": "flash_attention_2"}, "attention"),
-        ({"n_layer": 10**9}, "number of layers"),
+        ({"n_layer": 10**9}, "layers in the model's configuration"),
     ],
 )
 def test_configurations_that_ask_for_more_than_a_model_are_refused(

@@ -328,7 +328,7 @@ def drawn_tensors(scratch: Path) -> Target:
     from obfuscatune.protocol.expand import drawn, tensors_drawn
     from obfuscatune.protocol.frames import decode_frame, encode_head
 
-    field = {"x": drawn(bytes(range(32)), (127, 89), (3, 4)), "weight": drawn(bytes(32), (101,), (1, 1))}
+    field = {"x": drawn(bytes(range(32)), (251, 83), (3, 4)), "weight": drawn(bytes(32), (241,), (1, 1))}
     head, _ = encode_head({"op": "multiply", "id": 7, "drawn": field}, [])
 
     def parse(data: bytes) -> None:

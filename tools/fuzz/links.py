@@ -120,10 +120,10 @@ def enclave_requests(scratch: Path) -> Target:
     weight, rows = torch.eye(4), torch.zeros(1, 2, 4)
     linear = {"op": "define", "segment": "s0", "kind": "linear", "spec": {}}
     share = {"op": "define", "segment": "s1", "kind": "residues"}
-    share["spec"] = {"primes": [127], "point": 1, "sharing": "0" * 16}
+    share["spec"] = {"primes": [251], "point": 1, "sharing": "0" * 16}
     product = {"op": "multiply", "segment": "s0", "transpose": False}
     placed = {"placed": [["x", "float32", [1, 2, 4], 0]], "places": {"y": [64, 32]}}
-    drawn = {"drawn": {"x": {"seed": "0" * 64, "primes": [127], "shape": [2, 4]}}}
+    drawn = {"drawn": {"x": {"seed": "0" * 64, "primes": [251], "shape": [2, 4]}}}
     call = {"op": "forward", "segment": "s0", "keep": True, "drop": {"calls": [9], "shared": [1]}}
     requests: list[tuple[dict[str, Any], dict[str, torch.Tensor]]] = [
         ({"op": "hello"}, {}),
