@@ -13,6 +13,8 @@ from obfuscatune.errors import ConsentError, ObfuscatuneError, UsageError
 from obfuscatune.parties.canonical import decode, encode
 from obfuscatune.parties.sealed.header import read_header
 from obfuscatune.service import book as book_module
+from obfuscatune.service import questions as questions_module
+from obfuscatune.service import room as room_module
 from obfuscatune.service.book import MAX_STARTS, Book
 from obfuscatune.service.log import check
 from obfuscatune.service.records import RECORD_BYTES, Record
@@ -42,7 +44,8 @@ def later(monkeypatch: pytest.MonkeyPatch) -> Any:
             return time.time() + self.ahead
 
     clock = Clock()
-    monkeypatch.setattr(book_module, "time", clock)
+    for module in (book_module, room_module, questions_module):
+        monkeypatch.setattr(module, "time", clock)
 
     def put(seconds: float) -> None:
         clock.ahead = seconds
@@ -79,7 +82,7 @@ def path_digest(path: Path) -> str:
 
 def test_the_log_holds_no_content_and_a_party_can_check_it(enclave: Enclave) -> None:
     digest = enclave.done_job()
-    enclave.book.count_query(digest, OWNER, 2, 3, "a")
+    enclave.book.questions.count(digest, OWNER, 2, 3, "a")
     enclave.book.note("fetched", digest, OWNER)
     head, lines = enclave.book.committed_log(0)
     assert check(lines, head, enclave.state.identity.public).new_entries == enclave.log.length
@@ -118,7 +121,7 @@ def test_nothing_is_acted_upon_that_is_not_committed(
         assert enclave.book.record(digest).status == "queued"
         with pytest.raises(ObfuscatuneError, match="disk is full"):
             enclave.submit(enclave.signed_job(stored=False))
-        assert len(enclave.book._records) == 1
+        assert len(enclave.book.records) == 1
     assert enclave.book.committed_log(0)[0]["length"] == enclave.state.log_length
     assert enclave.book.next() == digest
 
@@ -147,16 +150,16 @@ def test_a_quota_of_jobs_is_counted_by_the_sealed_file_and_for_ever(tmp_path: Pa
         enclave.book.finished(digests[1], {})
         with enclave.state.lock:
             for digest in digests:
-                enclave.book._retire(digest)
+                enclave.book.room.retire(digest)
         later(2 * 3600)
-        enclave.book._forget_expired()
-        assert not enclave.book._records and enclave.book._uses.count_of(file) == 2
+        enclave.book.room.drop_expired()
+        assert not enclave.book.records and enclave.book.uses.count_of(file) == 2
         later(0)
         with pytest.raises(ConsentError, match="job has expired"):  # though by the clock it has not
             enclave.submit(first)
-        enclave.book._uses.forget(until - 1, set())
+        enclave.book.uses.forget(until - 1, set())
         assert file in enclave.state.uses
-        enclave.book._uses.forget(until, set())
+        enclave.book.uses.forget(until, set())
         assert file not in enclave.state.uses and enclave.state.forgotten == until
         later(0)
         enclave.store(file, path)
@@ -177,7 +180,7 @@ def test_a_use_that_is_not_committed_is_not_counted(enclave: Enclave, monkeypatc
 def test_counts_of_jobs_fill_no_more_than_a_partys_share(enclave: Enclave, monkeypatch: pytest.MonkeyPatch) -> None:
     until = int(time.time()) + 60
     enclave.state.uses |= {f"{number:064x}": f"1 {until} {OWNER}" for number in range(16)}
-    monkeypatch.setattr(book_module, "MAX_BYTES", 17 * 192)
+    monkeypatch.setattr(room_module, "MAX_BYTES", 17 * 192)
     with pytest.raises(UsageError, match="no room"):
         enclave.submit(enclave.signed_job())
     assert len(enclave.state.uses) == 16
@@ -353,15 +356,15 @@ def test_an_upload_whose_entry_the_crash_took_is_found(tmp_path: Path) -> None:
 def test_queries_are_counted_before_they_are_answered(tmp_path: Path) -> None:
     with open_enclave(tmp_path) as enclave:
         digest = enclave.done_job(max_queries=10)
-        enclave.book.count_query(digest, OWNER, 9, 32, "b")
+        enclave.book.questions.count(digest, OWNER, 9, 32, "b")
         with pytest.raises(ConsentError, match="used up"):
-            enclave.book.count_query(digest, OWNER, 2, 32, "c")
+            enclave.book.questions.count(digest, OWNER, 2, 32, "c")
         platform = enclave.platform
     with open_enclave(tmp_path, platform) as enclave:
         assert enclave.book.record(digest).queries == 9
-        enclave.book.count_query(digest, OWNER, 1, 32, "d")
+        enclave.book.questions.count(digest, OWNER, 1, 32, "d")
         with pytest.raises(ConsentError, match="used up"):
-            enclave.book.count_query(digest, OWNER, 1, 32, "e")
+            enclave.book.questions.count(digest, OWNER, 1, 32, "e")
 
 
 def test_a_number_that_the_state_cannot_hold(enclave: Enclave) -> None:
@@ -374,20 +377,20 @@ def test_a_number_that_the_state_cannot_hold(enclave: Enclave) -> None:
 
 def test_one_party_cannot_fill_the_book(enclave: Enclave, monkeypatch: pytest.MonkeyPatch) -> None:
     """With nothing that has ended: the other two parties' shares are kept, whatever it submits."""
-    monkeypatch.setattr(book_module, "MAX_BYTES", 12 * RECORD_BYTES)
+    monkeypatch.setattr(room_module, "MAX_BYTES", 12 * RECORD_BYTES)
     other = STRANGER.public.fingerprint
-    enclave.book._parties = lambda: [LAB.public.fingerprint, OWNER, other]
+    enclave.book.room.parties = lambda: [LAB.public.fingerprint, OWNER, other]
     for _ in range(10):
         enclave.submit(enclave.signed_job(stored=False))
     with pytest.raises(UsageError, match="no room for another job of this party"):
         enclave.submit(enclave.signed_job(stored=False))
-    assert enclave.told().count("submitted") == len(enclave.book._records) == 10
-    assert enclave.book._room(other) == 2 * RECORD_BYTES
+    assert enclave.told().count("submitted") == len(enclave.book.records) == 10
+    assert enclave.book.room.of(other) == 2 * RECORD_BYTES
 
 
 def test_jobs_that_have_ended_make_room(enclave: Enclave, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(book_module, "USE_BYTES", 0)
-    monkeypatch.setattr(book_module, "MAX_BYTES", 4 * RECORD_BYTES)
+    monkeypatch.setattr(room_module, "USE_BYTES", 0)
+    monkeypatch.setattr(room_module, "MAX_BYTES", 4 * RECORD_BYTES)
     fetched, kept = enclave.done_job(adapter_to=("owner",), queries_by=()), enclave.done_job(adapter_to=("owner",))
     files = [*enclave.book.signed(fetched).job.inputs.values(), *enclave.book.record(fetched).results.values()]
     for kind in "adapter", "output":
@@ -407,7 +410,7 @@ def test_jobs_that_have_ended_make_room(enclave: Enclave, monkeypatch: pytest.Mo
 
 def retire(enclave: Enclave, digest: str) -> None:
     with enclave.state.lock:
-        enclave.book._retire(digest)
+        enclave.book.room.retire(digest)
 
 
 def test_a_retired_job_stays_used_up_and_is_forgotten_when_it_has_expired(tmp_path: Path, later: Any) -> None:
@@ -423,7 +426,7 @@ def test_a_retired_job_stays_used_up_and_is_forgotten_when_it_has_expired(tmp_pa
             enclave.submit(signed)
         assert enclave.book.job_of(digest, OWNER)[1].retired
         later(signed.job.expires)
-        enclave.book._forget_expired()
+        enclave.book.room.drop_expired()
         with pytest.raises(ConsentError, match="expired"):
             enclave.submit(signed)
         with pytest.raises(UsageError, match="no such job"):
@@ -440,14 +443,14 @@ def test_a_full_book_fits_into_the_state(retired: bool, workers: int) -> None:
     live |= {"workers": [{"worker": digest, "blocks": 99, "parameters": 1 << 40, "form": "keyed"}] * max(4, workers)}
     ended = {"status": "refused", "reason": "x" * 500, "queries": 7, "ended": 1, "retired": retired}
     record = Record(7, digest, digest, 1 << 50, **ended, **({} if retired else live))
-    count = book_module.MAX_BYTES // record.bytes
+    count = room_module.MAX_BYTES // record.bytes
     jobs = {f"{number:064x}": record.to_fields() for number in range(count)}
     assert Record.from_fields(record.to_fields()) == record
     assert len(encode({"jobs": jobs, "identity": "x" * 10_000})) < MAX_STATE_BYTES
 
 
 def test_a_state_full_of_counts_can_be_written_and_read() -> None:
-    digests = (f"{number:064x}" for number in range(book_module.MAX_BYTES // book_module.USE_BYTES))
+    digests = (f"{number:064x}" for number in range(room_module.MAX_BYTES // room_module.USE_BYTES))
     fields = {"uses": {digest: f"1000000 9007199254740992 {digest}" for digest in digests}}
     assert len(data := encode(fields)) < MAX_STATE_BYTES // 2  # and handed over
     assert decode(data, "state", max_bytes=MAX_STATE_BYTES) == fields
@@ -455,10 +458,11 @@ def test_a_state_full_of_counts_can_be_written_and_read() -> None:
 
 def test_what_fails_for_ever_does_not_fill_the_log(enclave: Enclave, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(book_module, "_MAX_NOTED", 2)
+    monkeypatch.setattr(questions_module, "_MAX_GIVEN_BACK", 2)
     job = enclave.done_job(max_queries=5)
     for number in range(5):
-        enclave.book.count_query(job, OWNER, 1, 1, f"{number:064x}")
-        enclave.book.query_failed(job, OWNER, 1, f"{number:064x}")
+        enclave.book.questions.count(job, OWNER, 1, 1, f"{number:064x}")
+        enclave.book.questions.give_back(job, OWNER, 1, f"{number:064x}")
     assert enclave.told().count("query-failed") == 2 and enclave.book.record(job).queries == 3
     failing = enclave.signed_job()
     for _ in range(3):
@@ -498,7 +502,7 @@ def test_a_job_whose_file_the_disk_lost(tmp_path: Path) -> None:
 def test_1000_jobs_in_a_row_by_one_party(enclave: Enclave, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody fetches a thing; the last one is taken in as the first, and all are there after a restart."""
     monkeypatch.setattr(os, "fsync", lambda handle: None)  # nine tenths of the time, and nothing that it is about
-    enclave.book._parties = lambda: [LAB.public.fingerprint, OWNER]
+    enclave.book.room.parties = lambda: [LAB.public.fingerprint, OWNER]
     model, data, prompts = (enclave.seal(kind) for kind in ("model", "data", "prompts"))
     for file in (model, data, prompts):
         enclave.store(*file)

@@ -120,7 +120,7 @@ def test_the_new_one_goes_on_and_the_old_one_does_not(pair: Pair, tmp_path: Path
         for attempt in (
             lambda: old.submit(old.signed_job()),
             lambda: old.book.note("anything"),
-            lambda: old.book.check_query(pair.done, CLINIC.public.fingerprint, 1, 1),
+            lambda: old.book.questions.check(pair.done, CLINIC.public.fingerprint, 1, 1),
             lambda: old.book.commit(),
         ):
             with pytest.raises(ConsentError, match="handed over"):

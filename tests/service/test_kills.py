@@ -52,7 +52,7 @@ def work(directory: Path, platform: MemoryPlatform, jobs: list[SignedJob], told:
             tell("done", digest, 1)
         for signed in jobs:  # asked again after a kill, a question costs nothing
             for number in range(2):
-                book.count_query(signed.job.digest, OWNER, 1, 1, f"{number:064x}")
+                book.questions.count(signed.job.digest, OWNER, 1, 1, f"{number:064x}")
                 tell("query", signed.job.digest, number + 1)
 
 
@@ -66,8 +66,8 @@ def holds(enclave: Enclave, told: str, file: str, earlier: bytes) -> bytes:
         record = book.record(digest)
         assert record.status == "done" or (event == "checkpoint" and record.checkpoint_step >= int(number)), line
         assert event != "query" or record.queries >= int(number)
-    used = [record for record in book._records.values() if record.used]
-    assert book._uses.count_of(file) == len(used)
+    used = [record for record in book.records.values() if record.used]
+    assert book.uses.count_of(file) == len(used)
     head, lines = book.committed_log(0)
     check(lines, head, enclave.state.identity.public, earlier)
     ended = Counter(entry.job for entry in enclave.events() if entry.event == "done")

@@ -47,7 +47,7 @@ def put(directory: Path, *identities: Identity) -> None:
 def members_of(enclave: Enclave, directory: Path, operator: Identity | None = None) -> Members:
     members = Members(enclave.state, directory, None if operator is None else operator.public)
     members.note = enclave.book.note
-    enclave.book._ended, enclave.book._left = members.strangers, members.left
+    enclave.book._ended, enclave.book.left = members.strangers, members.left
     return members
 
 
@@ -196,7 +196,7 @@ def test_the_jobs_of_who_leaves_end_and_its_inputs_go(enclave: Enclave, members:
     assert [book.store.has(file) for file in inputs[running].values()] == [True, False, False]
     assert book.store.has(book.record(done).results["adapter"])  # the partner may fetch what the job gives it
     with pytest.raises(ConsentError, match="has left"):
-        book.check_query(done, LAB.public.fingerprint, 1, 1)
+        book.questions.check(done, LAB.public.fingerprint, 1, 1)
     with pytest.raises(ConsentError, match="or left"):
         enclave.submit(enclave.signed_job())
 

@@ -341,7 +341,7 @@ def test_a_failed_query_gives_back_only_what_it_was_counted_for(enclave: Enclave
     job = enclave.done_job()
     serving = service(enclave, fail)
     with working(serving):
-        assert enclave.book.count_query(job, CLINIC.public.fingerprint, 1, 1, query_of(job, "a").question)
+        assert enclave.book.questions.count(job, CLINIC.public.fingerprint, 1, 1, query_of(job, "a").question)
         for _ in range(3):  # as after a crash: it was counted then, and is asked again
             assert ask(serving, job, "a").error is not None
             assert enclave.book.record(job).queries == 1
@@ -358,7 +358,7 @@ def test_a_failed_query_of_a_job_that_is_forgotten_ends_alone(enclave: Enclave) 
     job, later = enclave.done_job(), enclave.done_job()
 
     def forget() -> None:
-        del enclave.book._records[job]
+        del enclave.book.records[job]
         raise RuntimeError
 
     serving = service(enclave, forget)

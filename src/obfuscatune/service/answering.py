@@ -179,9 +179,9 @@ class Answering:
             if known is not None:
                 return query.finish(known)
             asked = (query.job, query.party, len(query.prompts), query.settings.longest, query.question)
-            self._book.check_query(*asked)
+            self._book.questions.check(*asked)
             rows = self._model.check(self._book.signed(query.job), self._adapter(query.job), query)
-            if self._book.count_query(*asked):
+            if self._book.questions.count(*asked):
                 self._paid.add(query.question)
             self._begun[id(query)] = query, rows
         except STOPS:
@@ -257,7 +257,7 @@ class Answering:
         try:
             if paid and not query.sent and query.question not in self._paid and not self._book.state.handed:
                 asked = (query.job, query.party, len(query.prompts), query.question)
-                self._patiently(lambda: self._book.query_failed(*asked))
+                self._patiently(lambda: self._book.questions.give_back(*asked))
         except STOPS:
             raise
         except ObfuscatuneError as refused:  # the party keeps what it was counted for, and can ask again

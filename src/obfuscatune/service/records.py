@@ -31,7 +31,7 @@ class Record:
         step, steps: how far the training is, and where it ends. checkpoint, checkpoint_step: digest and
             step of the last one.
         results: digests of sealed results, by kind. queries: prompts answered so far. counted: digests of the
-            questions that were counted last, see `Book.count_query`. answering: seconds that the job has stood still
+            questions that were counted last, see `Questions.count`. answering: seconds that the job has stood still
             for queries of others. starts: since the last checkpoint. workers: what each has got of the model, as
             `placement` tells. cancelled: whether a party has asked for the end of a running job.
         named: how many workers the job names.

@@ -107,7 +107,7 @@ class Requests:
             return self._book.store.room(party.fingerprint) >= size
 
         if not enough() and size <= self._book.store.max_bytes:
-            self._book.make_room(party.fingerprint, enough)
+            self._book.room.make(party.fingerprint, enough)
 
     def _input(self, party: PublicIdentity, fields: dict[str, Any]) -> tuple[str, str, int]:
         """Return job, digest and size of an input that this party owes to a waiting job: nothing else is stored."""
@@ -194,7 +194,7 @@ class Requests:
         if streaming and len(query.prompts) > 1:
             raise UsageError("a stream of several prompts", got=len(query.prompts), expected=1)
         known, asked = self._answers.get(query.question), (len(query.prompts), chosen.longest, query.question)
-        self._book.check_query(digest, party.fingerprint, *((0, chosen.longest) if known is not None else asked))
+        self._book.questions.check(digest, party.fingerprint, *((0, chosen.longest) if known is not None else asked))
         return _reply(query, known) if known is not None else self._parts(query, min(wait, self._wait))
 
     def _parts(self, query: Query, wait: float) -> Parts:
