@@ -20,8 +20,8 @@ from obfuscatune.parties.sealed.writer import SealedWriter
 from obfuscatune.service import patience
 from obfuscatune.service import store as store_module
 from obfuscatune.service.book import PAUSED
+from obfuscatune.service.fine_tuning import Hooks
 from obfuscatune.service.log import check
-from obfuscatune.service.runner import Hooks
 from obfuscatune.service.serve import Service
 
 from .jobs import CLINIC, LAB, Enclave, open_enclave

@@ -140,7 +140,7 @@ def test_the_new_one_goes_on_and_the_old_one_does_not(pair: Pair, tmp_path: Path
         # What was sealed to the old one is opened by the new one, and what is sealed now is sealed to the new one.
         runner = Runner(new.state.identity, new.book.store, workers=None, former=new.state.former_identities)  # type: ignore[arg-type]
         model = new.book.signed(pair.done).job.model
-        with runner._reader(model, "model") as reader:
+        with runner._inputs.open(model, "model") as reader:
             assert reader.read(0, 10)
         certificates = [each["certificate"].encode() for each in new.state.former]
         assert goes_on(certificates, old.fingerprint, new.fingerprint)

@@ -22,9 +22,10 @@ from obfuscatune.parties.sealed.archive import SealedArchive, seal_files
 from obfuscatune.parties.sealed.header import read_header
 from obfuscatune.parties.sealed.models import model_files
 from obfuscatune.parties.sealed.reader import SealedReader
+from obfuscatune.service.fine_tuning import Hooks
 from obfuscatune.service.placement import Workers
 from obfuscatune.service.queries import Query
-from obfuscatune.service.runner import Hooks, Runner
+from obfuscatune.service.runner import Runner
 from obfuscatune.service.store import Store
 from obfuscatune.service.turns import Turns
 from obfuscatune.serving.sampling import Settings

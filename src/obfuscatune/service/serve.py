@@ -21,13 +21,14 @@ from obfuscatune.service.answering import STOPS, Answering
 from obfuscatune.service.answers import Answers
 from obfuscatune.service.book import Book
 from obfuscatune.service.escrow import Escrow
+from obfuscatune.service.fine_tuning import Hooks
 from obfuscatune.service.log import AuditLog
 from obfuscatune.service.members import Members
 from obfuscatune.service.membership import MemberRequests
 from obfuscatune.service.patience import Patience, Stopped
 from obfuscatune.service.placement import Workers
 from obfuscatune.service.requests import Requests
-from obfuscatune.service.runner import RAM_PREFIX, Hooks, Runner
+from obfuscatune.service.runner import RAM_PREFIX, Runner
 from obfuscatune.service.scratch import ram_directory
 from obfuscatune.service.state import State
 from obfuscatune.service.store import Store
