@@ -313,11 +313,11 @@ def found(enclave: str, members: Iterable[Member], now: float | None = None) -> 
 def founded(signed: SignedChange, enclave: str) -> Membership:
     """Return the first membership of an enclave; raises ConsentError where it is none."""
     change = signed.change
-    if change.act != "found" or change.number != 0 or change.previous != NO_MEMBERSHIP or signed.signatures:
+    first = change.act == "found" and change.number == 0 and change.previous == NO_MEMBERSHIP
+    if not first or signed.signatures or not isinstance(change.subject, tuple):
         raise ConsentError("not the beginning of a membership")
     if change.enclave != enclave:
         raise ConsentError("a membership of another enclave", got=change.enclave[:16], expected=enclave[:16])
-    assert isinstance(change.subject, tuple)  # noqa: S101 - `Change.from_dict` has seen to it
     ever = frozenset(member.identity.fingerprint for member in change.subject)
     parties = tuple(member.identity for member in change.subject if member.role == "party")
     return Membership(enclave, 0, change.digest, change.subject, (), ever, len(signed.to_bytes()), parties)

@@ -83,14 +83,14 @@ class Escrow:
 
     def _split(self) -> None:
         enclave = self._state.identity.public.fingerprint
-        parties = set(signers([each for each in chains(self._state) if each is not None]).values())
+        found = set(signers([each for each in chains(self._state) if each is not None]).values())
+        parties = [party for party in found if party is not None]
         self._for, self._shares = list(self._state.members), {}
-        if None in parties or not parties:
+        if None in found or not parties:
             logger.warning("%s", REVOKED)
             return
         self._key = bytes(SHARE_BYTES)
         for party in parties:
-            assert party is not None  # noqa: S101 - looked at above
             share = os.urandom(SHARE_BYTES)
             self._key = _xor(self._key, share)
             info = share_info(enclave, party.fingerprint)

@@ -14,7 +14,7 @@ from typing import Any
 
 from obfuscatune.errors import ConsentError, ObfuscatuneError, StorageError, UsageError
 from obfuscatune.parties.identity import PublicIdentity, read_small
-from obfuscatune.parties.membership import Member, Membership, SignedChange, follow, found, resolve
+from obfuscatune.parties.membership import Member, Membership, SignedChange, follow, found, founded, resolve
 from obfuscatune.parties.succession import MAX_BYTES, SUFFIX, Succession, read_succession
 from obfuscatune.service.state import State
 
@@ -127,7 +127,7 @@ class Members:
         with self._state.lock:
             if self._now is None:
                 signed = self._founding()
-                self._take(signed, follow([signed.to_bytes()], self._enclave), None)
+                self._take(signed, founded(signed, self._enclave), None)
 
     def change(self, data: bytes, party: PublicIdentity) -> dict[str, Any]:
         """Make a signed change; return number and digest after it. A change that was made already does nothing.
@@ -202,9 +202,8 @@ class Members:
     def _founding(self) -> SignedChange:
         return found(self._enclave, self._open())
 
-    def _take(self, signed: SignedChange, after: Membership | None, party: str | None) -> None:
+    def _take(self, signed: SignedChange, after: Membership, party: str | None) -> None:
         """Log, seal and make a change: the entry first; where the disk refuses, it is as it was."""
-        assert after is not None  # noqa: S101 - a chain of one line at least
         before, self._state.members = self._state.members, [*self._state.members, signed.to_bytes().decode()]
         change = signed.change
         try:
