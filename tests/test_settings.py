@@ -61,7 +61,7 @@ def test_defaults() -> None:
         ("num_train_epochs", 1e300, "above"),
         ("seed", -1, "below 0"),
         ("seed", 2**32, "above"),
-        ("lora_dropout", 1.5, "above 1"),
+        ("lora_dropout", 1.0, "above 0.99"),
         ("lora_r", 0, "below 1"),
         ("optim", "adam", "not one of adamw, sgd"),
         ("optim", ["adamw"], "not one of"),

@@ -132,7 +132,10 @@ def takes(record: type[T]) -> Callable[[Callable[[T], None]], Callable[..., None
         def command(**values: Any) -> None:
             if any(f.name == "switches" for f in dataclasses.fields(record)):  # type: ignore[arg-type]
                 values["switches"] = {name: values.pop(name) for name in SWITCHES}
-            function(record(**values))
+            try:
+                function(record(**values))
+            except EOFError as error:  # a library's, of a file that ends too early; click would take it for Ctrl-D
+                raise RuntimeError("a file has ended") from error
 
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
