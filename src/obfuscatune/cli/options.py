@@ -107,7 +107,9 @@ class ProtectionOptions:
     )
     insecure: bool = option(INSECURE_HELP, False, flag="--insecure", rich_help_panel=PROTECTION)
     device: str | None = option("device of a spawned worker", None, rich_help_panel=PROTECTION)
-    threads: int | None = option("CPU threads of a spawned worker", None, min=1, rich_help_panel=PROTECTION)
+    threads: int | None = option(
+        "CPU threads of a spawned worker", None, min=1, ceiling=4096, rich_help_panel=PROTECTION
+    )
     timeout: float = option(
         "seconds to wait for each reply of the worker", 600.0, min=1e-3, ceiling=1e6, rich_help_panel=PROTECTION
     )
