@@ -116,6 +116,15 @@ def test_no_learning_rate_is_blamed_for_a_first_step(inside, changed, run) -> No
     assert "learning rate" not in outcome.err
 
 
+@pytest.mark.parametrize("more", [(), ("--do_sample",), ("--num_beams", 2)])
+def test_a_model_whose_logits_are_no_numbers_completes_nothing(more: tuple[object, ...], changed, run) -> None:
+    """The likeliest of tokens that are all NaN is the first one, which may well end the text."""
+    directory = changed(lambda tensors: tensors[FC].fill_(1e38))
+    where = ("--model_name_or_path", directory, "--profile", "enclave")
+    outcome = run("generate", *where, "--prompt", "a", "--max_new_tokens", 2, *more)
+    assert (outcome.code, outcome.out) == (1, "") and "the logits of the model are not finite" in outcome.err
+
+
 def test_a_run_of_no_step_is_no_success(inside, run) -> None:
     outcome = run(*inside, "--max_steps", 0, "--num_train_epochs", 0)
     assert outcome.code == 2 and "no step was trained" in outcome.err

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import LogitsProcessorList
 
 from obfuscatune.errors import ObfuscatuneError, UsageError
 from obfuscatune.training.chat import prompt_tokens
 from obfuscatune.training.data import Prompt
 from obfuscatune.training.encoding import check_embedded, check_known, start_tokens, vocabulary_of
+from obfuscatune.training.finite import FiniteScores
 from obfuscatune.training.quiet import Quiet
 
 
@@ -52,6 +54,7 @@ def complete_counted(
         max_new_tokens: longest completion. generation: further arguments of ``generate``; ``None`` leaves one out.
 
     Raises:
+        NotFiniteError: the model's logits.
         UsageError, DataError: as :func:`prompt_ids`; settings of generation that transformers refuses.
     """
     ids = prompt_ids(model.config, tokenizer, prompts, max_new_tokens)
@@ -66,6 +69,7 @@ def complete_counted(
             eos_token_id=ends or None,
             return_dict_in_generate=False,  # the model's own settings may ask for these
             num_return_sequences=1,
+            logits_processor=LogitsProcessorList([FiniteScores()]),
             **{name: value for name, value in generation.items() if value is not None},
         )
     found = []

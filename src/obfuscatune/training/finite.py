@@ -1,7 +1,8 @@
 """Where a run's numbers stop being numbers, there is no result: the first loss, gradient or factor that is not finite.
 
 Nothing else stops such a run: the Trainer leaves a loss that is NaN out of its log, and goes on; and an adapter of NaNs
-is written as any other.
+is written as any other. Nor does anything stop a model that is asked: of logits that are NaN, the first token is taken
+for the likeliest.
 """
 
 import math
@@ -12,8 +13,9 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from transformers import LogitsProcessor
 
-from obfuscatune.errors import TrainingError
+from obfuscatune.errors import NotFiniteError, TrainingError
 
 _B = re.compile(r"\.lora_(embedding_)?B\b")
 _HINT = "the run diverged: start it again with a lower learning rate, from the beginning or a checkpoint before this"
@@ -35,6 +37,26 @@ def check_loss(loss: float, what: str, step: int) -> None:
     """
     if not math.isfinite(loss):
         raise TrainingError(f"the {what} is not finite", where=f"step {step}", hint=_hint(step))
+
+
+def check_logits(logits: Tensor) -> None:
+    """Refuse logits of which a position has NaN, infinity, or no finite number at all; -inf forbids a token.
+
+    Raises:
+        NotFiniteError: naming no number.
+    """
+    if logits.numel() and not logits.amax(dim=-1).isfinite().all():
+        hint = "look at the weights, the adapter with its lora_alpha, and the dtype: the plain model's are not either"
+        raise NotFiniteError("the logits of the model are not finite", hint=hint)
+
+
+class FiniteScores(LogitsProcessor):
+    """Changes nothing in a generation, and ends it as `check_logits` does."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return the scores."""
+        check_logits(scores)
+        return scores
 
 
 def check_gradients(parameters: Iterable[nn.Parameter], step: int) -> None:
