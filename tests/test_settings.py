@@ -26,7 +26,7 @@ settings = st.builds(
     max_steps=st.integers(-1, 1 << 40),
     lr_scheduler_type=st.sampled_from(["linear", "cosine"]),
     optim=st.sampled_from(["adamw", "sgd"]),
-    lora_dropout=st.floats(0, 1),
+    lora_dropout=st.floats(0, 0.99),
     lora_target_modules=st.none() | st.lists(st.text(max_size=5), max_size=3),
     save_total_limit=st.none() | st.integers(1, 9),
 )
@@ -61,7 +61,7 @@ def test_defaults() -> None:
         ("num_train_epochs", 1e300, "above"),
         ("seed", -1, "below 0"),
         ("seed", 2**32, "above"),
-        ("lora_dropout", 1.5, "above 1"),
+        ("lora_dropout", 1.0, "above 0.99"),
         ("lora_r", 0, "below 1"),
         ("optim", "adam", "not one of adamw, sgd"),
         ("optim", ["adamw"], "not one of"),

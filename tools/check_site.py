@@ -52,7 +52,9 @@ def faults(site: Path) -> list[str]:
                 continue
             file = (path.parent / unquote(parts.path)).resolve() if parts.path else path
             file = file / "index.html" if file.is_dir() else file
-            if not file.is_file():
+            if not file.is_relative_to(site.resolve()):
+                found.append(f"{where}: {target} leaves the site")
+            elif not file.is_file():
                 found.append(f"{where}: {target} is not there")
             elif parts.fragment and file in pages and unquote(parts.fragment) not in pages[file].anchors:
                 found.append(f"{where}: {target} has no such anchor")

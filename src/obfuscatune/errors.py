@@ -127,3 +127,10 @@ class WorkerFault(ObfuscatuneError):  # noqa: N818 - a fault of the peer, and th
         self.worker, self.layer, self.call = worker, layer, call
         details.setdefault("hint", RESTART_HINT)
         super().__init__(what, where=f"worker {worker}, layer {layer}, call {call}", **details)
+
+
+# What to try with a model or a file of weights that is refused.
+ONLY_INSIDE = 'profile="enclave" runs a model as it is; docs/models.md says what the other profiles run'
+UNQUANTIZED = "load or save the model in float32, bfloat16 or float64"
+OWN_CONFIG = "is config.json the one of this model"
+SAVE_AGAIN = "save the model again with save_pretrained"

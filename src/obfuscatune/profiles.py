@@ -132,7 +132,7 @@ PROFILES: dict[str, Profile] = {
         Profile(
             name="balanced",
             summary="Q, K, V hidden too, cheap keys, attention and MLP on the worker, LoRA optimizer in the enclave",
-            audience="against copying of weights that have no public relative; nothing for data",
+            audience="against copying of weights that have no public relative; does not protect data",
             claim="no plain coordinates of weights, activations or adapter; nothing on data",
             keys="monarch",
             inner_keys="monarch",
@@ -155,7 +155,7 @@ PROFILES: dict[str, Profile] = {
         Profile(
             name="stream",
             summary="all blocks on the worker in one call: it gets the working body in one unknown rotation",
-            audience="as balanced, faster, where handing over the working body in one unknown rotation will do",
+            audience="as balanced, but faster; where the worker may have all blocks in one unknown rotation",
             claim="embeddings and head withheld; nothing on data",
             keys="monarch",
             inner_keys="monarch",

@@ -15,6 +15,7 @@ from typing import Any, Literal, Self
 from obfuscatune.errors import FormatError
 
 _LARGEST = 3.4e38  # of float32
+_MOST = 1 << 31  # of what is counted
 _TRAINING = {"rich_help_panel": "Training"}
 _LORA = {"rich_help_panel": "LoRA"}
 _SAVING = {"rich_help_panel": "Logs and checkpoints"}
@@ -32,14 +33,14 @@ def _setting(text: str, default: Any, **more: Any) -> Any:
 class TrainingSettings:
     """Settings of one fine-tuning run. Values of the wrong type or out of range are refused by :meth:`from_dict`."""
 
-    max_length: int = _setting("longest row in tokens", 512, min=2)
+    max_length: int = _setting("longest row in tokens", 512, min=2, ceiling=_MOST)
 
     learning_rate: float = _setting("peak learning rate", 2e-4, min=0, ceiling=_LARGEST, **_TRAINING)
-    per_device_train_batch_size: int = _setting("rows of a batch", 8, min=1, **_TRAINING)
-    per_device_eval_batch_size: int = _setting("rows of a batch in evaluation", 8, min=1, **_TRAINING)
-    gradient_accumulation_steps: int = _setting("batches in one step", 1, min=1, **_TRAINING)
+    per_device_train_batch_size: int = _setting("rows of a batch", 8, min=1, ceiling=_MOST, **_TRAINING)
+    per_device_eval_batch_size: int = _setting("rows of a batch in evaluation", 8, min=1, ceiling=_MOST, **_TRAINING)
+    gradient_accumulation_steps: int = _setting("batches in one step", 1, min=1, ceiling=_MOST, **_TRAINING)
     num_train_epochs: float = _setting("passes over the data", 3.0, min=0, ceiling=1e6, **_TRAINING)
-    max_steps: int = _setting("steps; above 0 it overrides num_train_epochs", -1, min=-1, **_TRAINING)
+    max_steps: int = _setting("steps; above 0 it overrides num_train_epochs", -1, min=-1, ceiling=_MOST, **_TRAINING)
     warmup_steps: float = _setting(
         "steps of linear warm-up; below 1: their share", 0.0, min=0, ceiling=1e9, **_TRAINING
     )
@@ -54,15 +55,15 @@ class TrainingSettings:
     )
 
     lora_r: int = _setting("rank", 16, min=1, ceiling=4096, **_LORA)
-    lora_alpha: int = _setting("scale, times the rank", 32, min=1, **_LORA)
-    lora_dropout: float = _setting("dropout on the adapter's input", 0.0, min=0, max=1, **_LORA)
+    lora_alpha: int = _setting("scale, times the rank", 32, min=1, ceiling=_MOST, **_LORA)
+    lora_dropout: float = _setting("dropout on the adapter's input", 0.0, min=0, max=0.99, **_LORA)
     lora_target_modules: list[str] | None = _setting(
         "layers, repeated or with commas; default: all four of a block", None, **_LORA
     )
 
-    logging_steps: int = _setting("steps between logs", 10, min=1, **_SAVING)
-    save_steps: int = _setting("steps between checkpoints", 500, min=1, **_SAVING)
-    save_total_limit: int | None = _setting("checkpoints to keep; default: all", None, min=1, **_SAVING)
+    logging_steps: int = _setting("steps between logs", 10, min=1, ceiling=_MOST, **_SAVING)
+    save_steps: int = _setting("steps between checkpoints", 500, min=1, ceiling=_MOST, **_SAVING)
+    save_total_limit: int | None = _setting("checkpoints to keep; default: all", None, min=1, ceiling=_MOST, **_SAVING)
 
     @classmethod
     def from_dict(cls, values: Any, what: str = "training settings") -> Self:

@@ -124,7 +124,7 @@ def test_a_bfloat16_model_has_a_float32_adapter(switches: tuple[str, ...], finet
 
 @pytest.mark.filterwarnings("always:lora_placement")
 def test_norms_are_unfolded_with_one_warning(finetune: list[object], tmp_path: Path, run) -> None:
-    outcome = run(*finetune, "--max_steps", 1, "--lora_placement", "worker", "--output_dir", tmp_path / "out")
+    outcome = run(*finetune, "--max_steps", 2, "--lora_placement", "worker", "--output_dir", tmp_path / "out")
     assert (outcome.code, outcome.err.count("norms are not folded")) == (0, 1), outcome.err
 
 
@@ -134,6 +134,22 @@ def test_bad_rows_are_refused_with_file_and_line(finetune: list[object], tmp_pat
     outcome = run(*finetune, "--train_file", path, "--output_dir", tmp_path / "out")
     assert outcome.code == 2
     assert f"(at {path}:2)" in outcome.err and "zebra" not in outcome.err
+
+
+def test_a_schedule_with_arguments_of_its_own_is_refused(finetune: list[object], tmp_path: Path, run) -> None:
+    for name in ("warmup_stable_decay", "cosine_with_min_lr"):
+        outcome = run(*finetune, "--lr_scheduler_type", name, "--output_dir", tmp_path / name)
+        assert outcome.code == 2 and f"a schedule with arguments of its own: got {name}" in outcome.err
+
+
+def test_settings_of_generation_that_transformers_refuses(model_dir: Path, tmp_path: Path, run) -> None:
+    settings: dict[str, Any] = {"stop_strings": ["a"], "bad_words_ids": [[9999]], "eos_token_id": "zebra"}
+    for name, value in settings.items():
+        directory = shutil.copytree(model_dir, tmp_path / name)
+        (directory / "generation_config.json").write_text(json.dumps({name: value}))
+        outcome = run("generate", "--model_name_or_path", directory, "--profile", "enclave", "--prompt", "a")
+        assert outcome.code == 2 and "generation_config.json" in outcome.err, outcome.err
+        assert "zebra" not in outcome.err
 
 
 def test_an_output_directory_in_use_is_not_written_to(finetune: list[object], tmp_path: Path, run) -> None:

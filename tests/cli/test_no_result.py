@@ -99,6 +99,32 @@ def test_an_adapter_that_is_not_finite_is_not_saved(inside, tmp_path: Path, run,
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["checkpoint-2", "checkpoint-3"]
 
 
+@pytest.mark.parametrize("more", [("--learning_rate", 0), ("--max_steps", 1, "--warmup_steps", 5)])
+def test_an_adapter_that_no_step_has_changed_is_not_saved(
+    more: tuple[object, ...], inside, tmp_path: Path, run
+) -> None:
+    outcome = run(*inside, *more)
+    assert outcome.code == 1 and "the adapter is as it began, and is not saved" in outcome.err
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
+
+
+def test_no_learning_rate_is_blamed_for_a_first_step(inside, changed, run) -> None:
+    directory = changed(lambda tensors: tensors[FC].fill_(1e38))  # finite, and the products are not
+    outcome = run(*inside, "--model_name_or_path", directory)
+    assert outcome.code == 1
+    assert "is not finite (at step 1)\nhint: nothing was trained yet: look at the model's" in outcome.err
+    assert "learning rate" not in outcome.err
+
+
+@pytest.mark.parametrize("more", [(), ("--do_sample",), ("--num_beams", 2)])
+def test_a_model_whose_logits_are_no_numbers_completes_nothing(more: tuple[object, ...], changed, run) -> None:
+    """The likeliest of tokens that are all NaN is the first one, which may well end the text."""
+    directory = changed(lambda tensors: tensors[FC].fill_(1e38))
+    where = ("--model_name_or_path", directory, "--profile", "enclave")
+    outcome = run("generate", *where, "--prompt", "a", "--max_new_tokens", 2, *more)
+    assert (outcome.code, outcome.out) == (1, "") and "the logits of the model are not finite" in outcome.err
+
+
 def test_a_run_of_no_step_is_no_success(inside, run) -> None:
     outcome = run(*inside, "--max_steps", 0, "--num_train_epochs", 0)
     assert outcome.code == 2 and "no step was trained" in outcome.err
@@ -120,6 +146,13 @@ def test_rows_that_the_model_cannot_learn_as_they_are_get_a_warning(inside, tmp_
 def test_an_output_directory_that_cannot_be_written_is_found_before_the_first_step(inside, run) -> None:
     outcome = run(*inside, "--output_dir", "/proc/self/task", "--overwrite_output_dir")
     assert outcome.code == 2 and "cannot write into the directory" in outcome.err and "keying" not in outcome.err
+
+
+def test_an_output_directory_that_is_none_is_told_as_what_it_is(inside, tmp_path: Path, run) -> None:
+    (tmp_path / "file").touch()
+    for name, message in (("file", "not an output directory: got a file"), ("a" * 300, "got File name too long")):
+        outcome = run(*inside, "--output_dir", tmp_path / name)
+        assert outcome.code == 2 and message in outcome.err and "overwrite" not in outcome.err
 
 
 @pytest.mark.parametrize("stuck", [False, True])

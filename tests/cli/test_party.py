@@ -122,7 +122,7 @@ def test_a_folder_knows_its_party(folders: tuple[Path, Path], run: Run) -> None:
     ],
 )
 def test_a_folder_that_does_not_fit(tmp_path: Path, text: str, fault: str) -> None:
-    (tmp_path / "party.toml").write_text(text)
+    (tmp_path / "party.toml").write_text("\ufeff" + text)  # as editors of Windows write it
     with pytest.raises(FormatError, match=fault):
         Party.open(tmp_path)
 

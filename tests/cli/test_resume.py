@@ -86,5 +86,9 @@ def test_every_file_of_a_checkpoint_is_checked(resume: list[object], tmp_path: P
             assert outcome.code == 2 and f"a file of the checkpoint {message}: got {name}" in outcome.err
             (directory / name).write_bytes(content)
     (directory / "pytorch_model.bin").write_bytes(b"")
+    shutil.copytree(directory, directory / "default")  # the Trainer would load the adapter that is in it
     outcome = run(*resume)
-    assert outcome.code == 2 and "is none of its own: got pytorch_model.bin" in outcome.err
+    assert outcome.code == 2 and "is none of its own: got default, pytorch_model.bin" in outcome.err
+    (directory / "obfuscatune.json").write_text("[" * 100_000)
+    outcome = run(*resume)
+    assert outcome.code == 2 and "the checkpoint does not say what it is" in outcome.err

@@ -87,6 +87,22 @@ def test_what_another_library_raises_is_told_by_its_class_and_place(run, monkeyp
     assert "zebra" not in outcome.err and "Traceback" not in outcome.err
 
 
+def test_the_end_of_a_file_in_a_library_is_no_interrupt(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> dict[str, object]:
+        raise EOFError
+
+    monkeypatch.setattr("obfuscatune.cli.doctor.examine", fail)
+    outcome = run("doctor")
+    assert (outcome.code, outcome.out) == (1, "")
+    assert outcome.err.startswith("error: unexpected RuntimeError, from EOFError (at ")
+
+
+def test_a_link_to_nowhere_is_an_output_file_that_is_there(tmp_path: Path, run) -> None:
+    (tmp_path / "link").symlink_to("nowhere")
+    outcome = run("generate", "--model_name_or_path", "x", "--prompt", "a", "--output_file", tmp_path / "link")
+    assert outcome.code == 2 and "file is there already" in outcome.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -109,6 +125,10 @@ def test_what_another_library_raises_is_told_by_its_class_and_place(run, monkeyp
         (["generate", "--prompt", "a", "--top_p", "-1"], "--top_p"),
         (["generate", "--prompt", "a", "--top_p", "2"], "'--top_p': 2.0 is above 1"),
         (["generate", "--prompt", "a", "--timeout", "nan"], "--timeout"),
+        (["generate", "--prompt", "a", "--seed", str(2**32)], "--seed"),
+        (["generate", "--prompt", "a", "--output_file", "a" * 300], "cannot write the file: got File name too long"),
+        (["finetune", "--lora_dropout", "1"], "--lora_dropout"),
+        (["finetune", "--per_device_train_batch_size", str(10**20)], "--per_device_train_batch_size"),
         (["finetune", "--learning_rate", "inf"], "--learning_rate"),
         (["inspect", "--model_name_or_path", "./nowhere"], "no such model directory: got ./nowhere"),
     ],

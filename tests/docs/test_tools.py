@@ -25,12 +25,15 @@ def check_site(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         ('<link rel="stylesheet" href="https://fonts.example.org/css">', "from elsewhere"),
         ('<link rel="canonical" href="https://example.org/">', ""),
         ('<a href="gone.html">x</a>', "gone.html is not there"),
+        ('<a href="../beside.txt">x</a>', "../beside.txt leaves the site"),
         ('<a href="#gone">x</a>', "#gone has no such anchor"),
     ],
 )
 def test_a_site(check_site: ModuleType, tmp_path: Path, more: str, fault: str) -> None:
-    (tmp_path / "index.html").write_text(GOOD + more)
-    found = check_site.faults(tmp_path)
+    (tmp_path / "beside.txt").touch()  # there where the site is built, and not where it is read
+    (site := tmp_path / "site").mkdir()
+    (site / "index.html").write_text(GOOD + more)
+    found = check_site.faults(site)
     assert len(found) == bool(fault) and fault in "".join(found)
 
 

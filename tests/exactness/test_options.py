@@ -183,8 +183,9 @@ def test_what_generation_returns_besides(balanced: tuple[Any, Any]) -> None:
 
 @pytest.mark.parametrize("how", [{"cache_implementation": "static"}, {"output_attentions": True}], ids=str)
 def test_ways_to_generate_that_are_refused(balanced: tuple[Any, Any], how: dict[str, Any]) -> None:
-    with pytest.raises(UnsupportedModelError):
+    with pytest.raises(UnsupportedModelError) as caught:
         balanced[1].generate(tokens(2, 6), max_new_tokens=3, return_dict_in_generate=True, **how)
+    assert caught.value.hint and caught.value.where
     test_ways_to_generate(balanced, {})  # the session goes on
 
 

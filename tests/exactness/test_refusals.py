@@ -1,6 +1,8 @@
 """What would be silently wrong is refused, before a worker is started where it can be seen by then."""
 
+import ast
 import contextlib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -223,3 +225,15 @@ def test_biases_that_transformers_says_it_trains(protect: Any) -> None:
     model.add_adapter(LoraConfig(r=2, target_modules=list(TARGETS), fan_in_fan_out=True, bias="all"))
     with pytest.raises(UnsupportedModelError, match="base parameter that is trained"):
         protect(model, profile="balanced")
+
+
+def test_every_refusal_has_a_hint() -> None:
+    """In the code, because many a refusal is of a model that nobody has made."""
+    without, count = [], 0
+    for path in sorted(Path(obfuscatune.__file__).with_name("enclave").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("UnsupportedModelError", "NotHereError"):
+                count += 1
+                if not {"hint", None} & {keyword.arg for keyword in node.keywords}:
+                    without.append(f"{path.name}:{node.lineno}")
+    assert count > 50 and not without

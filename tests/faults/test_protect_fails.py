@@ -122,6 +122,13 @@ def test_what_listens_there_is_no_worker(says: bytes, monkeypatch: pytest.Monkey
         done.result(30)
 
 
+@pytest.mark.parametrize("device", ["cuda:99", "meta", "nonsense"])
+def test_a_spawned_worker_that_refuses_its_device_is_no_fault(device: str, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UsageError, match="refuses its options\nhint: it says why, above"):
+        obfuscatune.protect(new_model(), device=device, timeout=60)
+    assert f"error: device not available: got {device}\n" in capfd.readouterr().err
+
+
 def test_a_test_seed_is_refused_over_tcp_before_anything_is_sent() -> None:
     model = new_model()
     before = state_of(model)

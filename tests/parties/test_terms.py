@@ -351,7 +351,7 @@ def test_a_file(tmp_path: Path) -> None:
         'version = 3\nprofiles = ["enclave"]\nadapter_to = ["owner"]\nmax_queries = 5\nexpires = 2027-06-30\n'
         f'[[workers]]\nfingerprint = "{"00" * 32}"\noperator = "a cloud"\n'
     )
-    fields = load_terms(write(tmp_path / "terms.toml", text))
+    fields = load_terms(write(tmp_path / "terms.toml", "\ufeff" + text))  # as editors of Windows write it
     found = Terms.from_dict(fields)
     assert found.profiles == ("enclave",) and found.max_queries == 5
     assert found.adapter_to == ("owner",) and found.queries_by == ()

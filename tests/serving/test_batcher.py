@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from obfuscatune.errors import NotFiniteError
 from obfuscatune.serving.batcher import TURN_STEPS, Batcher
 from obfuscatune.serving.limits import Limits
 from obfuscatune.serving.metrics import Metrics
 from obfuscatune.serving.row import Row
-from obfuscatune.serving.sampling import Settings
+from obfuscatune.serving.sampling import Choosing, Settings
 from obfuscatune.serving.text import Text
 
 
@@ -100,3 +101,13 @@ def test_each_gets_the_tokens_of_its_own_adapter(run: Any) -> None:
     asked = [(1 + number // 3 % 3, 5 + 17 * number % 150) for number in range(60)]
     rows = run(Model(), asked, max_batch=3)
     assert [row.tokens for row in rows] == [[adapter] * longest for adapter, longest in asked]
+
+
+def test_no_token_is_chosen_of_scores_that_are_no_numbers() -> None:
+    choosing, scores = Choosing([]), torch.zeros(2, 5)
+    scores[0, :4] = -torch.inf  # forbidden tokens, as stock processors leave them
+    assert choosing(torch.zeros(2, 1), scores) is scores
+    for bad in (torch.nan, torch.inf):
+        scores[1, 2] = bad
+        with pytest.raises(NotFiniteError, match="the logits of the model are not finite"):
+            choosing(torch.zeros(2, 1), scores)

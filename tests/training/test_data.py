@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from obfuscatune.errors import DataError, UsageError
+from obfuscatune.training.chat import prompt_tokens
 from obfuscatune.training.data import Row, completed_row, read_prompts, read_rows
 from obfuscatune.training.encoding import Collator, encode_rows
 from obfuscatune.training.jsonl import MAX_LINE_BYTES
@@ -180,6 +181,33 @@ def test_of_several_templates_the_default_is_taken(new_tokenizer: NewTokenizer) 
     tokenizer.chat_template = {"rag": CHAT_TEMPLATE, "tool_use": "none"}
     with pytest.raises(UsageError, match="one of them named default"):
         encode_rows([row], tokenizer, 100)
+
+
+PARTS = (  # as SmolVLM's: it makes nothing of a text
+    "{% for m in messages %}[{{ m.role }}]"
+    "{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}<stop>{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("template", [PARTS, PARTS.replace("m.role }}]", "m.role }}]{% generation %}", 1)])
+def test_a_template_that_leaves_out_what_is_said_is_refused(new_tokenizer: NewTokenizer, template: str) -> None:
+    tokenizer = new_tokenizer()
+    tokenizer.add_tokens(["<stop>"], special_tokens=True)
+    tokenizer.chat_template = (
+        template.replace("<stop>", "<stop>{% endgeneration %}") if "{% gen" in template else template
+    )
+    turns = (("user", SECRET), ("assistant", SECRET))
+    for refuse in (
+        lambda: encode_rows([Row(messages=turns, where="file:3")], tokenizer, 100),
+        lambda: prompt_tokens(tokenizer, turns[:1], "file:3"),
+    ):
+        with pytest.raises(DataError, match="leaves out what a message says: got no word of the user's") as caught:
+            refuse()
+        assert caught.value.where == "file:3, message 0" and SECRET not in str(caught.value)
+    tokenizer.chat_template = "{{ messages[-1].content | trim }}"  # the last question alone is an answer's prompt
+    assert prompt_tokens(tokenizer, (("user", "before"), ("assistant", "yes"), ("user", " one ")), "x") == list(
+        tokenizer("one")["input_ids"]
+    )
 
 
 def test_messages_follow_the_template_of_the_tokenizer(new_tokenizer: NewTokenizer) -> None:

@@ -77,6 +77,15 @@ def test_an_adapter_that_does_not_fit_or_is_not_finite_is_refused(tmp_path: Path
         load_adapter(new(2), str(tmp_path))
 
 
+def test_a_directory_without_an_adapter_is_named_so(tmp_path: Path) -> None:
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=5, n_embd=8, n_layer=1, n_head=2))
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "adapter_config.json").write_text("{}")
+    for name, message in (("nowhere", "no such directory of an adapter"), ("half", "no adapter in the directory")):
+        with pytest.raises(UsageError, match=f"{message}: expected adapter_config.json"):
+            load_adapter(model, str(tmp_path / name))
+
+
 def test_a_model_in_the_clear_is_not_filled_up_at_random(tmp_path: Path, new_tokenizer) -> None:
     model = GPT2LMHeadModel(GPT2Config(**TINY))
     model.save_pretrained(tmp_path)

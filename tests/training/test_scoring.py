@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from obfuscatune.errors import DataError, UsageError
+from obfuscatune.errors import DataError, NotFiniteError, UsageError
 from obfuscatune.training.scoring import Question, accuracy, read_questions, score_choices
 
 
@@ -129,3 +129,10 @@ def test_a_bad_question_is_refused_without_its_content(tmp_path: Path, change: d
 @pytest.mark.parametrize(("name", "count"), [("sciq", 1000), ("piqa", 1838), ("obqa", 500)])
 def test_the_real_sets_are_read(shared: Path, name: str, count: int) -> None:
     assert len(read_questions(shared / "data" / name / "validation.jsonl")) == count
+
+
+def test_no_choice_is_the_likeliest_of_what_is_no_number(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = random_model("gpt2")
+    model.transformer.ln_f.bias.data[0] = float("nan")
+    with pytest.raises(NotFiniteError, match="the logits of the model are not finite"):
+        score_choices(model, tokenizer, random_questions(2))

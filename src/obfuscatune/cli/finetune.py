@@ -11,7 +11,7 @@ from typing import Any
 import typer
 
 from obfuscatune.cli.options import CLAIMS, ConfigOptions, ModelOptions, ProtectionOptions, option, takes
-from obfuscatune.cli.output import check_writable
+from obfuscatune.cli.output import check_writable, is_empty
 from obfuscatune.errors import ObfuscatuneError, UsageError, WorkerFault
 from obfuscatune.settings import TrainingSettings
 from obfuscatune.training.arguments import add_adapter, training_arguments
@@ -169,9 +169,7 @@ def _prepare_output(options: FinetuneOptions, ranks: Ranks) -> Path | None:
         checkpoint = find_checkpoint(options.resume_from_checkpoint, directory)
     elif not ranks.first:
         return None  # what is in the directory may be the first process's own
-    elif (
-        directory.exists() and (not directory.is_dir() or any(directory.iterdir())) and not options.overwrite_output_dir
-    ):
+    elif not is_empty(directory, str(directory)) and not options.overwrite_output_dir:
         hint = "--overwrite_output_dir, or --resume_from_checkpoint last to continue the run that is there"
         raise UsageError("output directory is not empty", where=str(directory), hint=hint)
     try:

@@ -48,7 +48,7 @@ class GenerateOptions(ProtectionOptions, ConfigOptions):
     temperature: float | None = option("of sampling, above 0", None, min=1e-6, ceiling=1e6, **_GENERATION)
     top_p: float | None = option("of sampling, above 0 and at most 1", None, min=1e-6, ceiling=1, **_GENERATION)
     num_beams: int = option("beams of beam search", 1, min=1, ceiling=1024, **_GENERATION)
-    seed: int = option("of sampling; keys are never seeded", 42, min=0, **_GENERATION)
+    seed: int = option("of sampling; keys are never seeded", 42, min=0, ceiling=2**32 - 1, **_GENERATION)
     job: Path | None = option("the job file", None, **_ENCLAVE)
     party: Path = option("your folder, whose party.toml names enclave, identity and policy", Path("."), **_ENCLAVE)
     enclave: str | None = option("its address, tls://HOST:PORT", None, **_ENCLAVE)

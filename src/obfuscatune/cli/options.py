@@ -107,7 +107,9 @@ class ProtectionOptions:
     )
     insecure: bool = option(INSECURE_HELP, False, flag="--insecure", rich_help_panel=PROTECTION)
     device: str | None = option("device of a spawned worker", None, rich_help_panel=PROTECTION)
-    threads: int | None = option("CPU threads of a spawned worker", None, min=1, rich_help_panel=PROTECTION)
+    threads: int | None = option(
+        "CPU threads of a spawned worker", None, min=1, ceiling=4096, rich_help_panel=PROTECTION
+    )
     timeout: float = option(
         "seconds to wait for each reply of the worker", 600.0, min=1e-3, ceiling=1e6, rich_help_panel=PROTECTION
     )
@@ -132,7 +134,10 @@ def takes(record: type[T]) -> Callable[[Callable[[T], None]], Callable[..., None
         def command(**values: Any) -> None:
             if any(f.name == "switches" for f in dataclasses.fields(record)):  # type: ignore[arg-type]
                 values["switches"] = {name: values.pop(name) for name in SWITCHES}
-            function(record(**values))
+            try:
+                function(record(**values))
+            except EOFError as error:  # a library's, of a file that ends too early; click would take it for Ctrl-D
+                raise RuntimeError("a file has ended") from error
 
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}

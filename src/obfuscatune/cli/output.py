@@ -28,6 +28,29 @@ def check_new_file(path: Path | None) -> None:
     if path is None:
         return
     where = f"--output_file {path}"
-    if path.exists() or not path.parent.is_dir():
-        raise UsageError("file is there already" if path.exists() else "no such directory", where=where)
+    try:
+        path.lstat()  # a link to nowhere is there too
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:  # a name that is too long, a directory that may not be read
+        raise UsageError("cannot write the file", got=error.strerror, where=where) from None
+    else:
+        raise UsageError("file is there already", where=where)
+    if not path.parent.is_dir():
+        raise UsageError("no such directory", where=where)
     check_writable(path.parent, where)
+
+
+def is_empty(directory: Path, where: str) -> bool:
+    """Return whether a directory is not there yet, or has nothing in it.
+
+    Raises:
+        UsageError: it is a file, or cannot be looked into.
+    """
+    try:
+        return not directory.exists() or not any(directory.iterdir())
+    except NotADirectoryError:
+        got = "a file"
+    except OSError as error:
+        got = str(error.strerror)
+    raise UsageError("not an output directory", got=got, where=where)

@@ -159,7 +159,7 @@ def _tokens(path: Path) -> list[str]:
 
 def _read(path: Path, where: str) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # editors of Windows write a mark at the start
     except OSError as error:
         raise UsageError("cannot read the file", got=error.strerror, where=f"{where} {path}") from None
     except UnicodeDecodeError:

@@ -17,7 +17,7 @@ from transformers.core_model_loading import WeightRenaming
 
 from obfuscatune.enclave.families import read_decoder
 from obfuscatune.enclave.families.empty import empty_model, refuse_attention, refuse_wrapper
-from obfuscatune.errors import UnsupportedModelError, UsageError
+from obfuscatune.errors import OWN_CONFIG, SAVE_AGAIN, UNQUANTIZED, UnsupportedModelError, UsageError
 
 _ATTRIBUTE = "_obfuscatune_lazy_weights"  # of a model that is not filled
 # In files of older versions of transformers, of any family; it is computed from the configuration today.
@@ -158,13 +158,13 @@ def _unfilled(dtype: torch.dtype) -> Tensor:
 def _check(config: Any, source: TensorSource) -> None:
     """Refuse what a configuration of another party can ask for before a tensor of it is looked at."""
     if getattr(config, "quantization_config", None) is not None:
-        raise UnsupportedModelError("a quantized model", expected="plain floating-point weights")
+        raise UnsupportedModelError("a quantized model", expected="plain floating-point weights", hint=UNQUANTIZED)
     refuse_wrapper(config)
     refuse_attention(config)
     layers = getattr(config, "num_hidden_layers", None)
     if type(layers) is not int or not 1 <= layers <= len(source.names()):  # each is made before weights are compared
         expected = f"1 to {len(source.names())}, the number of tensors"
-        raise UnsupportedModelError("number of layers in the configuration", expected=expected)
+        raise UnsupportedModelError("number of layers in the configuration", expected=expected, hint=OWN_CONFIG)
 
 
 def _match(wanted: dict[str, tuple[int, ...]], source: TensorSource, skeleton: Any) -> dict[str, str]:
@@ -175,12 +175,12 @@ def _match(wanted: dict[str, tuple[int, ...]], source: TensorSource, skeleton: A
         other = name.removeprefix(prefix) if name.startswith(prefix) else prefix + name
         given = name if name in there else other
         if given not in there:
-            raise UnsupportedModelError("a tensor of the model is missing", expected=name)
+            raise UnsupportedModelError("a tensor of the model is missing", expected=name, hint=SAVE_AGAIN)
         given = there[given]
         if tuple(source.shape(given)) != shape:
             got, expected = list(source.shape(given)), list(shape)
             raise UnsupportedModelError(
-                "a tensor of the model has another shape", got=got, expected=expected, where=name
+                "a tensor of the model has another shape", got=got, expected=expected, where=name, hint=SAVE_AGAIN
             )
         found[name] = given
     ignored = skeleton._keys_to_ignore_on_load_unexpected or []
@@ -196,7 +196,7 @@ def _match(wanted: dict[str, tuple[int, ...]], source: TensorSource, skeleton: A
         and not any(re.search(pattern, name) for pattern in ignored)
     ]
     if rest:
-        raise UnsupportedModelError("tensors that are not of this model", got=", ".join(rest[:5]))
+        raise UnsupportedModelError("tensors that are not of this model", got=", ".join(rest[:5]), hint=SAVE_AGAIN)
     return found
 
 
@@ -212,7 +212,9 @@ def _renamed(source: TensorSource, skeleton: Any) -> dict[str, str]:
         for one in renamings:
             name, _ = one.rename_source_key(name)
         if name in found:
-            raise UnsupportedModelError("a tensor of the model is there twice", got=f"{given} and {found[name]}")
+            raise UnsupportedModelError(
+                "a tensor of the model is there twice", got=f"{given} and {found[name]}", hint=SAVE_AGAIN
+            )
         found[name] = given
     return found
 
@@ -225,7 +227,9 @@ def _check_tied(tied: dict[str, str], tensors: dict[str, Tensor], source: Tensor
             continue
         held, given = tensors[other], there[name]
         if tuple(source.shape(given)) != held.shape or not torch.equal(_read(source, given, held.dtype), held):
-            raise UnsupportedModelError("a tied weight has two values", got=f"{name} and {other}", expected="one")
+            raise UnsupportedModelError(
+                "a tied weight has two values", got=f"{name} and {other}", expected="one", hint=SAVE_AGAIN
+            )
 
 
 def _read(source: TensorSource, name: str, dtype: torch.dtype) -> Tensor:
@@ -234,13 +238,15 @@ def _read(source: TensorSource, name: str, dtype: torch.dtype) -> Tensor:
         return _floating(source.get(name), dtype, name)
     tensor = source.get(name)
     if tensor.dtype != dtype:
-        raise UnsupportedModelError("dtype of a tensor", got=tensor.dtype, expected=dtype, where=name)
+        raise UnsupportedModelError("dtype of a tensor", got=tensor.dtype, expected=dtype, where=name, hint=SAVE_AGAIN)
     return tensor
 
 
 def _floating(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
-        raise UnsupportedModelError("a weight that is no floating-point tensor", got=tensor.dtype, where=name)
+        raise UnsupportedModelError(
+            "a weight that is no floating-point tensor", got=tensor.dtype, where=name, hint=UNQUANTIZED
+        )
     tensor = tensor.to(dtype)
     # The least and the greatest are NaN where any number is: one pass, and no memory.
     if tensor.numel() and not all(math.isfinite(bound) for bound in torch.aminmax(tensor)):

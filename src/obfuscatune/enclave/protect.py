@@ -254,7 +254,10 @@ def _causal_lm(model: nn.Module) -> Any:
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     if not hasattr(base, "config"):
         raise UnsupportedModelError(
-            "not a transformers model", got=type(base).__name__, expected="AutoModelForCausalLM.from_pretrained(...)"
+            "not a transformers model",
+            got=type(base).__name__,
+            expected="AutoModelForCausalLM.from_pretrained(...)",
+            hint="take it out of what wraps it",
         )
     return base
 
@@ -285,7 +288,12 @@ def _check_tensors(model: nn.Module) -> None:
         raise UnsupportedModelError("the enclave's model is on the CPU", got=sorted(devices), hint='model.to("cpu")')
     if len(dtypes) != 1 or not dtypes <= {torch.float64, torch.float32, torch.bfloat16}:
         expected = "float64, float32 or bfloat16, one for all"
-        raise UnsupportedModelError("dtype of the weights", got=sorted(str(d) for d in dtypes), expected=expected)
+        raise UnsupportedModelError(
+            "dtype of the weights",
+            got=sorted(str(d) for d in dtypes),
+            expected=expected,
+            hint="model.to(torch.float32)",
+        )
 
 
 def _master_secret(secret: MasterSecret | None, insecure_test_seed: int | None, workers: Sequence[str]) -> MasterSecret:

@@ -289,7 +289,11 @@ class Session(Secret):
         """End the session after an error on the connection, and raise the one that tells it; or return, to raise it."""
         if isinstance(error, ConnectionClosedError):
             self._refuse_ended(layer)  # closed here, by another thread
-            raise self.fault("the worker is gone", layer, got=self._exit_status()) from error
+            status = self._exit_status()
+            if status == "exit status 2" and self._last_id <= 1:
+                self._end("the worker has not started")
+                raise UsageError("the worker that was started here refuses its options", hint="it says why, above")
+            raise self.fault("the worker is gone", layer, got=status) from error
         if isinstance(error, TimeoutError):
             raise self.fault(f"no reply within {self._timeout:g} s", layer) from error
         if isinstance(error, ProtocolError):
@@ -309,7 +313,8 @@ class Session(Secret):
     def fault(self, what: str, layer: str, *, call: int | None = None, **details: Any) -> WorkerFault:
         """End the session and return the error to raise; ``what`` was wrong with the reply to ``call``, or the last."""
         if self._last_id <= 1:  # the greeting
-            details.setdefault("hint", "is an obfuscatune worker of this version what listens there")
+            own, other = "its own words are above", "is an obfuscatune worker of this version what listens there"
+            details.setdefault("hint", other if self.process is None else own)
         fault = WorkerFault(what, worker=self.worker, layer=layer, call=call or self._last_id, **details)
         self._end(f"the worker's session ended by an earlier fault ({what})")
         return fault

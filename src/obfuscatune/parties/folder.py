@@ -60,7 +60,7 @@ class Folder:
             hint = "obfuscatune party init NAME --role owner --enclave tls://HOST:7443"
             raise UsageError("no party's folder", where=str(root), expected=FILE, hint=hint)
         try:
-            fields = tomllib.loads(read_small(path, _MAX_BYTES, FILE).decode("utf-8"))
+            fields = tomllib.loads(read_small(path, _MAX_BYTES, FILE).decode("utf-8-sig"))
         except (ValueError, RecursionError) as error:
             if isinstance(error, UsageError):
                 raise

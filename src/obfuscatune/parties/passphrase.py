@@ -91,15 +91,22 @@ def known_passphrase(what: str) -> str:
     if not sys.stdin.isatty():
         hint = f"{VARIABLE}=FILE names a file of mode 0600 with the passphrase"
         raise UsageError(f"{what} is locked, and there is no terminal to ask at", hint=hint)
-    return getpass.getpass(f"passphrase of {what}: ")
+    return _ask(f"passphrase of {what}: ")
 
 
 def new_passphrase(what: str) -> str:
     """Return a new passphrase: from the file of the environment, or asked twice; raises as `known_passphrase`."""
     first = known_passphrase(what)
-    if VARIABLE not in os.environ and getpass.getpass("again: ") != first:
+    if VARIABLE not in os.environ and _ask("again: ") != first:
         raise UsageError("the two passphrases differ")
     return first
+
+
+def _ask(question: str) -> str:
+    try:
+        return getpass.getpass(question)
+    except EOFError:
+        raise UsageError("no passphrase") from None
 
 
 def _key(passphrase: str, salt: bytes, log2_n: int) -> bytes:

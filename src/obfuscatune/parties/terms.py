@@ -185,7 +185,7 @@ def load_terms(path: Path) -> dict[str, Any]:
     """
     data = read_small(path, 65_536, "terms")
     try:
-        fields = tomllib.loads(data.decode("utf-8"))
+        fields = tomllib.loads(data.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits, too
         got = str(error) if isinstance(error, tomllib.TOMLDecodeError) else type(error).__name__
         raise FormatError("terms are not TOML", got=got, where=str(path)) from None

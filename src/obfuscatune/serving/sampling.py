@@ -19,6 +19,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from obfuscatune.training.finite import check_logits
+
 
 @dataclass(kw_only=True)
 class Settings:
@@ -88,7 +90,12 @@ class Choosing(LogitsProcessor):
         self._rows = rows
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
-        """Return the scores ``[rows, vocabulary]``, of sampling rows -inf but for the token that was drawn."""
+        """Return the scores ``[rows, vocabulary]``, of sampling rows -inf but for the token that was drawn.
+
+        Raises:
+            NotFiniteError: the scores are not finite, of which no token is the likeliest.
+        """
+        check_logits(scores)
         for number, row in enumerate(self._rows):
             if row.chooser is not None and not row.done:
                 token = row.chooser.choose(input_ids[number : number + 1], scores[number : number + 1])

@@ -47,11 +47,11 @@ def add_adapter(base: Any, settings: TrainingSettings) -> Any:
 
 
 def training_arguments(settings: TrainingSettings, output_dir: str, **more: Any) -> Any:
-    """Return the Trainer's own arguments; raises UsageError where it refuses them."""
+    """Return the Trainer's own arguments; raises UsageError where it refuses them, or would at its first step."""
     from transformers import TrainingArguments
 
     try:
-        return TrainingArguments(
+        found = TrainingArguments(
             output_dir=output_dir,
             dataloader_pin_memory=False,
             remove_unused_columns=False,
@@ -62,3 +62,20 @@ def training_arguments(settings: TrainingSettings, output_dir: str, **more: Any)
         )
     except ValueError as error:
         raise UsageError("training options", got=str(error).splitlines()[0]) from error
+    _check_schedule(settings.lr_scheduler_type)
+    return found
+
+
+def _check_schedule(name: str) -> None:
+    """Refuse a schedule that wants arguments of its own, which there is no setting for."""
+    import torch
+    from transformers import get_scheduler
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    try:
+        get_scheduler(name, optimizer, num_warmup_steps=0, num_training_steps=2)
+    except (ValueError, TypeError):
+        hint = "linear, cosine, polynomial, constant, constant_with_warmup and inverse_sqrt need none"
+        raise UsageError(
+            "a schedule with arguments of its own", got=name, where="lr_scheduler_type", hint=hint
+        ) from None

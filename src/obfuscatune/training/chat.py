@@ -7,7 +7,7 @@ rewrite earlier turns (some drop the thoughts of all but the last) break this, a
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -18,6 +18,7 @@ from obfuscatune.training.quiet import Quiet
 Turns = Sequence[tuple[str, str]]  # (role, content)
 
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_WORD = 3  # characters of a word that no header has by accident
 _ONE_TURN = "give the tokenizer a template with {% generation %} marks, or write rows with one assistant turn each"
 
 
@@ -32,10 +33,13 @@ def prompt_tokens(tokenizer: PreTrainedTokenizerBase, turns: Turns, where: str) 
     Secrecy: the turns are the data owner's; errors name roles and positions only.
 
     Raises:
-        UsageError: the tokenizer has no chat template. DataError: the template refuses the turns.
+        UsageError: the tokenizer has no chat template.
+        DataError: the template refuses the turns, or leaves out what the last one says.
     """
     _template(tokenizer, where)
-    return _render(tokenizer, turns, where, add_generation_prompt=True)["input_ids"]
+    tokens = _render(tokenizer, turns, where, add_generation_prompt=True)["input_ids"]
+    _check_said(tokenizer, turns, [len(turns) - 1], where)  # a template may keep the last question alone
+    return tokens
 
 
 def spells_special(tokenizer: PreTrainedTokenizerBase, turns: Turns) -> int | None:
@@ -57,7 +61,8 @@ def conversation_tokens(
 
     Raises:
         UsageError: the tokenizer has no chat template.
-        DataError: the template refuses the turns, or the assistant's tokens cannot be told apart.
+        DataError: the template refuses the turns or leaves out what is said, or the assistant's tokens cannot be told
+            apart.
     """
     if _MARKS.search(_template(tokenizer, where)):
         rendered = _render(tokenizer, turns, where, return_assistant_tokens_mask=True)
@@ -72,6 +77,7 @@ def conversation_tokens(
             start = len(_beginning(tokenizer, turns, index, whole, where))
             end = len(_closed(tokenizer, turns, index, whole, where))
             learnt[start:end] = [True] * (end - start)
+    _check_said(tokenizer, turns, [i for i, (role, _) in enumerate(turns) if role != "system"], where)
     if not any(learnt):
         raise DataError("the chat template marks no token as the assistant's", where=where)
     return whole, learnt
@@ -98,6 +104,27 @@ def _template(tokenizer: PreTrainedTokenizerBase, where: str) -> str:
     except ValueError:
         pass  # several templates by name, and none of them is the default
     raise UsageError("the tokenizer has several chat templates", expected="one of them named default", where=where)
+
+
+def _check_said(tokenizer: PreTrainedTokenizerBase, turns: Turns, indices: Iterable[int], where: str) -> None:
+    """Refuse a template that leaves out all words of a turn: the run would learn, or answer, headers alone.
+
+    Those of models that take pictures do so, where they want a list of parts and make nothing of a text.
+    """
+    with Quiet("the chat template fails on the messages", where=where):
+        whole: Any = tokenizer.apply_chat_template(as_messages(turns), tokenize=False, add_generation_prompt=False)
+    text = str(whole).casefold()
+    for index in indices:
+        content = turns[index][1].casefold()
+        # Templates cut thoughts and white space off, and quote. A short word may be in a header too.
+        words = [word for word in content.split() if len(word) >= _WORD] or [content.strip()]
+        if not any(word in text for word in words):
+            raise DataError(
+                "the chat template leaves out what a message says",
+                got=f"no word of the {turns[index][0]}'s",
+                where=f"{where}, message {index}",
+                hint="is it of a model that takes pictures? give the tokenizer a template that takes texts as contents",
+            )
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, turns: Turns, where: str, **more: Any) -> dict[str, list[int]]:

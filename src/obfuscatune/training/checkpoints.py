@@ -95,7 +95,7 @@ def load_checkpoint(checkpoint: Path, profile: Profile, rank: int = 0) -> tuple[
         record = json.loads(path.read_text(encoding="utf-8"))
         name, made_under = str(record["profile"]), dict(record["switches"])
         made_with, files = dict(record["made_with"]), dict(record["files"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         hint = "it is damaged, or of an older version: start the run again"
         raise UsageError("the checkpoint does not say what it is", where=str(path), hint=hint) from None
     asked = _describe(profile)["switches"]
@@ -125,7 +125,8 @@ def _check_files(checkpoint: Path, digests: dict[str, Any]) -> None:
 
 
 def _file_names(checkpoint: Path) -> set[str]:
-    return {path.name for path in checkpoint.iterdir() if path.is_file() and path.name != RECORD_FILE}
+    # Directories too: the Trainer would load an adapter that it finds in one.
+    return {path.name for path in checkpoint.iterdir() if path.name != RECORD_FILE}
 
 
 def _digest(path: Path) -> str:

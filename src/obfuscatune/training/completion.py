@@ -1,15 +1,20 @@
 """Completing prompts with a protected model: one batch, by the stock ``generate``."""
 
-from collections.abc import Sequence
+import contextlib
+import traceback
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import LogitsProcessorList
 
-from obfuscatune.errors import UsageError
+from obfuscatune.errors import ObfuscatuneError, UsageError
 from obfuscatune.training.chat import prompt_tokens
 from obfuscatune.training.data import Prompt
 from obfuscatune.training.encoding import check_embedded, check_known, start_tokens, vocabulary_of
+from obfuscatune.training.finite import FiniteScores
 from obfuscatune.training.quiet import Quiet
 
 
@@ -49,12 +54,13 @@ def complete_counted(
         max_new_tokens: longest completion. generation: further arguments of ``generate``; ``None`` leaves one out.
 
     Raises:
-        UsageError, DataError: as :func:`prompt_ids`.
+        NotFiniteError: the model's logits.
+        UsageError, DataError: as :func:`prompt_ids`; settings of generation that transformers refuses.
     """
     ids = prompt_ids(model.config, tokenizer, prompts, max_new_tokens)
     ends = stop_tokens(model, tokenizer)
     batch = tokenizer.pad({"input_ids": ids}, return_tensors="pt")
-    with torch.inference_mode():
+    with torch.inference_mode(), _named():
         output = model.generate(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
@@ -63,6 +69,7 @@ def complete_counted(
             eos_token_id=ends or None,
             return_dict_in_generate=False,  # the model's own settings may ask for these
             num_return_sequences=1,
+            logits_processor=LogitsProcessorList([FiniteScores()]),
             **{name: value for name, value in generation.items() if value is not None},
         )
     found = []
@@ -73,6 +80,23 @@ def complete_counted(
             text: str = tokenizer.decode(row, skip_special_tokens=True)
         found.append(Completion(text, len(prompt), len(tokens) if last is None else last, last is not None))
     return found
+
+
+@contextlib.contextmanager
+def _named() -> Iterator[None]:
+    """Tell a refusal of transformers' by its class and place: its words may quote what it was given."""
+    problem = None
+    try:
+        yield
+    except ObfuscatuneError:
+        raise
+    except (ValueError, TypeError, ImportError, IndexError) as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        got = f"a {type(error).__name__} at {Path(last.filename).name}:{last.lineno}"
+        hint = "look at the options, and at the model's generation_config.json: what does stock generate say to it"
+        problem = UsageError("transformers does not generate with these settings", got=got, hint=hint)
+    if problem is not None:
+        raise problem
 
 
 def prompt_ids(
@@ -107,4 +131,8 @@ def stop_tokens(model: Any, tokenizer: Any) -> list[int]:
     """Return the tokens that end a completion, see :func:`complete`."""
     own = getattr(model.generation_config, "eos_token_id", None)
     found = [*own] if isinstance(own, list | tuple) else [own]
+    if not all(token is None or type(token) is int for token in found):
+        raise UsageError(
+            "the model's eos_token_id", expected="a number, or a list of them", where="generation_config.json"
+        )
     return list(dict.fromkeys(int(token) for token in (*found, tokenizer.eos_token_id) if token is not None))

@@ -208,6 +208,12 @@ def _with_adapter(model: Any, name: str, path: str) -> Any:
     from peft import PeftModel, get_peft_model_state_dict
     from peft.utils import load_peft_weights
 
+    directory = Path(path)
+    if path[:1] in "./~" or directory.is_dir():
+        lacking = not directory.is_dir() or not (directory / "adapter_config.json").is_file()
+        if lacking or not any(directory.glob("adapter_model.*")):
+            what = "no adapter in the directory" if directory.is_dir() else "no such directory of an adapter"
+            raise UsageError(what, expected="adapter_config.json and adapter_model.safetensors", where=path)
     try:
         given = load_peft_weights(path, device="cpu")
         with warnings.catch_warnings():

@@ -17,6 +17,7 @@ from obfuscatune.training.encoding import (
     start_tokens,
     vocabulary_of,
 )
+from obfuscatune.training.finite import check_logits
 from obfuscatune.training.jsonl import check_keys, check_text, read_objects
 
 
@@ -69,6 +70,7 @@ def score_choices(
 
     Raises:
         UsageError: a prompt with a choice exceeds the model's positions, or has a token that it has no embedding of.
+        NotFiniteError: the model's logits.
     """
     rows = [row for index, question in enumerate(questions) for row in _choice_rows(question, index, model, tokenizer)]
     was_training = model.training
@@ -122,6 +124,7 @@ def _scores(model: torch.nn.Module, rows: list[dict[str, list[int]]]) -> list[fl
     scored = (targets != IGNORED_LABEL).any(dim=0).nonzero().flatten()
     keep = torch.arange(int(scored[0]), int(scored[-1]) + 1, device=device)
     logits = model(**batch, logits_to_keep=keep, use_cache=False).logits
+    check_logits(logits)
     targets = targets[:, keep]
     log_probabilities = torch.log_softmax(logits.float(), dim=-1)
     picked = log_probabilities.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)

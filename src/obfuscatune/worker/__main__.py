@@ -98,7 +98,7 @@ def _free(name: str) -> int:
     if pid == 0:
         try:
             device = torch.device(name)
-            torch.empty(0, device=device)
+            torch.ones(1, device=device).cpu()  # a device without numbers, such as meta, is none
             os.write(writer, str(free_bytes(device)).encode())
         except BaseException:  # said by silence: nothing may run on in a copy of this process
             os._exit(1)

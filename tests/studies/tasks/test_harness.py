@@ -13,7 +13,7 @@ from lm_eval.models.huggingface import HFLM
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
 
-from obfuscatune.errors import UsageError
+from obfuscatune.errors import NotFiniteError, UsageError
 from obfuscatune.studies.tasks.catalogue import TASKS
 from obfuscatune.studies.tasks.harness import ProtectedLM, TaskResult, evaluate, load_tasks, training_rows
 from obfuscatune.training.encoding import IGNORED_LABEL, encode_rows
@@ -193,6 +193,15 @@ def test_prompts_beyond_the_context_get_a_warning(protected: ProtectedLM) -> Non
     with pytest.warns(UserWarning, match="1 of 2 prompts with a choice are beyond the model's 192 positions"):
         assert len(protected._loglikelihood_tokens([fits, beyond])) == 2
     protected._loglikelihood_tokens([fits])
+
+
+def test_what_is_no_number_is_no_answer(model_dir: Path, data_dir: Path) -> None:
+    with ProtectedLM(str(model_dir), profile="enclave") as lm:
+        lm.protected.model.transformer.ln_f.weight.data[0] = float("nan")
+        with pytest.raises(NotFiniteError, match="the logits of the model are not finite"):
+            evaluate(lm, ["sciq"], data_dir=data_dir, limit=2)
+        with pytest.raises(NotFiniteError, match="the logits of the model are not finite"):
+            lm.generate_until([Instance("generate_until", {}, ("a", {"max_gen_toks": 2}), 0)])
 
 
 def test_the_prompts_are_the_published_ones(data_dir: Path) -> None:

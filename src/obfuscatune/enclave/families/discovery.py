@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from obfuscatune.enclave.families.empty import empty_model
 from obfuscatune.enclave.families.form import Block, Decoder, Group, Layer, find_layer
-from obfuscatune.errors import UnsupportedModelError
+from obfuscatune.errors import ONLY_INSIDE, UNQUANTIZED, UnsupportedModelError
 
 _TOKENS = 4  # of the run without data; a number that no layer's width is likely to be mistaken for
 
@@ -27,9 +27,13 @@ def discover(model: Any) -> Decoder:
     config = model.config
     where = str(getattr(config, "model_type", type(model).__name__))
     if getattr(config, "quantization_config", None) is not None:
-        raise UnsupportedModelError("a quantized model", expected="plain floating-point weights", where=where)
+        raise UnsupportedModelError(
+            "a quantized model", expected="plain floating-point weights", where=where, hint=UNQUANTIZED
+        )
     if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModelError("an encoder-decoder model", expected="a causal language model", where=where)
+        raise UnsupportedModelError(
+            "an encoder-decoder model", expected="a causal language model", where=where, hint=ONLY_INSIDE
+        )
     path, blocks = _find_blocks(model, where)
     names = [_linear_names(block, f"{path}.{i}") for i, block in enumerate(blocks)]
     _refuse_shared(model, path, names)
@@ -52,7 +56,9 @@ def _find_blocks(model: nn.Module, where: str) -> tuple[str, list[nn.Module]]:
     if len(outer) != 1:
         got = ", ".join(name for name, _ in outer) or "none"
         expected = f"one list of the configuration's {count} decoder blocks, made of linear layers"
-        raise UnsupportedModelError("decoder blocks cannot be found", got=got, expected=expected, where=where)
+        raise UnsupportedModelError(
+            "decoder blocks cannot be found", got=got, expected=expected, where=where, hint=ONLY_INSIDE
+        )
     return outer[0]
 
 
@@ -69,7 +75,9 @@ def _linear_names(block: nn.Module, where: str) -> list[str]:
         if any(name.startswith(f"{outer}.") for outer in names):
             continue  # what is within PEFT's layer
         if isinstance(module, nn.ModuleList) and name and _has_linear(module):
-            raise UnsupportedModelError("a list of modules in a block, such as experts", where=f"{where}.{name}")
+            raise UnsupportedModelError(
+                "a list of modules in a block, such as experts", where=f"{where}.{name}", hint=ONLY_INSIDE
+            )
         for own, parameter in module.named_parameters(recurse=False):
             if (
                 parameter.ndim > 1
@@ -78,7 +86,9 @@ def _linear_names(block: nn.Module, where: str) -> list[str]:
             ):
                 got = f"{own} {list(parameter.shape)}"
                 path = f"{where}.{name}" if name else where
-                raise UnsupportedModelError("weights that are not those of a linear layer", got=got, where=path)
+                raise UnsupportedModelError(
+                    "weights that are not those of a linear layer", got=got, where=path, hint=ONLY_INSIDE
+                )
         if isinstance(module, nn.Linear | Conv1D | BaseTunerLayer):
             names.append(name)
     return names
@@ -98,7 +108,9 @@ def _refuse_shared(model: nn.Module, path: str, names: list[list[str]]) -> None:
             weight = (module.get_base_layer() if hasattr(module, "get_base_layer") else module).weight
             other = seen.get(id(weight)) or outside.get(id(weight))
             if other is not None:
-                raise UnsupportedModelError("a weight that two layers share", got=other, where=f"{path}.{i}.{name}")
+                raise UnsupportedModelError(
+                    "a weight that two layers share", got=other, where=f"{path}.{i}.{name}", hint=ONLY_INSIDE
+                )
             seen[id(weight)] = f"{path}.{i}.{name}"
 
 
@@ -118,6 +130,7 @@ def _trace(model: Any, paths: list[str], where: str) -> dict[str, int]:
                 "a linear layer that the configuration's architecture does not have",
                 expected=f"the layers of {type(skeleton).__name__}",
                 where=path,
+                hint=ONLY_INSIDE,
             )
     entered: dict[str, list[Tensor]] = {path: [] for path in paths}
     for path in paths:
@@ -143,12 +156,17 @@ def _trace(model: Any, paths: list[str], where: str) -> dict[str, int]:
             failure = error
     else:
         raise UnsupportedModelError(
-            "the model's layers cannot be found by running it", got=type(failure).__name__, where=where
+            "the model's layers cannot be found by running it",
+            got=type(failure).__name__,
+            where=where,
+            hint=ONLY_INSIDE,
         ) from failure
     for path, tensors in entered.items():
         if len(tensors) != 1:
             got = f"{len(tensors)} calls in a forward"
-            raise UnsupportedModelError("a linear layer that is not called once", got=got, expected="1", where=path)
+            raise UnsupportedModelError(
+                "a linear layer that is not called once", got=got, expected="1", where=path, hint=ONLY_INSIDE
+            )
     return {path: id(tensors[0]) for path, tensors in entered.items()}
 
 

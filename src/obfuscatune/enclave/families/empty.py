@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from obfuscatune.errors import UnsupportedModelError
+from obfuscatune.errors import OWN_CONFIG, UnsupportedModelError
 
 
 def empty_model(config: Any, **options: Any) -> Any:
@@ -32,6 +32,7 @@ def empty_model(config: Any, **options: Any) -> Any:
             "not the configuration of a causal language model that transformers has",
             got=f"{type(config).__name__}, {type(error).__name__}",
             where=str(getattr(config, "model_type", "model_type missing")),
+            hint=OWN_CONFIG,
         ) from error
     return model.eval()
 
@@ -39,7 +40,9 @@ def empty_model(config: Any, **options: Any) -> Any:
 def refuse_attention(config: Any) -> None:
     """Refuse an implementation of attention that is loaded by its name, from the hub too: a file may ask for it."""
     if getattr(config, "_attn_implementation", None) not in (None, "eager", "sdpa"):
-        raise UnsupportedModelError("attention of the model's configuration", expected="eager or sdpa")
+        raise UnsupportedModelError(
+            "attention of the model's configuration", expected="eager or sdpa", hint="set _attn_implementation there"
+        )
 
 
 def refuse_wrapper(config: Any) -> None:

@@ -19,7 +19,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from obfuscatune.errors import UnsupportedModelError
+from obfuscatune.errors import ONLY_INSIDE, UnsupportedModelError
 
 NormKind = Literal["layernorm", "rmsnorm", "rmsnorm1p"]
 
@@ -145,7 +145,11 @@ def find_layer(parent: nn.Module, name: str, where: str, columns: Tensor | None 
     if type(base) not in (nn.Linear, Conv1D):
         got = f"{type(base).__module__}.{type(base).__name__}"
         raise UnsupportedModelError(
-            "layer of a kind that cannot be keyed", got=got, expected="torch.nn.Linear, not quantized", where=path
+            "layer of a kind that cannot be keyed",
+            got=got,
+            expected="torch.nn.Linear, not quantized",
+            where=path,
+            hint=ONLY_INSIDE,
         )
     if lora is not None:
         _check_adapter(lora, path)
@@ -172,7 +176,7 @@ def refuse_variants(lora: Any, path: str, adapters: Iterable[str]) -> None:
 
 def _not_plain(got: str, path: str) -> UnsupportedModelError:
     expected = "plain LoRA (no DoRA, no lora_bias, no other variant)"
-    return UnsupportedModelError("kind of adapter", got=got, expected=expected, where=path)
+    return UnsupportedModelError("kind of adapter", got=got, expected=expected, where=path, hint=ONLY_INSIDE)
 
 
 @dataclass(slots=True, repr=False)

@@ -22,7 +22,7 @@ from obfuscatune.enclave.families.form import (
     NormKind,
     find_layer,
 )
-from obfuscatune.errors import UnsupportedModelError
+from obfuscatune.errors import ONLY_INSIDE, OWN_CONFIG, UnsupportedModelError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +89,7 @@ class FamilySpec:
                 "the model has no decoder blocks where its family has them",
                 got=type(model).__name__,
                 expected=f"a model with a head, its blocks at {self.blocks}",
+                hint="load it with AutoModelForCausalLM",
             )
         blocks = [self._block(model.config, i, f"{self.blocks}.{i}", block) for i, block in enumerate(children)]
         return Decoder(model, self.model_type, True, self.blocks, blocks, self.final_norm, self.norm)
@@ -147,7 +148,9 @@ class FamilySpec:
         norm = Norm(self.norm, block, name, f"{path}.{name}", module)
         of_kind = type(module) is nn.LayerNorm if self.norm == "layernorm" else _is_rms_norm(module)
         if not of_kind or getattr(module, "weight", None) is None:
-            raise UnsupportedModelError("norm", got=type(module).__name__, expected=self.norm, where=norm.path)
+            raise UnsupportedModelError(
+                "norm", got=type(module).__name__, expected=self.norm, where=norm.path, hint=ONLY_INSIDE
+            )
         return norm
 
     def layer_names(self) -> tuple[str, ...]:
@@ -175,7 +178,10 @@ def refuse_unless_supported(spec: FamilySpec, config: Any) -> None:
         refusals = [*refusals, "quantization_config: quantized layers cannot be keyed"]
     if refusals:
         raise UnsupportedModelError(
-            "this configuration cannot be protected exactly", got="; ".join(refusals), where=spec.model_type
+            "this configuration cannot be protected exactly",
+            got="; ".join(refusals),
+            where=spec.model_type,
+            hint=ONLY_INSIDE,
         )
 
 
@@ -185,7 +191,9 @@ def grouped_heads(config: Any, *, scale: float | None = None, **more: Any) -> At
     head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
     kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
     if heads % kv_heads:
-        raise UnsupportedModelError("query heads that share no kv heads evenly", got=f"{heads} and {kv_heads}")
+        raise UnsupportedModelError(
+            "query heads that share no kv heads evenly", got=f"{heads} and {kv_heads}", hint=OWN_CONFIG
+        )
     return AttentionShape(
         **{
             "heads": heads,

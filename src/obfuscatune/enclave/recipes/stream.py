@@ -67,7 +67,11 @@ class StreamRecipe:
         """Key and ship the two parts of one block."""
         keying = self._keying
         if block.attention is None or block.mlp is None:
-            raise UnsupportedModelError("rotate_stream needs a record of the model family", where=block.path)
+            raise UnsupportedModelError(
+                "rotate_stream needs a record of the model family",
+                where=block.path,
+                hint="take paper, strict or shared",
+            )
         for part in block.parts:
             keying.fold(part.norm)
         for dropout in (*(part.dropout for part in block.parts), *block.dropouts):

@@ -19,6 +19,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from obfuscatune.enclave.session import Session
 from obfuscatune.errors import UnsupportedModelError
 
+_ITS_OWN = "let the model make the cache, and pass it on as it came"
 _STUBS = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
@@ -53,7 +54,8 @@ class CacheMirror:
         """
         if type(cache) is not DynamicCache or not all(type(stub) in _STUBS for stub in cache.layers):
             kind = type(cache).__name__
-            raise UnsupportedModelError("kind of KV cache", got=kind, expected="DynamicCache", where=layer)
+            hint = "let generate make the cache: leave cache_implementation out"
+            raise UnsupportedModelError("kind of KV cache", got=kind, expected="DynamicCache", where=layer, hint=hint)
         number, start, length, rows = self._known.get(cache), 0, 0, None
         stub: Any = cache.layers[layer_index] if layer_index < len(cache.layers) else None
         if stub is not None and stub.is_initialized and stub.keys.numel():
@@ -77,7 +79,7 @@ class CacheMirror:
             weakref.finalize(cache, self._session.drop, "caches", number)
         attended, _ = cache.update(*self._stubs(number, batch, length, new), layer_index)
         if attended.shape[2] != length + new:
-            raise UnsupportedModelError("a KV cache that keeps more than is attended to", where=layer)
+            raise UnsupportedModelError("a KV cache that keeps more than is attended to", where=layer, hint=_ITS_OWN)
         for index in passed:
             if index < len(cache.layers) and type(cache.layers[index]) is DynamicSlidingWindowLayer:
                 cache.update(*self._stubs(number, batch, length, new), index)

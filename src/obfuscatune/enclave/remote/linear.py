@@ -156,6 +156,11 @@ class RemoteLinear(Withdrawn):
         """
         if kwargs:
             got = ", ".join(kwargs)
-            raise UnsupportedModelError("an argument that a linear layer does not have", got=got, where=self.path)
+            raise UnsupportedModelError(
+                "an argument that a linear layer does not have",
+                got=got,
+                where=self.path,
+                hint="one adapter for all rows of a call",
+            )
         y = self.group.output(x, self.member)
         return y if self.bias is None else y + self.bias

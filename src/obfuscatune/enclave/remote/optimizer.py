@@ -11,6 +11,8 @@ from obfuscatune.enclave.remote.held import HeldAdapter, part_of
 from obfuscatune.errors import UsageError
 from obfuscatune.protocol.optimizers import OPTIMIZER_OPTIONS
 
+_ANY = "lora_placement='enclave' takes any optimizer"
+
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 
 
@@ -35,7 +37,9 @@ class RemoteOptimizer(Optimizer):
         unknown = sorted(options.keys() - OPTIMIZER_OPTIONS[kind])
         if unknown:
             expected = f"some of {', '.join(sorted(OPTIMIZER_OPTIONS[kind]))}"
-            raise UsageError("option of an optimizer on the worker", got=", ".join(unknown), expected=expected)
+            raise UsageError(
+                "option of an optimizer on the worker", got=", ".join(unknown), expected=expected, hint=_ANY
+            )
         stock = OPTIMIZERS[kind]([nn.Parameter(torch.zeros(1))], lr=lr, **options).defaults
         defaults = {name: value for name, value in stock.items() if name in OPTIMIZER_OPTIONS[kind]}
         self._others = {name: value for name, value in stock.items() if name not in defaults}
@@ -126,6 +130,7 @@ class RemoteOptimizer(Optimizer):
                     "option of an optimizer on the worker",
                     got=name,
                     expected=f"some of {', '.join(sorted(OPTIMIZER_OPTIONS[self._kind]))}",
+                    hint=_ANY,
                 )
 
     def _scales(self) -> dict[str, float]:

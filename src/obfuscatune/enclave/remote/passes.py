@@ -153,7 +153,13 @@ def _allowed(mask: Tensor, layer: str) -> Tensor:
             )
         mask = allowed
     if mask.ndim != 4:
-        raise UnsupportedModelError("attention mask", got=f"{mask.ndim} dimensions", expected="4", where=layer)
+        raise UnsupportedModelError(
+            "attention mask",
+            got=f"{mask.ndim} dimensions",
+            expected="4",
+            where=layer,
+            hint="[rows, 1, queries, keys], or [rows, keys] for the whole model",
+        )
     if mask.shape[1] != 1:
         raise UnsupportedModelError(
             "a mask of each head", got=f"{mask.shape[1]} heads", where=layer, hint="attention=enclave"

@@ -141,7 +141,7 @@ class Withdrawn(Standin, nn.Linear):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Refuse: the weight is not here."""
-        raise NotHereError("this weight is on the worker", where=self.path)
+        raise NotHereError("this weight is on the worker", where=self.path, hint="call the model, not this layer")
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         self.refuse_load(state_dict, prefix)

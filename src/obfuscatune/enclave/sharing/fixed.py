@@ -66,10 +66,16 @@ def fixed(weight: Tensor, scheme: Scheme, where: str) -> Fixed:
     """
     plain = weight.detach().float()
     if not torch.isfinite(plain).all():
-        raise UnsupportedModelError("a weight is not finite", where=where)
+        raise UnsupportedModelError(
+            "a weight is not finite", where=where, hint="the training run that made it diverged"
+        )
     if max(plain.shape) > MOST_TERMS:
         raise UnsupportedModelError(
-            "a weight is too wide for sums of 32 bits", got=list(plain.shape), expected=MOST_TERMS, where=where
+            "a weight is too wide for sums of 32 bits",
+            got=list(plain.shape),
+            expected=MOST_TERMS,
+            where=where,
+            hint="take another profile",
         )
     balance = _balance(plain.double())
     rows = plain * balance.float()[:, None]

@@ -127,7 +127,7 @@ class Policy:
         problem = ""
         fields: dict[str, Any] = {}
         try:
-            fields = tomllib.loads(read_small(path, _MAX_FILE_BYTES, "policy").decode("utf-8"))
+            fields = tomllib.loads(read_small(path, _MAX_FILE_BYTES, "policy").decode("utf-8-sig"))
         except tomllib.TOMLDecodeError as error:
             problem = str(error)
         except (UnicodeDecodeError, RecursionError):

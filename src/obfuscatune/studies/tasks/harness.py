@@ -15,6 +15,7 @@ from lm_eval import simple_evaluate
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from transformers import LogitsProcessorList
 
 from obfuscatune.enclave.protect import protect
 from obfuscatune.enclave.protected import Protected
@@ -23,6 +24,7 @@ from obfuscatune.profiles import SWITCHES
 from obfuscatune.studies.tasks.catalogue import check_tasks, packaged_configs, write_configs
 from obfuscatune.training.data import Row
 from obfuscatune.training.encoding import check_embedded, vocabulary_of
+from obfuscatune.training.finite import FiniteScores, check_logits
 from obfuscatune.training.loading import DTYPES, load, load_adapter, load_config, load_tokenizer
 
 MODEL_NAME = "obfuscatune"
@@ -119,11 +121,13 @@ class ProtectedLM(HFLM):  # type: ignore[misc]
 
     def _model_call(self, inps: torch.Tensor, *more: Any, **named: Any) -> Any:
         self._refuse_beyond(inps)
-        return super()._model_call(inps, *more, **named)
+        logits: torch.Tensor = super()._model_call(inps, *more, **named)
+        check_logits(logits)
+        return logits
 
     def _model_generate(self, context: torch.Tensor, *more: Any, **named: Any) -> Any:
         self._refuse_beyond(context)
-        return super()._model_generate(context, *more, **named)
+        return super()._model_generate(context, *more, logits_processor=LogitsProcessorList([FiniteScores()]), **named)
 
     def _refuse_beyond(self, tokens: torch.Tensor) -> None:
         check_embedded([int(tokens.max())], vocabulary_of(self.protected.model.config), "a prompt of the tasks")
