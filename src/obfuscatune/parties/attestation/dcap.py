@@ -55,6 +55,11 @@ def check(evidence_quote: Quote, policy: Policy, now: float) -> Checked:
     at, mask = _DEBUG[kind]
     debug = bool(body.data[at] & mask)  # not verified yet, but to refuse it is right in any case
     rules = [Rule("debug", not debug, "a TD or enclave for debugging" if debug else "no", "no")]
+    measurements = body.measurements
+    if service := measurements.get("mrservicetd"):
+        rules.append(_no_service(service))
+        if not rules[-1].passed:  # the library refuses it too, but as a signature, which would be no help
+            return Checked(rules)
     text = policy.collateral
     if text is None and "collateral" in evidence_quote.extras:
         text = _decode(evidence_quote.extras["collateral"])
@@ -76,12 +81,8 @@ def check(evidence_quote: Quote, policy: Policy, now: float) -> Checked:
     )
     rules += _platform(found, policy, now)
     rules += _revocation(collateral, now)
-    measurements = body.measurements
     if kind == "sgx":
         measurements |= {name: str(found["report"]["SgxEnclave"][name]) for name in ("isv_prod_id", "isv_svn")}
-    elif service := measurements.get("mrservicetd"):
-        # A service TD that is bound to this one may do to it what its code does: move it to another host.
-        rules += [] if "mrservicetd" in policy.measurements else [_no_service(service)]
     return Checked(rules, body.report_data, measurements, simulation)
 
 
@@ -178,8 +179,9 @@ def _platform(found: dict[str, Any], policy: Policy, now: float) -> list[Rule]:
 
 
 def _no_service(service: str) -> Rule:
+    """A service TD may do to the TD that it is bound to what its code does: move it to another host."""
     none = not int(service, 16)
-    return Rule("mrservicetd", none, "none" if none else service, "none, or named by measurements.mrservicetd")
+    return Rule("mrservicetd", none, "none" if none else service, "no service TD, whatever the policy says")
 
 
 def _revocation(collateral: dict[str, str], now: float) -> list[Rule]:
