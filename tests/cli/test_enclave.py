@@ -73,7 +73,7 @@ def test_sigterm_has_a_bound_whatever_the_enclave_does(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_an_empty_directory_is_a_first_start_only_once(tmp_path: Path) -> None:
-    """On one platform, as where a disk is not mounted: the second start names `--new`, and begins nothing without it."""
+    """As where a disk is not mounted: the second one on a platform names `--new`, and begins nothing without it."""
     command = [sys.executable, "-m", "obfuscatune", "enclave", "serve", "--platform", "simulation:platform"]
     command += ["--parties", "parties", "--listen", "tls://127.0.0.1:0", "--worker", "unix:///nowhere"]
 
