@@ -36,8 +36,9 @@ mkosi --directory "$here" --mirror "$MIRROR" --source-date-epoch "$SOURCE_DATE_E
 # The initrd as it is booted has parts that only the unified image has; the command line, the roothash.
 uki=$output/obfuscatune-enclave.efi
 for section in linux initrd cmdline; do
-  objcopy --dump-section ".$section=$output/$section" "$uki" /dev/null
+  objcopy --dump-section ".$section=$output/$section" "$uki" "$output/copy"  # it must write one: it fails at /dev/null
 done
+rm "$output/copy"
 # The section may end in a zero byte; the measured string is what the machine is started with.
 tr -d '\0\n' < "$output/cmdline" > "$output/cmdline.txt"
 (cd "$output" && sha256sum inputs.sha256 obfuscatune-enclave.efi linux initrd cmdline.txt)
