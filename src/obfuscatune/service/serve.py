@@ -201,7 +201,7 @@ def open_service(
         max_connections: as of `AttestedServer`. max_store_bytes: that uploads may take.
         escrow: keep the state of a platform without a sealing key on the disk, under a key of all parties.
         take_over: whose state it takes over first. waiting: called with where it waits for that.
-        new: as of `State.open`; an enclave that takes over is a new one in any case.
+        new: as of `State.open`.
 
     Raises:
         RollbackError, SealError: a state that is not the last one, or not of this code on this platform.
@@ -214,7 +214,7 @@ def open_service(
     workers = Workers.parse([worker] if isinstance(worker, str) else worker, insecure=insecure)
     with ram_directory(RAM_PREFIX):
         pass  # removes what an enclave that was killed has left in memory
-    with State.open(directory, platform, new=new or take_over is not None) as state:
+    with State.open(directory, platform, new=new) as state:
         if take_over is not None:
             wait_for_hand_over(
                 state,
