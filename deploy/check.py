@@ -36,6 +36,8 @@ COMMAND_LINE = (
     "rd.emergency=halt",
     "lockdown=confidentiality",
 )
+# Written while the image is built; two builds that differed differed in these.
+TIMES = ("/var/cache/ldconfig/aux-cache", "/var/log/*.log")
 INSTRUCTIONS = {"ARG", "FROM", "WORKDIR", "COPY", "RUN", "ENV", "USER", "ENTRYPOINT", "CMD", "VOLUME", "EXPOSE"}
 _SECRET = re.compile(r"(secret|passw|token|private|\.key\b|\.pem\b|\.env\b|id_rsa)", re.IGNORECASE)
 
@@ -113,6 +115,8 @@ def image_faults(folder: Path) -> list[str]:
     faults = [f"command line: {word} is missing" for word in COMMAND_LINE if word not in words]
     faults += [f"command line: {word} opens a console" for word in words if word.startswith("console=")]
     faults += [f"{key} must be no" for key in ("Ssh", "Autologin") if content.get(key) != "no"]
+    removed = content.get("RemoveFiles", "").split()
+    faults += [f"RemoveFiles: {path} holds times, so that two builds differ" for path in TIMES if path not in removed]
     faults += [f"package {name} has no place there" for name in content["Packages"].split() if "ssh" in name]
     for name, side in (("10-root", "data"), ("11-root-verity", "hash")):
         partition = configparser.ConfigParser(strict=False)

@@ -3,7 +3,8 @@
 # objcopy, and, as PYTHON, an interpreter with obfuscatune[measure]. Whoever builds from the same inputs (their hashes are printed) gets the same roothash.
 #   WHEELS=wheels MIRROR=... SOURCE_DATE_EPOCH=1767225600 OVMF=OVMF.amdsev.fd VCPUS=8 VCPU_TYPE=EPYC-v4 deploy/cvm/build.sh
 # WHEELS: made once with `pip wheel --wheel-dir wheels --constraint constraints.txt .` and shared between the builders.
-# MIRROR: a snapshot archive of the distribution, fixed to one time; there is no default, because today's packages are not tomorrow's.
+# MIRROR: the archive of the distribution's packages, fixed to one time, with dists/ in it; there is no default, because today's packages
+# are not tomorrow's.
 set -euo pipefail
 
 : "${WHEELS:?directory of wheels}"
@@ -21,13 +22,23 @@ cp "$here"/../systemd/{obfuscatune-enclave.service,obfuscatune.sysusers,drop-ins
 (cd "$inputs" && find . -type f | LC_ALL=C sort | xargs sha256sum) > "$output/inputs.sha256"
 "${PYTHON:-python3}" "$here/../check.py"
 
+# mkosi's own list would have the archives of updates and of debugging too, at places that no snapshot has.
+mkdir -p "$here/mkosi.sandbox/etc/apt/sources.list.d"
+cat > "$here/mkosi.sandbox/etc/apt/sources.list.d/mkosi.sources" <<END
+Types: deb
+URIs: $MIRROR
+Suites: $(sed -n 's/^Release=//p' "$here/mkosi.conf")
+Components: main
+Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg
+END
 mkosi --directory "$here" --mirror "$MIRROR" --source-date-epoch "$SOURCE_DATE_EPOCH" --force build
 
 # The initrd as it is booted has parts that only the unified image has; the command line, the roothash.
 uki=$output/obfuscatune-enclave.efi
 for section in linux initrd cmdline; do
-  objcopy --dump-section ".$section=$output/$section" "$uki" /dev/null
+  objcopy --dump-section ".$section=$output/$section" "$uki" "$output/copy"  # it must write one: it fails at /dev/null
 done
+rm "$output/copy"
 # The section may end in a zero byte; the measured string is what the machine is started with.
 tr -d '\0\n' < "$output/cmdline" > "$output/cmdline.txt"
 (cd "$output" && sha256sum inputs.sha256 obfuscatune-enclave.efi linux initrd cmdline.txt)

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 # A service that, instead of serving, does what a hostile model and a curious operator would make it do.
 PROGRAM = """
 import contextlib, os, sys, types
@@ -67,3 +69,25 @@ def test_sigterm_has_a_bound_whatever_the_enclave_does(tmp_path: Path) -> None:
         [sys.executable, "-c", STUCK, str(tmp_path / "platform")], capture_output=True, text=True, timeout=50
     )
     assert (done.returncode, done.stderr.splitlines()[-1]) == (0, "leaving"), done.stderr
+
+
+@pytest.mark.slow
+def test_an_empty_directory_is_a_first_start_only_once(tmp_path: Path) -> None:
+    """As where a disk is not mounted: the second one on a platform names `--new`, and begins nothing without it."""
+    command = [sys.executable, "-m", "obfuscatune", "enclave", "serve", "--platform", "simulation:platform"]
+    command += ["--parties", "parties", "--listen", "tls://127.0.0.1:0", "--worker", "unix:///nowhere"]
+
+    def start(state: str, *more: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(  # noqa: S603
+            [*command, "--state", state, *more], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    said = []
+    for state, more in (("state", ()), ("elsewhere", ()), ("elsewhere", ("--new",))):
+        with start(state, *more) as process:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            process.terminate()
+            _, errors = process.communicate(timeout=50)
+        said.append((process.returncode, line.split()[:1], "--new" in errors))
+    assert said == [(0, ["enclave"], False), (2, [], True), (0, ["enclave"], False)]

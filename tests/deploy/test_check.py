@@ -119,6 +119,7 @@ def test_the_build_context_holds_no_state() -> None:
         ("    quiet\n", "    console=ttyS0\n", "opens a console"),
         ("Ssh=no", "Ssh=yes", "Ssh must be no"),
         ("    udev\n", "    udev\n    openssh-server\n", "openssh-server"),
+        ("    /var/log/*.log\n", "", "two builds differ"),
     ],
 )
 def test_a_worse_recipe_is_refused(check: ModuleType, tmp_path: Path, old: str, new: str, names: str) -> None:

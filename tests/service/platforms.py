@@ -11,6 +11,9 @@ class Counter:
     def read(self) -> int:
         return self.count
 
+    def used(self) -> bool:
+        return self.count > 0
+
     def increment(self) -> int:
         self.count += 1
         return self.count
@@ -22,6 +25,9 @@ class FileCounter:
 
     def read(self) -> int:
         return int(self.path.read_text()) if self.path.exists() else 0
+
+    def used(self) -> bool:
+        return self.read() > 0
 
     def increment(self) -> int:
         count = self.read() + 1

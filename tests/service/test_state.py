@@ -105,7 +105,7 @@ def test_a_deleted_state_is_another_enclave_and_cannot_come_back(tmp_path: Path)
         before = state.identity.public
     kept = (tmp_path / "state.sealed").read_bytes()
     (tmp_path / "state.sealed").unlink()
-    with pytest.warns(UserWarning, match="new enclave"), State.open(tmp_path, platform) as state:
+    with State.open(tmp_path, platform, new=True) as state:
         assert state.identity.public != before  # so no job of before is for it, used up or not
         assert state.jobs == {}
     (tmp_path / "state.sealed").write_bytes(kept)
@@ -113,10 +113,25 @@ def test_a_deleted_state_is_another_enclave_and_cannot_come_back(tmp_path: Path)
         State.open(tmp_path, platform)
 
 
-def test_a_first_start_on_a_counter_that_was_used_before(tmp_path: Path) -> None:
+def test_a_disk_that_is_not_mounted_costs_no_state(tmp_path: Path) -> None:
+    """An empty directory is no reason to begin anew: the first commit would make the state of before an old one."""
+    platform = new_platform()
+    last_commit(tmp_path / "state", platform, {JOB: {"used": 1}})
+    count = platform.counter.read()
+    for _ in range(2):
+        with pytest.raises(UsageError, match="state is missing") as caught:
+            State.open(tmp_path / "elsewhere", platform)
+        assert "--new" in str(caught.value) and not list((tmp_path / "elsewhere").glob("state.sealed*"))
+    assert platform.counter.read() == count
+    with State.open(tmp_path / "state", platform) as state:
+        assert state.jobs == {JOB: {"used": 1}}
+
+
+def test_a_first_start_on_a_counter_that_begins_above_zero(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     platform = new_platform()
     platform.counter.count = 41  # a TPM begins a new counter where any before it ended
-    with pytest.warns(UserWarning, match="new enclave"), State.open(tmp_path, platform) as state:
+    monkeypatch.setattr(platform.counter, "used", lambda: False)
+    with State.open(tmp_path, platform) as state:
         identity = state.identity.public
     with State.open(tmp_path, platform) as state:
         assert state.identity.public == identity
@@ -386,10 +401,10 @@ def test_a_file_kept_from_a_killed_commit_is_of_no_use(
     if single:  # the usual scheme: no commit at the opening, each made once
         begin, write = State._begin, State._write
 
-        def bare_begin(state: State) -> None:
+        def bare_begin(state: State, new: bool) -> None:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(State, "commit", lambda state: None)
-                begin(state)
+                begin(state, new)
 
         monkeypatch.setattr(State, "_begin", bare_begin)
         monkeypatch.setattr(State, "commit", lambda state: write(state, state._cipher))  # type: ignore[arg-type]
@@ -403,9 +418,9 @@ def test_one_commit_at_the_opening_would_not_do(tmp_path: Path, monkeypatch: pyt
     if times == 1:
         original = State._begin
 
-        def begin(state: State) -> None:
+        def begin(state: State, new: bool) -> None:
             state._unconfirmed = False
-            original(state)
+            original(state, new)
 
         monkeypatch.setattr(State, "_begin", begin)
     machine.run(1, None, None)

@@ -143,6 +143,26 @@ def hcl_report(scratch: Path) -> Target:
     return Target(azure.peek, (seed, seed + bytes(100)))
 
 
+def nitro_document(scratch: Path) -> Target:
+    """A document of an AWS Nitro enclave, shown: its PCRs and what it binds."""
+    import cbor2
+
+    from obfuscatune.parties.attestation import nitro
+
+    fields = {
+        **{
+            "module_id": "i",
+            "digest": "SHA384",
+            "timestamp": 1,
+            "certificate": b"leaf",
+            "cabundle": [b"root", b"zone"],
+        },
+        **{"pcrs": {0: bytes(48)}, "public_key": None, "user_data": bytes(64), "nonce": None},
+    }
+    protected = bytes.fromhex("a1013822")
+    return Target(nitro.peek, (cbor2.dumps([protected, {}, cbor2.dumps(fields), bytes(96)]),))
+
+
 def gpu_report(scratch: Path) -> Target:
     """A report of a GPU and a reference made of it."""
     from obfuscatune.parties.attestation.gpu_reference import read_reference, write_reference

@@ -52,6 +52,7 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
         attested.tpm_signature,
         attested.event_log,
         attested.hcl_report,
+        attested.nitro_document,
         attested.gpu_report,
     )
 }

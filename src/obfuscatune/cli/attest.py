@@ -285,12 +285,13 @@ def collateral(options: CollateralOptions) -> None:
 
     Nothing else here ever asks for it: do it on a machine that may, and give the file to the policy.
     """
-    from obfuscatune.parties.attestation import collateral as module
+    from obfuscatune.parties.attestation.collateral import fetch
+    from obfuscatune.parties.attestation.collateral_dates import expiry
     from obfuscatune.parties.attestation.evidence import MAX_EVIDENCE_BYTES
     from obfuscatune.parties.identity import read_small
 
     if options.action == "show":
-        _show_expiry(module.expiry(_read_collateral(Path(options.source))))
+        _show_expiry(expiry(_read_collateral(Path(options.source))))
         return
     if options.quote is None or options.output is None:
         raise UsageError("what to fetch collateral for", expected="--quote FILE and --output FILE")
@@ -298,12 +299,12 @@ def collateral(options: CollateralOptions) -> None:
     if raw.startswith(b"{"):
         quote = load_evidence(options.quote).quote
         raw = quote.extras.get("td_quote", quote.quote)  # of Azure's machines the quote is beside the report
-    text = module.fetch(options.source, raw, options.timeout)
+    text = fetch(options.source, raw, options.timeout)
     try:
         write_new(options.output, text, mode=0o644)
     except OSError as error:
         raise UsageError("cannot write the collateral", got=error.strerror, where=str(options.output)) from None
-    _show_expiry(module.expiry(text))
+    _show_expiry(expiry(text))
 
 
 def _show_expiry(ends: "Mapping[str, datetime]") -> None:

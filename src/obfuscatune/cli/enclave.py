@@ -34,6 +34,11 @@ class ServeOptions(ConfigOptions):
         False,
         flag="--escrow",
     )
+    new: bool = option(
+        "begin a new enclave where the state of an earlier one is lost; what was sealed to that is lost too",
+        False,
+        flag="--new",
+    )
     listen: str = option("tls://HOST:PORT; port 0 for any", "tls://127.0.0.1:7443")
     worker: list[str] | None = option(
         f"{WORKER_FORMS}; repeated, a job's workers are those that it names by fingerprint, or share the blocks", None
@@ -85,6 +90,7 @@ def serve(options: ServeOptions) -> None:
         max_store_bytes=int(options.max_store_gb * 1e9),
         escrow=options.escrow,
         take_over=None if options.take_over is None else PublicIdentity.load(options.take_over),
+        new=options.new,
         waiting=_say_that_it_waits,
     ) as service:
         _leave_on_sigterm(service.leave)

@@ -186,6 +186,7 @@ def open_service(
     max_connections: int = 512,
     max_store_bytes: int = 1 << 40,
     take_over: PublicIdentity | None = None,
+    new: bool = False,
     waiting: Callable[[str], None] = print,
     escrow: bool = False,
 ) -> Iterator[Service]:
@@ -201,6 +202,7 @@ def open_service(
         max_connections: as of `AttestedServer`. max_store_bytes: that uploads may take.
         escrow: keep the state of a platform without a sealing key on the disk, under a key of all parties.
         take_over: whose state it takes over first. waiting: called with where it waits for that.
+        new: as of `State.open`.
 
     Raises:
         RollbackError, SealError: a state that is not the last one, or not of this code on this platform.
@@ -213,7 +215,7 @@ def open_service(
     workers = Workers.parse([worker] if isinstance(worker, str) else worker, insecure=insecure)
     with ram_directory(RAM_PREFIX):
         pass  # removes what an enclave that was killed has left in memory
-    with State.open(directory, platform) as state:
+    with State.open(directory, platform, new=new) as state:
         if take_over is not None:
             wait_for_hand_over(
                 state,

@@ -45,9 +45,9 @@ from obfuscatune.service.entries import NO_ENTRIES
 
 FORMAT = "obfuscatune enclave state 4"
 MAX_BYTES = 16 << 20
-NEW_IDENTITY = (
-    "no state is here, though the platform's counter has been used: if there was a state, put it back; otherwise this "
-    "is a new enclave, and what was sealed to an earlier one cannot be opened"
+NEW_HINT = (
+    "if the state's disk is not mounted, or the directory another one, mend that; if the state is lost, `--new` begins "
+    "a new enclave, and nothing ever opens what an earlier one had"
 )
 _MAGIC = FORMAT.encode() + b"\0"
 _HEADER_BYTES = len(_MAGIC) + 8
@@ -98,18 +98,22 @@ class State:
         self.lock = threading.RLock()
 
     @classmethod
-    def open(cls, directory: Path, platform: Platform) -> "State":
+    def open(cls, directory: Path, platform: Platform, *, new: bool = False) -> "State":
         """Open the state of ``directory``, or begin one at the first start. Close it, or use it in a ``with``.
 
+        Args:
+            new: begin one where none is here although the platform's counter was used; the earlier one is lost then.
+
         Raises:
-            RollbackError: not the state that was committed last, or it is missing though there was one.
+            RollbackError: not the state that was committed last.
             SealError: changed, or sealed by other code or another platform.
-            UsageError: another enclave runs on this directory, or it cannot be used.
+            UsageError: another enclave runs on this directory, or it cannot be used; or no state is here, though there
+                was one on this platform.
         """
         lock_file = _take_lock(directory)
         try:
             state = cls(directory, platform, platform.sealing_key(), lock_file)
-            state._begin()
+            state._begin(new)
         except BaseException:
             os.close(lock_file)
             raise
@@ -149,7 +153,7 @@ class State:
     def __repr__(self) -> str:
         return f"State(version {self._version}, {len(self.jobs)} jobs)"
 
-    def _begin(self) -> None:
+    def _begin(self, new: bool) -> None:
         there = self._path.exists()
         if self._cipher is None:
             if there:
@@ -161,12 +165,15 @@ class State:
         if there:
             self._read()
         else:
+            if self._counter is not None and self._cipher is not None:
+                if self._counter.used() and not new:
+                    # The first commit would move the counter, and no state of before would ever open again.
+                    got, where = "no state, though the platform's counter has been used", str(self._path)
+                    raise UsageError("the enclave's state is missing", got=got, where=where, hint=NEW_HINT)
+                # A TPM's new counter begins above zero. Jobs that were used up stay used up: they name an identity that
+                # is gone.
+                self._version = self._counter.read()
             self.identity = Identity.generate("enclave")
-            if self._counter is not None and self._cipher is not None and (count := self._counter.read()):
-                # Of a TPM's new counter, or of a state that is lost. Jobs that were used up stay used up: they name an
-                # identity that is gone.
-                self._version = count
-                warnings.warn(NEW_IDENTITY, stacklevel=3)
         self.commit()
 
     def _read(self) -> None:

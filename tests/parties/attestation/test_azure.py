@@ -63,10 +63,25 @@ def test_corruptions_of_the_sample_are_refused(count: int) -> None:
         assert failed(judge_quote(Quote("azure", report[:size], sample().extras), WEAKEST, now=TIME)) == ["format"]
 
 
-def wrap(report: bytes, runtime: bytes, *, kind: int = 2) -> bytes:
+def wrap(report: bytes, runtime: bytes, *, kind: int = 2, version: int = 2) -> bytes:
+    """An HCL report as OpenHCL writes it; the genuine sample, of the paravisor before it, says version 1."""
     rest = struct.pack("<5I", len(runtime) + 20, 1, kind, 1, len(runtime)) + runtime
     size = 32 + len(report) + len(rest)
-    return (b"HCLA" + struct.pack("<4I", 1, size, 2, 0) + bytes(12) + report + rest).ljust(2600, b"\0")
+    return (b"HCLA" + struct.pack("<4I", version, size, 2, 0) + bytes(12) + report + rest).ljust(2600, b"\0")
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("kind", [2, 4])
+def test_reports_of_both_paravisors_are_read(kind: int, version: int) -> None:
+    runtime = b'{"keys": []}'
+    found = module.parse(wrap(b"\5" * 1184, runtime, kind=kind, version=version))
+    assert (found.hardware, found.runtime) == ({2: "snp", 4: "tdx"}[kind], runtime)
+
+
+@pytest.mark.parametrize(("version", "kind"), [(0, 2), (3, 2), (2, 1), (2, 3), (2, 5)])
+def test_reports_of_unknown_versions_and_hardware_are_refused(version: int, kind: int) -> None:
+    with pytest.raises(FormatError, match="HCL report"):
+        module.parse(wrap(bytes(1184), b"{}", kind=kind, version=version))
 
 
 def jwk(pem: bytes, **changes: Any) -> bytes:

@@ -12,7 +12,8 @@ import pytest
 
 from obfuscatune.cli import main
 from obfuscatune.errors import FormatError, ObfuscatuneError, UsageError
-from obfuscatune.parties.attestation import collateral as module
+from obfuscatune.parties.attestation.collateral import fetch
+from obfuscatune.parties.attestation.collateral_dates import expiry
 from obfuscatune.parties.attestation.evidence import Evidence, Quote
 from obfuscatune.parties.attestation.verify import judge_quote
 
@@ -64,31 +65,37 @@ def service(**changes: str) -> Iterator[str]:
 
 def test_what_is_fetched_verifies_the_quote() -> None:
     with service() as url:
-        text = module.fetch(url, load(QUOTE), 20)
+        text = fetch(url, load(QUOTE), 20)
     assert json.loads(text) == json.loads(load(SAMPLE))
     found = judge_quote(Quote("tdx", load(QUOTE), {"collateral": text}), TDX_POLICY, now=TDX_TIME)
     assert not found.failed, str(found)
     later = judge_quote(Quote("tdx", load(QUOTE), {"collateral": text}), TDX_POLICY, now=TDX_TIME + 40 * 86_400)
-    assert failed(later)
+    assert failed(later) == ["collateral"]
+    assert "expired 2025-07-19" in str(later) and "fetch it again: obfuscatune attest collateral fetch" in str(later)
+
+
+def test_it_is_fetched_for_a_quote_of_version_5_too() -> None:
+    with service() as url:
+        assert json.loads(fetch(url, load("tdx/quote_v5_sample.dat"), 20)) == json.loads(load(SAMPLE))
 
 
 def test_services_that_give_none() -> None:
     with service(tcb_info='{"nextUpdate": 7}') as url, pytest.raises(ObfuscatuneError):
-        module.fetch(url, load(QUOTE), 20)
+        fetch(url, load(QUOTE), 20)
     with pytest.raises(ObfuscatuneError, match="cannot fetch collateral"):
-        module.fetch(url, load(QUOTE), 20)  # nobody listens there any more
+        fetch(url, load(QUOTE), 20)  # nobody listens there any more
     for wrong in ("", "file:///etc/passwd", "https://", "ftp://host", "https://host/?x=1", "https://h\n"):
         with pytest.raises(UsageError, match="not a URL"):
-            module.fetch(wrong, load(QUOTE), 1)
+            fetch(wrong, load(QUOTE), 1)
 
 
 def test_dates() -> None:
-    ends = module.expiry(load(SAMPLE))
+    ends = expiry(load(SAMPLE))
     assert f"{min(ends.values()):%Y-%m-%d}" == "2025-07-19" and len(ends) == 4
     fields = json.loads(load(SAMPLE))
     for text in (b"", b"{}", b"\xff", b"[" * 9999, json.dumps({**fields, "pck_crl": "00"}).encode()):
         with pytest.raises(FormatError):
-            module.expiry(text)
+            expiry(text)
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

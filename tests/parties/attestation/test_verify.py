@@ -69,7 +69,7 @@ def test_any_measurement_is_for_simulation_only(platform: SimulatedPlatform) -> 
     [
         (Flaws(debug=True), {"tdx": "debug", "snp": "debug"}),
         (Flaws(outdated_tcb=True), {"tdx": "tcb status", "snp": "tcb"}),
-        (Flaws(expired_collateral=True), {"tdx": "signature", "snp": "certificates"}),
+        (Flaws(expired_collateral=True), {"tdx": "collateral", "snp": "certificates"}),
     ],
 )
 def test_a_flawed_platform_is_refused(platform: SimulatedPlatform, flaws: Flaws, names: dict) -> None:

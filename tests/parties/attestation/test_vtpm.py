@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from obfuscatune.errors import AttestationError, RollbackError, SealError
+from obfuscatune.errors import AttestationError, RollbackError, SealError, UsageError
 from obfuscatune.parties.attestation.evidence import Evidence, attest
 from obfuscatune.parties.attestation.platform import Platform, open_platform
 from obfuscatune.parties.attestation.policy import Policy
@@ -212,9 +212,12 @@ def test_a_program_that_misbehaves_is_ended(
 def test_an_enclaves_state_on_a_tpm(tpm: SoftwareTpm, tmp_path: Path) -> None:
     """Sealed to the TPM and its PCRs, counted by it: it opens after a restart, and not after another boot."""
     with tpm.running():
-        open_platform("tpm").counter.increment()
-        with pytest.warns(UserWarning, match="new enclave"), State.open(tmp_path, open_platform("tpm")) as state:
+        assert not open_platform("tpm").counter.used()
+        with State.open(tmp_path, open_platform("tpm")) as state:
             identity = state.identity.public
+        assert open_platform("tpm").counter.used()
+        with pytest.raises(UsageError, match="state is missing"):
+            State.open(tmp_path / "not mounted", open_platform("tpm"))
         older = (tmp_path / "state.sealed").read_bytes()
     with tpm.running():
         with State.open(tmp_path, open_platform("tpm")) as state:

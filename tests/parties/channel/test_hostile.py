@@ -11,7 +11,7 @@ import pytest
 
 from obfuscatune.errors import BusyError, ConnectionClosedError
 from obfuscatune.parties.attestation.policy import Policy
-from obfuscatune.parties.channel import connect_attested, conversation, fetch_evidence, frames, server
+from obfuscatune.parties.channel import client, connect_attested, conversation, fetch_evidence, frames, server
 from obfuscatune.parties.channel.address import TlsAddress
 from obfuscatune.parties.identity import Identity
 
@@ -61,10 +61,10 @@ def test_a_party_with_all_places_shuts_nobody_out(
     with contextlib.ExitStack() as stack:
         greedy = [stack.enter_context(connect(enclave, owner, policy)) for _ in range(4)]
         with pytest.raises(BusyError, match="all connections are taken"):
-            connect(enclave, owner, policy, timeout=1)
+            connect(enclave, owner, policy, timeout=2)
         honest = [stack.enter_context(connect(enclave, other, policy)) for _ in range(2)]
         with pytest.raises(BusyError):  # two of four: its share
-            connect(enclave, other, policy, timeout=1)
+            connect(enclave, other, policy, timeout=2)
         for channel in honest:
             assert channel.request({})[0] == {"echo": {}}
         for channel in greedy[:2]:
@@ -77,6 +77,26 @@ def test_a_party_with_all_places_shuts_nobody_out(
         closing.start()
         connect(enclave, owner, policy).close()
         closing.join()
+
+
+@pytest.mark.parametrize("told", [[BusyError], []])
+def test_who_was_told_that_it_is_busy_is_not_told_that_it_is_slow(
+    told: list[type[Exception]], owner: Identity, policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The time ends in the middle of an attempt: what counts is what the enclave has said before."""
+
+    def attempt(*arguments: Any) -> None:
+        if told:
+            raise told.pop()("all connections are taken")
+        time.sleep(max(arguments[4] - time.monotonic(), 0))
+        raise ConnectionClosedError("peer is too slow")
+
+    expected = BusyError if told else ConnectionClosedError
+    monkeypatch.setattr(client, "_FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(client, "_connect", attempt)
+    with pytest.raises(expected) as caught:
+        connect_attested("tls://127.0.0.1:1", identity=owner, policy=policy, timeout=0.3)
+    assert type(caught.value) is expected
 
 
 def test_an_idle_connection_is_told_that_it_has_lost_its_place(

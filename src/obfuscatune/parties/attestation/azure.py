@@ -6,13 +6,14 @@
 The report is for the paravisor (HCL), which runs at the most privileged level of the guest and keeps the TPM; what the
 guest has booted is in the TPM's PCRs. So a policy names both: what pins the paravisor, and PCRs.
 
-    HCL report  "HCLA" | version 1 | size | request 2 | status 0 | 12 zeros | report (1184)
+    HCL report  "HCLA" | version 1 or 2 | size | request 2 | status 0 | 12 zeros | report (1184)
                 | size of the rest | version 1 | type (2: SNP, 4: TDX) | hash (1: SHA-256) | length
                 | runtime data | zeros
 
 All numbers are u32, little-endian. Under TDX the report is a TD report (1024, then zeros): only the processor that made
 it can check it. The machine trades it for a quote (`azure_vm`), which stands in its place in evidence, as ``td_quote``;
-the report itself is left out: its bytes are zeros. Format: OpenHCL, openhcl_attestation_protocol (igvm_attest).
+the report itself is left out: its bytes are zeros. Format: OpenHCL, openhcl_attestation_protocol (igvm_attest), whose
+header says version 2; the paravisor before it wrote the same with version 1.
 """
 
 import base64
@@ -30,7 +31,7 @@ from obfuscatune.parties.attestation.policy import Policy
 from obfuscatune.parties.attestation.tpm_structures import parse_quote, parse_signature
 from obfuscatune.parties.attestation.verdict import Checked, Rule
 
-_MAGIC, _VERSION, _REQUEST = b"HCLA", 1, 2
+_MAGIC, _VERSIONS, _REQUEST = b"HCLA", (1, 2), 2
 _TYPES, _SHA256 = {2: "snp", 4: "tdx"}, 1
 _RESERVED_BYTES, _REST_HEADER_BYTES = 12, 20
 _REPORT_AT = 32
@@ -104,18 +105,18 @@ def parse(data: bytes) -> HclReport:
         FormatError: another format, or a length that does not fit.
     """
     reader = Fields(data, "HCL report")
-    head = (reader.take(4), reader.number(4))
-    size = reader.number(4)
+    magic, version, size = reader.take(4), reader.number(4), reader.number(4)
     if (
-        head != (_MAGIC, _VERSION)
+        magic != _MAGIC
+        or version not in _VERSIONS
         or reader.number(4) != _REQUEST
         or reader.number(4)
         or any(reader.take(_RESERVED_BYTES))
     ):
-        raise FormatError("not an HCL report of a machine", expected='"HCLA", version 1')
+        raise FormatError("not an HCL report of a machine", expected='"HCLA", version 1 or 2')
     report = reader.take(snp.REPORT_BYTES)
-    told, version, kind, hashed, length = (reader.number(4) for _ in range(5))
-    if kind not in _TYPES or (version, hashed) != (1, _SHA256) or told != length + _REST_HEADER_BYTES:
+    told, form, kind, hashed, length = (reader.number(4) for _ in range(5))
+    if kind not in _TYPES or (form, hashed) != (1, _SHA256) or told != length + _REST_HEADER_BYTES:
         raise FormatError("runtime data of an HCL report of an unknown form")
     runtime = reader.take(length)
     if size != reader.at:

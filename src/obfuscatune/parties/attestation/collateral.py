@@ -8,16 +8,12 @@ or give an older one. It learns the platform's model (FMSPC).
 import asyncio
 import json
 import re
-from datetime import UTC, datetime
 from typing import Any
 
 import dcap_qvl
-from cryptography import x509
 
-from obfuscatune.errors import FormatError, ObfuscatuneError, UsageError, printable
-from obfuscatune.parties.attestation.dcap import COLLATERAL
-from obfuscatune.parties.attestation.fields import parsing
-from obfuscatune.parties.attestation.policy import MAX_COLLATERAL_BYTES
+from obfuscatune.errors import ObfuscatuneError, UsageError, printable
+from obfuscatune.parties.attestation.collateral_dates import COLLATERAL, expiry
 
 _URL = re.compile(r"https?://[A-Za-z0-9._:\[\]-]{1,255}(/[A-Za-z0-9._~/-]{0,255})?")
 _MAX_MESSAGE = 200
@@ -50,20 +46,3 @@ def fetch(url: str, quote: bytes, timeout: float) -> bytes:
     if problem:
         raise ObfuscatuneError("cannot fetch collateral", got=problem, where=url)
     return text
-
-
-def expiry(text: bytes) -> dict[str, datetime]:
-    """Return until when each part of collateral is good, by name; raises FormatError where it is none."""
-    with parsing("collateral"):
-        fields = json.loads(text) if len(text) <= MAX_COLLATERAL_BYTES else {}
-        if not isinstance(fields, dict) or not set(fields) >= COLLATERAL:
-            raise FormatError("collateral is not JSON of dcap-qvl", expected="its nine fields")
-        ends = {}
-        for name in ("tcb_info", "qe_identity"):
-            ends[name] = datetime.fromisoformat(json.loads(fields[name])["nextUpdate"]).astimezone(UTC)
-        for name in ("root_ca_crl", "pck_crl"):
-            end = x509.load_der_x509_crl(bytes.fromhex(fields[name])).next_update_utc
-            if end is None:
-                raise FormatError("collateral's revocation list has no end")
-            ends[name] = end
-    return ends

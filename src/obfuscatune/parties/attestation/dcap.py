@@ -7,7 +7,6 @@ no connection here.
 
 import hashlib
 import json
-from datetime import UTC, datetime
 from typing import Any
 
 import dcap_qvl
@@ -15,6 +14,7 @@ from cryptography import x509
 
 from obfuscatune.errors import FormatError, printable
 from obfuscatune.parties.attestation.certificates import read_chain
+from obfuscatune.parties.attestation.collateral_dates import COLLATERAL, expiry
 from obfuscatune.parties.attestation.dcap_layout import TEE_TYPES, Body, body_of
 from obfuscatune.parties.attestation.evidence import Quote
 from obfuscatune.parties.attestation.fields import Fields
@@ -27,10 +27,6 @@ _PCK_CHAIN, _QE_CERTIFICATION = 5, 6
 # Of the body: SGX's attributes, bit 1; the TD's attributes, byte 0.
 _DEBUG = {"sgx": (48, 0x02), "tdx": (120, 0xFF)}
 _CHAINS = ("pck_crl_issuer_chain", "tcb_info_issuer_chain", "qe_identity_issuer_chain")
-COLLATERAL = {*_CHAINS, "root_ca_crl", "pck_crl", "tcb_info", "qe_identity"} | {
-    "tcb_info_signature",
-    "qe_identity_signature",
-}
 _OPTIONS = {
     "dynamic_platform": "allow_dynamic_platform",
     "cached_keys": "allow_cached_keys",
@@ -55,6 +51,11 @@ def check(evidence_quote: Quote, policy: Policy, now: float) -> Checked:
     at, mask = _DEBUG[kind]
     debug = bool(body.data[at] & mask)  # not verified yet, but to refuse it is right in any case
     rules = [Rule("debug", not debug, "a TD or enclave for debugging" if debug else "no", "no")]
+    measurements = body.measurements
+    if service := measurements.get("mrservicetd"):
+        rules.append(_no_service(service))
+        if not rules[-1].passed:  # the library refuses it too, but as a signature, which would be no help
+            return Checked(rules)
     text = policy.collateral
     if text is None and "collateral" in evidence_quote.extras:
         text = _decode(evidence_quote.extras["collateral"])
@@ -68,20 +69,17 @@ def check(evidence_quote: Quote, policy: Policy, now: float) -> Checked:
     if not genuine and not simulation:
         return Checked([*rules, Rule("signature", False, "certificates under another root", expected)])
     collateral = _collateral(text, root)
+    dates = _dates(text, now)
+    if not dates.passed:  # the library refuses it too, but as a signature, which would not say what to do
+        return Checked([*rules, dates])
     found, problem = _verify(raw, collateral, root, now)
     if found is None:
         return Checked([*rules, Rule("signature", False, problem, "a quote that verifies")])
-    rules.append(
-        Rule("signature", True, "under the simulation's root" if simulation else "under Intel's root", expected)
-    )
-    rules += _platform(found, policy, now)
+    under = "under the simulation's root" if simulation else "under Intel's root"
+    rules += [Rule("signature", True, under, expected), dates, *_platform(found, policy)]
     rules += _revocation(collateral, now)
-    measurements = body.measurements
     if kind == "sgx":
         measurements |= {name: str(found["report"]["SgxEnclave"][name]) for name in ("isv_prod_id", "isv_svn")}
-    elif service := measurements.get("mrservicetd"):
-        # A service TD that is bound to this one may do to it what its code does: move it to another host.
-        rules += [] if "mrservicetd" in policy.measurements else [_no_service(service)]
     return Checked(rules, body.report_data, measurements, simulation)
 
 
@@ -154,13 +152,22 @@ def _verify(raw: bytes, collateral: dict[str, str], root: bytes, now: float) -> 
         return None, printable(error, most=_MAX_MESSAGE)
 
 
-def _platform(found: dict[str, Any], policy: Policy, now: float) -> list[Rule]:
+def _dates(text: str, now: float) -> Rule:
+    end = min(expiry(text.encode()).values())
+    held, until = now <= end.timestamp(), f"{end:%Y-%m-%d %H:%M}"
+    return Rule(
+        "collateral",
+        held,
+        f"good until {until}" if held else f"expired {until}",
+        "not expired" if held else f"not expired: {FETCH_AGAIN}",
+    )
+
+
+def _platform(found: dict[str, Any], policy: Policy) -> list[Rule]:
     status, advisories = found["tcb"]["status"], found["tcb"]["advisory_ids"]
-    pck, expiry = found["platform"]["pck"], found["earliest_expiration_date"]
+    pck = found["platform"]["pck"]
     wanting = [option for name, option in _OPTIONS.items() if pck[name] == "True" and not getattr(policy, option)]
-    until = f"good until {datetime.fromtimestamp(expiry, UTC):%Y-%m-%d %H:%M}"
     return [
-        Rule("collateral", now <= expiry, until, "not expired" if now <= expiry else f"not expired: {FETCH_AGAIN}"),
         Rule("tcb status", status in policy.tcb_status, status, " or ".join(policy.tcb_status)),
         Rule(
             "advisories",
@@ -178,8 +185,9 @@ def _platform(found: dict[str, Any], policy: Policy, now: float) -> list[Rule]:
 
 
 def _no_service(service: str) -> Rule:
+    """A service TD may do to the TD that it is bound to what its code does: move it to another host."""
     none = not int(service, 16)
-    return Rule("mrservicetd", none, "none" if none else service, "none, or named by measurements.mrservicetd")
+    return Rule("mrservicetd", none, "none" if none else service, "no service TD, whatever the policy says")
 
 
 def _revocation(collateral: dict[str, str], now: float) -> list[Rule]:

@@ -27,6 +27,10 @@ class Counter(Protocol):
         """Return the count; raises AttestationError where it cannot be read."""
         ...
 
+    def used(self) -> bool:
+        """Return whether it was ever moved or read here before; raises AttestationError where it cannot be read."""
+        ...
+
     def increment(self) -> int:
         """Add one and return the new count; raises AttestationError where it cannot be written."""
         ...

@@ -1,9 +1,9 @@
-"""Simulated TDX: a DCAP quote v4 and its collateral, in Intel's formats, under the simulator's root.
+"""Simulated TDX: a DCAP quote v4 or v5 and its collateral, in Intel's formats, under the simulator's root.
 
 What Intel's services and the quoting enclave do is done here: a PCK certificate with the SGX extensions, TCB info and
 quoting enclave identity signed by a TCB signing key, revocation lists, and the quote over an attestation key that the
-quoting enclave's report binds. Layouts: Intel TDX DCAP Quoting Library API, appendix A.3 (quote v4); Intel SGX PCK
-Certificate and CRL Profile, chapter 1.5 (extensions); Intel PCS API v4 (the JSON texts).
+quoting enclave's report binds. Layouts: Intel TDX DCAP Quoting Library API, appendix A.3 (quotes v4, v5); Intel SGX
+PCK Certificate and CRL Profile, chapter 1.5 (extensions); Intel PCS API v4 (the JSON texts).
 """
 
 import hashlib
@@ -11,7 +11,7 @@ import json
 import os
 import struct
 import time
-from typing import Any
+from typing import Any, Literal
 
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ec import ECDSA, SECP256R1, EllipticCurvePrivateKey, generate_private_key
@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
+from obfuscatune.parties.attestation.dcap_layout import TEE_TYPES
 from obfuscatune.parties.attestation.evidence import Quote
 from obfuscatune.parties.attestation.quoting import bound_quote, check_report_data
 from obfuscatune.parties.attestation.simulated_pki import (
@@ -50,6 +51,7 @@ _QE_SIGNER = hashlib.sha256(b"obfuscatune simulated quoting enclave").digest()
 _TDX_MODULE = hashlib.sha384(b"obfuscatune simulated TDX module").digest()
 _INTEL = bytes.fromhex("939a7233f79c4ca9940a0db3957f0607")  # vendor of the quoting enclave; verifiers know no other
 _SEPT_VE_DISABLE, _DEBUG = 1 << 28, 1 << 0
+_TD_15 = 3  # type of the body of a quote v5
 _XFAM = bytes.fromhex("e702060000000000")
 
 
@@ -71,13 +73,21 @@ class SimulatedTdx:
     Args:
         keys: of :func:`new_keys`. Secret. root: the certificate of the first. mrtd: 48 bytes.
         platform_id: 16 bytes, the PPID. flaws: what is wrong with it.
+        version: of its quotes, 4, or 5 with the body of a TD 1.5.
     """
 
     def __init__(
-        self, keys: dict[str, Any], root: x509.Certificate, mrtd: bytes, platform_id: bytes, flaws: Flaws
+        self,
+        keys: dict[str, Any],
+        root: x509.Certificate,
+        mrtd: bytes,
+        platform_id: bytes,
+        flaws: Flaws,
+        version: Literal[4, 5] = 4,
     ) -> None:
         life = Life.around(time.time(), _CERTIFICATE_DAYS)
         self._root, self._root_key, self._mrtd, self._flaws = root, keys["root"], mrtd, flaws
+        self._version = version
         self._ca_key, self._tcb_key, self._quoting_key = (generate_private_key(SECP256R1()) for _ in range(3))
         self._svn = _OUTDATED_SVN if flaws.outdated_tcb else _CURRENT_SVN
         self._ca = issue("PCK Platform CA", self._ca_key.public_key(), self._root_key, root, life, depth=0)
@@ -89,7 +99,12 @@ class SimulatedTdx:
     def quote(self, report_data: bytes) -> Quote:
         """Return a quote over ``report_data`` with collateral of this moment."""
         check_report_data(report_data)
-        signed = struct.pack("<HHIHH16s20x", 4, 2, 0x81, 0, 0, _INTEL) + self._report(report_data)
+        body = self._report(report_data)
+        if self._version == 5:
+            service = hashlib.sha384(b"a service TD").digest() if self._flaws.service_td else bytes(48)
+            body += bytes([_MODULE_SVN, _MODULE_VERSION, self._svn]).ljust(16, b"\0") + service
+            body = struct.pack("<HI", _TD_15, len(body)) + body
+        signed = struct.pack("<HHIHH16s20x", self._version, 2, TEE_TYPES["tdx"], 0, 0, _INTEL) + body
         point = _point(self._quoting_key)
         data = _sign(self._quoting_key, signed) + point + struct.pack("<HI", 6, len(self._certification))
         data += self._certification

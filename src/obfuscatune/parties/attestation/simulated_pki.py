@@ -44,6 +44,7 @@ class Flaws:
     debug: bool = False
     outdated_tcb: bool = False
     expired_collateral: bool = False
+    service_td: bool = False  # of a TD 1.5: another TD is bound to it
 
 
 def name(title: str) -> x509.Name:

@@ -62,6 +62,10 @@ class FileCounter:
             raise AttestationError("the simulated counter is no number", where=str(self._path))
         return int(text)
 
+    def used(self) -> bool:
+        """Return whether it was ever moved; raises AttestationError where the file is no counter."""
+        return self.read() > 0
+
     def increment(self) -> int:
         """Add one and return the new count; raises AttestationError where the file is no counter or cannot be written.
 

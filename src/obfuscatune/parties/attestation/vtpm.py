@@ -166,6 +166,11 @@ class VtpmCounter:
             self._make()
             return self._value()
 
+    def used(self) -> bool:
+        """Return whether the counter is there; raises AttestationError where the TPM does not say."""
+        with self._tools.work():
+            return self._tools.has("handles-nv-index", _COUNTER_HANDLE)
+
     def increment(self) -> int:
         """Add one and return the count. Raises AttestationError where the TPM refuses."""
         with self._tools.work():

@@ -129,16 +129,22 @@ def connect_attested(
 
     Raises:
         AttestationError: the evidence is missing, of another key or moment, or refused by the policy.
-        BusyError: the enclave had no place in all the time.
+        BusyError: the enclave had no place in all the time, or said so before the time was over in another attempt.
         ConsentError: the enclave does not know the client.
         ProtocolError: the peer is no enclave of this protocol, or gone or too slow (ConnectionClosedError).
         UsageError: nobody answers, or not an address.
     """
     deadline, pause = time.monotonic() + timeout, _FIRST_PAUSE
+    busy: BusyError | None = None
     while True:
         try:
             return _connect(address, identity, policy, timeout, deadline, enclave)
-        except BusyError:
+        except (ConnectionClosedError, UsageError):
+            if busy is None or time.monotonic() < deadline:
+                raise
+            raise busy from None  # the last attempt had no time to be told so again
+        except BusyError as error:
+            busy = error
             # Those who were turned away together must not come back together.
             pause *= 1 + int.from_bytes(os.urandom(2), "big") / (1 << 16)
             if time.monotonic() + pause > deadline:
