@@ -104,7 +104,7 @@ class Row:
         self._put(last)
 
     def _put(self, item: Any) -> None:
-        try:
-            self._loop.call_soon_threadsafe(self.queue.put_nowait, item)
+        try:  # as a function without arguments: asyncio's debug mode logs those of a call that takes long
+            self._loop.call_soon_threadsafe(lambda: self.queue.put_nowait(item))
         except RuntimeError:  # the loop has ended, and with it whoever waited
             self.cancelled = True
