@@ -177,7 +177,7 @@ def test_the_usual_client_over_an_attested_channel(
     start: Start, files: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     address, model = start(ENCLAVE)
-    with connected(address, files, capsys) as (url, token, lines, codes):
+    with connected(address, files[2:], capsys) as (url, token, lines, codes):
         assert any(line.startswith("accepted; SIMULATION") for line in lines)
         curl = ["curl", "--silent", "--max-time", "30", "-H", f"Authorization: Bearer {token}"]
         said = subprocess.run([*curl, f"{url}/models/job"], capture_output=True, check=True).stdout  # noqa: S603
@@ -296,12 +296,12 @@ def test_an_enclave_that_is_away_is_told_and_one_that_changed_ends_it_without_a_
 
         until(200)
         # A client that gave up asks again by itself: the very same question, which the enclave counts once.
-        impatient = client.with_options(max_retries=1, timeout=0.3)
-        for _ in range(2):
+        for tries in (2, 1):
+            impatient = client.with_options(max_retries=tries - 1, timeout=1.5)  # enough to reach the enclave
             with pytest.raises(openai.APITimeoutError):
                 impatient.completions.create(model="job", prompt="slowly red", temperature=1)
         seeds = [sampling["seed"] for _, _, sampling in model.asked]
-        assert seeds[0] == seeds[1] != seeds[2] == seeds[3]
+        assert seeds[0] == seeds[1] != seeds[2]
         while model.told < 3:  # its evidence is renewed though nobody asks
             threading.Event().wait(0.02)
         model.stop()  # type: ignore[attr-defined]
