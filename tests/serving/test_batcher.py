@@ -3,11 +3,14 @@
 import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 
+from obfuscatune import protect
 from obfuscatune.serving.batcher import TURN_STEPS, Batcher
 from obfuscatune.serving.limits import Limits
 from obfuscatune.serving.metrics import Metrics
@@ -100,3 +103,20 @@ def test_each_gets_the_tokens_of_its_own_adapter(run: Any) -> None:
     asked = [(1 + number // 3 % 3, 5 + 17 * number % 150) for number in range(60)]
     rows = run(Model(), asked, max_batch=3)
     assert [row.tokens for row in rows] == [[adapter] * longest for adapter, longest in asked]
+
+
+@pytest.mark.parametrize("profile", ["enclave", "balanced", "stream"])
+def test_continuous_batching_of_transformers_runs_only_where_attention_is_here(profile: str, model_dir: Path) -> None:
+    """Why there is a batcher of our own: docs/serving.md says which and why."""
+    model = AutoModelForCausalLM.from_pretrained(model_dir).eval()
+    config = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=256)
+    prompt = [5, 6, 7]
+    with protect(model, profile=profile, worker="spawn", threads=1) as protected:
+        out = protected.model.generate(torch.tensor([prompt]), generation_config=config)[0, 3:].tolist()
+        (found,) = protected.model.generate_batch(
+            [prompt], config, ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=64), progress_bar=False
+        ).values()
+    if profile == "enclave":
+        assert (found.error, found.generated_tokens) == (None, out)
+    else:
+        assert "not understood where attention runs on the worker" in found.error and found.generated_tokens == []
