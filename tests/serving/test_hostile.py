@@ -179,6 +179,16 @@ def test_a_client_that_drips_headers_is_cut_off(small: Running) -> None:
                 raise ConnectionError
 
 
+def test_a_client_that_reads_no_answer_is_cut_off(small: Running) -> None:
+    requests = f"GET /page.js HTTP/1.1\r\n{HOST}\r\n".encode() * 1000
+    deadline = time.monotonic() + 20
+    with small.connect() as connection, pytest.raises(ConnectionError):
+        connection.setblocking(False)
+        while time.monotonic() < deadline:  # until no buffer on the way takes more, and then the connection ends
+            if select.select([], [connection], [], 0.05)[1]:
+                connection.send(requests)
+
+
 def test_200_connections_do_not_keep_a_client_out_for_long(small: Running) -> None:
     with contextlib.ExitStack() as stack:
         idle = [stack.enter_context(small.connect()) for _ in range(200)]
