@@ -22,7 +22,7 @@ from obfuscatune.serving.text import Text
 class Model:
     """Its next token is the number of the adapter in use."""
 
-    ends, has_ended = frozenset({99}), False
+    ends, has_ended, positions = frozenset({99}), False, None
 
     def __init__(self, poison: int | None = None) -> None:
         self.model, self.tokenizer, self.adapter = self, None, 0
@@ -105,7 +105,7 @@ def test_each_gets_the_tokens_of_its_own_adapter(run: Any) -> None:
     assert [row.tokens for row in rows] == [[adapter] * longest for adapter, longest in asked]
 
 
-@pytest.mark.parametrize("profile", ["enclave", "balanced", "stream"])
+@pytest.mark.parametrize("profile", ["enclave", "balanced", pytest.param("stream", marks=pytest.mark.slow)])
 def test_continuous_batching_of_transformers_runs_only_where_attention_is_here(profile: str, model_dir: Path) -> None:
     """Why there is a batcher of our own: docs/serving.md says which and why."""
     model = AutoModelForCausalLM.from_pretrained(model_dir).eval()

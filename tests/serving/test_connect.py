@@ -17,7 +17,7 @@ import pytest
 from selenium.webdriver.common.keys import Keys
 
 from obfuscatune.cli import main
-from obfuscatune.errors import ConsentError
+from obfuscatune.errors import ConsentError, UsageError
 from obfuscatune.parties.attestation.platform import open_platform
 from obfuscatune.parties.channel import AttestedServer
 from obfuscatune.parties.identity import Identity, PublicIdentity
@@ -45,6 +45,8 @@ class Model:
             self.told += 1
             return {**self.job, "queries": len(self.asked)}, b""
         (prompt,) = json.loads(payload)
+        if prompt == "endless":  # in the words of `training.completion`
+            raise UsageError("prompt is too long for the model", got="9 tokens", expected="at most 8")
         if len(self.asked) == QUOTA:
             raise ConsentError("queries of the job are used up")
         self.asked.append((fields["max_new_tokens"], prompt, fields["sampling"]))
@@ -227,6 +229,9 @@ def talk(client: openai.OpenAI, url: str, token: str, model: Model, start: Start
     assert about["attested"]["simulation"] and all(r["passed"] for r in about["attested"]["rules"])
     told = httpx2.get(f"{url}/job", headers=headers).json()
     assert told == {"status": "done", "step": 60, "steps": 60, "queries": 5, "max_queries": QUOTA}
+    with pytest.raises(openai.BadRequestError, match="at most 8") as caught:
+        client.completions.create(model="job", prompt="endless")
+    assert caught.value.code == "context_length_exceeded"  # by which chat programs know that they must shorten it
     client.completions.create(model="job", prompt="more")
     with pytest.raises(openai.PermissionDeniedError, match="used up"):
         client.completions.create(model="job", prompt="more")

@@ -301,6 +301,23 @@ def test_clients_that_leave_free_their_places(held: Held) -> None:
         assert metric(server, "completion_tokens_total") == 0  # of 270
 
 
+def test_one_that_ends_with_the_context_and_a_longer_one_share_a_batch(
+    held: Held, expect, caplog: pytest.LogCaptureFixture
+) -> None:
+    served, go = held
+    requests = [("base", "wait", 1), ("base", "x" * 90, 6), ("base", "zebra", 60)]
+    with serving(served, Limits()) as server:
+
+        async def ask() -> list[str]:
+            asked = [asyncio.ensure_future(ask_all(server, [request])) for request in requests]
+            await asyncio.to_thread(wait_until, lambda: sum(server.batcher.load()) == 3)
+            go.set()
+            return [reply for replies in await asyncio.gather(*asked) for reply in replies]
+
+        assert asyncio.run(ask()) == [expect(*request) for request in requests]
+    assert not [record for record in caplog.records if record.name.startswith("obfuscatune")]  # none was computed again
+
+
 def test_a_full_queue_is_429_and_those_in_it_are_answered(held: Held, expect) -> None:
     served, go = held
     with serving(served, Limits(max_batch=1, max_queue=2)) as server:

@@ -33,6 +33,7 @@ from obfuscatune.serving.question import NoCompletionError, Question
 from obfuscatune.serving.refusal import Refusal
 from obfuscatune.serving.seeds import Seeds
 from obfuscatune.serving.thread import in_thread
+from obfuscatune.training.completion import TOO_LONG
 
 RENEWAL_SECONDS = 60.0
 AWAY_SECONDS = 5.0  # until an enclave is looked for again that was not there
@@ -300,7 +301,8 @@ def _refusal(error: ObfuscatuneError) -> Refusal:
     if isinstance(error, ProtocolError) and not is_away(error):
         return Refusal(502, text, code="bad_gateway")
     if isinstance(error, UsageError) and not is_away(error):
-        return Refusal(400, text, code="invalid_value")
+        is_long = text.startswith(TOO_LONG)
+        return Refusal(400, text, code="context_length_exceeded" if is_long else "invalid_value")
     return Refusal(503, text, code="unavailable", retry_after=5)
 
 
