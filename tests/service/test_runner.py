@@ -176,6 +176,16 @@ def test_a_prompt_that_is_too_long_leaves_the_model_loaded(place: Place, monkeyp
         rows = runner.check(signed, adapter, query_of(signed, "row 1 is"))
         runner.answer(signed, adapter, rows, lambda steps, longest: False)
         assert [row.done for row in rows] == [True]
+        # One that fits is completed as far as the context goes, whatever is asked for at most.
+        (row,) = runner.check(signed, adapter, query_of(signed, "x" * 29, longest=20))
+        room = CONFIG["n_positions"] - len(row.prompt)
+        runner.answer(signed, adapter, [row], lambda steps, longest: False)
+        assert 0 < room < 20 and (row.completion().tokens == room or row.completion().ended)
+        # And leaves the context for nobody's sake whose answer goes on beside it.
+        rows = runner.check(signed, adapter, query_of(signed, "x" * 29, "x" * 5, longest=20))
+        while not all(row.done for row in rows):
+            runner.answer(signed, adapter, rows, lambda steps, longest: False)
+        assert rows[0].tokens == row.tokens and len(rows[1].tokens) > room
     finally:
         runner.close()
 

@@ -4,6 +4,7 @@ import json
 import shutil
 import socket
 import threading
+from asyncio.base_events import BaseEventLoop
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -159,6 +160,21 @@ def server(open_served: Callable[[str], ServedModel]) -> Iterator[Running]:
     """A server under ``balanced`` with the usual limits."""
     with serving(open_served("balanced"), Limits()) as running:
         yield running
+
+
+@pytest.fixture
+def verbose(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Callable[[], str]:
+    """Everything is logged: also by asyncio in its debug mode, each call with its arguments; returns what was."""
+    monkeypatch.setattr(BaseEventLoop, "set_debug", lambda self, on: setattr(self, "_debug", True))
+    slow = property(lambda self: 0.0, lambda self, seconds: None)
+    monkeypatch.setattr(BaseEventLoop, "slow_callback_duration", slow, raising=False)
+    caplog.set_level(0)
+
+    def logged() -> str:
+        clients = ("openai", "httpx", "httpcore")
+        return "\n".join(f"{r.name} {r.getMessage()}" for r in caplog.records if not r.name.startswith(clients))
+
+    return logged
 
 
 @pytest.fixture(scope="session")

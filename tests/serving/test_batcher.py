@@ -3,11 +3,14 @@
 import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 
+from obfuscatune import protect
 from obfuscatune.errors import NotFiniteError
 from obfuscatune.serving.batcher import TURN_STEPS, Batcher
 from obfuscatune.serving.limits import Limits
@@ -20,7 +23,7 @@ from obfuscatune.serving.text import Text
 class Model:
     """Its next token is the number of the adapter in use."""
 
-    ends, has_ended = frozenset({99}), False
+    ends, has_ended, positions = frozenset({99}), False, None
 
     def __init__(self, poison: int | None = None) -> None:
         self.model, self.tokenizer, self.adapter = self, None, 0
@@ -111,3 +114,20 @@ def test_no_token_is_chosen_of_scores_that_are_no_numbers() -> None:
         scores[1, 2] = bad
         with pytest.raises(NotFiniteError, match="the logits of the model are not finite"):
             choosing(torch.zeros(2, 1), scores)
+
+
+@pytest.mark.parametrize("profile", ["enclave", "balanced", pytest.param("stream", marks=pytest.mark.slow)])
+def test_continuous_batching_of_transformers_runs_only_where_attention_is_here(profile: str, model_dir: Path) -> None:
+    """Why there is a batcher of our own: docs/serving.md says which and why."""
+    model = AutoModelForCausalLM.from_pretrained(model_dir).eval()
+    config = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=256)
+    prompt = [5, 6, 7]
+    with protect(model, profile=profile, worker="spawn", threads=1) as protected:
+        out = protected.model.generate(torch.tensor([prompt]), generation_config=config)[0, 3:].tolist()
+        (found,) = protected.model.generate_batch(
+            [prompt], config, ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=64), progress_bar=False
+        ).values()
+    if profile == "enclave":
+        assert (found.error, found.generated_tokens) == (None, out)
+    else:
+        assert "not understood where attention runs on the worker" in found.error and found.generated_tokens == []

@@ -14,9 +14,10 @@ from typing import Any
 import httpx2
 import openai
 import pytest
+from selenium.webdriver.common.keys import Keys
 
 from obfuscatune.cli import main
-from obfuscatune.errors import ConsentError
+from obfuscatune.errors import ConsentError, UsageError
 from obfuscatune.parties.attestation.platform import open_platform
 from obfuscatune.parties.channel import AttestedServer
 from obfuscatune.parties.identity import Identity, PublicIdentity
@@ -37,13 +38,15 @@ class Model:
         self.job: dict[str, Any] = {"status": "done", "step": 60, "steps": 60}
         self.go = threading.Semaphore(0)  # for each word of a prompt that says "slowly"
         self.left = threading.Event()
-        self.breaks = False
+        self.breaks = self.fails = False
 
     def __call__(self, party: PublicIdentity, fields: dict[str, Any], payload: bytes) -> Any:
         if fields["op"] == "status":
             self.told += 1
             return {**self.job, "queries": len(self.asked)}, b""
         (prompt,) = json.loads(payload)
+        if prompt == "endless":  # in the words of `training.completion`
+            raise UsageError("prompt is too long for the model", got="9 tokens", expected="at most 8")
         if len(self.asked) == QUOTA:
             raise ConsentError("queries of the job are used up")
         self.asked.append((fields["max_new_tokens"], prompt, fields["sampling"]))
@@ -54,6 +57,8 @@ class Model:
             text = text.upper().split(stop)[0]
         words = text.upper().split(" ")
         try:
+            if self.fails:
+                raise RuntimeError(f"it cannot take {text}")
             for number, word in enumerate(words, 1):
                 while "SLOWLY" in words and not self.go.acquire(timeout=0.02):
                     yield None
@@ -174,7 +179,7 @@ def test_the_usual_client_over_an_attested_channel(
     start: Start, files: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     address, model = start(ENCLAVE)
-    with connected(address, files, capsys) as (url, token, lines, codes):
+    with connected(address, files[2:], capsys) as (url, token, lines, codes):
         assert any(line.startswith("accepted; SIMULATION") for line in lines)
         curl = ["curl", "--silent", "--max-time", "30", "-H", f"Authorization: Bearer {token}"]
         said = subprocess.run([*curl, f"{url}/models/job"], capture_output=True, check=True).stdout  # noqa: S603
@@ -224,6 +229,9 @@ def talk(client: openai.OpenAI, url: str, token: str, model: Model, start: Start
     assert about["attested"]["simulation"] and all(r["passed"] for r in about["attested"]["rules"])
     told = httpx2.get(f"{url}/job", headers=headers).json()
     assert told == {"status": "done", "step": 60, "steps": 60, "queries": 5, "max_queries": QUOTA}
+    with pytest.raises(openai.BadRequestError, match="at most 8") as caught:
+        client.completions.create(model="job", prompt="endless")
+    assert caught.value.code == "context_length_exceeded"  # by which chat programs know that they must shorten it
     client.completions.create(model="job", prompt="more")
     with pytest.raises(openai.PermissionDeniedError, match="used up"):
         client.completions.create(model="job", prompt="more")
@@ -293,12 +301,12 @@ def test_an_enclave_that_is_away_is_told_and_one_that_changed_ends_it_without_a_
 
         until(200)
         # A client that gave up asks again by itself: the very same question, which the enclave counts once.
-        impatient = client.with_options(max_retries=1, timeout=0.3)
-        for _ in range(2):
+        for tries in (2, 1):
+            impatient = client.with_options(max_retries=tries - 1, timeout=1.5)  # enough to reach the enclave
             with pytest.raises(openai.APITimeoutError):
                 impatient.completions.create(model="job", prompt="slowly red", temperature=1)
         seeds = [sampling["seed"] for _, _, sampling in model.asked]
-        assert seeds[0] == seeds[1] != seeds[2] == seeds[3]
+        assert seeds[0] == seeds[1] != seeds[2]
         while model.told < 3:  # its evidence is renewed though nobody asks
             threading.Event().wait(0.02)
         model.stop()  # type: ignore[attr-defined]
@@ -315,6 +323,34 @@ def test_an_enclave_that_is_away_is_told_and_one_that_changed_ends_it_without_a_
         _, other = start(Identity.generate("other", "x25519"), address)
     assert codes == [1] and not other.asked and not other.told
     assert "error: " in capsys.readouterr().err
+
+
+def test_nothing_that_is_asked_or_answered_is_logged(
+    start: Start, files: list[str], verbose: Callable[[], str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    address, model = start(ENCLAVE)
+    with connected(address, files, capfd) as (url, token, _, codes):
+
+        def ask(path: str, **body: Any) -> httpx2.Response:
+            content = {"model": "job", "max_tokens": 5, **body}
+            return httpx2.post(f"{url}/{path}", headers={"Authorization": f"Bearer {token}"}, json=content, timeout=60)
+
+        for stream in (False, True):
+            reply = ask("completions", prompt="my quokka", stream=stream)
+            assert reply.status_code == 200 and "QUOKKA" in reply.text
+            messages = [{"role": "user", "content": "my quokka"}]
+            assert ask("chat/completions", messages=messages, stream=stream).status_code == 200
+        model.fails = True
+        for stream in (False, True):
+            reply = ask("completions", prompt="another quokka", stream=stream)
+            assert "error" in reply.json() if not stream else '"error"' in reply.text
+        model.stop()  # type: ignore[attr-defined]
+        start(Identity.generate("other", "x25519"), address)
+        assert ask("completions", prompt="last quokka").status_code == 503
+    assert codes == [1]
+    out, err = capfd.readouterr()
+    assert "Executing <Handle" in verbose()
+    assert "quokka" not in (verbose() + out + err).lower() and token not in verbose()
 
 
 def test_an_enclave_that_is_refused_gets_no_port(
@@ -334,6 +370,11 @@ def test_an_enclave_that_is_refused_gets_no_port(
     assert not opened and not model.asked
 
 
+def age(browser: Any) -> int:
+    """Seconds since the enclave was verified, as the page says."""
+    return int(by_id(browser, "attested").text.split("Verified ")[1].split(" s ago")[0])
+
+
 def test_the_page_shows_what_was_verified_and_how_far_the_job_is(
     browser: Any, start: Start, files: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -346,6 +387,8 @@ def test_the_page_shows_what_was_verified_and_how_far_the_job_is(
         assert by_id(browser, "status").text == f"<i>running</i>, 0 of {QUOTA} queries used"
         assert "1.25" not in browser.page_source  # an enclave that told a loss would not be repeated
         assert "accepted; SIMULATION" in by_id(browser, "attested").text
+        assert by_id(browser, "workers").text == "none"  # all of it stays in the enclave
+        assert "how long each question" in by_id(browser, "shown").text  # to the network
         by_id(browser, "verified").click()
         rules = by_id(browser, "rules").text.splitlines()
         assert len(rules) > 3 and all(line.startswith(("ok: ", "not judged: ")) for line in rules)
@@ -357,6 +400,9 @@ def test_the_page_shows_what_was_verified_and_how_far_the_job_is(
         model.job = {"status": "done", "step": 60, "steps": 60}
         wait(browser, lambda: by_id(browser, "bar").get_property("value") == 60)
         assert by_id(browser, "status").text == f"done, 1 of {QUOTA} queries used"
+        wait(browser, lambda: age(browser) >= 4)  # not the age at which the page was opened
+        by_id(browser, "prompt").send_keys("again" + Keys.ENTER)
+        wait(browser, lambda: age(browser) < 4)  # it was verified anew for that
         # Another enclave at the address: the page says so, and the session is over.
         model.stop()  # type: ignore[attr-defined]
         _, other = start(Identity.generate("other", "x25519"), address)
@@ -364,5 +410,7 @@ def test_the_page_shows_what_was_verified_and_how_far_the_job_is(
         by_id(browser, "send").click()
         wait(browser, lambda: by_id(browser, "error").text)
         assert "not the one that was verified" in by_id(browser, "error").text
+        wait(browser, lambda: by_id(browser, "attested").text.startswith("NOT VERIFIED any more"))
+        assert not by_id(browser, "verified").is_displayed()
         browser.get("about:blank")  # else its connection is waited for
     assert codes == [1] and not other.asked

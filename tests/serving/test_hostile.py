@@ -6,7 +6,7 @@ import select
 import socket
 import ssl
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path
@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, PrivateFormat
 
 from obfuscatune.serving.limits import Limits
+from obfuscatune.serving.text import Text
 
 from .conftest import TOKEN, Running, serving
 
@@ -178,6 +179,16 @@ def test_a_client_that_drips_headers_is_cut_off(small: Running) -> None:
                 raise ConnectionError
 
 
+def test_a_client_that_reads_no_answer_is_cut_off(small: Running) -> None:
+    requests = f"GET /page.js HTTP/1.1\r\n{HOST}\r\n".encode() * 1000
+    deadline = time.monotonic() + 20
+    with small.connect() as connection, pytest.raises(ConnectionError):
+        connection.setblocking(False)
+        while time.monotonic() < deadline:  # until no buffer on the way takes more, and then the connection ends
+            if select.select([], [connection], [], 0.05)[1]:
+                connection.send(requests)
+
+
 def test_200_connections_do_not_keep_a_client_out_for_long(small: Running) -> None:
     with contextlib.ExitStack() as stack:
         idle = [stack.enter_context(small.connect()) for _ in range(200)]
@@ -301,3 +312,18 @@ def test_nothing_of_a_prompt_is_logged(small: Running, caplog: pytest.LogCapture
     assert "quokka" not in out + err
     ours = [r for r in caplog.records if not r.name.startswith(("openai", "httpx", "httpcore"))]
     assert not [record for record in ours if "quokka" in record.getMessage()]
+
+
+def test_nothing_of_an_answer_is_logged_by_asyncio_s_debug_mode(
+    open_served, monkeypatch: pytest.MonkeyPatch, verbose: Callable[[], str]
+) -> None:
+    monkeypatch.setattr(Text, "push", lambda self, token: "wombat")
+    with serving(open_served("balanced"), Limits()) as server:
+        for stream in (False, True):
+            body = {"model": "base", "prompt": "quokka", "max_tokens": 3, "stream": stream}
+            assert server.post("/v1/completions", body).status_code == 200
+            chat = {**body, "prompt": None, "messages": [{"role": "user", "content": "quokka"}]}
+            reply = server.post("/v1/chat/completions", chat)
+            assert reply.status_code == 200 and ("wombat" in reply.text or not stream)
+        said = verbose()
+    assert "Executing <Handle" in said and "quokka" not in said and "wombat" not in said

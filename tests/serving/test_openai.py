@@ -1,6 +1,7 @@
 """The real ``openai`` client: what it gets is what plain transformers completes, alone or beside others."""
 
 import asyncio
+import copy
 import json
 import re
 import threading
@@ -110,6 +111,21 @@ def test_a_chat_and_its_stream(server: Running, expect) -> None:
     assert reply.choices[0].message.content == expect("base", messages, 5)
 
 
+def test_a_developers_message_is_the_systems_where_the_template_has_no_developer(server: Running, expect) -> None:
+    """Many templates have a branch for each role that they know, and leave out the message of another one."""
+    messages = [{"role": "developer", "content": "be brief"}, {"role": "user", "content": "zebra?"}]
+    reply = server.openai.chat.completions.create(model="base", messages=messages, max_tokens=24)
+    messages[0]["role"] = "system"
+    assert reply.choices[0].message.content == expect("base", messages, 24)
+
+
+@pytest.mark.parametrize(("known", "seen"), [("system", "system"), ("developer", "developer")])
+def test_a_developer_that_the_template_knows_is_kept(tokenizer: Any, known: str, seen: str) -> None:
+    one = copy.deepcopy(tokenizer)
+    one.chat_template = f"{{% for m in messages %}}{{{{ m.role }}}} {{# {known} #}}{{% endfor %}}"
+    assert one.decode(Prompts(one).chat([{"role": "developer", "content": "x"}])).strip() == seen
+
+
 def test_a_seed_gives_the_same_sample_whoever_else_is_in_the_batch(server: Running) -> None:
     def sample(client: openai.OpenAI, seed: int | None) -> str:
         more = {} if seed is None else {"seed": seed}
@@ -150,7 +166,15 @@ def test_a_completion_ends_before_its_stop_string(server: Running, expect) -> No
         *(("n", 2), ("logprobs", 1), ("best_of", 3), ("suffix", "x"), ("echo", True), ("logit_bias", {"5": 1})),
         *(("frequency_penalty", 0.5), ("presence_penalty", 1), ("generation_config", "{}"), ("tools", [{}])),
         *(("response_format", {"type": "json_object"}), ("temperature", -1), ("temperature", "hot"), ("top_p", 3)),
-        *(("max_tokens", 0), ("max_tokens", 1.5), ("seed", "x"), ("stop", [""]), ("stop", ["a"] * 5), ("stop", 5)),
+        *(
+            ("max_tokens", 0),
+            ("max_tokens", 1.5),
+            ("seed", "x"),
+            ("stop", [""]),
+            ("stop", ["a"] * 5),
+            ("stop", 5),
+            ("stop", "\ud800"),
+        ),
         *(("logprobs", 0), ("echo", 0), ("logit_bias", False)),  # 0 is not false, nor false an empty object
         *(("stream", 0), ("stream", ""), ("stop", 0), ("stop", {}), ("user", {}), ("user", 7), ("prompt", [])),
         *(("safety_identifier", 7), ("prompt_cache_key", [])),
@@ -234,7 +258,9 @@ def test_unknown_models_routes_and_bodies(server: Running) -> None:
     bodies += [good.replace(b"{", b'{"prompt": "y", '), good.replace(b"1", b'1, "user": Infinity')]
     bodies += [good.decode().encode("utf-16"), b"\xef\xbb\xbf" + good, good.replace(b"x", b"\xed\xa0\x80")]
     for body in bodies:
-        assert server.post("/v1/completions", body).status_code == 400, body[:80]
+        reply = server.post("/v1/completions", body)
+        assert (reply.status_code, reply.json()["error"]["code"]) == (400, "invalid_json"), body[:80]
+        assert "each field once" in reply.json()["error"]["message"]
     for path in ("/load_model", "/reset", "/docs", "/openapi.json", "/v1/responses", "/page.js/../../app.py"):
         assert server.get(path).status_code == 404, path
     assert server.post("/health", {}).status_code == 405
@@ -273,6 +299,23 @@ def test_clients_that_leave_free_their_places(held: Held) -> None:
         go.set()
         wait_until(lambda: server.batcher.load() == (0, 0))
         assert metric(server, "completion_tokens_total") == 0  # of 270
+
+
+def test_one_that_ends_with_the_context_and_a_longer_one_share_a_batch(
+    held: Held, expect, caplog: pytest.LogCaptureFixture
+) -> None:
+    served, go = held
+    requests = [("base", "wait", 1), ("base", "x" * 90, 6), ("base", "zebra", 60)]
+    with serving(served, Limits()) as server:
+
+        async def ask() -> list[str]:
+            asked = [asyncio.ensure_future(ask_all(server, [request])) for request in requests]
+            await asyncio.to_thread(wait_until, lambda: sum(server.batcher.load()) == 3)
+            go.set()
+            return [reply for replies in await asyncio.gather(*asked) for reply in replies]
+
+        assert asyncio.run(ask()) == [expect(*request) for request in requests]
+    assert not [record for record in caplog.records if record.name.startswith("obfuscatune")]  # none was computed again
 
 
 def test_a_full_queue_is_429_and_those_in_it_are_answered(held: Held, expect) -> None:

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from obfuscatune.cli.connecting import EnclaveOptions
+from obfuscatune.cli.job import load_job
 from obfuscatune.cli.options import ConfigOptions, option, takes
 from obfuscatune.cli.serve import announce, require_packages
 
 EPILOG = (
-    "Examples:\n\nobfuscatune connect --enclave tls://HOST:7443 --job job.json --identity clinic.key "
-    "--policy clinic.toml\n\nOPENAI_BASE_URL=http://127.0.0.1:8000/v1 OPENAI_API_KEY=TOKEN python client.py"
+    "Examples:\n\nobfuscatune connect --job ../provider/job.json\n\n"
+    "obfuscatune connect --enclave tls://HOST:7443 --policy clinic.toml --identity clinic.key\n\n"
+    "OPENAI_BASE_URL=http://127.0.0.1:8000/v1 OPENAI_API_KEY=TOKEN python client.py"
 )
 
 
@@ -20,7 +22,7 @@ EPILOG = (
 class ConnectOptions(EnclaveOptions, ConfigOptions):
     """Options of ``obfuscatune connect``."""
 
-    job: Path = option("the job file whose trained model is queried")
+    job: Path | None = option("the job file whose trained model is queried; default: job.json in your folder", None)
     name: str = option("what clients call the model", "job")
     port: int = option("port on 127.0.0.1; 0 takes a free one", 8000, min=0, ceiling=65535)
     reply_seconds: float = option("seconds that a request may take, waiting included", 600.0)
@@ -30,7 +32,6 @@ class ConnectOptions(EnclaveOptions, ConfigOptions):
 def command(options: ConnectOptions) -> None:
     """Verify an enclave, and serve the model of a finished job on 127.0.0.1. If it is refused, no port is opened."""
     require_packages()
-    from obfuscatune.parties.job import SignedJob
     from obfuscatune.serving.app import build_app
     from obfuscatune.serving.limits import Limits
     from obfuscatune.serving.metrics import Metrics
@@ -38,7 +39,7 @@ def command(options: ConnectOptions) -> None:
     from obfuscatune.serving.relayed import offer
     from obfuscatune.serving.server import Server, listen
 
-    job = SignedJob.load(options.job).job
+    job = load_job(options.job, options.party).job
     client = options.client()  # once: a key under a passphrase is asked for once
     with client.connect(job.enclave) as channel:
         print(channel.verdict, flush=True)

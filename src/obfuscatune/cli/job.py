@@ -87,7 +87,7 @@ class ReviewOptions(FileOptions):
 @takes(ReviewOptions)
 def review(options: ReviewOptions) -> None:
     """Print all that a signature covers, including defaults; what the profile hides from whom; how much work it is."""
-    _print_review(_load(options.file, options.party), options.party)
+    _print_review(load_job(options.file, options.party), options.party)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,9 +102,9 @@ def sign(options: SignOptions) -> None:
     """Show a job, ask, sign it into your folder. A job beyond your terms, or with another partner, is not signed."""
     party = open_party(options.party)
     source, target = options.file or party.folder / _FILE, party.folder / (options.file or _FILE).name
-    loaded = _load(source, party.folder)
+    loaded = load_job(source, party.folder)
     signed = party.sign(loaded)  # refuses before anything is asked
-    there = _load(target, party.folder) if target.exists() else None
+    there = load_job(target, party.folder) if target.exists() else None
     if there is not None:
         if there.job != loaded.job:
             hint = "nothing is overwritten: rename it"
@@ -140,7 +140,7 @@ def run(options: RunOptions) -> None:
 
     Exits with 1 if the job failed, was refused or cancelled, and with 3 if the connection was lost for too long.
     """
-    signed, party = _load(options.file, options.party), open_party(options.party)
+    signed, party = load_job(options.file, options.party), open_party(options.party)
     enclave = options.client(party)
     try:
         status = enclave.status(signed)
@@ -176,7 +176,7 @@ class SubmitOptions(EnclaveOptions):
 def submit(options: SubmitOptions) -> None:
     """Give a job to the enclave, with your sealed inputs; it starts once both owners' inputs are there."""
     with _bars() as progress:
-        print(options.client().submit(_load(options.file, options.party), options.attach or (), progress))
+        print(options.client().submit(load_job(options.file, options.party), options.attach or (), progress))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,7 +197,7 @@ def watch(options: WatchOptions) -> None:
 
     Exits with 1 if the job failed, was refused or cancelled, and with 3 if the connection was lost for too long.
     """
-    enclave, signed = options.client(), _load(options.file, options.party)
+    enclave, signed = options.client(), load_job(options.file, options.party)
     if options.once:
         _end(enclave.status(signed))
         return
@@ -216,7 +216,7 @@ class FetchOptions(EnclaveOptions):
 @takes(FetchOptions)
 def fetch(options: FetchOptions) -> None:
     """Fetch and open the results that the job gives to you: adapter, generations, and the owner's report."""
-    signed = _load(options.file, options.party)
+    signed = load_job(options.file, options.party)
     _fetch(options.client(), signed, options.output_dir, keep_sealed=options.keep_sealed)
 
 
@@ -230,13 +230,13 @@ class EndOptions(EnclaveOptions):
 @takes(EndOptions)
 def cancel(options: EndOptions) -> None:
     """End an unfinished job for good: at once if it waits, at its next step if it runs."""
-    print(options.client().cancel(_load(options.file, options.party)))
+    print(options.client().cancel(load_job(options.file, options.party)))
 
 
 @takes(EndOptions)
 def delete(options: EndOptions) -> None:
     """Delete an ended job from the enclave: results, inputs, the trained model. Fetch what is yours first."""
-    print(options.client().delete(_load(options.file, options.party)))
+    print(options.client().delete(load_job(options.file, options.party)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,7 +251,8 @@ def list_(options: ListOptions) -> None:
         print(status)
 
 
-def _load(path: Path | None, folder: Path) -> "SignedJob":
+def load_job(path: Path | None, folder: Path) -> "SignedJob":
+    """Return the job of a file, or without one of a party's folder; raises UsageError, also as `SignedJob.load`."""
     from obfuscatune.parties.job import SignedJob
 
     if path is None and not (folder / _FILE).exists():

@@ -14,6 +14,7 @@ import torch
 from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from obfuscatune.service.queries import Query
+from obfuscatune.serving.row import most_steps
 from obfuscatune.serving.sampling import Choosing
 from obfuscatune.serving.text import Text
 from obfuscatune.training.completion import Completion
@@ -27,14 +28,19 @@ class Row:
 
     Args:
         query: whose it is. where: the prompt's name in errors. prompt: its tokens. tokenizer: of the model.
+        positions: of prompt and completion together, None where the model has no limit.
 
     Attributes:
         tokens: of the completion so far. done: nothing more will come. chooser: samples, or None for greedy decoding.
     """
 
-    def __init__(self, query: Query, where: str, prompt: list[int], tokenizer: Any) -> None:
+    def __init__(
+        self, query: Query, where: str, prompt: list[int], tokenizer: Any, positions: int | None = None
+    ) -> None:
         self.query, self.prompt, self.tokens = query, prompt, list[int]()
         self.settings = replace(query.settings)
+        if positions is not None:
+            self.settings.longest = min(self.settings.longest, positions - len(prompt))
         self.chooser = self.settings.chooser()
         self.done = False
         self._where, self._tokenizer = where, tokenizer
@@ -94,7 +100,7 @@ def compute(model: Any, tokenizer: Any, rows: Sequence[Row], ends: Sequence[int]
         model.generate(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
-            max_new_tokens=max(row.left for row in rows),
+            max_new_tokens=most_steps(rows, getattr(model.config, "max_position_embeddings", None)),
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=list(ends) or None,
             do_sample=False,

@@ -108,8 +108,9 @@ class Runner:
         for where, prompt in prompts:
             if not isinstance(prompt, str) and spells_special(tokenizer, prompt) is not None:
                 raise UsageError("a message spells a special token", where=where)
-        ids = prompt_ids(protected.model.config, tokenizer, prompts, query.settings.longest)
-        return [Row(query, where, row, tokenizer) for (where, _), row in zip(prompts, ids, strict=True)]
+        ids = prompt_ids(protected.model.config, tokenizer, prompts, 1)  # a completion has what the context has left
+        positions = getattr(protected.model.config, "max_position_embeddings", None)
+        return [Row(query, where, row, tokenizer, positions) for (where, _), row in zip(prompts, ids, strict=True)]
 
     def answer(self, signed: SignedJob, adapter: str, rows: Sequence[Row], enough: Enough) -> None:
         """Compute one round of rows that were checked, with the trained model of a job that is done.

@@ -21,7 +21,7 @@ from obfuscatune.serving.limits import Limits
 from obfuscatune.serving.metrics import Metrics
 from obfuscatune.serving.models import ServedModel
 from obfuscatune.serving.refusal import Refusal
-from obfuscatune.serving.row import Row
+from obfuscatune.serving.row import Row, most_steps
 from obfuscatune.serving.sampling import Choosing
 
 logger = logging.getLogger(__name__)
@@ -177,7 +177,7 @@ class Batcher:
             model.generate(
                 input_ids=batch["input_ids"],
                 attention_mask=batch["attention_mask"],
-                max_new_tokens=max(row.left for row in rows),
+                max_new_tokens=most_steps(rows, self._model.positions),
                 pad_token_id=tokenizer.pad_token_id,
                 eos_token_id=list(self._model.ends) or None,
                 logits_processor=LogitsProcessorList([Choosing(rows)]),

@@ -26,7 +26,7 @@ _CLAIMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         (_TEXTS, "weights and activations, from each operator alone"),
         ("everything, to two operators together", "shapes and timing"),
     ),
-    "enclave": (("everything: nothing leaves this process",), ()),
+    "enclave": (("everything: nothing leaves the enclave",), ()),
 }
 
 

@@ -70,7 +70,10 @@ class Prompts:
             return self._chat(messages)
 
     def _chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        turns = [(message["role"], message["content"]) for message in messages]
+        # OpenAI's newer name of a system's role: a template that knows the older one alone leaves the message out.
+        system = "developer" if "developer" in str(self._tokenizer.chat_template) else "system"
+        roles = {"developer": system}
+        turns = [(roles.get(message["role"], message["role"]), message["content"]) for message in messages]
         number = spells_special(self._tokenizer, turns)
         if number is not None:
             name = f"messages[{number}].content"

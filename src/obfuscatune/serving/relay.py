@@ -33,6 +33,7 @@ from obfuscatune.serving.question import NoCompletionError, Question
 from obfuscatune.serving.refusal import Refusal
 from obfuscatune.serving.seeds import Seeds
 from obfuscatune.serving.thread import in_thread
+from obfuscatune.training.completion import TOO_LONG
 
 RENEWAL_SECONDS = 60.0
 AWAY_SECONDS = 5.0  # until an enclave is looked for again that was not there
@@ -42,6 +43,8 @@ AGAIN_SECONDS = 60.0  # for which a question is asked again whose connection bro
 _PAUSE = 0.5  # seconds before that
 PARALLEL = 4  # queries of one party that an enclave takes at a time
 _MOST = 1 << 53  # that an enclave counts
+# Of the channel, whose messages are not padded; a stream has one for each token.
+ON_THE_WAY = "to the network on the way: when, and how long each question and each piece of its answer is"
 _MOST_LETTERS = 64  # of the name of a job's status
 
 
@@ -256,9 +259,18 @@ class Enclave:
             "measurements": dict(verdict.measurements),
             "enclave": verdict.require().identity.fingerprint,
         }
+        profile = resolve(self.job.profile, **self.job.switches)
         workers = [printable(worker.operator) for worker in self.job.workers] or ["the enclave's operator's"]
-        more = {"workers": workers, "models": list(self.names), "default": self.names[0]}
-        return {**describe(resolve(self.job.profile, **self.job.switches)), **more, "attested": attested, "chat": True}
+        about = describe(profile)
+        return {
+            **about,
+            "shown": [*about["shown"], ON_THE_WAY],
+            "workers": workers if profile.remote else [],
+            "models": list(self.names),
+            "default": self.names[0],
+            "attested": attested,
+            "chat": True,
+        }
 
     def _renew(self) -> None:
         looked = time.monotonic()
@@ -289,7 +301,8 @@ def _refusal(error: ObfuscatuneError) -> Refusal:
     if isinstance(error, ProtocolError) and not is_away(error):
         return Refusal(502, text, code="bad_gateway")
     if isinstance(error, UsageError) and not is_away(error):
-        return Refusal(400, text, code="invalid_value")
+        is_long = text.startswith(TOO_LONG)
+        return Refusal(400, text, code="context_length_exceeded" if is_long else "invalid_value")
     return Refusal(503, text, code="unavailable", retry_after=5)
 
 

@@ -70,7 +70,7 @@ class Relayed(Manager):
         def show(piece: str) -> None:
             self._first = self._first or time.monotonic() - self._started
             with contextlib.suppress(RuntimeError):  # the loop has ended, and with it whoever waited
-                loop.call_soon_threadsafe(queue.put_nowait, piece)
+                loop.call_soon_threadsafe(lambda: queue.put_nowait(piece))  # no arguments, which asyncio might log
 
         async def run() -> None:
             try:

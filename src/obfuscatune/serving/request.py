@@ -60,7 +60,8 @@ def parse(body: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
-        raise Refusal(400, "the body is no JSON object", code="invalid_json")
+        message = "the body is no JSON object in UTF-8, with each field once and numbers that are finite"
+        raise Refusal(400, message, code="invalid_json")
     return value
 
 
@@ -147,6 +148,8 @@ def settings(body: Mapping[str, Any], defaults: Defaults, limits: Limits) -> Set
         raise _wrong("stop", f"a text, or up to {MAX_STOPS} of them")
     if any(len(s) > MAX_STOP_CHARACTERS for s in stops):
         raise _wrong("stop", f"texts of at most {MAX_STOP_CHARACTERS} characters")
+    if any(map(_SURROGATE.search, stops)):
+        raise _wrong("stop", "Unicode text")
     return Settings(
         longest=min([limits.max_new_tokens, *given]),
         temperature=defaults.temperature if temperature is None else float(temperature),

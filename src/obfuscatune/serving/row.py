@@ -3,13 +3,34 @@
 import asyncio
 import threading
 import time
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 from transformers.cli.serving.utils import _StreamError
 
 from obfuscatune.serving.refusal import Refusal
 from obfuscatune.serving.sampling import Settings
 from obfuscatune.serving.text import Text
+
+
+class Going(Protocol):
+    """A row of a batch, as :func:`most_steps` needs it."""
+
+    prompt: list[int]
+    tokens: list[int]
+
+    @property
+    def left(self) -> int:
+        """How many tokens may still come."""
+
+
+def most_steps(rows: Sequence[Going], positions: int | None) -> int:
+    """Return how many steps a round of these rows has at most. positions: of the model, None where it has no limit.
+
+    A row that is done goes through the model until its round ends, and must not leave the model's context meanwhile.
+    """
+    most = max(row.left for row in rows)
+    return most if positions is None else min(most, *(positions - len(row.prompt) - len(row.tokens) for row in rows))
 
 
 class Row:
@@ -104,7 +125,7 @@ class Row:
         self._put(last)
 
     def _put(self, item: Any) -> None:
-        try:
-            self._loop.call_soon_threadsafe(self.queue.put_nowait, item)
+        try:  # as a function without arguments: asyncio's debug mode logs those of a call that takes long
+            self._loop.call_soon_threadsafe(lambda: self.queue.put_nowait(item))
         except RuntimeError:  # the loop has ended, and with it whoever waited
             self.cancelled = True

@@ -25,7 +25,7 @@ def in_thread(work: Callable[[], Result]) -> "asyncio.Future[Result]":
         except BaseException as error:  # whatever it is, whoever waits must hear of it
             failed = error
         with contextlib.suppress(RuntimeError):  # the loop has ended, and with it whoever waited
-            loop.call_soon_threadsafe(settle, result, failed)
+            loop.call_soon_threadsafe(lambda: settle(result, failed))  # no arguments, which asyncio might log
 
     threading.Thread(target=run, name="asking", daemon=True).start()
     return future

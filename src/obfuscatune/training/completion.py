@@ -17,6 +17,8 @@ from obfuscatune.training.encoding import check_embedded, check_known, start_tok
 from obfuscatune.training.finite import FiniteScores
 from obfuscatune.training.quiet import Quiet
 
+TOO_LONG = "prompt is too long for the model"
+
 
 @dataclass(frozen=True)
 class Completion:
@@ -122,7 +124,7 @@ def prompt_ids(
         check_embedded(ids, vocabulary, where)
         if positions is not None and len(ids) + max_new_tokens > positions:
             got = f"{len(ids)} tokens and {max_new_tokens} new ones"
-            raise UsageError("prompt is too long for the model", got=got, expected=f"at most {positions}", where=where)
+            raise UsageError(TOO_LONG, got=got, expected=f"at most {positions}", where=where)
         found.append(ids)
     return found
 

@@ -1,7 +1,7 @@
 "use strict";
 // Talks to its own server alone, by the same routes as any OpenAI client. Text of the model is never taken for HTML.
 const $ = (id) => document.getElementById(id);
-let token = "", chat = false, conversation = [], running = null, watching = 0;
+let token = "", chat = false, conversation = [], running = null, watching = 0, aging = 0, verified = "";
 
 function headers() { return { "Authorization": `Bearer ${token}`, "Content-Type": "application/json" }; }
 
@@ -21,11 +21,27 @@ function attestation(found) {
   $("attested").textContent = !found
     ? "the server's own process, not attested: its machine's owner could read all of it"
     : `${found.summary} Verified ${found.age} s ago, and again before each message.`;
+  $("attested").className = "";
   $("verified").hidden = !found;
-  if (!found) return;
+  const said = JSON.stringify([found?.rules, found?.measurements]);
+  if (!found || said === verified) return; // else whoever reads or copies them would lose the place
+  verified = said;
   list("rules", found.rules.map((rule) =>
     `${rule.passed === null ? "not judged" : rule.passed ? "ok" : "FAILED"}: ${rule.name}: ${rule.got}`));
   list("measurements", Object.entries(found.measurements).map(([name, value]) => `${name} ${value}`));
+}
+
+async function age() { // the evidence is renewed, by each message and while there is none
+  clearTimeout(aging);
+  const response = await fetch("v1/protection", { headers: headers() }).catch(() => null);
+  if (response?.ok) {
+    attestation((await response.json()).attested);
+  } else {
+    $("attested").textContent = "NOT VERIFIED any more: the session has ended, or connect cannot be reached.";
+    $("attested").className = "error";
+    $("verified").hidden = true;
+  }
+  aging = setTimeout(age, 2000);
 }
 
 async function watch() {
@@ -57,6 +73,8 @@ async function open() {
   chat = about.chat;
   $("prompt-label").textContent = chat ? "Message" : "Text to go on with (this model has no chat template)";
   attestation(about.attested);
+  clearTimeout(aging);
+  if (about.attested) aging = setTimeout(age, 2000);
   $("profile").textContent = `${about.profile}: ${about.summary}`;
   $("audience").textContent = about.audience;
   $("workers").textContent = about.workers.join(", ") || "none";
@@ -135,6 +153,7 @@ async function ask(prompt) {
   busy(false);
   $("prompt").focus();
   if (!$("progress").hidden) watch();
+  if (!$("verified").hidden) age();
 }
 
 $("entry").addEventListener("submit", (event) => {
