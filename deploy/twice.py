@@ -65,7 +65,7 @@ def digest(data: bytes) -> str:
 
 def copy_tree(target: Path) -> Path:
     """Copy what git tracks into ``target`` and return it; a change that is not committed yet comes along."""
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True)  # noqa: S607
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, stdout=subprocess.PIPE, check=True)  # noqa: S607
     for name in listed.stdout.decode().split("\0"):
         if name and (ROOT / name).is_file():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
@@ -99,8 +99,8 @@ def main(arguments: list[str]) -> int:
         print("mkosi is not installed: the image was not built", file=sys.stderr)
         return 2
     with tempfile.TemporaryDirectory() as name:
-        trees = [copy_tree(Path(name) / folder) for folder in ("first", "the/second")]
         try:
+            trees = [copy_tree(Path(name) / folder) for folder in ("first", "the/second")]
             wheels = [build_wheel(*each) for each in zip(trees, SURROUNDINGS, strict=True)]
             same = compare(iter([(wheels[0], wheels[1])]))
             if image:

@@ -59,3 +59,12 @@ def test_the_wheel_is_the_same_when_it_is_built_again() -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     assert done.stdout.startswith("same  ") and done.stdout.rstrip().endswith(".whl")
+
+
+def test_a_tree_without_its_history_is_one_message(
+    twice: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(twice, "ROOT", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert twice.main([]) == 2
+    assert "a build failed: git ls-files -z ... with 128" in capfd.readouterr().err
