@@ -110,7 +110,7 @@ class NotFiniteError(ObfuscatuneError):
 
 
 class TrainingError(ObfuscatuneError):
-    """The numbers of a training run, or of its result, are not finite: there is no result."""
+    """The numbers of a training run, or of its result, are not finite, or no step had an effect: there is no result."""
 
 
 # A worker that runs may be serving others, whose runs a restart would end.

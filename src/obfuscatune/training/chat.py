@@ -117,7 +117,7 @@ def _check_said(tokenizer: PreTrainedTokenizerBase, turns: Turns, indices: Itera
     for index in indices:
         content = turns[index][1].casefold()
         # Templates cut thoughts and white space off, and quote. A short word may be in a header too.
-        words = [word for word in content.split() if len(word) >= _WORD] or [content.strip()]
+        words = [word for word in content.split() if len(word) >= _WORD] or content.split()
         if not any(word in text for word in words):
             raise DataError(
                 "the chat template leaves out what a message says",
