@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
@@ -84,6 +85,20 @@ def test_a_directory_without_an_adapter_is_named_so(tmp_path: Path) -> None:
     for name, message in (("nowhere", "no such directory of an adapter"), ("half", "no adapter in the directory")):
         with pytest.raises(UsageError, match=f"{message}: expected adapter_config.json"):
             load_adapter(model, str(tmp_path / name))
+
+
+def test_an_adapter_in_a_pickle_is_refused(tmp_path: Path) -> None:
+    def new() -> GPT2LMHeadModel:
+        return GPT2LMHeadModel(GPT2Config(**TINY))
+
+    adapted = get_peft_model(new(), LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True))
+    adapted.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    torch.save(tensors, tmp_path / "adapter_model.bin")
+    load_adapter(new(), str(tmp_path))  # PEFT takes the safetensors
+    (tmp_path / "adapter_model.safetensors").unlink()
+    with pytest.raises(UsageError, match=r"the adapter is a pickle: got adapter_model.bin"):
+        load_adapter(new(), str(tmp_path))
 
 
 def test_a_model_in_the_clear_is_not_filled_up_at_random(tmp_path: Path, new_tokenizer) -> None:

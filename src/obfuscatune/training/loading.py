@@ -188,6 +188,9 @@ def load_generation_settings(name: str) -> Any:
         raise _unreadable("the generation settings", name, error) from error
 
 
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+
+
 def load_adapter(model: Any, path: str) -> Any:
     """Return the PEFT model of an adapter for ``model``; raises as `load_adapters`."""
     return load_adapters(model, {"default": path})
@@ -210,10 +213,14 @@ def _with_adapter(model: Any, name: str, path: str) -> Any:
 
     directory = Path(path)
     if path[:1] in "./~" or directory.is_dir():
-        lacking = not directory.is_dir() or not (directory / "adapter_config.json").is_file()
-        if lacking or not any(directory.glob("adapter_model.*")):
+        expected = "adapter_config.json and adapter_model.safetensors"
+        here = [name for name in _ADAPTER_FILES if (directory / name).is_file()]
+        if "adapter_config.json" not in here or len(here) == 1:
             what = "no adapter in the directory" if directory.is_dir() else "no such directory of an adapter"
-            raise UsageError(what, expected="adapter_config.json and adapter_model.safetensors", where=path)
+            raise UsageError(what, expected=expected, where=path)
+        if "adapter_model.safetensors" not in here:
+            hint = "load it with PEFT where you trust its files, and save it with save_pretrained"
+            raise UsageError("the adapter is a pickle", got=here[-1], expected=expected, where=path, hint=hint)
     try:
         given = load_peft_weights(path, device="cpu")
         with warnings.catch_warnings():
