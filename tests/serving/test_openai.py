@@ -4,10 +4,12 @@ import asyncio
 import copy
 import json
 import re
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -15,6 +17,7 @@ import pytest
 from openai import AsyncOpenAI
 from transformers.cli.serving.utils import _StreamError
 
+from obfuscatune.errors import UsageError
 from obfuscatune.profiles import resolve
 from obfuscatune.serving.handlers import ChatHandler, Manager, Prompts, TextHandler
 from obfuscatune.serving.limits import Limits
@@ -467,6 +470,18 @@ def test_metrics_are_prometheus_text(server: Running) -> None:
         assert bounds == sorted(bounds) and bounds[-1] == float("inf")
         assert list(values) == sorted(values) and values[-1] == found[f"{name}_count"][0][1]
     assert found["obfuscatune_request_seconds_count"][0][1] > 0
+
+
+@pytest.mark.parametrize("settings", [{"stop_strings": ["x"]}, {"dola_layers": "low"}, {"eos_token_id": "x"}])
+def test_settings_that_transformers_refuses_are_found_before_anybody_asks(
+    settings: dict[str, object], model_dir: Path, tmp_path: Path
+) -> None:
+    directory = tmp_path / "model"
+    shutil.copytree(model_dir, directory)
+    (directory / "generation_config.json").write_text(json.dumps(settings))
+    protection = {"profile": resolve("enclave"), "worker": ["spawn"], "threads": 1, "timeout": 60.0}
+    with pytest.raises(UsageError, match=r"generat"), serve_model(str(directory), "float32", {}, protection, None):
+        pass
 
 
 def test_a_failed_worker_is_told_and_ends_the_server(model_dir) -> None:

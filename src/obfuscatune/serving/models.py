@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+import torch
+
 from obfuscatune.enclave.protect import protect
 from obfuscatune.enclave.protected import Protected
 from obfuscatune.errors import UsageError
 from obfuscatune.profiles import Profile
-from obfuscatune.training.completion import stop_tokens
+from obfuscatune.training.completion import named_refusals, stop_tokens
 from obfuscatune.training.loading import load, load_adapters, load_tokenizer
 
 BASE = "base"
@@ -57,6 +59,17 @@ class ServedModel:
         """Whether a session with a worker has ended: after a fault no later reply is used."""
         return any(link.session.has_ended for link in self.protected.links)
 
+    def try_settings(self) -> None:
+        """Make one token, so that settings which transformers refuses are found before anybody asks.
+
+        Raises:
+            UsageError: those of the model's generation_config.json.
+        """
+        ids = torch.tensor([[self.tokenizer.pad_token_id]])
+        ends = {"pad_token_id": self.tokenizer.pad_token_id, "eos_token_id": list(self.ends) or None}
+        with torch.inference_mode(), self.using(self.names[-1]), named_refusals():
+            self.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, **ends)
+
     @contextmanager
     def using(self, name: str) -> Iterator[None]:
         """Compute with the adapter of that name, or with none."""
@@ -77,8 +90,8 @@ def serve_model(
         chat_template: of Jinja, in place of the tokenizer's own.
 
     Raises:
-        UsageError: as of `load` and `protect`; names of adapters that cannot be used, or several of them in a profile
-            that has the adapter on the worker.
+        UsageError: as of `load`, `protect` and `ServedModel.try_settings`; names of adapters that cannot be used, or
+            several of them in a profile that has the adapter on the worker.
     """
     profile: Profile = protection["profile"]
     if profile.remote and profile.lora_placement == "worker" and len(adapters) > 1:
@@ -94,7 +107,9 @@ def serve_model(
     if adapters:
         model = load_adapters(model, adapters)
     with protect(model.eval(), **protection, progress=True) as protected:
-        yield ServedModel(protected, tokenizer, adapters)
+        served = ServedModel(protected, tokenizer, adapters)
+        served.try_settings()
+        yield served
 
 
 def _take_defaults(model: Any) -> Defaults:

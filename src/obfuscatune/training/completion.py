@@ -62,7 +62,7 @@ def complete_counted(
     ids = prompt_ids(model.config, tokenizer, prompts, max_new_tokens)
     ends = stop_tokens(model, tokenizer)
     batch = tokenizer.pad({"input_ids": ids}, return_tensors="pt")
-    with torch.inference_mode(), _named():
+    with torch.inference_mode(), named_refusals():
         output = model.generate(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
@@ -85,8 +85,8 @@ def complete_counted(
 
 
 @contextlib.contextmanager
-def _named() -> Iterator[None]:
-    """Tell a refusal of transformers' by its class and place: its words may quote what it was given."""
+def named_refusals() -> Iterator[None]:
+    """Tell a refusal of stock ``generate`` by its class and place: its words may quote what it was given."""
     problem = None
     try:
         yield
