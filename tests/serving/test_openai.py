@@ -125,8 +125,8 @@ def test_a_developers_message_is_the_systems_where_the_template_has_no_developer
 @pytest.mark.parametrize(("known", "seen"), [("system", "system"), ("developer", "developer")])
 def test_a_developer_that_the_template_knows_is_kept(tokenizer: Any, known: str, seen: str) -> None:
     one = copy.deepcopy(tokenizer)
-    one.chat_template = f"{{% for m in messages %}}{{{{ m.role }}}} {{# {known} #}}{{% endfor %}}"
-    assert one.decode(Prompts(one).chat([{"role": "developer", "content": "x"}])).strip() == seen
+    one.chat_template = f"{{% for m in messages %}}{{{{ m.role }}}} {{{{ m.content }}}} {{# {known} #}}{{% endfor %}}"
+    assert one.decode(Prompts(one).chat([{"role": "developer", "content": "brief"}])).strip() == f"{seen} brief"
 
 
 def test_a_seed_gives_the_same_sample_whoever_else_is_in_the_batch(server: Running) -> None:
