@@ -1,6 +1,6 @@
 """Load from many real clients: none lost, none mixed up, memory flat, and what protection costs beside none.
 
-``OBFUSCATUNE_SOAK_SECONDS`` makes it longer: 900 for the whole soak, of 10,000 requests and more at each server.
+``OBFUSCATUNE_SOAK_SECONDS`` makes it longer: 900 for the whole soak, of 10,000 requests and more in all.
 ``OBFUSCATUNE_SOAK_MODEL=small`` takes a model of GPT-2 small's depth and width instead of the bundled one.
 """
 
