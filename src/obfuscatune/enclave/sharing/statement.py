@@ -10,11 +10,11 @@ from obfuscatune.enclave.sharing.scheme import Scheme
 from obfuscatune.enclave.sharing.workers import Seconds, Workers
 
 CLAIM = (
-    "Each operator alone sees uniformly random numbers; proved, given a sound generator.",
-    "Any two together recover weights and data completely, later from recordings too, and nobody would notice. So the",
-    "operators must differ in company, account, administrators and legal parent.",
+    "Each operator alone sees uniformly random numbers. This is proved, if the generator of random numbers is sound.",
+    "Any two together can recover weights and data completely, even later from recordings, and nobody would notice. So the",
+    "operators must be different companies, with different accounts, administrators and parent companies.",
     "Sizes, timing and which layer is called are visible. Wrong answers are detected; leaks are not.",
-    "Where a confidential GPU that you trust is at hand, it is cheaper (4-8 %, arXiv 2509.18886).",
+    "If you have a confidential GPU that you trust, using it is cheaper: it costs 4-8 % (arXiv 2509.18886).",
 )
 _ENDS = (
     ("Any two together", "Any {count} together"),
