@@ -171,7 +171,7 @@ def test_the_report_says_what_is_claimed_and_what_is_not(share: Share, workers: 
     text, plain = str(protected.report()), protected.report().to_dict()
     for part in (
         "Each operator alone sees uniformly random numbers",
-        "Any two together recover",
+        "Any two together can recover",
         "leaks are not",
         "6 primes",
     ):

@@ -11,8 +11,8 @@ from obfuscatune.enclave.sharing.workers import Seconds, Workers
 
 CLAIM = (
     "Each operator alone sees uniformly random numbers. This is proved, if the generator of random numbers is sound.",
-    "Any two together can recover weights and data completely, even later from recordings, and nobody would notice. So the",
-    "operators must be different companies, with different accounts, administrators and parent companies.",
+    "Any two together can recover weights and data completely, even later from recordings, and nobody would notice.",
+    "So the operators must be different companies, with different accounts, administrators and parent companies.",
     "Sizes, timing and which layer is called are visible. Wrong answers are detected; leaks are not.",
     "If you have a confidential GPU that you trust, using it is cheaper: it costs 4-8 % (arXiv 2509.18886).",
 )
