@@ -171,8 +171,7 @@ def test_soak(directory: Path, expected: dict[str, str], capsys: pytest.CaptureF
     loads = {}
     for profile, share in SHARES.items():
         with command(directory, profile) as (url, token, pid):
-            # To be warm: after a second alone, on busy cores, `stream` once grew from 772 to 787 MiB, and then no more.
-            asyncio.run(load(url, token, pid, expected, 5.0))
+            asyncio.run(load(url, token, pid, expected, 5.0))  # to be warm
             loads[profile] = asyncio.run(load(url, token, pid, expected, share * SECONDS))
     with capsys.disabled():
         print(f"\n{CLIENTS} clients for {SECONDS:g} s in all; enclave: the same server without a worker")
@@ -181,5 +180,7 @@ def test_soak(directory: Path, expected: dict[str, str], capsys: pytest.CaptureF
             print(f"{found.line(name)}  {ratio:.2f}x")
     for name, found in loads.items():
         assert (found.lost, found.wrong) == (0, 0), name
-        # Two minutes show a leak of 16 KiB a request, the whole soak one of 1 KiB; a shorter run is hardly warm.
-        assert max(found.memory[2:]) <= found.memory[2] * (1.02 if SECONDS >= 100 else 1.05), name
+        # The whole soak shows a leak of 1 KiB a request. In a shorter run an allocator may take its last 16 MiB late (on
+        # busy cores `stream` went from 772 to 787 MiB in one step, and stayed there), so two minutes show one of 16 KiB.
+        bound = 1.02 if SECONDS >= 600 else 1.03 if SECONDS >= 100 else 1.05
+        assert max(found.memory[2:]) <= found.memory[2] * bound, name
