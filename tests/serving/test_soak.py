@@ -180,7 +180,7 @@ def test_soak(directory: Path, expected: dict[str, str], capsys: pytest.CaptureF
             print(f"{found.line(name)}  {ratio:.2f}x")
     for name, found in loads.items():
         assert (found.lost, found.wrong) == (0, 0), name
-        # The whole soak shows a leak of 1 KiB a request. In a shorter run an allocator may take its last 16 MiB late (on
-        # busy cores `stream` went from 772 to 787 MiB in one step, and stayed there), so two minutes show one of 16 KiB.
+        # The whole soak shows a leak of 1 KiB a request. In a shorter run an allocator may take its last 16 MiB late:
+        # on busy cores `stream` went from 772 to 787 MiB in one step. So two minutes show a leak of 16 KiB.
         bound = 1.02 if SECONDS >= 600 else 1.03 if SECONDS >= 100 else 1.05
         assert max(found.memory[2:]) <= found.memory[2] * bound, name
