@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -110,7 +110,9 @@ def busy(pid: int) -> float:
     return sum(int(field[11]) + int(field[12]) for field in fields) / os.sysconf("SC_CLK_TCK")
 
 
-async def load(url: str, token: str, pid: int, expected: dict[str, str], seconds: float) -> Load:
+async def load(
+    url: str, token: str, pid: int, expected: dict[str, str], seconds: float, prompts: Sequence[str] = PROMPTS
+) -> Load:
     found, started = Load(), time.monotonic()
     found.busy = -busy(pid)
 
@@ -118,7 +120,7 @@ async def load(url: str, token: str, pid: int, expected: dict[str, str], seconds
         choice = random.Random(number)
         async with AsyncOpenAI(base_url=url, api_key=token, max_retries=0, timeout=120) as ai:
             while time.monotonic() - started < seconds:
-                prompt, stream = choice.choice(PROMPTS), choice.random() < 0.3
+                prompt, stream = choice.choice(prompts), choice.random() < 0.3
                 asked = time.monotonic()
                 try:
                     more = {"stream_options": {"include_usage": True}} if stream else {}
@@ -171,7 +173,9 @@ def test_soak(directory: Path, expected: dict[str, str], capsys: pytest.CaptureF
     loads = {}
     for profile, share in SHARES.items():
         with command(directory, profile) as (url, token, pid):
-            asyncio.run(load(url, token, pid, expected, 5.0))  # to be warm
+            # To be warm, with the largest batch that there can be: freed memory is kept (`protocol/memory.py`), so where
+            # that batch came by chance in the middle, `stream` went from 772 to 787 MiB in one step.
+            asyncio.run(load(url, token, pid, expected, 5.0, [max(PROMPTS, key=len)]))
             loads[profile] = asyncio.run(load(url, token, pid, expected, share * SECONDS))
     with capsys.disabled():
         print(f"\n{CLIENTS} clients for {SECONDS:g} s in all; enclave: the same server without a worker")
@@ -180,7 +184,5 @@ def test_soak(directory: Path, expected: dict[str, str], capsys: pytest.CaptureF
             print(f"{found.line(name)}  {ratio:.2f}x")
     for name, found in loads.items():
         assert (found.lost, found.wrong) == (0, 0), name
-        # The whole soak shows a leak of 1 KiB a request. In a shorter run an allocator may take its last 16 MiB late:
-        # on busy cores `stream` went from 772 to 787 MiB in one step. So two minutes show a leak of 16 KiB.
-        bound = 1.02 if SECONDS >= 600 else 1.03 if SECONDS >= 100 else 1.05
-        assert max(found.memory[2:]) <= found.memory[2] * bound, name
+        # Two minutes show a leak of 16 KiB a request, the whole soak one of 1 KiB; a shorter run is hardly warm.
+        assert max(found.memory[2:]) <= found.memory[2] * (1.02 if SECONDS >= 100 else 1.05), name
