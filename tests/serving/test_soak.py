@@ -173,8 +173,8 @@ def test_soak(directory: Path, expected: dict[str, str], capsys: pytest.CaptureF
     loads = {}
     for profile, share in SHARES.items():
         with command(directory, profile) as (url, token, pid):
-            # To be warm, with the largest batch that there can be: freed memory is kept (`protocol/memory.py`), so where
-            # that batch came by chance in the middle, `stream` went from 772 to 787 MiB in one step.
+            # To be warm, with the largest batch: freed memory is kept (`protocol/memory.py`), and where that batch came
+            # by chance in the middle, `stream` went from 772 to 787 MiB in one step.
             asyncio.run(load(url, token, pid, expected, 5.0, [max(PROMPTS, key=len)]))
             loads[profile] = asyncio.run(load(url, token, pid, expected, share * SECONDS))
     with capsys.disabled():
