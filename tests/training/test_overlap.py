@@ -167,7 +167,11 @@ def slow_link(address: str, directory: Path, *, bytes_per_second: float, delay: 
     try:
         yield f"unix://{path}"
     finally:
-        for end in (listener, *ends):
+        listener.close()
+        for end in ends:
+            # A pump that waits in recv keeps its socket open past close, and the worker would keep the session.
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
             end.close()
 
 
