@@ -105,7 +105,17 @@ def test_blank_lines_are_skipped_and_counted(tmp_path: Path) -> None:
         (b'{"messages": [{"role": "user", "role": "zebra"}]}', "not JSON: got a key twice"),
         (b'{"text": "zebra", "id": NaN}', "not JSON: got NaN"),
         (b'["zebra"]', "not an object: got list, expected a JSON object"),
-        (b'{"id": "zebra"}', "in no known format: got 'id', expected text, prompt"),
+        (b'{"id": "zebra"}', "in no known format: got key 'id', expected text, prompt"),
+        (b'{"id": 1, "zebra": 2}', "got key 'id', key 2 of 2 (name not shown), expected"),
+        (
+            b'{"text": "a", "zebra": 2, "meta": {}}',
+            "wrong keys: got unknown key 2 of 3 (name not shown), expected text",
+        ),
+        (
+            b'{"messages": [{"role": "user", "content": "a", "zebra": 1, "label": 2}]}',
+            "got unknown key 'label', key 3 of 4 (name not shown), expected content + role",
+        ),
+        (("{" + ", ".join(f'"zebra{n}": 1' for n in range(100)) + "}").encode(), "(name not shown) and 92 more,"),
         (b"{}", "in no known format: got no keys"),
         (b'{"text": "zebra", "prompt": "zebra", "completion": "zebra"}', "in several formats"),
         (b'{"prompt": "zebra"}', "wrong keys: got no 'completion'"),

@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from obfuscatune.cli.inspect import examine
 from obfuscatune.errors import UnsupportedModelError, UsageError
-from obfuscatune.training.loading import load_adapter, load_config, load_model, load_tokenizer
+from obfuscatune.training.loading import load, load_adapter, load_adapters, load_config, load_model, load_tokenizer
 
 TINY = {
     "vocab_size": 64,
@@ -99,6 +99,22 @@ def test_an_adapter_in_a_pickle_is_refused(tmp_path: Path) -> None:
     (tmp_path / "adapter_model.safetensors").unlink()
     with pytest.raises(UsageError, match=r"the adapter is a pickle: got adapter_model.bin"):
         load_adapter(new(), str(tmp_path))
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_an_adapter_that_takes_its_start_out_of_the_base_is_refused(start: str, tmp_path: Path) -> None:
+    """The base's weights are not read yet, so PEFT could not change them as it does where they are."""
+    GPT2LMHeadModel(GPT2Config(**TINY)).save_pretrained(tmp_path / "base")
+    base = str(tmp_path / "base")
+    for name, kind in (("adapter", start), ("plain", True)):
+        config = LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=kind)
+        get_peft_model(load_model(base, "float32"), config).save_pretrained(tmp_path / name)
+    message = rf"change the model's own weights: got init_lora_weights '{start}'.*path_initial_model"
+    with pytest.raises(UsageError, match=f"(?s){message}"):
+        load_adapter(load(base), str(tmp_path / "adapter"))
+    with pytest.raises(UsageError, match=f"(?s){message}"):
+        load_adapters(load(base), {"one": str(tmp_path / "plain"), "two": str(tmp_path / "adapter")})
+    load_adapter(load_model(base, "float32"), str(tmp_path / "adapter"))
 
 
 def test_a_model_in_the_clear_is_not_filled_up_at_random(tmp_path: Path, new_tokenizer) -> None:

@@ -201,7 +201,7 @@ def _all_or_nothing(path: Path, what: str) -> Iterator[None]:
             raise
         # Of a library's words those of the system alone: the rest may quote what was to be written.
         known = next((words for words in map(os.strerror, _DISK_ERRORS) if words in str(error)), None)
-        reason = getattr(error, "strerror", None) or known or f"a {type(error).__name__} in the writer"
+        reason = getattr(error, "strerror", None) or known or "a file that could not be written to its end"
         hint = "free some space, or choose another --output_dir"
         raise ObfuscatuneError(f"cannot save the {what}", got=reason, where=str(path.parent), hint=hint) from error
 

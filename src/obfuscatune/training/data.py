@@ -9,7 +9,7 @@ from typing import Any
 
 from obfuscatune.errors import DataError
 from obfuscatune.training.chat import as_messages
-from obfuscatune.training.jsonl import check_keys, check_text, read_objects, shown
+from obfuscatune.training.jsonl import check_keys, check_text, read_objects, told
 
 EXTRA_KEYS = frozenset({"id", "choices", "answer", "support", "meta"})
 FORMATS = (frozenset({"text"}), frozenset({"prompt", "completion"}), frozenset({"messages"}))
@@ -58,7 +58,7 @@ def _row(row: dict[str, Any], where: str) -> Row:
     if len(formats) != 1:
         what = "row is in several formats" if formats else "row is in no known format"
         hint = "keep one of them" if formats else "rename the keys"
-        got = ", ".join(map(shown, sorted(row))) or "no keys"
+        got = told(sorted(row), row) or "no keys"
         raise DataError(what, got=got, expected=FORMAT_NAMES, where=where, hint=hint)
     check_keys(row, formats[0], EXTRA_KEYS, where)
     if "messages" in row:
@@ -66,8 +66,8 @@ def _row(row: dict[str, Any], where: str) -> Row:
     if "text" in row:
         return Row(completion=check_text(row["text"], "text", where), where=where)
     if isinstance(row["prompt"], list) and isinstance(row["completion"], list):
-        asked, told = (_messages(row[name], name, where) for name in ("prompt", "completion"))
-        return Row(messages=asked + _answered(told, where), where=where, context=len(asked))
+        asked, answered = (_messages(row[name], name, where) for name in ("prompt", "completion"))
+        return Row(messages=asked + _answered(answered, where), where=where, context=len(asked))
     prompt, completion = (check_text(row[name], name, where) for name in ("prompt", "completion"))
     return Row(prompt=prompt, completion=completion, where=where)
 

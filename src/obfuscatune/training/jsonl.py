@@ -1,7 +1,7 @@
 """JSONL of the data owner's: lines in, objects out, and the checks of their keys and texts, with file and line.
 
-The rows are secret. A message about a bad row tells types, names of keys and positions, never its content; that is also
-why a decoding error is dropped before ours is raised: Python's own exceptions carry the text they failed on.
+The rows are secret. A message about a bad row tells types, public names of keys and positions, never its content; that
+is also why a decoding error is dropped before ours is raised: Python's own exceptions carry the text they failed on.
 """
 
 import codecs
@@ -14,7 +14,15 @@ from typing import Any
 from obfuscatune.errors import DataError, UsageError
 
 MAX_LINE_BYTES = 1_000_000
-_LONGEST_NAME = 40
+_MOST_TOLD = 8  # keys in one message
+# Keys that data sets have in public. Any other may be content: in `{"Jane Roe": "..."}` it is a patient.
+_PUBLIC = {
+    "answer", "answers", "category", "choices", "chosen", "completion", "content", "context", "conversations", "date",
+    "from", "human", "id", "index", "input", "instruction", "label", "labels", "language", "license", "messages",
+    "meta", "metadata", "model", "name", "output", "prompt", "question", "rejected", "response", "role", "score",
+    "source", "split", "subject", "summary", "support", "system", "tags", "target", "task", "text", "title", "tools",
+    "topic", "type", "url", "user", "value",
+}  # fmt: skip
 
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell them, UTF-8 and so every tokenizer cannot
 
@@ -101,14 +109,16 @@ def check_keys(row: dict[str, Any], wanted: frozenset[str], allowed: frozenset[s
     """Refuse a row that lacks a wanted key or has one that is neither wanted nor allowed."""
     missing, unknown = sorted(wanted - row.keys()), sorted(row.keys() - wanted - allowed)
     if missing or unknown:
-        got = "; ".join([f"no {name!r}" for name in missing] + [f"unknown key {shown(name)}" for name in unknown])
+        got = "; ".join([f"no {name!r}" for name in missing] + ([f"unknown {told(unknown, row)}"] if unknown else []))
         expected = f"{' + '.join(sorted(wanted))}, and nothing else but {', '.join(sorted(allowed))}"
         raise DataError("row has the wrong keys", got=got, expected=expected, where=where)
 
 
-def shown(key: str) -> str:
-    """Return how a key of a row is told: a name as it is, anything else may be content."""
-    return repr(key) if len(key) <= _LONGEST_NAME and key.isidentifier() else f"of {len(key)} characters"
+def told(keys: list[str], row: dict[str, Any]) -> str:
+    """Return how keys of a row are told: public names as they are, others, which may be content, by their place."""
+    places = {key: place for place, key in enumerate(row, 1)}
+    names = [f"key {key!r}" if key in _PUBLIC else f"key {places[key]} of {len(row)} (name not shown)" for key in keys]
+    return ", ".join(names[:_MOST_TOLD]) + (f" and {len(names) - _MOST_TOLD} more" if len(names) > _MOST_TOLD else "")
 
 
 def check_text(value: Any, name: str, where: str) -> str:

@@ -188,6 +188,9 @@ def load_generation_settings(name: str) -> Any:
         raise _unreadable("the generation settings", name, error) from error
 
 
+# How PEFT fills an adapter before its weights are read, without a change of the base. `pissa`, `olora`, `corda` and
+# `loftq` take what they put into the adapter out of the base.
+_STARTS = (True, False, "gaussian", "orthogonal", "eva", "lora_ga")
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
 
@@ -221,6 +224,7 @@ def _with_adapter(model: Any, name: str, path: str) -> Any:
         if "adapter_model.safetensors" not in here:
             hint = "load it with PEFT where you trust its files, and save it with save_pretrained"
             raise UsageError("the adapter is a pickle", got=here[-1], expected=expected, where=path, hint=hint)
+    _refuse_changed_base(model, path)
     try:
         given = load_peft_weights(path, device="cpu")
         with warnings.catch_warnings():
@@ -239,6 +243,26 @@ def _with_adapter(model: Any, name: str, path: str) -> Any:
         if not tensor.isfinite().all():
             raise UsageError("the adapter is not finite", got=name, where=path, hint="its training run diverged")
     return found
+
+
+def _refuse_changed_base(model: Any, path: str) -> None:
+    """Refuse an adapter with whose loading PEFT changes the base's weights, where these are not in the model yet."""
+    from peft import PeftConfig
+
+    from obfuscatune.enclave.lazy import lazy_weights
+
+    try:
+        start = getattr(PeftConfig.from_pretrained(path), "init_lora_weights", True)
+    except Exception as error:
+        raise _unreadable("the adapter", path, error) from error
+    if lazy_weights(model) is not None and start not in _STARTS:
+        raise UsageError(
+            "loading the adapter would change the model's own weights",
+            got=f"init_lora_weights {ascii(start)[:40]}",
+            expected="a plain LoRA adapter",
+            where=path,
+            hint="save it with PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...)",
+        )
 
 
 def _refuse_differences(what: str, missing: Collection[str], unexpected: Collection[str], where: str) -> None:
