@@ -124,6 +124,13 @@ def test_what_it_would_change_is_refused(worker: str, tmp_path: Path) -> None:
         pytest.raises(UsageError, match="LoRA factors on the worker: got profile paper"),
     ):
         trainer_of(protected, tmp_path, overlap=True)
+    with protect(new_model(), profile="enclave") as protected:
+        for name, value in (("label_smoothing_factor", 0.1), ("neftune_noise_alpha", 5.0)):
+            arguments = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True, **{name: value})
+            with pytest.raises(UsageError, match=f"overlap does not fit {name}: got {value}"):
+                ProtectedTrainer(protected, kind="adamw", args=arguments, quiet=True, overlap=True)
+        with pytest.raises(UsageError, match="overlap does not fit compute_loss_func: got a function"):
+            trainer_of(protected, tmp_path, overlap=True, compute_loss_func=lambda *given: None)
 
 
 def test_a_fault_in_one_half_is_the_steps_error(tmp_path: Path) -> None:

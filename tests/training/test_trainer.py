@@ -1,10 +1,13 @@
 """The Trainer around a protected model: its loss is the model's own, at less cost."""
 
+import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 from obfuscatune.enclave.protect import protect
@@ -57,3 +60,48 @@ def test_a_batch_without_labels_is_left_to_the_model(model, tmp_path: Path) -> N
         trainer = ProtectedTrainer(protected, kind="adamw", args=arguments)
         loss = trainer.compute_loss(model, inputs, num_items_in_batch=torch.tensor(1))
     assert loss.item() == 0.0
+
+
+SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "no mask": ({}, {}),
+    "label smoothing": ({"label_smoothing_factor": 0.3}, {}),
+    "a loss function": (
+        {},
+        {"compute_loss_func": lambda out, labels, num_items_in_batch: out.logits[0].square().mean()},
+    ),
+    "metrics": ({}, {"compute_metrics": lambda told: {"sum": float(abs(told.predictions).sum())}}),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_rows_and_settings_of_the_callers_train_as_with_the_stock_trainer(model, name: str, tmp_path: Path) -> None:
+    """Rows that no collator of ours has made, and settings that read the logits."""
+    settings, more = SETTINGS[name]
+    labels = [IGNORED_LABEL] * 5 + [7, 8, 9]
+    rows = [{"input_ids": [*range(n, n + 8)], "labels": labels} for n in range(1, 7)]
+    if name != "no mask":
+        rows = [{**row, "attention_mask": [1] * 8} for row in rows]
+    reference = copy.deepcopy(model)
+
+    def run(trainer: Trainer) -> tuple[dict[str, float], Tensor, list[int]]:
+        trainer.train()
+        told, predicted = trainer.evaluate(), trainer.predict(rows[:3]).predictions
+        numbers = {key: value for key, value in told.items() if key in ("eval_loss", "eval_sum")}
+        return numbers, torch.cat([p.flatten() for n, p in model_of(trainer) if "lora_" in n]), list(predicted.shape)
+
+    def model_of(trainer: Trainer) -> list[tuple[str, Tensor]]:
+        return [(name, tensor.detach().clone()) for name, tensor in trainer.model.named_parameters()]
+
+    def arguments() -> TrainingArguments:
+        return TrainingArguments(
+            output_dir=str(tmp_path), report_to="none", use_cpu=True, max_steps=3, save_strategy="no",
+            per_device_train_batch_size=2, learning_rate=0.01, **settings,
+        )  # fmt: skip
+
+    stock = run(Trainer(reference, arguments(), train_dataset=rows, eval_dataset=rows[:2], **more))
+    with protect(model, profile="enclave") as protected:
+        data = {"train_dataset": rows, "eval_dataset": rows[:2]}
+        ours = run(ProtectedTrainer(protected, kind="adamw", args=arguments(), quiet=True, **data, **more))
+    assert ours[0] == pytest.approx(stock[0], rel=LOSS_TOLERANCE)
+    assert torch.allclose(ours[1], stock[1], rtol=1e-4, atol=1e-6)
+    assert ours[2] == stock[2] == [3, 8, 50]

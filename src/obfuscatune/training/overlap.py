@@ -32,6 +32,20 @@ def check_overlap(model: nn.Module, profile: Profile) -> None:
         raise UsageError("overlap does not fit dropout", got=dropout, expected=0.0, hint="leave overlap out")
 
 
+def check_settings(args: Any, compute_loss_func: Any) -> None:
+    """Refuse settings of the Trainer with which two halves would not add up to the batch.
+
+    Raises:
+        UsageError: a loss other than the model's own; or noise, which two threads would draw in no fixed order.
+    """
+    settings = {name: getattr(args, name) for name in ("label_smoothing_factor", "neftune_noise_alpha")}
+    if compute_loss_func is not None:
+        settings["compute_loss_func"] = "a function"
+    for name, value in settings.items():
+        if value:
+            raise UsageError(f"overlap does not fit {name}", got=value, hint="leave overlap out")
+
+
 def _dropout(module: nn.Module) -> float:
     """Probability of a dropout layer, or of the one in an attention's own arithmetic."""
     found = module.p if isinstance(module, nn.Dropout) else getattr(module, "attention_dropout", 0.0)

@@ -17,7 +17,7 @@ from obfuscatune.errors import ObfuscatuneError, UsageError
 from obfuscatune.training.checkpoints import finish_checkpoint, keep_last, new_checkpoint, secret_file
 from obfuscatune.training.encoding import IGNORED_LABEL
 from obfuscatune.training.finite import check_gradients, check_loss
-from obfuscatune.training.overlap import check_overlap, step
+from obfuscatune.training.overlap import check_overlap, check_settings, step
 
 
 class ProtectedTrainer(Trainer):
@@ -47,6 +47,7 @@ class ProtectedTrainer(Trainer):
     ) -> None:
         if overlap:
             check_overlap(protected.model, protected.profile)
+            check_settings(args, more.get("compute_loss_func"))
         optimizer = protected.create_optimizer(kind, lr=args.learning_rate, weight_decay=args.weight_decay)
         super().__init__(model=protected.model, args=args, optimizers=(optimizer, None), **more)
         self._protected, self._tokens, self._overlap = protected, 0, overlap
@@ -56,6 +57,7 @@ class ProtectedTrainer(Trainer):
         if not quiet:
             self.add_callback(ProgressOnStderr())
         self._last: tuple[float, ...] | None = None
+        self._logits_are_wanted = False
 
     def train(self, *arguments: Any, **named: Any) -> Any:
         """Train as the stock Trainer does; raises UsageError where the settings leave no step to be trained."""
@@ -68,7 +70,7 @@ class ProtectedTrainer(Trainer):
         """Count the batch's tokens, padding apart; with overlap, run its halves at once."""
         if self._last is None:  # here, so that the first interval does not hold the loading of a checkpoint
             self._last = self._counts()
-        self._tokens += int(inputs["attention_mask"].sum())
+        self._tokens += _tokens_in(inputs)
         if self._overlap and num_items_in_batch is not None:  # then the halves' losses add up to the batch's
             loss = self._overlapped_step(model, inputs, num_items_in_batch)
         else:
@@ -89,12 +91,26 @@ class ProtectedTrainer(Trainer):
         return step(loss_of, self._prepare_inputs(inputs), trained)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *more: Any, **named: Any) -> Any:
-        """The model's own loss, with logits only at positions where some row has a label: the head is costly."""
+        """The model's own loss, with logits only at positions where some row has a label: the head is costly.
+
+        Where others read the logits (label smoothing, a loss function or metrics of the caller's) all are there.
+        """
+        others_read = self._logits_are_wanted or self.label_smoother is not None or self.compute_loss_func is not None
+        if others_read or "labels" not in inputs:
+            return super().compute_loss(model, inputs, *more, **named)
         targets = F.pad(inputs["labels"], (0, 1), value=IGNORED_LABEL)[:, 1:]  # the logits at t are of token t + 1
         positions = (targets != IGNORED_LABEL).any(dim=0).nonzero().flatten()
         if len(positions):
             inputs = {**inputs, "logits_to_keep": positions, "shift_labels": targets[:, positions]}
         return super().compute_loss(model, inputs, *more, **named)
+
+    def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, *more: Any, **named: Any) -> Any:
+        """Evaluate one batch as the stock Trainer does, with all logits if more than the loss is asked for."""
+        self._logits_are_wanted = not prediction_loss_only
+        try:
+            return super().prediction_step(model, inputs, prediction_loss_only, *more, **named)
+        finally:
+            self._logits_are_wanted = False
 
     def log(self, logs: dict[str, float], *more: Any, **named: Any) -> None:
         """Add the measures of the interval since the last log to those of a training step."""
@@ -160,3 +176,9 @@ class ProgressOnStderr(ProgressCallback):
         if logs:
             numbers = (f"{name} {value:.4g}" for name, value in logs.items() if name != "total_flos")
             tqdm.write(f"step {state.global_step}  {'  '.join(numbers)}", file=sys.stderr)
+
+
+def _tokens_in(inputs: Mapping[str, Any]) -> int:
+    """Return how many tokens of a batch are no padding; all of them where no mask of one number a token says so."""
+    mask = inputs.get("attention_mask")
+    return int(mask.sum()) if mask is not None and mask.ndim == 2 else inputs["input_ids"].numel()
