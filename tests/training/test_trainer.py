@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 from obfuscatune.enclave.protect import protect
+from obfuscatune.errors import UsageError
 from obfuscatune.training.encoding import IGNORED_LABEL
 from obfuscatune.training.trainer import ProtectedTrainer
 
@@ -65,6 +66,8 @@ def test_a_batch_without_labels_is_left_to_the_model(model, tmp_path: Path) -> N
 SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "no mask": ({}, {}),
     "label smoothing": ({"label_smoothing_factor": 0.3}, {}),
+    "adam": ({"adam_beta1": 0.5, "adam_beta2": 0.6, "adam_epsilon": 1e-3, "weight_decay": 0.3}, {}),
+    "sgd": ({"optim": "sgd", "learning_rate": 0.5, "weight_decay": 0.1}, {}),
     "a loss function": (
         {},
         {"compute_loss_func": lambda out, labels, num_items_in_batch: out.logits[0].square().mean()},
@@ -95,13 +98,43 @@ def test_rows_and_settings_of_the_callers_train_as_with_the_stock_trainer(model,
     def arguments() -> TrainingArguments:
         return TrainingArguments(
             output_dir=str(tmp_path), report_to="none", use_cpu=True, max_steps=3, save_strategy="no",
-            per_device_train_batch_size=2, learning_rate=0.01, **settings,
+            per_device_train_batch_size=2, **{"learning_rate": 0.01, "optim": "adamw_torch", **settings},
         )  # fmt: skip
 
     stock = run(Trainer(reference, arguments(), train_dataset=rows, eval_dataset=rows[:2], **more))
     with protect(model, profile="enclave") as protected:
         data = {"train_dataset": rows, "eval_dataset": rows[:2]}
-        ours = run(ProtectedTrainer(protected, kind="adamw", args=arguments(), quiet=True, **data, **more))
+        ours = run(ProtectedTrainer(protected, args=arguments(), quiet=True, **data, **more))
     assert ours[0] == pytest.approx(stock[0], rel=LOSS_TOLERANCE)
     assert torch.allclose(ours[1], stock[1], rtol=1e-4, atol=1e-6)
     assert ours[2] == stock[2] == [3, 8, 50]
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        (None, {"optim": "rmsprop"}, "got optim 'rmsprop', expected adamw_torch, adamw_torch_fused, sgd"),
+        ("sgd", {"optim": "adafactor"}, "got optim 'adafactor'"),
+        ("adamw", {"optim": "sgd"}, "got optim 'sgd', expected adamw, as kind says"),
+        ("sgd", {"optim_args": "momentum=0.9"}, "optim_args"),
+        (None, {"optim_target_modules": ["c_attn"]}, "optim_target_modules"),
+    ],
+)
+def test_an_optimizer_that_it_does_not_make_is_refused(
+    model, kind: str | None, settings: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    arguments = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True, **settings)
+    with protect(model, profile="enclave") as protected, pytest.raises(UsageError, match=message):
+        ProtectedTrainer(protected, kind=kind, args=arguments)
+
+
+def test_decay_of_a_norm_is_refused(model, tmp_path: Path) -> None:
+    """The stock Trainer leaves norms and biases out of it."""
+    model.get_base_model().transformer.ln_f.requires_grad_(True)
+    arguments = {"output_dir": str(tmp_path), "report_to": "none", "use_cpu": True}
+    with protect(model, profile="enclave") as protected:
+        ProtectedTrainer(protected, args=TrainingArguments(**arguments))
+        with pytest.raises(
+            UsageError, match=r"got base_model.model.transformer.ln_f.weight, .*expected weight_decay 0"
+        ):
+            ProtectedTrainer(protected, args=TrainingArguments(**arguments, weight_decay=0.1))

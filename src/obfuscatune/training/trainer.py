@@ -19,6 +19,9 @@ from obfuscatune.training.encoding import IGNORED_LABEL
 from obfuscatune.training.finite import check_gradients, check_loss
 from obfuscatune.training.overlap import check_overlap, check_settings, step
 
+_OPTIMIZERS = {"adamw_torch": "adamw", "adamw_torch_fused": "adamw", "sgd": "sgd"}  # names of the Trainer's, and ours
+_STOCK = "the stock Trainer takes any optimizer, where the worker holds no LoRA factors"
+
 
 class ProtectedTrainer(Trainer):
     """Logs, since the log before, tokens/s, bytes and calls across the boundary, and the enclave's share of the time.
@@ -27,7 +30,7 @@ class ProtectedTrainer(Trainer):
 
     Args:
         protected: what ``protect`` returned; its model is trained by the optimizer that it makes.
-        kind: ``adamw`` or ``sgd``.
+        kind: ``adamw`` or ``sgd``; default: the one that ``args.optim`` names. Both are torch's own, of these settings.
         overlap: keep two halves of each batch under way (`overlap.py`).
         quiet: print nothing: the loss tells of the data, and the terminal may be somebody else's.
         made_with: what the run is made of (`describe_run`), for its checkpoints.
@@ -38,7 +41,7 @@ class ProtectedTrainer(Trainer):
         self,
         protected: Protected,
         *,
-        kind: str,
+        kind: str | None = None,
         args: Any,
         overlap: bool = False,
         quiet: bool = False,
@@ -48,16 +51,26 @@ class ProtectedTrainer(Trainer):
         if overlap:
             check_overlap(protected.model, protected.profile)
             check_settings(args, more.get("compute_loss_func"))
-        optimizer = protected.create_optimizer(kind, lr=args.learning_rate, weight_decay=args.weight_decay)
+        optimizer = _create_optimizer(protected, kind, args)
         super().__init__(model=protected.model, args=args, optimizers=(optimizer, None), **more)
         self._protected, self._tokens, self._overlap = protected, 0, overlap
         self._quiet, self._made_with = quiet, made_with
+        self._refuse_other_decay()
         for printing in (ProgressCallback, PrinterCallback):
             self.remove_callback(printing)
         if not quiet:
             self.add_callback(ProgressOnStderr())
         self._last: tuple[float, ...] | None = None
         self._logits_are_wanted = False
+
+    def _refuse_other_decay(self) -> None:
+        model = self._protected.model
+        decayed = set(self.get_decay_parameter_names(model))
+        trained = (name for name, parameter in model.named_parameters() if parameter.requires_grad)
+        others = [name for name in trained if name not in decayed]
+        if self.args.weight_decay and others:  # the stock Trainer decays neither norms nor biases
+            what = "weight_decay where norms or biases are trained"
+            raise UsageError(what, got=", ".join(others[:3]), expected="weight_decay 0", hint=_STOCK)
 
     def train(self, *arguments: Any, **named: Any) -> Any:
         """Train as the stock Trainer does; raises UsageError where the settings leave no step to be trained."""
@@ -182,3 +195,17 @@ def _tokens_in(inputs: Mapping[str, Any]) -> int:
     """Return how many tokens of a batch are no padding; all of them where no mask of one number a token says so."""
     mask = inputs.get("attention_mask")
     return int(mask.sum()) if mask is not None and mask.ndim == 2 else inputs["input_ids"].numel()
+
+
+def _create_optimizer(protected: Protected, kind: str | None, args: Any) -> torch.optim.Optimizer:
+    """Return the optimizer of the Trainer's settings, wherever what it trains is; refuses what it would ignore."""
+    named = str(getattr(args.optim, "value", args.optim))
+    # Somebody who asks for sgd by ``kind`` has left ``optim`` as it is, which is adamw.
+    if named not in _OPTIMIZERS or (kind or _OPTIMIZERS[named]) == "adamw" != _OPTIMIZERS[named]:
+        expected = ", ".join(_OPTIMIZERS) if named not in _OPTIMIZERS else f"{kind}, as kind says"
+        raise UsageError("optimizer of a ProtectedTrainer", got=f"optim {named!r}", expected=expected, hint=_STOCK)
+    if args.optim_args or args.optim_target_modules:
+        raise UsageError("optim_args and optim_target_modules are of other optimizers", hint=_STOCK)
+    kind = kind or _OPTIMIZERS[named]
+    options = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon} if kind == "adamw" else {}
+    return protected.create_optimizer(kind, lr=args.learning_rate, weight_decay=args.weight_decay, **options)
