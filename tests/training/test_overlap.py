@@ -110,6 +110,13 @@ def test_rows_are_split_and_nothing_else() -> None:
     assert (len(first["input_ids"]), len(second["input_ids"])) == (3, 2)
     assert first["factor"] is second["factor"] is inputs["factor"]
     assert first["flag"] is second["flag"] is True
+    masks = {"full_attention": torch.arange(20).view(5, 4), "sliding_attention": torch.ones(1, 4)}
+    first, second = halves_of({**batch(5), "attention_mask": masks})
+    parts = [half["attention_mask"]["full_attention"] for half in (first, second)]
+    assert [len(part) for part in parts] == [3, 2] and torch.equal(torch.cat(parts), masks["full_attention"])
+    assert second["attention_mask"]["sliding_attention"] is masks["sliding_attention"]
+    embedded = {"inputs_embeds": torch.ones(5, 9, 16), "labels": batch(5)["labels"]}
+    assert [len(half["inputs_embeds"]) for half in halves_of(embedded)] == [3, 2]
     assert halves_of({name: tensor[:1] for name, tensor in batch(5).items()})[0].keys() == batch(5).keys()
 
 

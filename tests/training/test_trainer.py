@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 from obfuscatune.enclave.protect import protect
-from obfuscatune.errors import UsageError
+from obfuscatune.errors import TrainingError, UsageError
 from obfuscatune.training.encoding import IGNORED_LABEL
 from obfuscatune.training.trainer import ProtectedTrainer
 
@@ -108,6 +108,96 @@ def test_rows_and_settings_of_the_callers_train_as_with_the_stock_trainer(model,
     assert ours[0] == pytest.approx(stock[0], rel=LOSS_TOLERANCE)
     assert torch.allclose(ours[1], stock[1], rtol=1e-4, atol=1e-6)
     assert ours[2] == stock[2] == [3, 8, 50]
+
+
+def shifted(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Targets of the collator's own: not those of the labels."""
+    return {**batch, "shift_labels": batch["labels"].roll(-2, 1)}
+
+
+def embedded(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    numbers = torch.Generator().manual_seed(int(batch["input_ids"].sum()))
+    return {"inputs_embeds": torch.randn(*batch["labels"].shape, 16, generator=numbers), "labels": batch["labels"]}
+
+
+def longer(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {**batch, "labels": torch.nn.functional.pad(batch["labels"], (0, 2), value=IGNORED_LABEL)}
+
+
+def shorter(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {**batch, "labels": batch["labels"][:, :-2]}
+
+
+def unlabelled(batch: dict[str, Tensor]) -> dict[str, Any]:
+    return {**batch, "labels": None}
+
+
+def few_logits(batch: dict[str, Tensor]) -> dict[str, Any]:
+    return {**batch, "logits_to_keep": 2}
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("made", [shifted, embedded, longer, shorter, unlabelled, few_logits])
+def test_what_a_collator_makes_is_heeded_or_refused_as_by_the_stock_trainer(
+    model, made: Any, overlap: bool, tmp_path: Path
+) -> None:
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    rows = [{"input_ids": [*range(n, n + 8)], "labels": [*range(n, n + 8)]} for n in range(1, 7)]
+
+    def collate(some: list[dict[str, list[int]]]) -> dict[str, Any]:
+        return made({name: torch.tensor([row[name] for row in some]) for name in ("input_ids", "labels")})
+
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), report_to="none", use_cpu=True, max_steps=2, save_strategy="no", logging_steps=1,
+        per_device_train_batch_size=3, remove_unused_columns=False,
+    )  # fmt: skip
+    reference = copy.deepcopy(model)
+
+    def losses(trainer: Trainer) -> list[float] | tuple[type[Exception], str]:
+        try:
+            trainer.train()
+        except Exception as error:
+            return type(error), str(error)[:20]
+        return [entry[key] for entry in trainer.state.log_history for key in ("loss", "grad_norm") if key in entry]
+
+    data = {"train_dataset": rows, "data_collator": collate}
+    stock = losses(Trainer(reference, arguments, **data))
+    with protect(model, profile="enclave") as protected:
+        ours = losses(ProtectedTrainer(protected, args=arguments, quiet=True, overlap=overlap, **data))
+    assert isinstance(stock, list) == (made in (shifted, embedded))
+    assert ours == (pytest.approx(stock, rel=1e-5) if isinstance(stock, list) else stock)
+
+
+def test_a_loss_that_is_not_finite_ends_the_evaluation_of_any_set(model, tmp_path: Path) -> None:
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), report_to="none", use_cpu=True, max_steps=1, eval_strategy="steps", eval_steps=1,
+        remove_unused_columns=False,
+    )  # fmt: skip
+    row = {"input_ids": [1, 2, 3], "labels": [1, 2, 3]}
+
+    def collate(some: list[dict[str, Any]]) -> dict[str, Tensor]:
+        batch = {name: torch.tensor([each[name] for each in some]) for name in row}
+        if "huge" in some[0]:
+            batch["inputs_embeds"] = torch.full((len(some), 3, 16), torch.nan)
+            del batch["input_ids"]
+        return batch
+
+    sets = {"good": [row], "bad": [{**row, "huge": True}]}
+    with protect(model, profile="enclave") as protected:
+        trainer = ProtectedTrainer(
+            protected, args=arguments, quiet=True, train_dataset=[row], eval_dataset=sets, data_collator=collate
+        )
+        with pytest.raises(TrainingError, match="loss of the evaluation is not finite"):
+            trainer.train()
+
+
+@pytest.mark.parametrize("name", ["model", "model_init", "optimizers", "optimizer_cls_and_kwargs"])
+def test_another_model_or_optimizer_is_refused(model, name: str, tmp_path: Path) -> None:
+    arguments = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    with protect(model, profile="enclave") as protected, pytest.raises(UsageError, match=f"got {name}, expected"):
+        ProtectedTrainer(protected, args=arguments, **{name: (None, None)})
 
 
 @pytest.mark.parametrize(

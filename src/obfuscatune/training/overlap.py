@@ -7,7 +7,7 @@ added in a fixed order, half by half, so that a step is the same every time.
 """
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -52,15 +52,32 @@ def _dropout(module: nn.Module) -> float:
     return float(found) if isinstance(found, int | float) else 0.0
 
 
-def halves_of(inputs: dict[str, Any]) -> list[dict[str, Any]]:
+def token_shape(inputs: Mapping[str, Any]) -> torch.Size | None:
+    """Return rows and length of a batch, of ids or of embeddings; None where it has neither."""
+    for name in ("input_ids", "inputs_embeds"):
+        if isinstance(value := inputs.get(name), Tensor):
+            return value.shape[:2]
+    return None
+
+
+def halves_of(inputs: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Split every tensor of a batch along its rows into two halves; one batch of a single row stays whole."""
-    rows = len(inputs["input_ids"])
-    if rows < 2:
-        return [inputs]
-    parts = (slice(0, (rows + 1) // 2), slice((rows + 1) // 2, rows))
-    return [
-        {name: value[part] if _has_rows(value, rows) else value for name, value in inputs.items()} for part in parts
-    ]
+    shape = token_shape(inputs)
+    if shape is None or shape[0] < 2:
+        return [dict(inputs)]
+    rows = shape[0]
+    return [_part(inputs, slice(0, (rows + 1) // 2), rows), _part(inputs, slice((rows + 1) // 2, rows), rows)]
+
+
+def _part(inputs: Mapping[str, Any], part: slice, rows: int) -> dict[str, Any]:
+    """Some rows of a batch; and of each map in it, as masks may be, for each kind of attention."""
+    found = {}
+    for name, value in inputs.items():
+        if isinstance(value, Mapping):
+            found[name] = _part(value, part, rows)
+        else:
+            found[name] = value[part] if _has_rows(value, rows) else value
+    return found
 
 
 def _has_rows(value: Any, rows: int) -> bool:
@@ -68,7 +85,7 @@ def _has_rows(value: Any, rows: int) -> bool:
 
 
 def step(
-    loss_of: Callable[[dict[str, Any]], Tensor], inputs: dict[str, Any], parameters: Sequence[nn.Parameter]
+    loss_of: Callable[[dict[str, Any]], Tensor], inputs: Mapping[str, Any], parameters: Sequence[nn.Parameter]
 ) -> Tensor:
     """Add the gradients of a batch's loss to ``parameters``, and return the loss, detached.
 

@@ -1,5 +1,6 @@
 """The stock ``Trainer`` around a protected model, with keys in its checkpoints and the boundary in its logs."""
 
+import math
 import sys
 import time
 from collections.abc import Mapping
@@ -17,9 +18,10 @@ from obfuscatune.errors import ObfuscatuneError, UsageError
 from obfuscatune.training.checkpoints import finish_checkpoint, keep_last, new_checkpoint, secret_file
 from obfuscatune.training.encoding import IGNORED_LABEL
 from obfuscatune.training.finite import check_gradients, check_loss
-from obfuscatune.training.overlap import check_overlap, check_settings, step
+from obfuscatune.training.overlap import check_overlap, check_settings, step, token_shape
 
 _OPTIMIZERS = {"adamw_torch": "adamw", "adamw_torch_fused": "adamw", "sgd": "sgd"}  # names of the Trainer's, and ours
+_MADE_HERE = {"model", "model_init", "optimizers", "optimizer_cls_and_kwargs"}  # arguments of the Trainer's
 _STOCK = "the stock Trainer takes any optimizer, where the worker holds no LoRA factors"
 
 
@@ -48,6 +50,9 @@ class ProtectedTrainer(Trainer):
         made_with: Mapping[str, Any] = MappingProxyType({}),
         **more: Any,
     ) -> None:
+        if others := _MADE_HERE & more.keys():
+            what = "the model and the optimizer of a ProtectedTrainer are what protect made"
+            raise UsageError(what, got=", ".join(sorted(others)), expected="protected, kind and args", hint=_STOCK)
         if overlap:
             check_overlap(protected.model, protected.profile)
             check_settings(args, more.get("compute_loss_func"))
@@ -109,7 +114,7 @@ class ProtectedTrainer(Trainer):
         Where others read the logits (label smoothing, a loss function or metrics of the caller's) all are there.
         """
         others_read = self._logits_are_wanted or self.label_smoother is not None or self.compute_loss_func is not None
-        if others_read or "labels" not in inputs:
+        if others_read or not _has_one_label_a_token(inputs):
             return super().compute_loss(model, inputs, *more, **named)
         targets = F.pad(inputs["labels"], (0, 1), value=IGNORED_LABEL)[:, 1:]  # the logits at t are of token t + 1
         positions = (targets != IGNORED_LABEL).any(dim=0).nonzero().flatten()
@@ -127,8 +132,10 @@ class ProtectedTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *more: Any, **named: Any) -> None:
         """Add the measures of the interval since the last log to those of a training step."""
-        if "eval_loss" in logs:
-            check_loss(logs["eval_loss"], "loss of the evaluation", self.state.global_step)
+        sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else ()
+        for name in ("eval_loss", *(f"eval_{each}_loss" for each in sets)):
+            if name in logs:
+                check_loss(logs[name], "loss of the evaluation", self.state.global_step)
         if "loss" in logs and self._last is not None:
             now = self._counts()
             seconds, tokens, calls, bytes_moved, waiting = (a - b for a, b in zip(now, self._last, strict=True))
@@ -193,8 +200,21 @@ class ProgressOnStderr(ProgressCallback):
 
 def _tokens_in(inputs: Mapping[str, Any]) -> int:
     """Return how many tokens of a batch are no padding; all of them where no mask of one number a token says so."""
-    mask = inputs.get("attention_mask")
-    return int(mask.sum()) if mask is not None and mask.ndim == 2 else inputs["input_ids"].numel()
+    mask, shape = inputs.get("attention_mask"), token_shape(inputs)
+    # A mask may be a map too, of one for each kind of attention.
+    return int(mask.sum()) if isinstance(mask, torch.Tensor) and mask.ndim == 2 else math.prod(shape or (0,))
+
+
+def _has_one_label_a_token(inputs: Mapping[str, Any]) -> bool:
+    """Whether the labels of a batch alone say which logits the loss reads.
+
+    Not where the caller's rows come with targets that are shifted already, or choose logits. And of labels that do not
+    fit the tokens the stock loss has something to say.
+    """
+    labels = inputs.get("labels")
+    if inputs.get("shift_labels") is not None or inputs.get("logits_to_keep") is not None:
+        return False
+    return isinstance(labels, torch.Tensor) and labels.shape == token_shape(inputs)
 
 
 def _create_optimizer(protected: Protected, kind: str | None, args: Any) -> torch.optim.Optimizer:
