@@ -85,5 +85,6 @@ def check_adapter_file(path: Path) -> None:
             if _B.search(name):
                 products, trained = products + 1, trained or bool(tensor.any())
     if products and not trained:
-        hint = "no step had an effect: a learning rate of 0, or a warm-up that is longer than the run"
+        causes = "a learning rate of 0, a warm-up that is longer than the run, or rows with nothing to learn"
+        hint = f"no step had an effect: {causes}"
         raise TrainingError("the adapter is as it began, and is not saved", got="zeros in each B", hint=hint)
