@@ -168,6 +168,13 @@ def test_other_spellings_of_a_document_are_refused(cloud: Cloud) -> None:
     assert failed(judge_quote(Quote("nitro", cloud.document(bytes.fromhex("a1012a"))), cloud.policy()))[0] == "format"
 
 
+@pytest.mark.parametrize("document", [b"\x84\xff\x00\x00\x00", b"\x81\xa1\x00\xff", b"\xff", b"\x84\xf7\xf7\xf7\xf7"])
+def test_a_document_that_cbor_cannot_encode_again_is_refused(document: bytes) -> None:
+    """A break within a list, which older versions of cbor2 decode; an undefined value."""
+    with pytest.raises(FormatError):
+        module.peek(document)
+
+
 def test_a_key_of_another_curve_is_refused() -> None:
     cloud = Cloud(curve=SECP256R1())
     found = judge_quote(Quote("nitro", cloud.document()), cloud.policy(measurements={}))
