@@ -1,9 +1,9 @@
 """Fine-tunes a bundled model with the stock Trainer, its large layers keyed onto a worker.
 
-usage: python examples/finetune_trainer.py [OUTPUT_DIR]
+Example: python examples/finetune_trainer.py obfuscatune-example
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 from peft import LoraConfig, get_peft_model
@@ -59,4 +59,6 @@ def main(output: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "obfuscatune-example"))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output_dir", nargs="?", type=Path, default=Path("obfuscatune-example"))
+    main(parser.parse_args().output_dir)

@@ -1,9 +1,9 @@
 """Fine-tunes a bundled model with TRL's SFTTrainer, its large layers keyed onto a worker.
 
-usage: python examples/sft_trl.py [OUTPUT_DIR]
+Example: python examples/sft_trl.py obfuscatune-example
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 from datasets import Dataset
@@ -50,4 +50,6 @@ def main(output: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "obfuscatune-example"))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output_dir", nargs="?", type=Path, default=Path("obfuscatune-example"))
+    main(parser.parse_args().output_dir)
