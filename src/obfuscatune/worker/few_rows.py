@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from obfuscatune.protocol.native import kernel
-from obfuscatune.worker.pool import on_threads
+from obfuscatune.protocol.pool import on_threads
 
 FEW = 16  # rows; beyond them oneDNN's product is as fast
 _BYTES_OF_A_THREAD = 4 * 1024**2  # of weight; for less a second thread costs more than it helps

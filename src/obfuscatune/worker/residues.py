@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from obfuscatune.errors import ProtocolError
+from obfuscatune.protocol.pool import on_threads
 from obfuscatune.protocol.residues import EXACT_TERMS, LARGEST, MOST_TERMS, PRIMES, reduce
 from obfuscatune.worker.few_rows import few_rows
 from obfuscatune.worker.parallel import ALONE, Group
-from obfuscatune.worker.pool import on_threads
 from obfuscatune.worker.segments import Segment
 
 _FEWEST_ROWS, _MULTIPLE = 17, 8  # what cuBLAS asks of an int8 product: more than 16 rows, widths in steps of 8

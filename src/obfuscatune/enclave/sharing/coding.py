@@ -8,7 +8,6 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Hashable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import Tensor
 from obfuscatune.enclave.sharing import reference
 from obfuscatune.enclave.sharing.scheme import Scheme, centre, lagrange, lift_factor, share_weights
 from obfuscatune.protocol.native import BUILD_HINT, kernel
+from obfuscatune.protocol.pool import on_threads
 
 Rules = tuple[tuple[tuple[int, ...], ...], ...]  # by prime, and share
 _FEW_NUMBERS = 1 << 15  # what one thread does before two have met
@@ -186,22 +186,11 @@ def _each(function: Callable[..., int], record: ctypes.Structure, n: int, width:
             raise MemoryError("of the kernel's rows")
         return n if done >= end else done
 
-    if threads == 1:
-        return rows(0)
-    under_way = [_pool().submit(rows, i) for i in range(threads)]
-    try:
-        return min(part.result() for part in under_way)
-    finally:
-        wait(under_way)  # after an interrupt too: they read and write memory that the caller lets go of then
+    return min(on_threads(rows, threads))
 
 
 def _pointers(tensors: Sequence[Tensor]) -> Any:
     return (ctypes.c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
-
-
-@functools.cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(thread_name_prefix="shares")
 
 
 def _kernel_or_warning() -> ctypes.CDLL | None:

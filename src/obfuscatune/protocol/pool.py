@@ -1,0 +1,39 @@
+"""Parts of one work on threads of a process's own, none of which waits for the others but at the end."""
+
+import functools
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import TypeVar
+
+from obfuscatune.protocol.threads import threads_for
+
+T = TypeVar("T")
+
+
+def on_threads(work: Callable[[int], T], threads: int) -> list[T]:
+    """Return ``work(i)`` for i below ``threads``: the first on this thread, which would only wait, others on their own.
+
+    With more than one, torch starts no threads in any of them. Raises what one of them raises, after all have ended:
+    none reads or writes any more what the caller gives up then, after an interrupt either.
+    """
+    if threads == 1:
+        return [work(0)]
+
+    def one(i: int) -> T:
+        with threads_for(0):
+            return work(i)
+
+    others = [_pool().submit(one, i) for i in range(1, threads)]
+    try:
+        return [one(0), *(other.result() for other in others)]
+    finally:
+        wait(others)
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(thread_name_prefix="parts")
+
+
+os.register_at_fork(after_in_child=_pool.cache_clear)  # a fork has none of the threads, and would wait for them

@@ -1,0 +1,44 @@
+"""Parts of a work on threads: one thread of torch in each, and an error comes when all have ended."""
+
+import multiprocessing
+import threading
+
+import pytest
+import torch
+
+from obfuscatune.protocol.pool import on_threads
+
+
+def test_each_is_done_on_one_thread_of_torch() -> None:
+    before = torch.get_num_threads()
+    assert on_threads(lambda i: (i, torch.get_num_threads()), 3) == [(0, 1), (1, 1), (2, 1)]
+    assert on_threads(lambda i: threading.current_thread(), 1) == [threading.current_thread()]
+    first, second = on_threads(lambda i: threading.current_thread(), 2)
+    assert first is threading.current_thread() and second is not first
+    assert torch.get_num_threads() == before
+
+
+def test_an_error_waits_for_the_others() -> None:
+    may_end, ended = threading.Event(), []
+
+    def work(i: int) -> None:
+        if i == 0:
+            threading.Timer(0.05, may_end.set).start()
+            raise MemoryError
+        assert may_end.wait(10)
+        ended.append(i)
+
+    with pytest.raises(MemoryError):
+        on_threads(work, 2)
+    assert ended == [1]
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")  # of os.fork, from Python 3.12 on
+def test_a_fork_has_threads_of_its_own() -> None:
+    on_threads(abs, 3)  # threads that the fork does not have
+    child = multiprocessing.get_context("fork").Process(target=on_threads, args=(abs, 3))
+    child.start()
+    child.join(30)
+    done = child.exitcode == 0
+    child.kill()
+    assert done
