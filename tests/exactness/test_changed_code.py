@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecode
 from obfuscatune import UnsupportedModelError
 
 from .families import model_of, twins_of, wide
-from .models import error, tokens
+from .models import error, scalar, tokens
 
 EXACT = 1e-9  # measured 2.5e-14
 CHANGED = 1e-3  # what each change does to the logits of the plain model; measured 0.17 and more
@@ -120,6 +120,34 @@ def test_a_change_runs_where_it_stays_and_is_refused_where_it_leaves(
             return
         with protect(model, profile=profile) as protected:
             assert error(protected.model(input_ids=ids).logits, expected) < EXACT
+
+
+def steer(module: Any, args: Any, output: Any) -> None:
+    output[:, -1].add_(1.0)
+
+
+@pytest.mark.parametrize("path", ["mlp", "mlp.down_proj", "self_attn.q_proj"])
+@pytest.mark.parametrize("profile", ["strict", "paper", "balanced"])
+def test_a_hook_may_change_an_output_in_place_while_gradients_are_computed(
+    protect: Any, profile: str, path: str
+) -> None:
+    """As hooks that steer activations do."""
+    if profile == "balanced" and path != "mlp":
+        pytest.skip("the layer is on the worker; its hook is refused")
+    ids = tokens(2, 6)
+    with wide():
+        reference, model = twins_of("llama", lora=False)
+        unchanged = reference(input_ids=ids).logits
+        with protect(model, profile=profile) as protected:
+            gradients = []
+            for each in (reference, protected.model):
+                layer = each.model.layers[0].get_submodule(path)
+                layer.register_forward_hook(steer)
+                logits = each(input_ids=ids).logits
+                embeddings = each.get_input_embeddings().weight
+                gradients.append((logits, *torch.autograd.grad(scalar(logits), [embeddings])))
+        assert error(unchanged, gradients[0][0]) > CHANGED
+        assert all(error(ours, theirs) < EXACT for theirs, ours in zip(*gradients, strict=True))
 
 
 NUMBERS = {

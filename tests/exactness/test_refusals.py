@@ -19,6 +19,24 @@ from .models import TARGETS, VARIANTS, error, gpt2, scalar, tokens, twins, with_
 NO_WORKER = "unix:///nonexistent/worker.sock"  # connecting there fails with another error
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"worker": None}, {"worker": []}, {"worker": [1, 2, 3]}, {"threads": 0}, {"threads": "2"}]
+    + [{"timeout": timeout} for timeout in ("1", 0, -1.0, float("nan"), float("inf"), True)],
+    ids=str,
+)
+def test_options_that_mean_nothing(options: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=next(iter(options))):
+        obfuscatune.protect(gpt2(), **{"worker": NO_WORKER, **options})
+
+
+def test_a_model_that_was_made_in_inference_mode() -> None:
+    with torch.inference_mode():
+        model = gpt2()
+    with pytest.raises(UnsupportedModelError, match="inference_mode"):
+        obfuscatune.protect(model, worker=NO_WORKER)
+
+
 @pytest.mark.parametrize("profile", ["balanced", "stream"])
 def test_protected_twice(protect: Any, profile: str) -> None:
     model = gpt2()
@@ -66,6 +84,7 @@ def test_another_adapter_for_each_row(protect: Any, variant: str) -> None:
         protected.model(input_ids=tokens(2, 4))
         with pytest.raises(UnsupportedModelError, match="adapter_names"):
             protected.model(input_ids=tokens(2, 4), adapter_names=names)
+        protected.model(input_ids=tokens(2, 4))  # PEFT's hooks are gone, though its call did not end well
 
 
 def test_a_model_outlives_what_protected_it(protect: Any) -> None:

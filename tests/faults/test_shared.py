@@ -18,6 +18,7 @@ import torch
 
 import obfuscatune
 from obfuscatune.enclave.sharing import coding
+from obfuscatune.enclave.sharing.waiting import Waiting
 from obfuscatune.errors import UsageError, WorkerFault
 from obfuscatune.protocol.connection import Connection
 from obfuscatune.protocol.frames import TensorSpec
@@ -108,6 +109,7 @@ def test_a_spare_names_the_liar(tmp_path: Path, liar: int) -> None:
                 step(protected.model)
         named = [address for address in addresses if address in str(caught.value)]
         assert named == [addresses[liar]]
+        assert "no more than 1 lied" in str(caught.value)
 
 
 def test_not_verified_a_lie_passes(tmp_path: Path) -> None:
@@ -149,6 +151,15 @@ def test_with_a_spare_nobody_waits_for_a_worker_that_stands_still(tmp_path: Path
             assert not released.is_set()
         finally:
             released.set()
+
+
+def test_with_a_spare_workers_that_all_owe_many_replies_are_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where many threads run the model at once."""
+    monkeypatch.setattr(Waiting, "is_late", lambda self, worker: worker > 1)
+    with protected_by(tmp_path, [honest] * 4, spares=1) as (protected, _), torch.no_grad():
+        assert torch.allclose(protected.model(IDS).logits, new_model()(IDS).logits, atol=1e-4)
 
 
 def test_workers_that_say_nothing_at_the_end_are_waited_for_once(

@@ -2,10 +2,14 @@
 
 import multiprocessing
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
 
+from obfuscatune.protocol import pool
 from obfuscatune.protocol.pool import on_threads
 
 
@@ -31,6 +35,28 @@ def test_an_error_waits_for_the_others() -> None:
     with pytest.raises(MemoryError):
         on_threads(work, 2)
     assert ended == [1]
+
+
+def test_where_no_more_threads_start_those_under_way_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, ended = threading.Event(), []
+
+    class Pool:
+        def submit(self, one: Any, i: int) -> Any:
+            if i > 1:
+                assert begun.wait(10)
+                raise RuntimeError("can't start new thread")
+            return executor.submit(one, i)
+
+    def work(i: int) -> None:
+        begun.set()
+        time.sleep(0.05)  # as a computation that does not heed it
+        ended.append(i)
+
+    with ThreadPoolExecutor() as executor:
+        monkeypatch.setattr(pool, "_pool", Pool)
+        with pytest.raises(RuntimeError, match="start new thread"):
+            on_threads(work, 3)
+        assert ended == [1]
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")  # of os.fork, from Python 3.12 on

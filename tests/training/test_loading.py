@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from obfuscatune.cli.inspect import examine
 from obfuscatune.errors import UnsupportedModelError, UsageError
@@ -85,6 +85,20 @@ def test_a_directory_without_an_adapter_is_named_so(tmp_path: Path) -> None:
     for name, message in (("nowhere", "no such directory of an adapter"), ("half", "no adapter in the directory")):
         with pytest.raises(UsageError, match=f"{message}: expected adapter_config.json"):
             load_adapter(model, str(tmp_path / name))
+
+
+def test_an_adapter_of_another_kind_of_model_is_refused(tmp_path: Path) -> None:
+    llama = LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=64)
+    other = get_peft_model(LlamaForCausalLM(llama), LoraConfig(r=2, target_modules=["q_proj"]))
+    other.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(UsageError, match="the adapter does not fit: got no layer that it names"):
+        load_adapter(GPT2LMHeadModel(GPT2Config(**TINY)), str(tmp_path / "adapter"))
+
+
+def test_an_adapter_that_is_nowhere_is_named_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UsageError, match=r"no adapter of that name, here or on the hub \(at nosuch\)"):
+        load_adapter(GPT2LMHeadModel(GPT2Config(**TINY)), "nosuch")
 
 
 def test_an_adapter_in_a_pickle_is_refused(tmp_path: Path) -> None:

@@ -1,9 +1,11 @@
 """The worker that listens: places, the queue, strangers, processes that die, and that nothing is left behind."""
 
 import contextlib
+import errno
 import os
 import select
 import signal
+import socket
 import sys
 import threading
 import time
@@ -16,6 +18,8 @@ import torch
 from obfuscatune.errors import ConnectionClosedError
 from obfuscatune.protocol.address import Address, address_of, connect, listen
 from obfuscatune.protocol.connection import Connection
+from obfuscatune.worker.acceptor import Acceptor
+from obfuscatune.worker.child import Service
 
 from .processes import PATIENCE, SHORT, ask, children, opened, resident, started, worker
 
@@ -140,6 +144,19 @@ def test_strangers_hold_nothing() -> None:
                 until(lambda: len(children(pid)) == 1)
                 assert ask(honest, {"id": 2, "op": "stats"})["ok"] is True  # the bound is of greetings alone
         until(lambda: not children(pid))
+
+
+@pytest.mark.parametrize("call", ["socket.socketpair", "os.fork"])
+def test_without_descriptors_or_processes_the_acceptor_goes_on(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left(*_: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(call, none_left)
+    ours, theirs = socket.socket(), socket.socket()
+    with ours, theirs:
+        acceptor = Acceptor(ours, Service(torch.device("cpu"), None, 1 << 20))
+        acceptor._fork(theirs, None)
+        assert not list(acceptor._all())
 
 
 @pytest.mark.parametrize("stop", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGKILL])

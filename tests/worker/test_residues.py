@@ -35,7 +35,9 @@ def centred_residues(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("path", ["few rows", "int8", "float"])
-@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(1, 8, 16), (5, 33, 17), (40, 64, 24)])
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs"), [(1, 8, 16), (5, 33, 17), (40, 64, 24), (40, 33, 1), (40, 1, 9)]
+)
 def test_products(rows: int, inputs: int, outputs: int, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if path != "few rows":
         monkeypatch.setattr(residues, "few_rows", lambda *arguments: False)
@@ -44,6 +46,7 @@ def test_products(rows: int, inputs: int, outputs: int, path: str, monkeypatch: 
     served = segment(weight)
     for transpose in (False, True):
         x = centred_residues(3, rows, outputs if transpose else inputs, seed=1)
+        torch.full((rows, 64), 7, dtype=torch.int32)  # what memory that nobody writes to would hold next
         y = served.multiply(x, transpose=transpose)
         assert y.dtype == torch.int8
         for i, p in enumerate(PRIMES[:3]):

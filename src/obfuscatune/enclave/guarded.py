@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
+from obfuscatune.enclave.remote.body import RemoteBody
 from obfuscatune.enclave.remote.passes import one_generation
+from obfuscatune.enclave.remote.whole import RemoteAttention
 from obfuscatune.enclave.remote.withdrawn import Fixed, Withdrawn
 from obfuscatune.errors import UnsupportedModelError
 
@@ -41,6 +43,16 @@ class Guarded(Fixed):
         """Generate, as ever; what the worker has a copy of is compared by value once, at the first step."""
         with one_generation():
             return super().generate(*args, **kwargs)  # type: ignore[misc]
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse at once what transformers would refuse request by request, each with an empty answer."""
+        if any(isinstance(module, RemoteAttention | RemoteBody) for module in self.modules()):
+            raise UnsupportedModelError(
+                "continuous batching (generate_batch) where attention and its cache are on the worker",
+                where=self.path,
+                hint='generate with rows padded on the left, obfuscatune serve, or protect with attention="enclave"',
+            )
+        return super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         for path, module in self.named_modules():  # here, before anything is loaded

@@ -1,5 +1,7 @@
 """Hooks, and forwards set on an instance: code that is lost where a module is not called any more."""
 
+from functools import partial
+
 from torch import nn
 from torch.nn.modules import module as torch_module
 
@@ -26,6 +28,20 @@ def has_hooks(module: nn.Module, *, after: bool = False) -> bool:
     kinds = [kind for kind in _KINDS if not (after and kind == "_forward_pre_hooks")]
     hooks = [hook for kind in kinds for hook in getattr(module, kind).values()]
     return any(getattr(hook, "__module__", "") != _HARMLESS for hook in hooks)
+
+
+def forget_adapters_of_rows(model: nn.Module, _: object, output: object) -> None:
+    """A forward hook that is called always: take PEFT's hooks of ``adapter_names`` off after a call that failed.
+
+    PEFT takes them off only after one that did not, and each later call would be refused for them.
+    """
+    if output is not None:
+        return
+    for module in model.modules():
+        for number, hook in list(module._forward_pre_hooks.items()):
+            if isinstance(hook, partial) and "adapter_names" in hook.keywords:
+                del module._forward_pre_hooks[number]
+                module._forward_pre_hooks_with_kwargs.pop(number, None)
 
 
 def has_hooks_on_all() -> bool:

@@ -1,5 +1,6 @@
 """``protect``, the door: keys a model's large layers onto a worker and gives the same model back."""
 
+import math
 import warnings
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -16,6 +17,7 @@ from obfuscatune.enclave.families.options import refuse_options
 from obfuscatune.enclave.frozen import are_frozen, refuse_training_of_all
 from obfuscatune.enclave.guard import Guard, refuse_looking_ahead
 from obfuscatune.enclave.guarded import guard_class
+from obfuscatune.enclave.hooks import forget_adapters_of_rows
 from obfuscatune.enclave.inputs import Inputs
 from obfuscatune.enclave.keys import MasterSecret
 from obfuscatune.enclave.lazy import lazy_weights
@@ -96,6 +98,7 @@ def protect(
         WorkerFault: the worker failed. BusyError: it has no place, and ``queue`` is off.
     """
     resolved = resolve(profile, **switches)
+    _check_options(worker, threads, timeout)
     causal_lm = _causal_lm(model)
     _refuse_protected(causal_lm)
     _check_tensors(causal_lm)
@@ -175,6 +178,7 @@ def protect(
         _refuse_output(causal_lm, "output_hidden_states", what)
     use_fast_head(causal_lm)
     refuse_training_of_all(causal_lm, frozen=frozen)
+    causal_lm.register_forward_hook(forget_adapters_of_rows, always_call=True)
     guard_class(causal_lm)
     for standin in causal_lm.modules():
         if isinstance(standin, Standin):
@@ -221,6 +225,16 @@ class _ByPart:
 
     def finish(self) -> None:
         """Nothing is of more than one block."""
+
+
+def _check_options(worker: Any, threads: Any, timeout: Any) -> None:
+    addresses = [worker] if isinstance(worker, str) or not isinstance(worker, Iterable) else list(worker)
+    if not addresses or not all(isinstance(address, str) for address in addresses):
+        raise UsageError("worker", got=ascii(worker)[:80], expected='"spawn", an address, or a list of addresses')
+    if threads is not None and (type(threads) is not int or threads < 1):
+        raise UsageError("threads of a worker", got=ascii(threads)[:40], expected="1 or more")
+    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout < math.inf:
+        raise UsageError("timeout", got=ascii(timeout)[:40], expected="seconds, above 0")
 
 
 def _addresses(worker: str | Sequence[str], profile: Profile) -> list[str]:
@@ -281,6 +295,10 @@ def _leaving(decoder: Decoder, profile: Profile) -> list[Block]:
 
 
 def _check_tensors(model: nn.Module) -> None:
+    if not torch.is_inference_mode_enabled() and any(p.is_inference() for p in model.parameters()):
+        raise UnsupportedModelError(
+            "a model that was made under torch.inference_mode()", hint="load it outside of that"
+        )
     # PEFT keeps the adapter of a half-precision model in float32; the model itself has one dtype.
     dtypes = {p.dtype for name, p in model.named_parameters() if p.is_floating_point() and "lora_" not in name}
     devices = {p.device.type for p in model.parameters()}

@@ -283,7 +283,10 @@ class Session(Secret):
             hint = "protect the model in the process that runs it; the session of the first process goes on"
             raise UsageError("a protected model in a process that was forked", where=layer, hint=hint)
         if self._ended is not None:
-            raise UsageError(self._ended, where=layer, hint="protect the model again, with a worker that runs")
+            hint = (
+                "load the model again and protect that, with a worker that runs; an adapter in the enclave can be saved"
+            )
+            raise UsageError(self._ended, where=layer, hint=hint)
 
     def _break(self, error: BaseException, layer: str) -> None:
         """End the session after an error on the connection, and raise the one that tells it; or return, to raise it."""

@@ -3,7 +3,7 @@
 import functools
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
 from obfuscatune.protocol.threads import threads_for
@@ -24,8 +24,10 @@ def on_threads(work: Callable[[int], T], threads: int) -> list[T]:
         with threads_for(0):
             return work(i)
 
-    others = [_pool().submit(one, i) for i in range(1, threads)]
+    others: list[Future[T]] = []
     try:
+        for i in range(1, threads):
+            others.append(_pool().submit(one, i))
         return [one(0), *(other.result() for other in others)]
     finally:
         wait(others)

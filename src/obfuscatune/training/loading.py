@@ -235,6 +235,10 @@ def _with_adapter(model: Any, name: str, path: str) -> Any:
             else:
                 found = PeftModel.from_pretrained(model, path, adapter_name=name)
     except Exception as error:  # a configuration that PEFT does not know fails in many ways
+        if "not found in the base model" in str(error) or type(error).__name__ == "NoMatchingPeftModuleError":
+            what, hint = "the adapter does not fit", "give the model that it was trained on"
+            got = "no layer that it names is in the model"
+            raise UnsupportedModelError(what, got=got, where=path, hint=hint) from error
         raise _unreadable("the adapter", path, error) from error
     wanted = get_peft_model_state_dict(found, save_embedding_layers=False, adapter_name=name)
     known = {*wanted, *found.state_dict()}  # an adapter may bring layers of the base along, whole
@@ -281,6 +285,8 @@ def _unreadable(what: str, name: str, error: Exception) -> UsageError:
     first = next((line.strip() for line in words if line.strip()), f"{type(error).__name__} in the reader")
     if named := _FIELD.match(str(error)):  # a name of the library's own
         first = f"{named[1]}, which does not fit"
+    if str(error).startswith("Can't find 'adapter_config.json'"):
+        first = "no adapter of that name, here or on the hub"
     return UsageError(
         f"cannot load {what}",
         got=first[:200],

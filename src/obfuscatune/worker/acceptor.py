@@ -110,14 +110,15 @@ class Acceptor:
 
     def _fork(self, accepted: socket.socket, source: str | None) -> None:
         self._count += 1
-        ours, theirs = socket.socketpair()
         parent = os.getpid()
+        pair: tuple[socket.socket, ...] = ()
         try:
+            pair = ours, theirs = socket.socketpair()
             pid = os.fork()
-        except OSError as error:
+        except OSError as error:  # out of descriptors, or of processes
             logger.warning("session %d: no process for it: %s", self._count, error.strerror)
-            ours.close()
-            theirs.close()
+            for end in pair:
+                end.close()
             return
         if pid == 0:
             self._become(parent, accepted, theirs, ours)

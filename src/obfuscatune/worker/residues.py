@@ -90,7 +90,7 @@ class ResidueSegment(Segment):
             sums = torch.empty(shape[1:], dtype=torch.int32, device=x.device)  # one for all: new memory costs faults
             for i in planes[first::threads]:
                 plane = columns[i - self.mine.start]
-                if not self._exact:
+                if not self._exact or x.shape[2] == 1:  # torch 2.13 leaves the int8 product of one term unwritten
                     sums = float_product(x[i], plane)
                 elif x.is_cpu:
                     torch._int_mm(x[i], plane, out=sums)
@@ -106,7 +106,8 @@ def refuse_second_point(sharing: Any, point: int) -> None:
     """Refuse another point of a sharing that a session of this worker has, or had, a point of: two are the secret.
 
     The enclave sees to it that no operator gets two; this is the second line, for one who started one worker twice. The
-    table is shared by all processes that the worker forks, and forgets after some thousands of sharings.
+    table is shared by all processes that the worker forks, and forgets after some thousands of sharings. It does not
+    know who defined a point: another operator of the sharing whom this worker lets in can have it refused here.
     """
     if not isinstance(sharing, str) or not 16 <= len(sharing) <= 64:
         raise ProtocolError("number of a sharing", got=type(sharing).__name__, expected="16 to 64 characters")

@@ -125,7 +125,10 @@ def test_concatenation_is_block_diagonal(master: MasterSecret) -> None:
         per_head(master.stream("c"), 2, 3, 9.0)[2],
     ]
     key = ConcatKey(parts)
-    assert torch.equal(key.dense(), torch.block_diag(*(part.dense() for part in parts)))
+    expected = torch.block_diag(*(part.dense() for part in parts))
+    assert torch.equal(key.dense() == 0, expected == 0)
+    # A product of more rows may add up in another order, on some CPUs.
+    assert torch.allclose(key.dense(), expected, rtol=0, atol=1e-14)
     assert key.condition_number == pytest.approx(9)
 
 

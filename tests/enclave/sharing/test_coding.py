@@ -128,6 +128,26 @@ def test_the_error_is_the_one_that_is_promised(primes: int, error: float) -> Non
             assert 0.5 * side.error < found < 2 * side.error
 
 
+def test_what_only_zeros_multiply_costs_no_precision() -> None:
+    """The gradient of outputs whose weights are all zero, and activations whose weights are, however large."""
+    w, x = gaussian(96, 64), gaussian(32, 96, seed=3)
+    w[:, :9], w[5] = 0, 0
+    x[:, 5] *= 1e6
+    for primes, bound in ((7, 5e-7), (6, 4e-6), (3, 1e-2)):
+        product = Product.of(w, Scheme.make(primes=primes))
+        for transpose, rows in ((False, x), (True, gaussian(32, 64, seed=4))):
+            true = rows.double() @ (w.T if transpose else w).double()
+            assert (product(rows, transpose=transpose) - true).norm() < bound * true.norm()
+
+
+def test_integers_of_a_tall_weight_stay_within_32_bits() -> None:
+    w, dy = gaussian(4000, 2), torch.eye(2)
+    true = dy.double() @ w.T.double()
+    product = Product.of(w, Scheme.make(primes=7))
+    assert product.integers.backward.most <= 2**30
+    assert (product(dy, transpose=True) - true).norm() < 5e-7 * true.norm()
+
+
 def test_a_channel_of_large_activations_and_small_weights_costs_no_precision() -> None:
     w, x = gaussian(512, 256), gaussian(64, 512, seed=3)
     x[:, 7] *= 1000

@@ -191,4 +191,5 @@ def _differentiable(x: Tensor, key: Key, product: Product, adjoint: Product) -> 
     if isinstance(key, IdentityKey) or not (x.requires_grad and torch.is_grad_enabled()):
         return product(x)
     result: Tensor = _LinearMap.apply(x, product, adjoint)  # type: ignore[no-untyped-call]
-    return result
+    # A view within is one for autograd too, and could not be changed in place, as a caller's hook on a layer may do.
+    return torch.unsafe_split_with_sizes(result, [key.size], dim=-1)[0]

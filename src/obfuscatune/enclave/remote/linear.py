@@ -95,7 +95,7 @@ class LinearGroup(ABC):
 
     def split(self, y: Tensor) -> Sequence[Tensor]:
         """Return the columns of each layer: nobody else has y, so whoever gets a piece may change it (OLMo clips q)."""
-        return torch.unsafe_split_with_sizes(y, self.widths, dim=-1) if len(self.widths) > 1 else (y,)
+        return torch.unsafe_split_with_sizes(y, self.widths, dim=-1)
 
 
 class KeyedGroup(LinearGroup):

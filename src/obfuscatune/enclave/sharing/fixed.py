@@ -5,7 +5,8 @@
 A weight W ``[in, out]`` is rounded once: ``w = rint(balance W columns)``, one scale for each column, so that its norm
 is about the root of M / 2, and a power of two for each row, below. A row of x gets the scale that makes its norm `most`
 at most, whatever it is; scales stay in the enclave. The gradient's rows are divided by the columns' scales first, and
-their bound is that of the rows of w. Rounding x and w is the only error; nothing is clipped.
+their bound is that of the rows of w. Rounding x and w is the only error; nothing is clipped. What only zeros multiply,
+as the gradient of an output whose weights are all zero, is left out: a row's scale is that of its other numbers then.
 
 A channel whose weights are small is often one whose activations are large. The power of two moves half of the
 imbalance, in orders of magnitude, from x into W: then neither's rounding is that of its largest channel.
@@ -22,6 +23,7 @@ from obfuscatune.errors import UnsupportedModelError, UsageError
 from obfuscatune.protocol.residues import MOST_TERMS
 
 ROOM = 0.999  # of M / 2: far more than float64 rounds
+_MOST_INTEGER = 2.0**30  # of a row, in the kernel's 32 bits
 _MOST_SHIFT = 20  # powers of two that a channel is moved by, at most
 _LARGEST_ERROR = 0.5  # of a product's typical size: more is not a result
 
@@ -94,7 +96,7 @@ def _side(integers: Tensor, scheme: Scheme, *, before: Tensor, after: Tensor, wh
     """The bound of rows that are multiplied by these integers ``[in, out]``."""
     width = integers.shape[0]
     largest = max(1.0, integers.norm(dim=0).max().item())
-    most, half = ROOM * scheme.modulus / 2 / largest, _half(width)
+    most, half = min(ROOM * scheme.modulus / 2 / largest, _MOST_INTEGER), _half(width)
     # Rounding moves each number by 1 / sqrt(12) of a unit, on both sides; a typical product is |x| |w| / sqrt(in).
     sizes = [max(size - half, 1e-9) for size in (most, math.sqrt(ROOM * scheme.modulus / 2))]
     error = math.sqrt(width / 12) * math.hypot(*(1 / size for size in sizes))
@@ -105,7 +107,7 @@ def _side(integers: Tensor, scheme: Scheme, *, before: Tensor, after: Tensor, wh
             hint="one prime more",
             where=where,
         )
-    return Side(before, after, most, error)
+    return Side(torch.where(integers.any(dim=1), before, 0.0), after, most, error)
 
 
 def _half(width: int) -> float:

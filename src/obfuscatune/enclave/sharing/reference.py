@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,7 +27,8 @@ def quantize(x: Tensor, column: Tensor, room: float, half: float) -> tuple[Tenso
     zero, finite = exponent < 18, torch.isfinite(top)
     coarse = torch.exp2((1041 - torch.where(zero | ~finite | (top == 0), 1041, exponent)).double())
     squares = (t * coarse[:, None]).nan_to_num().round().long().square().sum(dim=1)
-    scales = room * coarse / (squares.double().sqrt() + half)
+    norms = torch.from_numpy(np.sqrt(squares.double().numpy()))  # torch's own root is not always the nearest number
+    scales = room * coarse / (norms + half)
     scales = torch.where(zero | (top == 0), 1.0, scales)
     q = torch.where((zero | (top == 0) | ~finite)[:, None], 0.0, t * scales[:, None]).round().long()
     return q, torch.where(finite, scales, torch.nan)

@@ -126,7 +126,7 @@ class Workers(Secret):
         side, (images, _) = weight.backward if transpose else weight.forward, self._vectors(weight, transpose)
         started = time.process_time()
         seeds, planes = self._uniform.drawn(self.scheme, x.shape)
-        asked = [i for i in range(len(self.sessions)) if not self._is_out(i)]
+        asked = self._asked()
         made = range(len(seeds), len(self.sessions))
         memory = [self.sessions[i].empty if i in asked else torch.empty for i in made]
         out = [empty(planes.shape[1:], dtype=torch.int8) for empty in memory]
@@ -152,9 +152,11 @@ class Workers(Secret):
         self.seconds.send += time.perf_counter() - started
         return part
 
-    def _is_out(self, i: int) -> bool:
-        """Whether a worker is lost, or owes so many replies that it is asked for no more."""
-        return i in self._lost or (self._waiting is not None and self._waiting.is_late(i))
+    def _asked(self) -> list[int]:
+        """The workers that are not lost, without those that owe many replies, as long as enough others are left."""
+        left = [i for i in range(len(self.sessions)) if i not in self._lost]
+        prompt = [i for i in left if self._waiting is None or not self._waiting.is_late(i)]
+        return prompt if len(prompt) >= self.scheme.needed else left  # where many threads ask at once, all owe many
 
     def _share(
         self, name: str, header: dict[str, Any], seeds: Sequence[bytes], shares: Sequence[Tensor], i: int
@@ -243,7 +245,9 @@ class Workers(Secret):
             break
         weight.check.discard()
         self.close()
-        hint = None if liars else "with a spare worker, spares=1, the one that is wrong is named"
+        hint = "with a spare worker, spares=1, the one that is wrong is named"
+        if liars:
+            hint = f"named as if no more than {self.scheme.spares} lied: more together can make it look like another"
         named = liars or list(replies)
         call = part.pending[named[0]].id  # to each of them, unless one has been lost, of the same number
         return WorkerFault("a product is wrong", worker=self._names(named), layer=weight.path, call=call, hint=hint)

@@ -58,6 +58,18 @@ INLINE int16_t centred_wide(uint16_t v, uint16_t m, uint16_t p) {
 INLINE uint16_t rounded_up(uint16_t p) { return (uint16_t)(((1 << 22) + p - 1) / p); }
 INLINE uint16_t rounded_down(uint16_t p) { return (uint16_t)((1 << 22) / p); }
 
+/* The centred residue of any int32. The quotient is off by less than 6, as |x / p| < 2^25; made positive by 8 p. */
+INLINE int16_t reduced(int32_t x, uint16_t p, uint16_t m, float inverse) {
+    int32_t k = (int32_t)((float)x * inverse);
+    return centred((uint16_t)((uint32_t)x - (uint32_t)k * p + 8u * p + p / 2), m, p);
+}
+
+/* The same from 0 to p - 1. Not by %, whose time depends on the number on some CPUs. */
+INLINE int16_t residue(int32_t x, uint16_t p, uint16_t m, float inverse) {
+    int16_t r = reduced(x, p, m, inverse);
+    return (int16_t)(r + (p & (r >> 15)));
+}
+
 /* What makes sums of at least -least positive: a multiple of p, and the half that `centred` takes off. */
 INLINE uint16_t lift(int32_t least, uint16_t p) { return (uint16_t)((least + p - 1) / p * p + p / 2); }
 
@@ -164,7 +176,7 @@ INLINE int64_t encode_any(const struct encoding *e, int64_t begin, int64_t end) 
             for (int64_t i = 0; i < count; i++) {
                 const int32_t *qi = q + i * width;
                 int16_t *ri = r + i * width;
-                for (int64_t j = 0; j < width; j++) { /* |q| < 2^27: the quotient is off by less than 2 */
+                for (int64_t j = 0; j < width; j++) { /* |q| <= 2^30 + half: the quotient is off by less than 4 */
                     int32_t k = (int32_t)((float)qi[j] * inverse);
                     ri[j] = centred((uint16_t)(qi[j] - k * prime + four), m, p);
                 }
@@ -193,10 +205,8 @@ INLINE int64_t encode_any(const struct encoding *e, int64_t begin, int64_t end) 
             for (int64_t k = 0; k < checks; k++) {
                 int32_t sums[TILE];
                 dot_tile(r, width, count, e->vectors + (l * checks + k) * width, sums);
-                for (int64_t i = 0; i < count; i++) {
-                    int32_t residue = sums[i] % prime;
-                    e->images[((first + i) * L + l) * checks + k] = (int16_t)(residue < 0 ? residue + prime : residue);
-                }
+                for (int64_t i = 0; i < count; i++)
+                    e->images[((first + i) * L + l) * checks + k] = residue(sums[i], p, m, inverse);
             }
         }
     }
@@ -240,6 +250,7 @@ INLINE int64_t decode_any(const struct decoding *e, int64_t begin, int64_t end) 
         for (int64_t l = 0; l < L; l++) {
             const int32_t prime = e->primes[l], rest = whole[l >= 3] / prime;
             const uint16_t p = (uint16_t)prime, m = rounded_up(p), below = rounded_down(p);
+            const float inverse = 1.0f / p;
             const int64_t at = l * plane + first * width;
             int32_t *part = parts + (l >= 3) * TILE * width;
             for (int64_t s = 0, next; s < needed; s = next) { /* bytes that may be anything, up to three at a time */
@@ -265,11 +276,8 @@ INLINE int64_t decode_any(const struct decoding *e, int64_t begin, int64_t end) 
             for (int64_t k = 0; k < checks; k++) {
                 int32_t sums[TILE];
                 dot_tile(r, width, count, e->vectors + (l * checks + k) * width, sums);
-                for (int64_t i = 0; i < count; i++) {
-                    int32_t residue = sums[i] % prime;
-                    if (e->images[((first + i) * L + l) * checks + k] != (residue < 0 ? residue + prime : residue))
-                        goto end;
-                }
+                for (int64_t i = 0; i < count; i++)
+                    if (e->images[((first + i) * L + l) * checks + k] != residue(sums[i], p, m, inverse)) goto end;
             }
         }
         for (int64_t i = 0; i < count; i++) {
@@ -292,12 +300,9 @@ FOR_EACH_CPU(decode, (const struct decoding *e, int64_t begin, int64_t end), (e,
 
 /* The centred residues of int32 numbers. */
 INLINE int64_t reduce_any(const int32_t *x, int64_t n, int32_t prime, int8_t *out) {
-    const uint16_t p = (uint16_t)prime, m = rounded_up(p), eight = 8 * p + p / 2;
+    const uint16_t p = (uint16_t)prime, m = rounded_up(p);
     const float inverse = 1.0f / p;
-    for (int64_t j = 0; j < n; j++) { /* |x / p| < 2^25: the quotient is off by less than 6 */
-        int32_t k = (int32_t)((float)x[j] * inverse);
-        out[j] = (int8_t)centred((uint16_t)(x[j] - k * prime + eight), m, p);
-    }
+    for (int64_t j = 0; j < n; j++) out[j] = (int8_t)reduced(x[j], p, m, inverse);
     return n;
 }
 FOR_EACH_CPU(reduce, (const int32_t *x, int64_t n, int32_t prime, int8_t *out), (x, n, prime, out))
