@@ -29,7 +29,7 @@ def torchrun(directory: Path, processes: int, *more: str) -> Iterator[tuple[str,
     """A worker of so many processes, by its address, and torchrun's own process."""
     address = f"unix://{directory}/w"
     # torchrun ends all when it sees that one has died: here late enough for the others to be asked who.
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--monitor-interval", "30"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--monitor-interval", "600"]
     command += ["--nproc-per-node", str(processes), "-m", "obfuscatune.worker", "--listen", address, "--threads", "1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
     with (
