@@ -97,7 +97,7 @@ def test_an_adapter_of_another_kind_of_model_is_refused(tmp_path: Path) -> None:
 
 def test_an_adapter_that_is_nowhere_is_named_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UsageError, match=r"no adapter of that name, here or on the hub \(at nosuch\)"):
+    with pytest.raises(UsageError, match=r"no adapter of that name was found, here or on the hub \(at nosuch\)"):
         load_adapter(GPT2LMHeadModel(GPT2Config(**TINY)), "nosuch")
 
 

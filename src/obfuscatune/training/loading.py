@@ -286,7 +286,7 @@ def _unreadable(what: str, name: str, error: Exception) -> UsageError:
     if named := _FIELD.match(str(error)):  # a name of the library's own
         first = f"{named[1]}, which does not fit"
     if str(error).startswith("Can't find 'adapter_config.json'"):
-        first = "no adapter of that name, here or on the hub"
+        first = "no adapter of that name was found, here or on the hub"
     return UsageError(
         f"cannot load {what}",
         got=first[:200],
