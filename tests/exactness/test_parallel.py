@@ -3,9 +3,11 @@
 import contextlib
 import copy
 import os
+import select
 import signal
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,9 +30,8 @@ PROFILES = ["plain", "naive", "paper", "balanced", "strict", "stream"]
 def torchrun(directory: Path, processes: int, *more: str) -> Iterator[tuple[str, "subprocess.Popen[str]"]]:
     """A worker of so many processes, by its address, and torchrun's own process."""
     address = f"unix://{directory}/w"
-    # torchrun ends all when it sees that one has died: here late enough for the others to be asked who.
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--monitor-interval", "600"]
-    command += ["--nproc-per-node", str(processes), "-m", "obfuscatune.worker", "--listen", address, "--threads", "1"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command += ["-m", "obfuscatune.worker", "--listen", address, "--threads", "1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
     with (
         open(directory / "log", "w") as log,
@@ -155,8 +156,21 @@ def test_a_dead_rank_ends_the_session_with_its_name(
     ):
         protected.model(tokens(1, 5))
         os.kill(ranks_of(process)[victim], signal.SIGKILL)
+        deadline = time.monotonic() + 60
+        while "closing signal SIGTERM" not in (tmp_path / "log").read_text():  # torchrun ends the others
+            assert time.monotonic() < deadline
+            select.select([], [], [], 0.02)
         with pytest.raises(WorkerFault, match=f"rank {victim} of the worker is gone"):
             protected.model(tokens(1, 5))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_group_that_is_told_to_end_ends(number: signal.Signals, tmp_path: Path) -> None:
+    """torchrun kills what is left after 30 s, and then the socket's file stays behind."""
+    with torchrun(tmp_path, 2) as (_, process):
+        process.send_signal(number)
+        process.wait(25)
+    assert not (tmp_path / "w").exists()
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from obfuscatune.worker import outside, sandbox
 from obfuscatune.worker.acceptor import Acceptor, Bounds, die_with_parent
 from obfuscatune.worker.budget import budget_of_each, free_bytes
 from obfuscatune.worker.child import Service
-from obfuscatune.worker.parallel import Group, follow
+from obfuscatune.worker.parallel import ENDING_SECONDS, Group, follow
 from obfuscatune.worker.server import serve_connection
 from obfuscatune.worker.session import WorkerSession
 
@@ -30,7 +30,8 @@ from obfuscatune.worker.session import WorkerSession
 def _serve(options: argparse.Namespace) -> None:
     """Serve at an inherited listening socket until interrupted."""
     die_with_parent(os.getppid())
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     credentials = None if options.credentials is None else outside.read_credentials(options.credentials)
     free = _free(options.device)
     each = int(options.memory_gb * 1e9) if options.memory_gb else budget_of_each(free, options.max_sessions)
@@ -39,13 +40,21 @@ def _serve(options: argparse.Namespace) -> None:
     # The first backward of a process makes torch import this, 0.3 s. Sessions are forks of this process.
     importlib.import_module("torch.fx.experimental.symbolic_shapes")
     listener = socket.socket(fileno=options.listener)
-    acceptor = Acceptor(listener, service, Bounds(max_sessions=options.max_sessions))
+    ending_seconds = ENDING_SECONDS if Group.of_environment()[1] > 1 else 0.0
+    acceptor = Acceptor(listener, service, Bounds(max_sessions=options.max_sessions, ending_seconds=ending_seconds))
     shown = _shown(listener, credentials)
     sessions = "1 session" if options.max_sessions == 1 else f"{options.max_sessions} sessions"
     # The port is the one that port 0 became, and the fingerprint makes it what an enclave is given.
     print(f"worker listening on {shown} ({options.device}, {sessions} of {each / 1e9:.1f} GB)", flush=True)
     with contextlib.suppress(KeyboardInterrupt):
         acceptor.serve()
+
+
+def _interrupt(number: int, _frame: object) -> None:
+    """End the worker. torchrun and the process around this one both say so: the second time changes nothing."""
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def _shown(listener: socket.socket, credentials: Credentials | None) -> str:
@@ -69,7 +78,7 @@ def _follow(options: argparse.Namespace) -> None:
     device = _own(options.device)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 decides, and torchrun ends the others
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # of torchrun, whose Ctrl-C it is
     budget = int(options.memory_gb * 1e9) if options.memory_gb else None
 
     def serve(group: Group) -> None:

@@ -38,7 +38,7 @@ class Bounds:
     Attributes:
         max_sessions: served at once. max_waiting: greeted and in the queue. max_greeting: that have not greeted yet;
             max_greeting_each: of these, from one address of another machine. greeting_seconds: to greet in, the TLS
-            handshake included.
+            handshake included. ending_seconds: for sessions to end by themselves, when the worker is to end.
     """
 
     max_sessions: int = 1
@@ -46,6 +46,7 @@ class Bounds:
     max_greeting: int = 64
     max_greeting_each: int = 16
     greeting_seconds: float = 30.0
+    ending_seconds: float = 0.0
 
 
 @dataclass(eq=False)
@@ -87,9 +88,18 @@ class Acceptor:
                         self._hear(key.data)
                 self._advance()
         finally:
-            for child in [*self._greeting, *self._waiting, *self._served]:
+            self._leave_time()
+            for child in self._all():
                 self._end(child)
             self._selector.close()
+
+    def _leave_time(self) -> None:
+        """Wait for the sessions to end by themselves, within their time; nobody else is let in."""
+        self._selector.unregister(self._listener)
+        deadline = time.monotonic() + self._bounds.ending_seconds
+        while self._served and (left := deadline - time.monotonic()) > 0:
+            for key, _ in self._selector.select(left):
+                self._hear(key.data)
 
     def _accept(self) -> None:
         try:
@@ -132,9 +142,9 @@ class Acceptor:
         """Be a session's process from here on; does not return."""
         status = 1
         try:
-            # Ctrl-C goes to the whole group, and is the acceptor's to decide; it ends its children by a signal.
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            # Ctrl-C and torchrun's signal go to the whole group. When sessions end is for the acceptor to decide.
+            for signalled in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(signalled, signal.SIG_IGN)
             die_with_parent(parent)
             # Another session's descriptors: that it has ended would be seen by nobody while they are open here.
             for other in self._all():

@@ -19,9 +19,9 @@ from obfuscatune.protocol.address import Address, close_listener, listen
 from obfuscatune.protocol.tls import MAX_CREDENTIALS_BYTES, Credentials
 from obfuscatune.protocol.waiting import WAITING
 from obfuscatune.worker import sandbox
-from obfuscatune.worker.parallel import Group
+from obfuscatune.worker.parallel import ENDING_SECONDS, Group
 
-_ENDING_SECONDS = 10.0
+_ENDING_SECONDS = 2 * ENDING_SECONDS
 # numpy's BLAS, which is never used here, would start threads; the worker forks, and must have one alone.
 _ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1"}
 

@@ -16,6 +16,7 @@ bits of masks. So the two collectives stand where they are needed. Source: Shoey
 
 import logging
 import os
+import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,9 +35,11 @@ logger = logging.getLogger(__name__)
 _THINKING = timedelta(days=30)  # between two requests an enclave takes as long as it likes
 _COMPUTING = timedelta(minutes=5)  # within one of them no process waits longer for another
 _PROBE = timedelta(seconds=0.5)
+_ENDS = {signal.SIGINT, signal.SIGTERM}  # what torchrun ends its processes by
 _STAYING_SECONDS = (
     10.0  # of who has lost the others: rank 0 is finding out who is gone, by whose connections are closed
 )
+ENDING_SECONDS = 10.0  # of a session when torchrun ends the group: for its enclave to ask, and be told who is gone
 
 
 class GroupError(Exception):
@@ -83,7 +86,7 @@ class Group:
             session = store.add("obfuscatune sessions", 1)
             store.set(f"obfuscatune session {session}", "open")
         else:
-            store.wait([f"obfuscatune session {session}"], _THINKING)
+            _wait_for_session(store, session)
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             store=torch.distributed.PrefixStore(  # type: ignore[attr-defined]
@@ -193,6 +196,17 @@ class Group:
 ALONE = Group()
 
 
+def _wait_for_session(store: Any, session: int) -> None:
+    """Wait for rank 0 to open a session. Here, and nowhere else, torchrun's signals end this process.
+
+    torchrun ends all processes as soon as it sees that one has died. Rank 0 then still has to find out which one, by
+    whose connections are closed, so the living ones stay to the end of the session.
+    """
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDS)
+    store.wait([f"obfuscatune session {session}"], _THINKING)
+    signal.pthread_sigmask(signal.SIG_BLOCK, _ENDS)
+
+
 def _bytes_of(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
 
@@ -235,6 +249,7 @@ def follow(device: torch.device, serve: Callable[[Group], None]) -> None:
     Args:
         serve: does what rank 0 hands on, to the end of one session.
     """
+    signal.pthread_sigmask(signal.SIG_BLOCK, _ENDS)  # before there are threads: none of them is to get it either
     session = 0
     while True:
         session += 1
