@@ -62,6 +62,11 @@ def test_the_worker_loads_nothing_but_what_is_listed(libraries: set[str]) -> Non
     )
 
 
+def test_what_stands_around_a_worker_needs_no_torch() -> None:
+    """It stays as long as the worker, in a process of its own: torch would take 250 MB of memory there."""
+    assert "torch" not in loaded_after(["obfuscatune.worker.__main__", "obfuscatune.worker.outside"])
+
+
 @pytest.mark.parametrize(
     "module",
     [

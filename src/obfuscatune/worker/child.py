@@ -20,6 +20,7 @@ from obfuscatune.protocol.tls import accept_tls, reason
 from obfuscatune.worker.budget import limit_process
 from obfuscatune.worker.parallel import Group
 from obfuscatune.worker.server import error_reply, serve_connection
+from obfuscatune.worker.torchrun import rank_and_size
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ def serve_child(sock: socket.socket, control: socket.socket, service: Service, n
         _prepare(service)
         return True
 
-    join = partial(Group.join, service.device) if Group.of_environment()[1] > 1 else None
+    join = partial(Group.join, service.device) if rank_and_size()[1] > 1 else None
     serve_connection(connection, service.device, budget=service.budget, admit=admit, join=join)
 
 

@@ -19,7 +19,7 @@ from obfuscatune.protocol.address import Address, close_listener, listen
 from obfuscatune.protocol.tls import MAX_CREDENTIALS_BYTES, Credentials
 from obfuscatune.protocol.waiting import WAITING
 from obfuscatune.worker import sandbox
-from obfuscatune.worker.parallel import ENDING_SECONDS, Group
+from obfuscatune.worker.torchrun import ENDING_SECONDS, rank_and_size
 
 _ENDING_SECONDS = 2 * ENDING_SECONDS
 # numpy's BLAS, which is never used here, would start threads; the worker forks, and must have one alone.
@@ -50,7 +50,7 @@ def run(
     """
     address = Address.parse(listen_on)
     _check(address, credentials, insecure)
-    rank, size = Group.of_environment()
+    rank, size = rank_and_size()
     if size > 1:
         mode = _without_sandbox(mode, arguments)
         if rank:  # torchrun goes on watching this process

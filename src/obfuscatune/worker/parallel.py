@@ -29,6 +29,7 @@ from torch import Tensor
 
 from obfuscatune.errors import ProtocolError
 from obfuscatune.protocol.frames import PREFIX, TensorSpec, decode_header, decode_prefix, encode_head
+from obfuscatune.worker.torchrun import rank_and_size
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,6 @@ _ENDS = {signal.SIGINT, signal.SIGTERM}  # what torchrun ends its processes by
 _STAYING_SECONDS = (
     10.0  # of who has lost the others: rank 0 is finding out who is gone, by whose connections are closed
 )
-ENDING_SECONDS = 10.0  # of a session when torchrun ends the group: for its enclave to ask, and be told who is gone
 
 
 class GroupError(Exception):
@@ -67,18 +67,13 @@ class Group:
         self._requests, self._products, self._pairs = requests, products, pairs
 
     @classmethod
-    def of_environment(cls) -> tuple[int, int]:
-        """Return rank and size, as torchrun tells; (0, 1) without it."""
-        return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-
-    @classmethod
     def join(cls, device: torch.device, *, session: int | None = None) -> "Group":
         """Meet the other processes for one session, and return their group.
 
         Args:
             session: the number of the session to wait for; None: the next one, which this process, rank 0, opens.
         """
-        rank, size = cls.of_environment()
+        rank, size = rank_and_size()
         store = torch.distributed.TCPStore(  # type: ignore[attr-defined]
             os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False
         )
