@@ -1,5 +1,6 @@
 """What all tests share: no network, two threads, hypothesis without a clock, data beside the checkout."""
 
+import gc
 import os
 import signal
 from collections.abc import Callable
@@ -20,6 +21,12 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # A shared machine may stall any example, and the examples must be the same on every run.
 settings.register_profile("tests", deadline=None, derandomize=True)
 settings.load_profile("tests")
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: the collector need not look at those million objects in every test."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

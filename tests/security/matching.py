@@ -33,13 +33,14 @@ def vectors_of(tensors: Iterable[Tensor], *, columns: bool = True) -> Vectors:
     """All different telling rows, and columns, of the tensors, seen as matrices with the last axis as it is."""
     found: dict[int, list[Tensor]] = {}
     for tensor in tensors:
-        if tensor.is_complex() or tensor.ndim == 0:
+        if tensor.is_complex() or tensor.ndim == 0 or not tensor.numel():
             continue
-        matrix = tensor.detach().double().reshape(-1, tensor.shape[-1]) if tensor.numel() else tensor.new_empty(0, 0)
+        matrix = tensor.detach().double().reshape(-1, tensor.shape[-1])
         for rows in (matrix, matrix.T) if columns else (matrix,):
-            if rows.shape[1] >= MIN_LENGTH and rows.shape[0] and (telling := _telling(rows)).numel():
-                found.setdefault(rows.shape[1], []).append(telling)
-    return {n: torch.cat(parts).unique(dim=0) for n, parts in found.items()}
+            if rows.shape[1] >= MIN_LENGTH:
+                found.setdefault(rows.shape[1], []).append(rows)
+    telling = {n: _telling(torch.cat(parts)) for n, parts in found.items()}
+    return {n: vectors.unique(dim=0) for n, vectors in telling.items() if vectors.numel()}
 
 
 def _telling(rows: Tensor) -> Tensor:
@@ -78,5 +79,8 @@ def _close(needles: Tensor, haystack: Tensor | None, tolerance: float, *, share:
         return False
     # |p - s|^2 = 2 - 2 p.s for unit vectors, in float64: 1e-16 is far below the square of the tolerance.
     least = 1 - tolerance**2 / 2
-    found = sum(int(((part @ haystack.T).abs() >= least).any(dim=1).sum()) for part in needles.split(2048))
+    found = 0
+    for part in needles.split(2048):
+        lowest, highest = (part @ haystack.T).aminmax(dim=1)
+        found += int((torch.maximum(-lowest, highest) >= least).sum())
     return found > share * len(needles)
