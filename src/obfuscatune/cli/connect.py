@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from obfuscatune.cli.connecting import EnclaveOptions
-from obfuscatune.cli.job import load_job
+from obfuscatune.cli.contract import load_job
 from obfuscatune.cli.options import ConfigOptions, option, takes
 from obfuscatune.cli.serve import announce, require_packages
 
