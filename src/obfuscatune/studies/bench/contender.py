@@ -40,7 +40,8 @@ class ContenderSpec:
     Attributes:
         size: a key of ``SIZES``, or any name where there is a directory. shape: of the workloads.
         profile: the switches of a profile; None runs the model in the clear, as Hugging Face and PEFT do.
-        threads: of this process, and as many of its worker, which computes while this process waits.
+        threads: of this process, and as many of its worker, which computes while this process waits. Workers of shares
+            compute at the same time, and have the parts of them that `protect` gives each.
         device: where the plain model runs, or the worker. dtype: of the weights.
         directory: of the model; None builds a GPT-2 of that size in memory. link: how the worker is reached.
     """
@@ -82,7 +83,8 @@ class Contender:
             return {"obfuscation_seconds": 0.0}
         options: dict[str, Any] = {}
         if self.spec.profile.remote:
-            at = worker_at(self.spec.link, device=self.spec.device, threads=self.spec.threads)
+            threads = None if self.spec.profile.shares else self.spec.threads
+            at = worker_at(self.spec.link, device=self.spec.device, threads=threads)
             options = self._worker.enter_context(at)
         started = time.perf_counter()
         self.protected = protect(self._model, profile=self.spec.profile, **options)

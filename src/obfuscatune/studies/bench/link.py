@@ -32,7 +32,7 @@ def split_link(text: str) -> tuple[str, LinkKind]:
 
 
 @contextlib.contextmanager
-def worker_at(link: LinkKind, *, device: str, threads: int) -> Iterator[dict[str, Any]]:
+def worker_at(link: LinkKind, *, device: str, threads: int | None) -> Iterator[dict[str, Any]]:
     """Yield the arguments of ``protect`` that name a worker reached by such a link.
 
     Raises:
@@ -46,7 +46,8 @@ def worker_at(link: LinkKind, *, device: str, threads: int) -> Iterator[dict[str
         return
     with tempfile.TemporaryDirectory(prefix="obfuscatune-bench-") as name:  # made with mode 0700
         command = [sys.executable, "-m", "obfuscatune", "worker", "--listen", f"{link}://127.0.0.1:0"]
-        command += ["--device", device, "--threads", str(threads), "--sandbox", "none"]
+        command += ["--device", device, "--sandbox", "none"]
+        command += [] if threads is None else ["--threads", str(threads)]
         options: dict[str, Any] = {}
         if link == "tls":
             more, options = _identities(Path(name))
