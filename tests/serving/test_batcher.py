@@ -131,3 +131,15 @@ def test_continuous_batching_of_transformers_runs_only_where_attention_is_here(p
             return
         (found,) = protected.model.generate_batch([prompt], config, batching, progress_bar=False).values()
     assert (found.error, found.generated_tokens) == (None, out)
+
+
+def test_a_token_that_was_not_taken_is_chosen_again_by_the_same_random_number(run: Any) -> None:
+    """A batch may fail after a row's choice: alone, the row goes on as if nothing had happened."""
+    scores = torch.randn(1, 300, generator=torch.Generator().manual_seed(0))
+
+    def tokens(tries: int) -> list[int]:
+        chooser = Settings(longest=9, temperature=1.0, seed=5).chooser()
+        assert chooser is not None
+        return [[chooser.choose(number, None, scores.clone()) for _ in range(tries)][-1] for number in range(9)]
+
+    assert tokens(1) == tokens(2) and len(set(tokens(1))) > 5

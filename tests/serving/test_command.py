@@ -65,7 +65,12 @@ def test_it_serves_until_sigterm_and_answers_what_it_has(model_dir: Path, adapte
         (["--token_file", "nowhere"], "cannot read the file"),
         (["--token_file", "open"], "others can read the tokens"),
         (["--token_file", "short"], "at least 20"),
-        (["--request_seconds", "0"], "takes time"),
+        (["--request_seconds", "0"], "request_seconds"),
+        (["--adapter", "train=dir"], "PyTorch uses itself"),
+        (["--adapter", "lora_A=dir"], "PyTorch uses itself"),
+        (["--adapter", "weight=dir"], "PyTorch uses itself"),
+        (["--allowed_host", "example.org:443"], "name of a host"),
+        (["--chat_template", "broken"], "not valid Jinja"),
         (["--port", "70000"], "above 65535"),
         (["--host", "127.0.0.256", "--insecure_http"], "cannot listen"),
         (["--chat_template", "binary"], "no UTF-8"),
@@ -81,6 +86,7 @@ def test_misuse_is_told_in_a_line(
     (tmp_path / "short").write_text("secret\n")
     (tmp_path / "short").chmod(0o600)
     (tmp_path / "binary").write_bytes(b"\xff\xfe")
+    (tmp_path / "broken").write_text("{{ messages")
     port = [] if "--port" in options else ["--port", "0"]
     profile = [] if "--profile" in options else ["--profile", "enclave"]
     assert main(["serve", "--model_name_or_path", str(model_dir), *port, *profile, *options]) == 2

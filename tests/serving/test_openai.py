@@ -10,18 +10,20 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import openai
 import pytest
 from openai import AsyncOpenAI
+from transformers import GenerationConfig
 from transformers.cli.serving.utils import _StreamError
 
 from obfuscatune.errors import UsageError
 from obfuscatune.profiles import resolve
 from obfuscatune.serving.handlers import ChatHandler, Manager, Prompts, TextHandler
 from obfuscatune.serving.limits import Limits
-from obfuscatune.serving.models import ServedModel, serve_model
+from obfuscatune.serving.models import ServedModel, _take_defaults, serve_model
 from obfuscatune.serving.refusal import Refusal
 
 from .conftest import ADAPTERS, TOKEN, Running, serving
@@ -482,6 +484,31 @@ def test_settings_that_transformers_refuses_are_found_before_anybody_asks(
     protection = {"profile": resolve("enclave"), "worker": ["spawn"], "threads": 1, "timeout": 60.0}
     with pytest.raises(UsageError, match=r"generat"), serve_model(str(directory), "float32", {}, protection, None):
         pass
+
+
+@pytest.mark.parametrize(
+    ("settings", "defaults"),
+    [
+        ({"do_sample": True}, (1.0, 1.0, 50)),  # transformers' own, where nothing is said
+        ({"do_sample": True, "temperature": 0.6, "top_p": 0.0, "top_k": 0}, (0.6, 0.0, 0)),
+        ({"do_sample": False, "top_k": 7}, (0.0, 1.0, 0)),
+        ({"do_sample": True, "min_p": 0.1}, "min_p"),
+        ({"do_sample": True, "typical_p": 0.5}, "typical_p"),
+        ({"begin_suppress_tokens": [5]}, "begin_suppress_tokens"),
+        ({"exponential_decay_length_penalty": [2, 1.5]}, "exponential_decay_length_penalty"),
+        ({"forced_eos_token_id": 5}, "forced_eos_token_id"),
+    ],
+)
+def test_the_models_own_way_of_generating_is_taken_over_or_refused(
+    settings: dict[str, Any], defaults: Any, model_dir: Path
+) -> None:
+    model: Any = SimpleNamespace(generation_config=GenerationConfig(**settings))
+    if isinstance(defaults, str):
+        with pytest.raises(UsageError, match=f"^{defaults} in the model's generation_config.json"):
+            _take_defaults(model)
+    else:
+        taken = _take_defaults(model)
+        assert (taken.temperature, taken.top_p, taken.top_k) == defaults
 
 
 def test_a_failed_worker_is_told_and_ends_the_server(model_dir) -> None:

@@ -9,10 +9,14 @@ from typing import Any
 
 import pytest
 
-from obfuscatune.errors import ConnectionClosedError
+from obfuscatune.errors import BusyError, ConnectionClosedError, ConsentError
+from obfuscatune.parties.vocabulary import TOO_MANY
+from obfuscatune.serving.limits import Limits
+from obfuscatune.serving.metrics import Metrics
 from obfuscatune.serving.question import Question
 from obfuscatune.serving.refusal import Refusal
 from obfuscatune.serving.relay import PARALLEL, Enclave
+from obfuscatune.serving.relayed import offer
 from obfuscatune.serving.sampling import Settings
 from obfuscatune.serving.seeds import MOST, SECONDS, Seeds
 
@@ -82,6 +86,75 @@ def test_who_leaves_gives_the_place_back_and_the_channel_up() -> None:
         await asyncio.gather(*tasks[1 : PARALLEL + 1])
         assert [one.text for one in questions] == ["", *["text"] * PARALLEL, "", ""]
         assert enclave.load() == (0, 0) and len(channels) == PARALLEL + 1
+
+    asyncio.run(scene())
+
+
+def test_a_question_waits_until_the_enclave_has_seen_that_another_client_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("obfuscatune.serving.relay._PAUSE", 0.0)
+    tries = list[int]()
+
+    def answer(channel: Channel) -> Parts:
+        tries.append(1)
+        if len(tries) < 3:
+            raise BusyError(TOO_MANY)
+        yield REPLY, b"text"
+
+    one = question()
+    asyncio.run(enclave_of(answer).complete(one))
+    assert one.text == "text" and len(tries) == 3
+
+
+def asked(answer: Callable[[Channel], Parts], *, stream: bool) -> str:
+    """The body of the reply to a completion of at most five tokens; raises Refusal where its status tells."""
+
+    async def scene() -> str:
+        offered = offer(enclave_of(answer), Limits(max_new_tokens=5), Metrics())
+        body = {"model": "job", "prompt": "x", "max_tokens": 5, "stream": stream}
+        reply: Any = await offered.text.answer(body, "id", again=False)
+        return "".join([chunk async for chunk in reply.body_iterator]) if stream else reply.body.decode()
+
+    return asyncio.run(scene())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("tokens", "ended", "reason"), [(3, 1, "stop"), (5, 0, "length"), (3, 0, "length")])
+def test_why_a_completion_ended_is_told(tokens: int, ended: int, reason: str, stream: bool) -> None:
+    """In the last case by the context, of which the enclave knows."""
+    counts = {"prompt_tokens": [93], "completion_tokens": [tokens], "ended": [ended]}
+    parts = [({"tokens": tokens}, b"abc"), (counts, b"")] if stream else [(counts, b'["abc"]')]
+    assert f'"finish_reason":"{reason}"' in asked(lambda channel: iter(parts), stream=stream)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_fails_before_any_text_has_a_status(stream: bool) -> None:
+    def answer(channel: Channel) -> Parts:
+        raise ConsentError("the quota is used up")
+        yield REPLY, b""
+
+    with pytest.raises(Refusal, match="used up") as refused:
+        asked(answer, stream=stream)
+    assert refused.value.status == 403
+
+
+def test_who_leaves_before_a_stream_begins_is_given_up() -> None:
+    begun, left = threading.Event(), threading.Event()
+
+    def answer(channel: Channel) -> Parts:
+        begun.set()
+        left.set() if channel.closed.wait(30) else None
+        raise ConnectionClosedError("connection is closed")
+        yield REPLY, b""
+
+    async def scene() -> None:
+        offered = offer(enclave_of(answer), Limits(max_new_tokens=5), Metrics())
+        work = asyncio.create_task(
+            offered.text.answer({"model": "job", "prompt": "x", "stream": True}, "id", again=False)
+        )
+        await asyncio.to_thread(begun.wait, 30)
+        work.cancel()
+        await asyncio.gather(work, return_exceptions=True)
+        assert await asyncio.to_thread(left.wait, 30)
 
     asyncio.run(scene())
 

@@ -6,11 +6,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from tokenizers.normalizers import NFKC
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from obfuscatune.errors import DataError, UsageError
-from obfuscatune.training.chat import prompt_tokens
+from obfuscatune.training.chat import prompt_tokens, spells_special
 from obfuscatune.training.data import Row, completed_row, read_prompts, read_rows
 from obfuscatune.training.encoding import Collator, encode_rows
 from obfuscatune.training.jsonl import MAX_LINE_BYTES
@@ -218,6 +219,15 @@ def test_a_template_that_leaves_out_what_is_said_is_refused(new_tokenizer: NewTo
     assert prompt_tokens(tokenizer, (("user", "before"), ("assistant", "yes"), ("user", " one ")), "x") == list(
         tokenizer("one")["input_ids"]
     )
+
+
+def test_a_turn_that_spells_a_special_token_in_other_letters_is_found(new_tokenizer: NewTokenizer) -> None:
+    tokenizer = new_tokenizer()
+    tokenizer.add_tokens([AddedToken("|end|", special=True, normalized=True)], special_tokens=True)
+    turns = [("user", "fine"), ("user", "\uff5cend\uff5c")]  # full-width bars
+    assert spells_special(tokenizer, turns) is None
+    tokenizer.backend_tokenizer.normalizer = NFKC()
+    assert spells_special(tokenizer, turns) == 1
 
 
 def test_messages_follow_the_template_of_the_tokenizer(new_tokenizer: NewTokenizer) -> None:

@@ -2,6 +2,7 @@
 
 # ruff: noqa: RUF009 - option() makes a field, which is what the rule wants there
 
+import re
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +11,16 @@ from obfuscatune.cli.connecting import EnclaveOptions
 from obfuscatune.cli.contract import load_job
 from obfuscatune.cli.options import ConfigOptions, option, takes
 from obfuscatune.cli.serve import announce, require_packages
+from obfuscatune.errors import UsageError
 
 EPILOG = (
     "Examples:\n\nobfuscatune connect --job ../provider/job.json\n\n"
     "obfuscatune connect --enclave tls://HOST:7443 --policy clinic.toml --identity clinic.key\n\n"
     "OPENAI_BASE_URL=http://127.0.0.1:8000/v1 OPENAI_API_KEY=TOKEN python client.py"
 )
+
+
+_NAME = re.compile(r"[A-Za-z0-9._:-]{1,64}")  # a part of the path of /v1/models
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,13 +30,16 @@ class ConnectOptions(EnclaveOptions, ConfigOptions):
     job: Path | None = option("the job file whose trained model is queried; default: job.json in your folder", None)
     name: str = option("what clients call the model", "job")
     port: int = option("port on 127.0.0.1; 0 takes a free one", 8000, min=0, ceiling=65535)
-    reply_seconds: float = option("seconds that a request may take, waiting included", 600.0)
+    reply_seconds: float = option("seconds that a request may take, waiting included", 600.0, min=1e-3, ceiling=1e6)
 
 
 @takes(ConnectOptions)
 def command(options: ConnectOptions) -> None:
     """Verify an enclave, and serve the model of a finished job on 127.0.0.1. If it is refused, no port is opened."""
     require_packages()
+    if not _NAME.fullmatch(options.name):
+        expected = "letters, digits and . _ : -, up to 64"
+        raise UsageError("name of the model", got=options.name, expected=expected, where="--name")
     from obfuscatune.serving.app import build_app
     from obfuscatune.serving.limits import Limits
     from obfuscatune.serving.metrics import Metrics

@@ -27,6 +27,7 @@ EPILOG = (
 _SERVER: dict[str, Any] = {"rich_help_panel": "Server"}
 _LIMITS: dict[str, Any] = {"rich_help_panel": "Limits"}
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")  # PEFT makes modules of them, so no dots
+_TAKEN = ("weight", "bias")  # of PEFT's layers
 LEAST_TOKEN = 20  # characters
 
 
@@ -50,7 +51,9 @@ class ServeOptions(ModelOptions, ProtectionOptions, ConfigOptions):
     max_batch: int = option("requests computed together", 8, min=1, **_LIMITS)
     max_queue: int = option("requests that wait; more are answered 429", 64, min=1, **_LIMITS)
     max_new_tokens: int = option("longest completion", 512, min=1, **_LIMITS)
-    request_seconds: float = option("that a request may take, waiting included", 300.0, **_LIMITS)
+    request_seconds: float = option(
+        "that a request may take, waiting included", 300.0, min=1e-3, ceiling=1e6, **_LIMITS
+    )
 
 
 @takes(ServeOptions)
@@ -61,8 +64,6 @@ def command(options: ServeOptions) -> None:
     template = None if options.chat_template is None else _read(options.chat_template, "--chat_template")
     hosts = _hosts(options)
     tokens = [secrets.token_urlsafe(32)] if options.token_file is None else _tokens(options.token_file)
-    if options.request_seconds <= 0:
-        raise UsageError("a request takes time", got=options.request_seconds, where="--request_seconds")
 
     from obfuscatune.serving.app import build_app
     from obfuscatune.serving.batcher import Batcher
@@ -126,8 +127,17 @@ def _adapters(given: "list[str] | tuple[()]") -> dict[str, str]:
         if not equals or not path or not _NAME.fullmatch(name) or name == "base" or name in found:
             expected = "NAME=DIR, each name once, of letters, digits, - and _, and not base"
             raise UsageError("name of an adapter", got=item, expected=expected, where="--adapter")
+        if name in _TAKEN or name.startswith("lora_") or name in _of_modules():
+            raise UsageError("name of an adapter that PyTorch uses itself", got=name, where="--adapter")
         found[name] = os.path.expanduser(path)
     return found
+
+
+def _of_modules() -> list[str]:
+    """Return the names that PEFT cannot give to a module of its own in a ``ModuleDict``."""
+    from torch.nn import ModuleDict
+
+    return dir(ModuleDict())
 
 
 def _hosts(options: ServeOptions) -> list[str]:
@@ -141,6 +151,10 @@ def _hosts(options: ServeOptions) -> list[str]:
     if not is_local and options.ssl_certfile is None and not options.insecure_http:
         hint = "--ssl_certfile and --ssl_keyfile, or --insecure_http where the network is your own"
         raise UsageError("prompts would cross the network in the clear", where=f"--host {options.host}", hint=hint)
+    for name in options.allowed_host or ():
+        if ":" in name.rpartition("]")[2] or "/" in name:
+            hint = "the name alone: any port of it is allowed"
+            raise UsageError("name of a host", got=name, where="--allowed_host", hint=hint)
     host = f"[{options.host}]" if ":" in options.host else options.host
     return ["localhost", "127.0.0.1", "[::1]", host, *(options.allowed_host or ())]
 

@@ -12,6 +12,7 @@ ROLES: tuple[Role, ...] = ("provider", "owner")
 MAX_QUERIES = 1_000_000
 TURN_SECONDS = 10.0  # that queries of other jobs get at most between two steps of one that runs
 MAX_WORKERS = 16
+TOO_MANY = "too many queries at a time"  # what a party is told that has as many in the enclave as it may
 TURNS = (
     f"other jobs' models may be asked between two steps: for as long as the job has had since, at most "
     f"{TURN_SECONDS:g} s and a token; loading one counts, and one load may go beyond"

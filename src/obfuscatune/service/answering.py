@@ -181,12 +181,13 @@ class Answering:
             asked = (query.job, query.party, len(query.prompts), query.settings.longest, query.question)
             self._book.questions.check(*asked)
             rows = self._model.check(self._book.signed(query.job), self._adapter(query.job), query)
+            self._begun[id(query)] = query, rows  # before it is paid for, which `_forget` leaves to who is under way
             if self._book.questions.count(*asked):
                 self._paid.add(query.question)
-            self._begun[id(query)] = query, rows
         except STOPS:
             raise
         except BaseException as error:  # goes to the party that asked; the service goes on, and with it the model
+            self._begun.pop(id(query), None)
             query.fail(error)
 
     def _ended(self) -> bool:
@@ -255,7 +256,7 @@ class Answering:
         paid = query.question in self._paid
         self._forget(query)
         try:
-            if paid and not query.sent and query.question not in self._paid and not self._book.state.handed:
+            if paid and not query.withhold() and query.question not in self._paid and not self._book.state.handed:
                 asked = (query.job, query.party, len(query.prompts), query.question)
                 self._patiently(lambda: self._book.questions.give_back(*asked))
         except STOPS:

@@ -64,11 +64,10 @@ class Row:
             else:
                 self.tokens.append(token)
                 self._show("" if self._text is None else self._text.push(token))
-                stopped = self._text is not None and self._text.stopped
-                self.settings.stopped = stopped
-                self.done = stopped or self.left <= 0
+                self.done = self.left <= 0 or (self._text is not None and self._text.stopped)
             if self.done and self._text is not None:
                 self._show(self._text.end())
+                self.settings.stopped = self.settings.stopped or self._text.stopped
 
     def _show(self, piece: str) -> None:
         if piece and self.query.streaming:

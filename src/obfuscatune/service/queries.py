@@ -74,6 +74,12 @@ class Query:
             self._text, self._tokens = self._text + piece, tokens
             self._changed.notify_all()
 
+    def withhold(self) -> int:
+        """Let the party have no more of the text than it has got, and return how many characters that is."""
+        with self._changed:
+            self._text = ""
+            return self.sent
+
     def finish(self, completions: Sequence[Completion]) -> None:
         """It is answered."""
         self._end(list(completions), None)

@@ -21,6 +21,7 @@ from obfuscatune.parties.channel.transfer import Piece, serve_piece
 from obfuscatune.parties.identity import PublicIdentity
 from obfuscatune.parties.job import SignedJob
 from obfuscatune.parties.sealed.header import open_file
+from obfuscatune.parties.vocabulary import TOO_MANY
 from obfuscatune.service.answers import Answers
 from obfuscatune.service.book import Book
 from obfuscatune.service.consent import OWNERS
@@ -227,7 +228,7 @@ class Requests:
             self._under_way[query.party] = held
             if len(held) >= MAX_WAITING:
                 hint = "ask again when one of them is answered"
-                raise BusyError("too many queries at a time", expected=f"at most {MAX_WAITING} of a party", hint=hint)
+                raise BusyError(TOO_MANY, expected=f"at most {MAX_WAITING} of a party", hint=hint)
             held.append(query)
         try:
             yield

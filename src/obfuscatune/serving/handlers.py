@@ -115,6 +115,9 @@ class Manager(BaseGenerateManager):
     def stream(self, prompt: Any, settings: Settings) -> tuple["asyncio.Queue[Any]", Any]:
         """Return the queue of pieces, and what counts their tokens and can be cancelled; raises Refusal."""
 
+    async def begin(self) -> None:
+        """Wait until a stream may begin; raises Refusal, whose status its client can still be told then."""
+
     @abstractmethod
     async def complete(self, prompt: Any, settings: Settings) -> tuple[str, int, list[int]]:
         """Return text, count of the prompt's tokens, and tokens; raises Refusal."""
@@ -227,6 +230,8 @@ class _Ours:
         response: Response = await self.handle_request(  # type: ignore[attr-defined]
             {**asked, _TOKENS: tokens, _SETTINGS: settings}, request_id
         )
+        if isinstance(response, _Stream):
+            await response.begin()
         return response
 
     async def _tokens(self, content: Any) -> Any:
@@ -268,9 +273,7 @@ class _Ours:
     def _streaming(self, *args: Any, gen_manager: Manager, **more: Any) -> StreamingResponse:
         response: StreamingResponse = super()._streaming(*args, gen_manager=gen_manager, **more)  # type: ignore[misc]
         settings: Settings = args[5]
-        response.body_iterator = _ended(response.body_iterator, gen_manager, settings.usage)
-        response.headers["Cache-Control"] = "no-store"
-        return response
+        return _Stream(response.body_iterator, gen_manager, settings.usage)
 
 
 class ChatHandler(_Ours, ChatCompletionHandler):  # type: ignore[misc]
@@ -287,6 +290,23 @@ class TextHandler(_Ours, CompletionHandler):  # type: ignore[misc]
     def _streaming(self, *args: Any, **more: Any) -> StreamingResponse:
         *others, manager, suffix = args  # this handler passes all by position
         return super()._streaming(*others, gen_manager=manager, suffix=suffix)
+
+
+class _Stream(StreamingResponse):
+    """The chunks of a handler, ended as OpenAI ends them. usage: whether the counts are asked for."""
+
+    def __init__(self, chunks: Any, manager: Manager, usage: bool) -> None:
+        headers = {"Cache-Control": "no-store"}
+        super().__init__(_ended(chunks, manager, usage), media_type="text/event-stream", headers=headers)
+        self._manager = manager
+
+    async def begin(self) -> None:
+        """Wait until it may begin; raises Refusal. Where nothing comes of it, the request is over."""
+        try:
+            await self._manager.begin()
+        except BaseException:  # the client has left, too
+            self._manager.end()
+            raise
 
 
 async def _ended(chunks: Any, manager: Manager, usage: bool) -> AsyncIterator[str]:

@@ -12,12 +12,30 @@ from obfuscatune.enclave.protect import protect
 from obfuscatune.enclave.protected import Protected
 from obfuscatune.errors import UsageError
 from obfuscatune.profiles import Profile
+from obfuscatune.training.chat import check_template
 from obfuscatune.training.completion import named_refusals, stop_tokens
-from obfuscatune.training.loading import load, load_adapters, load_tokenizer
+from obfuscatune.training.loading import load, load_adapters, load_config, load_tokenizer
 
 BASE = "base"
 # What each request decides, and what would bound or change a round, which is a part of a completion.
-_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "max_length", "min_length", "min_new_tokens")
+_OF_REQUESTS = ("temperature", "top_p", "top_k", "max_length", "min_length", "min_new_tokens")
+_TOP_K = 50  # of stock sampling, where the model's settings name none
+# What would choose otherwise than requests say, or anew in each round, with the value that changes nothing.
+_REFUSED = {
+    "min_p": 0.0,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "top_h": None,
+    "begin_suppress_tokens": None,
+    "exponential_decay_length_penalty": None,
+    "encoder_repetition_penalty": 1.0,
+    "encoder_no_repeat_ngram_size": 0,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "watermarking_config": None,
+    "guidance_scale": None,
+}
 
 
 # Where transformers' handlers look for a family's way to mark thoughts and calls of tools: texts are handed on as they
@@ -97,13 +115,14 @@ def serve_model(
     if profile.remote and profile.lora_placement == "worker" and len(adapters) > 1:
         hint = "serve one adapter, or take another profile"
         raise UsageError(f"profile {profile.name} keeps one adapter on the worker", got=len(adapters), hint=hint)
-    model = load(name, dtype)
-    tokenizer = load_tokenizer(name, model.config)
+    tokenizer = load_tokenizer(name, load_config(name))
     tokenizer.padding_side = "left"  # completions continue the last position of every row
     if not tokenizer.is_fast:
         raise UsageError("tokenizer cannot stream text", got=type(tokenizer).__name__, expected="a fast tokenizer")
     if chat_template is not None:
         tokenizer.chat_template = chat_template
+    check_template(tokenizer)
+    model = load(name, dtype)
     if adapters:
         model = load_adapters(model, adapters)
     with protect(model.eval(), **protection, progress=True) as protected:
@@ -113,12 +132,24 @@ def serve_model(
 
 
 def _take_defaults(model: Any) -> Defaults:
-    """Return the model's own way of sampling, and leave it decoding greedily."""
+    """Return the model's own way of sampling, and leave it decoding greedily.
+
+    Raises:
+        UsageError: its settings ask for what requests that share a batch, round by round, cannot have.
+    """
     own = model.generation_config
+    for name, idle in _REFUSED.items():
+        if (value := getattr(own, name, None)) is not None and value != idle:
+            hint = "serve decodes requests together, in rounds; remove it to serve the model without it"
+            raise UsageError(f"{name} in the model's generation_config.json", got=ascii(value)[:60], hint=hint)
     defaults = Defaults()
     if own.do_sample:
-        defaults = Defaults(temperature=own.temperature or 1.0, top_p=own.top_p or 1.0, top_k=own.top_k or 0)
-    for name in _SAMPLING:
+        defaults = Defaults(
+            temperature=1.0 if own.temperature is None else own.temperature,
+            top_p=1.0 if own.top_p is None else own.top_p,
+            top_k=_TOP_K if own.top_k is None else own.top_k,
+        )
+    for name in _OF_REQUESTS:
         setattr(own, name, None)
     own.do_sample, own.num_beams, own.num_return_sequences = False, 1, 1
     return defaults

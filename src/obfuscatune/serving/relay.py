@@ -25,6 +25,7 @@ from obfuscatune.errors import (
 )
 from obfuscatune.parties.channel.client import AttestedChannel
 from obfuscatune.parties.job import Job
+from obfuscatune.parties.vocabulary import TOO_MANY
 from obfuscatune.profiles import resolve
 from obfuscatune.serving.claims import describe
 from obfuscatune.serving.limits import Limits
@@ -68,7 +69,7 @@ class Enclave:
         self.fault: ObfuscatuneError | None = None
         self._connect, self._seconds = connect, seconds
         self._lock = threading.Lock()
-        self._verdict, self._judged = first.verdict, time.time()
+        self._verdict, self._judged = first.verdict, time.monotonic()
         self._away = False
         self._channels: set[AttestedChannel] = set()
         self._running = self._waiting = 0
@@ -146,7 +147,7 @@ class Enclave:
     @contextlib.contextmanager
     def _kept(self, channel: AttestedChannel) -> Iterator[None]:
         with self._lock:
-            self._verdict, self._judged = channel.verdict, time.time()
+            self._verdict, self._judged = channel.verdict, time.monotonic()
             self._channels.add(channel)
         try:
             if self._ended.is_set():
@@ -159,14 +160,15 @@ class Enclave:
     def ask(self, question: Question) -> None:
         """Ask a question, once more with what it has where the connection broke; in a thread of its own.
 
-        The enclave knows a question that is asked again, and counts it once. Raises what it says, and AttestationError.
+        The enclave knows a question that is asked again, and counts it once. It may have no place for one yet: half a
+        second passes until it sees that another client has left. Raises what it says, and AttestationError.
         """
         until, broke = time.monotonic() + AGAIN_SECONDS, False
         while True:
             try:
                 return self._ask(question)
             except (ConnectionClosedError, BusyError, UsageError) as error:
-                broke = broke or (isinstance(error, ConnectionClosedError) and question.begun)
+                broke = broke or (question.begun and isinstance(error, ConnectionClosedError)) or _is_full(error)
                 if not broke or question.given_up or time.monotonic() > until or not is_away(error):
                     raise
             time.sleep(_PAUSE)
@@ -254,7 +256,7 @@ class Enclave:
         attested = {
             "summary": verdict.summary,
             "simulation": verdict.simulation,
-            "age": int(time.time() - judged),
+            "age": int(time.monotonic() - judged),
             "rules": [vars(rule) for rule in verdict.rules],
             "measurements": dict(verdict.measurements),
             "enclave": verdict.require().identity.fingerprint,
@@ -284,6 +286,11 @@ class Enclave:
                 return
             except ObfuscatuneError:
                 continue  # not there for now: each request verifies for itself
+
+
+def _is_full(error: ObfuscatuneError) -> bool:
+    """Whether this party has as many queries in the enclave as it may."""
+    return isinstance(error, BusyError) and error.what == TOO_MANY
 
 
 def is_away(error: ObfuscatuneError) -> bool:

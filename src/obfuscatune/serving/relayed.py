@@ -46,6 +46,7 @@ class Relayed(Manager):
         self._question: Question | None = None
         self._started = time.monotonic()
         self._first: float | None = None
+        self._heard = asyncio.Event()  # of a stream: its first piece, or its end
 
     @property
     def failure(self) -> Refusal | None:
@@ -67,23 +68,33 @@ class Relayed(Manager):
         queue: asyncio.Queue[Any] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
+        def put(item: Any) -> None:
+            queue.put_nowait(item)
+            self._heard.set()
+
         def show(piece: str) -> None:
             self._first = self._first or time.monotonic() - self._started
             with contextlib.suppress(RuntimeError):  # the loop has ended, and with it whoever waited
-                loop.call_soon_threadsafe(lambda: queue.put_nowait(piece))  # no arguments, which asyncio might log
+                loop.call_soon_threadsafe(lambda: put(piece))  # no arguments, which asyncio might log
 
         async def run() -> None:
             try:
                 await self._ask(prompt, settings, show)
-                queue.put_nowait(None)
+                put(None)
             except asyncio.CancelledError:
                 raise
             except BaseException as error:  # whatever it is, a panic of Rust too: the stream's reader must hear its end
                 self._failure = error if isinstance(error, Refusal) else Refusal.internal()
-                queue.put_nowait(_StreamError(self._failure.message))
+                put(_StreamError(self._failure.message))
 
         self._task = asyncio.ensure_future(run())
         return queue, self
+
+    async def begin(self) -> None:
+        """Wait for the first piece of a stream, or its end; raises Refusal, where it has failed before any piece."""
+        await self._heard.wait()
+        if self._failure is not None and self._first is None:
+            raise self._failure
 
     async def complete(self, prompt: Any, settings: Settings) -> tuple[str, int, list[int]]:
         """Return text, count of the prompt's tokens, and as many tokens as the answer has; raises Refusal."""
@@ -116,6 +127,8 @@ class Relayed(Manager):
         if drawn is not None:
             drawn.state = "answered"
         settings.stopped = question.ended
+        if not question.ended:  # at its longest, of which the enclave knows what the context has left
+            settings.longest = question.tokens
         self._metrics.generated(question.tokens)
         self._metrics.completed(question.prompt_tokens, self._age(), self._first, cancelled=False)
         return question

@@ -90,8 +90,6 @@ class Row:
             return self.finish()
         self.tokens.append(token)
         self._send(self._text.push(token))
-        if self._text.stopped:
-            self.settings.stopped = True
         if self._text.stopped or self.left <= 0:
             self.finish()
         return None
@@ -107,6 +105,7 @@ class Row:
     def finish(self) -> None:
         """It is complete."""
         self._send(self._text.end())
+        self.settings.stopped = self.settings.stopped or self._text.stopped
         self._end(None, None)
 
     def fail(self, refusal: Refusal) -> None:

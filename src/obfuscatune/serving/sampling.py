@@ -69,9 +69,19 @@ class Chooser:
             self._warpers.append(TopKLogitsWarper(settings.top_k))
         if settings.top_p < 1:
             self._warpers.append(TopPLogitsWarper(settings.top_p))
+        self._number, self._before = -1, self._generator.get_state()
 
-    def choose(self, tokens: Any, scores: Any) -> int:
-        """Return the next token. tokens: ``[1, n]``. scores: logits ``[1, vocabulary]``."""
+    def choose(self, number: int, tokens: Any, scores: Any) -> int:
+        """Return a token. tokens: ``[1, n]``. scores: logits ``[1, vocabulary]``.
+
+        Args:
+            number: of the completion's tokens so far. Where it is that of the last call, the batch failed before the
+                token was taken: it is chosen again, by the same random number.
+        """
+        if number == self._number:
+            self._generator.set_state(self._before)
+        else:
+            self._number, self._before = number, self._generator.get_state()
         probabilities = self._warpers(tokens, scores).softmax(-1)
         return int(torch.multinomial(probabilities, 1, generator=self._generator))
 
@@ -80,6 +90,7 @@ class Chosen(Protocol):
     """A row of a batch, as :class:`Choosing` needs it."""
 
     chooser: Chooser | None
+    tokens: list[int]
     done: bool
 
 
@@ -98,7 +109,8 @@ class Choosing(LogitsProcessor):
         check_logits(scores)
         for number, row in enumerate(self._rows):
             if row.chooser is not None and not row.done:
-                token = row.chooser.choose(input_ids[number : number + 1], scores[number : number + 1])
+                one = slice(number, number + 1)
+                token = row.chooser.choose(len(row.tokens), input_ids[one], scores[one])
                 scores[number] = -torch.inf
                 scores[number, token] = 0.0
         return scores

@@ -3,14 +3,18 @@
 from collections.abc import Sequence
 from typing import Any
 
-from tokenizers.decoders import DecodeStream
+BROKEN = "\ufffd"  # what decoders make of bytes that are no character, or not yet
 
 
 class Text:
     """What may be shown of a completion so far. Secret: the client's.
 
     A character may be several tokens, and a text that could be the beginning of a stop string is held back until the
-    next token decides. All pieces together are what the tokenizer makes of all tokens, up to the first stop string.
+    next token decides. All pieces together are what the tokenizer's decoder makes of all tokens, up to the first stop
+    string, with one exception. Decoders of byte tokens, as of Llama 2, take a whole run of them for broken if its end
+    is; a character of that run which was whole, and may have been sent, stays whole here.
+
+    The tokenizers' own ``DecodeStream`` raises there.
 
     Args:
         tokenizer: a fast one. stops: texts that end the completion; they are not part of it.
@@ -18,8 +22,8 @@ class Text:
 
     def __init__(self, tokenizer: Any, stops: Sequence[str] = ()) -> None:
         self._tokenizer, self._stops = tokenizer, tuple(stops)
-        self._stream = DecodeStream([], skip_special_tokens=True)
-        self._tokens: list[int] = []
+        self._tokens: list[int] = []  # the last that made a piece, and those after it
+        self._settled = 0  # of these, how many made it
         self._sent = 0
         self.text = ""
         self.stopped = False
@@ -27,16 +31,26 @@ class Text:
     def push(self, token: int) -> str:
         """Add a token and return what can be shown that was not shown before; sets ``stopped`` at a stop string."""
         self._tokens.append(token)
-        piece = self._stream.step(self._tokenizer._tokenizer, token)
-        return self._show(piece or "", final=False)
+        piece = self._piece()
+        if not piece or piece.endswith(BROKEN):
+            return self._show("", final=False)
+        self._tokens = self._tokens[self._settled :]
+        self._settled = len(self._tokens)
+        return self._show(piece, final=False)
 
     def end(self) -> str:
         """Return the rest: what was held back, and characters whose last tokens never came."""
-        rest = ""
-        if not self.stopped:
-            whole: str = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
-            rest = whole[len(self.text) :] if whole.startswith(self.text) else ""
-        return self._show(rest, final=True)
+        return self._show("" if self.stopped else self._piece(), final=True)
+
+    def _piece(self) -> str:
+        """Return what the tokens since the last piece add to it, broken characters included."""
+        before, now = self._decode(self._tokens[: self._settled]), self._decode(self._tokens)
+        return now[len(before) :] if now.startswith(before) else self._decode(self._tokens[self._settled :])
+
+    def _decode(self, tokens: list[int]) -> str:
+        # Not `tokenizer.decode`: its clean_up_tokenization_spaces takes back spaces that may have been sent.
+        text: str = self._tokenizer.backend_tokenizer.decode(tokens, skip_special_tokens=True)
+        return text
 
     def _show(self, piece: str, *, final: bool) -> str:
         if not self.stopped and piece:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
 from obfuscatune.errors import DataError, UsageError
@@ -42,13 +43,39 @@ def prompt_tokens(tokenizer: PreTrainedTokenizerBase, turns: Turns, where: str) 
     return tokens
 
 
+def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise UsageError where the chat template, if there is one, is no template of Jinja."""
+    if not tokenizer.chat_template:
+        return
+    line = None
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": ""}], tokenize=False)
+    except TemplateSyntaxError as error:
+        line = error.lineno
+    except Exception:  # it may want other messages
+        return
+    if line is not None:
+        raise UsageError("the chat template is not valid Jinja", where=f"line {line} of it")
+
+
 def spells_special(tokenizer: PreTrainedTokenizerBase, turns: Turns) -> int | None:
     """Return the first turn that spells a special token, or None.
 
     Only the template may write these: one in a turn could close it, and open another in somebody else's name.
     """
-    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    return next((n for n, (_, content) in enumerate(turns) if any(token in content for token in special)), None)
+    special = [token for token in tokenizer.added_tokens_decoder.values() if token.special]
+    normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
+
+    def spells(content: str) -> bool:
+        # A tokenizer may look for a token in the normalized text: there a full-width letter is the usual one.
+        normal = content if normalizer is None else normalizer.normalize_str(content)
+        return any(
+            token.content in content
+            or (token.normalized and normalizer is not None and normalizer.normalize_str(token.content) in normal)
+            for token in special
+        )
+
+    return next((n for n, (_, content) in enumerate(turns) if spells(content)), None)
 
 
 def conversation_tokens(
