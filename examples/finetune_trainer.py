@@ -3,6 +3,10 @@
 Example: python examples/finetune_trainer.py obfuscatune-example
 """
 
+import obfuscatune  # before torch: idle threads then leave the cores to the worker
+
+# isort: split
+
 import argparse
 from pathlib import Path
 
@@ -16,7 +20,6 @@ from transformers import (
     set_seed,
 )
 
-import obfuscatune
 from obfuscatune.studies.bundled import model_directory
 from obfuscatune.studies.bundled.records import company_records
 

@@ -3,6 +3,10 @@
 Example: python examples/sft_trl.py obfuscatune-example
 """
 
+import obfuscatune  # before torch: idle threads then leave the cores to the worker
+
+# isort: split
+
 import argparse
 from pathlib import Path
 
@@ -11,7 +15,6 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import SFTConfig, SFTTrainer
 
-import obfuscatune
 from obfuscatune.studies.bundled import model_directory
 from obfuscatune.studies.bundled.records import company_records
 

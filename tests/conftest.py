@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is: enclave and worker share the cores
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import pytest
 import torch

@@ -9,6 +9,8 @@ Names are imported when first used: the worker's process imports this package to
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from obfuscatune.protocol.waiting import wait_without_spinning
+
 if TYPE_CHECKING:
     from obfuscatune.enclave.keys.source import MasterSecret
     from obfuscatune.enclave.protect import protect
@@ -47,6 +49,8 @@ _HOMES = {
     "obfuscatune.profiles": ("PROFILES", "Profile"),
     "obfuscatune.training.loading": ("load",),
 }
+wait_without_spinning()  # torch is loaded after this package, or `protect` warns
+
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [

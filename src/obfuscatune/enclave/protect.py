@@ -41,6 +41,7 @@ from obfuscatune.enclave.sharing.statement import describe
 from obfuscatune.enclave.spawn import open_session
 from obfuscatune.errors import KeyFaultError, UnsupportedModelError, UsageError
 from obfuscatune.profiles import Profile, resolve
+from obfuscatune.protocol.waiting import WAITING, is_chosen
 
 if TYPE_CHECKING:
     from obfuscatune.parties.identity import Identity
@@ -119,6 +120,8 @@ def protect(
     resolved = fit(decoder, resolved, {name for name, value in switches.items() if value is not None})
     if resolved.attention == "worker":
         refuse_looking_ahead(causal_lm.config)
+    if "spawn" in workers and device in (None, "cpu") and not is_chosen():
+        _warn_of_spinning()
     blocks = _leaving(decoder, resolved)
     if resolved.shares and threads is None and set(workers) == {"spawn"}:
         # Workers of our own that multiply at the same time share the cores: more threads would wait for each other.
@@ -225,6 +228,15 @@ class _ByPart:
 
     def finish(self) -> None:
         """Nothing is of more than one block."""
+
+
+def _warn_of_spinning() -> None:
+    names = " and ".join(f"{name}={value}" for name, value in WAITING.items())
+    warnings.warn(
+        "torch was loaded before obfuscatune, so OpenMP's idle threads spin on the cores that a worker of this machine "
+        f"needs, and training may take several times as long: import obfuscatune first, or set {names}",
+        stacklevel=3,
+    )
 
 
 def _check_options(worker: Any, threads: Any, timeout: Any) -> None:

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from obfuscatune.errors import ObfuscatuneError
-from obfuscatune.protocol.waiting import WAITING
+from obfuscatune.protocol.waiting import DEFAULT, WAITING
 from obfuscatune.studies.bench.contender import ContenderSpec
 
 WaitPolicy = Literal["default", "passive"]
@@ -22,7 +22,7 @@ class ContenderProcess:
 
     Args:
         spec: what it runs. label: how progress and errors name it.
-        wait_policy: what its threads do between two parallel regions. ``default`` (no ``OMP_WAIT_POLICY``) spins for
+        wait_policy: what its threads do between two parallel regions. ``default`` (torch without us) spins for
             milliseconds, then sleeps; ``passive`` for microseconds (`WAITING`); ``active`` would spin for minutes, into
             the measurements of the other contenders.
     """
@@ -30,8 +30,7 @@ class ContenderProcess:
     def __init__(self, spec: ContenderSpec, *, label: str, wait_policy: WaitPolicy) -> None:
         self.spec, self.label, self.wait_policy = spec, label, wait_policy
         environment = {name: value for name, value in os.environ.items() if name not in WAITING}
-        if wait_policy == "passive":
-            environment |= WAITING
+        environment |= WAITING if wait_policy == "passive" else DEFAULT
         command = [sys.executable, "-m", "obfuscatune.studies.bench.contender", json.dumps(dataclasses.asdict(spec))]
         self._process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True
