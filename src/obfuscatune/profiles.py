@@ -131,7 +131,7 @@ PROFILES: dict[str, Profile] = {
         ),
         Profile(
             name="balanced",
-            summary="Q, K, V hidden too, cheap keys, attention and MLP on the worker, LoRA optimizer in the enclave",
+            summary="Q, K, V keyed as well, cheap keys, attention and MLP on the worker, LoRA optimizer in the enclave",
             audience="against copying of weights that have no public relative; does not protect data",
             claim="no plain coordinates of weights, activations or adapter; nothing on data",
             keys="monarch",
@@ -155,7 +155,7 @@ PROFILES: dict[str, Profile] = {
         Profile(
             name="stream",
             summary="all blocks on the worker in one call: it gets the working body in one unknown rotation",
-            audience="as balanced, but faster; where the worker may have all blocks in one unknown rotation",
+            audience="as balanced, but faster; if the worker may run all blocks by itself, under a secret rotation",
             claim="embeddings and head withheld; nothing on data",
             keys="monarch",
             inner_keys="monarch",
@@ -178,7 +178,7 @@ PROFILES: dict[str, Profile] = {
         Profile(
             name="enclave",
             summary="everything stays in the enclave; no worker",
-            audience="where the weights fit the TEE: data and weights are as safe as it is",
+            audience="if the weights fit into the TEE's memory: data and weights are as safe as the TEE",
             claim="what the TEE claims",
             remote=False,
         ),

@@ -206,10 +206,11 @@ def talk(client: openai.OpenAI, url: str, token: str, model: Model, start: Start
     assert [text for chunk in chunks if (text := chunk.choices[0].delta.content)] == ["WHY ", "NOT? "]
     usage = last.usage
     assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (3, 2, 5)  # tokens, not messages
+    model.go.release()
     pieces = iter(client.completions.create(model="job", prompt="slowly red", stream=True))
-    for word in ("SLOWLY ", "RED "):  # each is here before the enclave has made the next
-        model.go.release()
-        assert next(pieces).choices[0].text == word
+    assert next(pieces).choices[0].text == "SLOWLY "  # it is here before the enclave has made the next
+    model.go.release()
+    assert next(pieces).choices[0].text == "RED "
     pieces.close()
     drawn = model.asked[2][2].pop("seed")
     assert 0 <= drawn < 1 << 63
@@ -220,8 +221,8 @@ def talk(client: openai.OpenAI, url: str, token: str, model: Model, start: Start
         (5, "slowly red", {}),
     ]
     # Who leaves a stream has no more of it computed.
+    model.go.release()
     with client.completions.create(model="job", prompt="slowly red", stream=True) as left:
-        model.go.release()
         assert next(iter(left)).choices[0].text == "SLOWLY "
     assert model.left.wait(20)
     headers = {"Authorization": f"Bearer {token}"}

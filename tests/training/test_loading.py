@@ -82,7 +82,7 @@ def test_a_directory_without_an_adapter_is_named_so(tmp_path: Path) -> None:
     model = GPT2LMHeadModel(GPT2Config(vocab_size=5, n_embd=8, n_layer=1, n_head=2))
     (tmp_path / "half").mkdir()
     (tmp_path / "half" / "adapter_config.json").write_text("{}")
-    for name, message in (("nowhere", "no such directory of an adapter"), ("half", "no adapter in the directory")):
+    for name, message in (("nowhere", "no such adapter directory"), ("half", "no adapter in the directory")):
         with pytest.raises(UsageError, match=f"{message}: expected adapter_config.json"):
             load_adapter(model, str(tmp_path / name))
 
@@ -97,8 +97,23 @@ def test_an_adapter_of_another_kind_of_model_is_refused(tmp_path: Path) -> None:
 
 def test_an_adapter_that_is_nowhere_is_named_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UsageError, match=r"no adapter of that name was found, here or on the hub \(at nosuch\)"):
+    with pytest.raises(UsageError, match=r"no directory of that name, and nothing found on the hub \(at nosuch\)"):
         load_adapter(GPT2LMHeadModel(GPT2Config(**TINY)), "nosuch")
+
+
+@pytest.mark.parametrize("name", ["runs/adaptor", "runs/a/b", "a/b/c", "./adaptor"])
+def test_a_misspelt_directory_is_not_asked_for_on_the_hub(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub is a third party, and would be asked for minutes."""
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda *_, **__: pytest.fail("asked"))
+    monkeypatch.setattr("peft.PeftConfig.from_pretrained", lambda *_, **__: pytest.fail("asked"))
+    with pytest.raises(UsageError, match="no such adapter directory"):
+        load_adapter(GPT2LMHeadModel(GPT2Config(**TINY)), name)
+    with pytest.raises(UsageError, match=f"no such model directory: got {name}"):
+        load_config(name)
 
 
 def test_an_adapter_in_a_pickle_is_refused(tmp_path: Path) -> None:

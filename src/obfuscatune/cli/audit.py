@@ -9,6 +9,7 @@ from typing import Literal
 import typer
 
 from obfuscatune.cli.options import option, takes
+from obfuscatune.cli.output import check_place
 
 EPILOG = (
     "Exit code: 1 where a claimed cell is broken, or where nothing can be concluded of one.\n\n"
@@ -59,6 +60,7 @@ def command(options: AuditOptions) -> None:
         tokens=options.tokens,
         seeds=options.seeds,
     )
+    check_place(options.out, f"--out {options.out}")
     path, findings = run(plan, options.out, text_file=options.text_file, workers=options.workers)
     print(path.read_text(encoding="utf-8"))
     if failed_claims(findings):

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from obfuscatune.cli.output import check_place
+
 EPILOG = (
     "Examples:\n\nobfuscatune demo\n\nobfuscatune demo --family llama\n\n"
     "obfuscatune demo --profile paper --output_dir demo-paper\n\n"
@@ -36,6 +38,7 @@ def command(
     from obfuscatune.studies.demo.story import html_page, summary
     from obfuscatune.studies.reports.files import write_text
 
+    check_place(output_dir, f"--output_dir {output_dir}")
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     settings = demo_settings(family)
     if materials_only:

@@ -19,6 +19,16 @@ def check_writable(directory: Path, where: str) -> None:
         raise UsageError("cannot write into the directory", got=error.strerror, where=where) from None
 
 
+def check_place(directory: Path, where: str) -> None:
+    """Refuse a directory for results, which need not be there yet, that could not be written into.
+
+    Raises:
+        UsageError: as :func:`check_writable`; it is a file.
+    """
+    is_empty(directory, where)
+    check_writable(next(path for path in (directory, *directory.absolute().parents) if path.is_dir()), where)
+
+
 def check_new_file(path: Path | None) -> None:
     """Refuse an ``--output_file`` that is there already, or could not be written.
 

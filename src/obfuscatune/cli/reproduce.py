@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from obfuscatune.cli.options import expand_home, option, takes
+from obfuscatune.cli.output import check_place
 from obfuscatune.errors import UsageError
 
 HELP = "Reproduce the paper's claims: CSV, Markdown, figures and one HTML report, with commit, machine and command."
@@ -49,6 +50,7 @@ def accuracy(options: AccuracyOptions) -> None:
     """Table 1: fine-tune and evaluate each task unprotected, naively and protected, from the same seeds."""
     from obfuscatune.studies.reproduce import accuracy
 
+    check_place(options.output_dir, f"--output_dir {options.output_dir}")
     path = accuracy.run(
         options.preset,
         options.output_dir,
@@ -83,6 +85,7 @@ def conditioning(options: ConditioningOptions) -> None:
     """Table 2: what the condition number of the keys costs, in float32, bfloat16 and float16."""
     from obfuscatune.studies.reproduce import conditioning
 
+    check_place(options.output_dir, f"--output_dir {options.output_dir}")
     path = conditioning.run(
         options.preset,
         options.output_dir,
@@ -108,6 +111,7 @@ def cost(options: CostOptions) -> None:
     """Share of parameters in the enclave, key time, slowdown, bytes and calls, for the true sizes of GPT-2."""
     from obfuscatune.studies.reproduce import cost
 
+    check_place(options.output_dir, f"--output_dir {options.output_dir}")
     path = cost.run(
         options.preset,
         options.output_dir,

@@ -16,7 +16,7 @@ from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteria
 from obfuscatune.service.queries import Query
 from obfuscatune.serving.row import most_steps
 from obfuscatune.serving.sampling import Choosing
-from obfuscatune.serving.text import Text
+from obfuscatune.serving.text import Text, decoded
 from obfuscatune.training.completion import Completion
 from obfuscatune.training.quiet import Quiet
 
@@ -79,7 +79,7 @@ class Row:
             text = self._text.text
         else:
             with Quiet("the tokenizer fails on the completion", where=self._where):
-                text = self._tokenizer.decode(self.tokens, skip_special_tokens=True)
+                text = decoded(self._tokenizer, self.tokens)
         return Completion(text, len(self.prompt), len(self.tokens), self.settings.stopped)
 
 

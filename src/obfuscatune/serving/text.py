@@ -6,6 +6,12 @@ from typing import Any
 BROKEN = "\ufffd"  # what decoders make of bytes that are no character, or not yet
 
 
+def decoded(tokenizer: Any, tokens: Sequence[int]) -> str:
+    """Return the text of tokens, special ones left out; spaces that a stream may have shown are not cleaned up."""
+    text: str = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return text
+
+
 class Text:
     """What may be shown of a completion so far. Secret: the client's.
 
@@ -48,9 +54,7 @@ class Text:
         return now[len(before) :] if now.startswith(before) else self._decode(self._tokens[self._settled :])
 
     def _decode(self, tokens: list[int]) -> str:
-        # Not `tokenizer.decode`: its clean_up_tokenization_spaces takes back spaces that may have been sent.
-        text: str = self._tokenizer.backend_tokenizer.decode(tokens, skip_special_tokens=True)
-        return text
+        return decoded(self._tokenizer, tokens)
 
     def _show(self, piece: str, *, final: bool) -> str:
         if not self.stopped and piece:

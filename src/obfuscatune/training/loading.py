@@ -29,8 +29,9 @@ def load_config(name: str) -> Any:
     from obfuscatune.enclave.families import FAMILIES, family_of
     from obfuscatune.enclave.families.empty import refuse_attention
 
-    if name[:1] in "./~" and not Path(name).is_dir():
-        raise UsageError("no such model directory", got=name, where="--model_name_or_path")
+    if _is_path(name) and not Path(name).is_dir():
+        hint = "give a directory that save_pretrained wrote, or a hub name"
+        raise UsageError("no such model directory", got=name, where="--model_name_or_path", hint=hint)
     refuse_many_layers(Path(name) / "config.json")
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
@@ -40,6 +41,14 @@ def load_config(name: str) -> Any:
     if getattr(config, "model_type", None) in FAMILIES:
         family_of(config)
     return config
+
+
+def _is_path(name: str) -> bool:
+    """Whether a name is that of a directory: a misspelt one must not be asked for on the hub, which is a third party.
+
+    Names on the hub are NAME or OWNER/NAME. Where a folder OWNER is here, it is that one.
+    """
+    return name[:1] in "./~" or name.count("/") > 1 or ("/" in name and Path(name.partition("/")[0]).is_dir())
 
 
 def load(name: str | Path, dtype: str = "float32") -> Any:
@@ -215,11 +224,11 @@ def _with_adapter(model: Any, name: str, path: str) -> Any:
     from peft.utils import load_peft_weights
 
     directory = Path(path)
-    if path[:1] in "./~" or directory.is_dir():
+    if _is_path(path) or directory.is_dir():
         expected = "adapter_config.json and adapter_model.safetensors"
         here = [name for name in _ADAPTER_FILES if (directory / name).is_file()]
         if "adapter_config.json" not in here or len(here) == 1:
-            what = "no adapter in the directory" if directory.is_dir() else "no such directory of an adapter"
+            what = "no adapter in the directory" if directory.is_dir() else "no such adapter directory"
             raise UsageError(what, expected=expected, where=path)
         if "adapter_model.safetensors" not in here:
             hint = "load it with PEFT where you trust its files, and save it with save_pretrained"
@@ -286,7 +295,7 @@ def _unreadable(what: str, name: str, error: Exception) -> UsageError:
     if named := _FIELD.match(str(error)):  # a name of the library's own
         first = f"{named[1]}, which does not fit"
     if str(error).startswith("Can't find 'adapter_config.json'"):
-        first = "no adapter of that name was found, here or on the hub"
+        first = "no directory of that name, and nothing found on the hub"
     return UsageError(
         f"cannot load {what}",
         got=first[:200],

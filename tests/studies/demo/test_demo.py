@@ -65,3 +65,20 @@ def test_the_command_takes_the_family(tmp_path: Path, capsys: pytest.CaptureFixt
     assert '"model_type": "llama"' in (tmp_path / "model" / "config.json").read_text()
     assert main(["demo", "--family", "opt", "--output_dir", str(tmp_path)]) == 2
     assert "expected gpt2 or llama" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "verb", [["demo"], ["reproduce", "accuracy", "--preset", "tiny"], ["audit", "--profile", "balanced"]]
+)
+def test_results_that_could_not_be_written_are_refused_before_the_work(
+    verb: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("kept")
+    option = "--out" if verb[0] == "audit" else "--output_dir"
+    for place, message in (
+        ("file", "not an output directory: got a file"),
+        ("/proc/x/y", "cannot write into the directory"),
+    ):
+        assert main([*verb, option, str(tmp_path / place)]) == 2
+        assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
