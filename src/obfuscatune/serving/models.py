@@ -34,7 +34,7 @@ _REFUSED = {
     "forced_bos_token_id": None,
     "forced_eos_token_id": None,
     "watermarking_config": None,
-    "guidance_scale": None,
+    "guidance_scale": 1.0,
 }
 
 
