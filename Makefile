@@ -13,8 +13,8 @@ $(TESTS) demo bench audit gpu-check: export GOMP_SPINCOUNT := 1000
 $(TESTS): export HF_HUB_OFFLINE := 1
 
 # Enclave and worker take turns, so one run of pytest leaves half of two cores idle: two run beside each other. These
-# folders are about half of the time, in both tiers; what is not named here is in the other half.
-HALF := $(addprefix tests/,docs enclave examples exactness faults parties protocol)
+# are about half of the time, in both tiers; what is not named here is in the other half.
+HALF := $(addprefix tests/,docs enclave examples exactness faults parties protocol cli/test_ranks.py studies/reproduce/test_results.py)
 halves = $(MAKE) --no-print-directory --jobs=2 one-half other-half PYTEST='$(1)/python -m pytest -m "$(2)"'
 
 .DEFAULT_GOAL := help
