@@ -219,7 +219,9 @@ class SecureStream:
 
     def close(self) -> None:
         """End it, without TLS's goodbye: a frame that was cut short is known by its length."""
-        _close(self._sock)
+        _end(self._sock)
+        with self._lock:  # not within a step of another thread: the next connection may get the same descriptor
+            self._sock.close()
 
 
 def _gathered(views: Sequence[memoryview]) -> list[memoryview]:
@@ -249,7 +251,11 @@ def _poll(sock: socket.socket, *, read: bool, write: bool, seconds: float) -> tu
 
 
 def _close(sock: socket.socket) -> None:
+    _end(sock)
+    sock.close()
+
+
+def _end(sock: socket.socket) -> None:
     with contextlib.suppress(OSError):
         # close alone would leave another thread in its receive; of the socket itself, as TLS would say goodbye first
         socket.socket.shutdown(sock, socket.SHUT_RDWR)
-    sock.close()
