@@ -112,8 +112,9 @@ def test_a_misspelt_directory_is_not_asked_for_on_the_hub(
     monkeypatch.setattr("peft.PeftConfig.from_pretrained", lambda *_, **__: pytest.fail("asked"))
     with pytest.raises(UsageError, match="no such adapter directory"):
         load_adapter(GPT2LMHeadModel(GPT2Config(**TINY)), name)
-    with pytest.raises(UsageError, match=f"no such model directory: got {name}"):
+    with pytest.raises(UsageError, match=f"no such model directory: got {name}") as caught:
         load_config(name)
+    assert ("the folder runs is here" in str(caught.value)) == (name == "runs/adaptor")
 
 
 def test_an_adapter_in_a_pickle_is_refused(tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ class Enclave:
         self.fault: ObfuscatuneError | None = None
         self._connect, self._seconds = connect, seconds
         self._lock = threading.Lock()
-        self._verdict, self._judged = first.verdict, time.monotonic()
+        self._verdict, self._judged = first.verdict, time.time()
         self._away = False
         self._channels: set[AttestedChannel] = set()
         self._running = self._waiting = 0
@@ -147,7 +147,7 @@ class Enclave:
     @contextlib.contextmanager
     def _kept(self, channel: AttestedChannel) -> Iterator[None]:
         with self._lock:
-            self._verdict, self._judged = channel.verdict, time.monotonic()
+            self._verdict, self._judged = channel.verdict, time.time()
             self._channels.add(channel)
         try:
             if self._ended.is_set():
@@ -256,7 +256,7 @@ class Enclave:
         attested = {
             "summary": verdict.summary,
             "simulation": verdict.simulation,
-            "age": int(time.monotonic() - judged),
+            "age": max(0, int(time.time() - judged)),
             "rules": [vars(rule) for rule in verdict.rules],
             "measurements": dict(verdict.measurements),
             "enclave": verdict.require().identity.fingerprint,

@@ -30,8 +30,7 @@ def load_config(name: str) -> Any:
     from obfuscatune.enclave.families.empty import refuse_attention
 
     if _is_path(name) and not Path(name).is_dir():
-        hint = "give a directory that save_pretrained wrote, or a hub name"
-        raise UsageError("no such model directory", got=name, where="--model_name_or_path", hint=hint)
+        raise UsageError("no such model directory", got=name, where="--model_name_or_path", hint=_path_hint(name))
     refuse_many_layers(Path(name) / "config.json")
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
@@ -49,6 +48,12 @@ def _is_path(name: str) -> bool:
     Names on the hub are NAME or OWNER/NAME. Where a folder OWNER is here, it is that one.
     """
     return name[:1] in "./~" or name.count("/") > 1 or ("/" in name and Path(name.partition("/")[0]).is_dir())
+
+
+def _path_hint(name: str) -> str:
+    if name[:1] not in "./~" and name.count("/") == 1:
+        return f"the folder {name.partition('/')[0]} is here, so the hub was not asked"
+    return "give a directory that save_pretrained wrote, or a hub name"
 
 
 def load(name: str | Path, dtype: str = "float32") -> Any:
@@ -229,7 +234,7 @@ def _with_adapter(model: Any, name: str, path: str) -> Any:
         here = [name for name in _ADAPTER_FILES if (directory / name).is_file()]
         if "adapter_config.json" not in here or len(here) == 1:
             what = "no adapter in the directory" if directory.is_dir() else "no such adapter directory"
-            raise UsageError(what, expected=expected, where=path)
+            raise UsageError(what, expected=expected, where=path, hint=None if directory.is_dir() else _path_hint(path))
         if "adapter_model.safetensors" not in here:
             hint = "load it with PEFT where you trust its files, and save it with save_pretrained"
             raise UsageError("the adapter is a pickle", got=here[-1], expected=expected, where=path, hint=hint)
