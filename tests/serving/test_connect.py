@@ -1,5 +1,6 @@
 """``obfuscatune connect``: the real client over a real attested channel, to an enclave on a simulated platform."""
 
+import io
 import json
 import socket
 import struct
@@ -7,7 +8,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
@@ -160,17 +161,17 @@ def resetting(address: str) -> Iterator[None]:
 
 
 @contextmanager
-def connected(address: str, files: list[str], capsys: pytest.CaptureFixture[str]) -> Iterator[Connected]:
+def connected(address: str, files: list[str]) -> Iterator[Connected]:
     """``connect`` in a thread; url, token, what it said, and its exit code once it has ended."""
     codes: list[int] = []
     thread = threading.Thread(target=lambda: codes.append(main(["connect", "--enclave", address, *files])), daemon=True)
-    thread.start()
-    said = ""
-    while "page: " not in said:
-        assert thread.is_alive()
-        thread.join(0.02)
-        said += capsys.readouterr().out
-    lines = said.splitlines()
+    # pytest's capture drops what another thread writes while it is read.
+    with redirect_stdout(io.StringIO()) as said:
+        thread.start()
+        while "page: " not in said.getvalue():
+            assert thread.is_alive()
+            thread.join(0.02)
+    lines = said.getvalue().splitlines()
     yield lines[-3].split()[-1], lines[-2].split()[-1], lines, codes
     thread.join(30)
 
@@ -179,7 +180,7 @@ def test_the_usual_client_over_an_attested_channel(
     start: Start, files: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     address, model = start(ENCLAVE)
-    with connected(address, files[2:], capsys) as (url, token, lines, codes):
+    with connected(address, files[2:]) as (url, token, lines, codes):
         assert any(line.startswith("accepted; SIMULATION") for line in lines)
         curl = ["curl", "--silent", "--max-time", "30", "-H", f"Authorization: Bearer {token}"]
         said = subprocess.run([*curl, f"{url}/models/job"], capture_output=True, check=True).stdout  # noqa: S603
@@ -244,9 +245,7 @@ def talk(client: openai.OpenAI, url: str, token: str, model: Model, start: Start
     return other
 
 
-def test_a_connection_that_broke_is_asked_over_another(
-    start: Start, files: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_connection_that_broke_is_asked_over_another(start: Start, files: list[str]) -> None:
     """The very same question, and of its answer only what the client has not got yet."""
     address, model = start(ENCLAVE)
     model.breaks = True
@@ -259,7 +258,7 @@ def test_a_connection_that_broke_is_asked_over_another(
     thread = threading.Thread(target=restart)
     thread.start()
     with (
-        connected(address, files, capsys) as (url, token, _, codes),
+        connected(address, files) as (url, token, _, codes),
         openai.OpenAI(base_url=url, api_key=token, max_retries=0) as client,
     ):
         chunks = list(
@@ -289,7 +288,7 @@ def test_an_enclave_that_is_away_is_told_and_one_that_changed_ends_it_without_a_
     monkeypatch.setattr("obfuscatune.serving.relay.AWAY_SECONDS", 0.05)
     address, model = start(ENCLAVE)
     with (
-        connected(address, files, capsys) as (url, token, _, codes),
+        connected(address, files) as (url, token, _, codes),
         openai.OpenAI(base_url=url, api_key=token, max_retries=0) as client,
     ):
         health = url.replace("/v1", "/health")
@@ -330,7 +329,7 @@ def test_nothing_that_is_asked_or_answered_is_logged(
     start: Start, files: list[str], verbose: Callable[[], str], capfd: pytest.CaptureFixture[str]
 ) -> None:
     address, model = start(ENCLAVE)
-    with connected(address, files, capfd) as (url, token, _, codes):
+    with connected(address, files) as (url, token, _, codes):
 
         def ask(path: str, **body: Any) -> httpx2.Response:
             content = {"model": "job", "max_tokens": 5, **body}
@@ -376,12 +375,10 @@ def age(browser: Any) -> int:
     return int(by_id(browser, "attested").text.split("Verified ")[1].split(" s ago")[0])
 
 
-def test_the_page_shows_what_was_verified_and_how_far_the_job_is(
-    browser: Any, start: Start, files: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_page_shows_what_was_verified_and_how_far_the_job_is(browser: Any, start: Start, files: list[str]) -> None:
     address, model = start(ENCLAVE)
     model.job = {"status": "<i>running</i>", "step": 20, "steps": 60, "loss": 1.25}
-    with connected(address, files, capsys) as (url, token, _, codes):
+    with connected(address, files) as (url, token, _, codes):
         browser.get(f"{url.removesuffix('v1')}#token={token}")
         wait(browser, lambda: by_id(browser, "bar").get_property("value") == 20)
         assert by_id(browser, "bar").get_property("max") == 60
