@@ -5,6 +5,10 @@
 # On two machines, run the lines marked `gpu` on one and those marked `lab` on the other, and carry the .pub files across.
 set -euo pipefail
 folder=${1:-obfuscatune-example-two-machines}
+if [[ -e $folder ]]; then # keys are not made twice
+  echo "error: $folder is there already; name another directory" >&2
+  exit 2
+fi
 mkdir -p "$folder/gpu" "$folder/lab"
 cd "$folder"
 host=127.0.0.1 # the GPU machine's name

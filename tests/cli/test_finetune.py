@@ -134,6 +134,7 @@ def test_bad_rows_are_refused_with_file_and_line(finetune: list[object], tmp_pat
     outcome = run(*finetune, "--train_file", path, "--output_dir", tmp_path / "out")
     assert outcome.code == 2
     assert f"(at {path}:2)" in outcome.err and "zebra" not in outcome.err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_schedule_with_arguments_of_its_own_is_refused(finetune: list[object], tmp_path: Path, run) -> None:

@@ -13,7 +13,7 @@ from obfuscatune.cli.doctor import NO_TEE, TEE, examine
 BATCH, SHORT, LONG = 2, 4, 20
 
 
-def test_inspect_prints_a_table_and_json(model_dir: Path, run) -> None:
+def test_inspect_prints_a_table_and_json(model_dir: Path, run, monkeypatch: pytest.MonkeyPatch) -> None:
     found = json.loads(run("inspect", "--model_name_or_path", model_dir, "--json").out)
     assert (found["family"], found["blocks"], found["width"], found["hidden"]) == ("gpt2", 2, 24, 96)
     assert [row["profile"] for row in found["profiles"]] == list(obfuscatune.PROFILES)
@@ -21,6 +21,9 @@ def test_inspect_prints_a_table_and_json(model_dir: Path, run) -> None:
     assert "balanced" in table and "parameters        22,224" in table
     for profile in obfuscatune.PROFILES.values():
         assert f"  {profile.name}: {profile.audience}\n    claim: {profile.claim}\n" in table
+    monkeypatch.setenv("COLUMNS", "40")  # a narrow terminal breaks lines, and no value is cut
+    narrow = run("inspect", "--model_name_or_path", "llama-3.2-1b").out
+    assert "1,235.8 M" in narrow and "22,806,528" in narrow and "\N{HORIZONTAL ELLIPSIS}" not in narrow
 
 
 @pytest.mark.filterwarnings("ignore:attn.resid_dropout")

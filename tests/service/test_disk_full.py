@@ -26,7 +26,7 @@ from obfuscatune.service.serve import Service
 
 from .jobs import CLINIC, LAB, Enclave, open_enclave
 from .test_requests import ask
-from .test_serve import Server
+from .test_serve import FakeRunner, Server, query_of
 
 KEPT_FREE = 128 << 10
 
@@ -159,6 +159,26 @@ def test_a_full_disk_pauses_the_job(enclave: Enclave, disk: Any, point: str) -> 
     assert list((enclave.directory / "store" / "own").iterdir()) == []
     with_checkpoints = [path.name for path in (enclave.directory / "store").glob("*.sealed")]
     assert len(with_checkpoints) == 4  # three inputs and the result: nothing is left over
+
+
+def test_a_query_that_fails_does_not_wait_for_the_disk(enclave: Enclave, disk: Any) -> None:
+    """It cannot be given back now: it stays counted, and asked again it costs nothing."""
+    job = enclave.done_job()
+
+    class Failing(FakeRunner):
+        def answer(self, *_: Any) -> None:
+            disk.fill()
+            raise RuntimeError
+
+    for runner, answered in ((Failing(lambda: None), False), (FakeRunner(lambda: None), True)):
+        serving = Service(enclave.book, runner, lambda _: Server(), max_file_bytes=1 << 20)  # type: ignore[arg-type, return-value]
+        query = query_of(job, "a")
+        serving._answering.add(query)
+        serving._answering.turn()
+        assert query.wait(0) and (query.error is None) is answered
+        assert enclave.book.record(job).queries == 1
+        if not answered:
+            disk.free()
 
 
 def test_an_upload_goes_on_when_the_disk_has_room(enclave: Enclave, disk: Any) -> None:

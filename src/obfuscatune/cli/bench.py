@@ -6,8 +6,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
+from obfuscatune.cli.table import print_table
 from obfuscatune.errors import UsageError
 
 EPILOG = (
@@ -74,16 +74,10 @@ def command(
     with Progress(*bars, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("start", total=count_steps(options), completed=-1)
         result = run_bench(options, lambda what: progress.update(task, advance=1, description=what))
-    console = Console()
     tables = {"cost": cost_rows(result.measurements), "footprint": footprint_rows(result.footprints)}
     for title, rows in tables.items():
         if rows:
-            table = Table(title=title)
-            for column in columns(rows):
-                table.add_column(column, overflow="fold")
-            for row in rows:
-                table.add_row(*row.values())
-            console.print(table)
+            print_table(title, columns(rows), [[str(cell) for cell in row.values()] for row in rows], left=3)
     machine = describe_machine()
     if json_file is not None:
         write_json(json_file, to_dict(options, result, machine))

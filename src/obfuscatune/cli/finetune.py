@@ -11,7 +11,7 @@ from typing import Any
 import typer
 
 from obfuscatune.cli.options import CLAIMS, ConfigOptions, ModelOptions, ProtectionOptions, option, takes
-from obfuscatune.cli.output import check_writable, is_empty
+from obfuscatune.cli.output import check_place, is_empty
 from obfuscatune.errors import ObfuscatuneError, UsageError, WorkerFault
 from obfuscatune.settings import TrainingSettings
 from obfuscatune.training.arguments import add_adapter, training_arguments
@@ -60,7 +60,7 @@ def command(options: FinetuneOptions) -> None:
     """
     _check_source(options)
     ranks = Ranks.of_environment()
-    checkpoint = _prepare_output(options, ranks)
+    checkpoint = _check_output(options, ranks)
     from obfuscatune.enclave.protect import protect
     from obfuscatune.training.checkpoints import load_checkpoint, remove_checkpoints, save_adapter
     from obfuscatune.training.encoding import Collator, encode_rows, vocabulary_of
@@ -96,6 +96,8 @@ def command(options: FinetuneOptions) -> None:
         protect(model, **protection, secret=secret, progress=ranks.first) as protected,
         StopOnSignal(ranks, options.stop_seconds) as interrupt,
     ):
+        if ranks.first:
+            _make_output(options.output_dir)
         if checkpoint is None and ranks.first:
             remove_checkpoints(options.output_dir)  # of another run, under other keys: "last" must not find them
         data = [examples for examples, _ in encoded]
@@ -160,7 +162,7 @@ def _read_rows(options: FinetuneOptions) -> dict[str, list[Any]]:
     return rows
 
 
-def _prepare_output(options: FinetuneOptions, ranks: Ranks) -> Path | None:
+def _check_output(options: FinetuneOptions, ranks: Ranks) -> Path | None:
     """Refuse what would be overwritten; return the checkpoint to resume from, if any."""
     directory, checkpoint = options.output_dir, None
     if options.resume_from_checkpoint is not None:
@@ -172,13 +174,17 @@ def _prepare_output(options: FinetuneOptions, ranks: Ranks) -> Path | None:
     elif not is_empty(directory, str(directory)) and not options.overwrite_output_dir:
         hint = "--overwrite_output_dir, or --resume_from_checkpoint last to continue the run that is there"
         raise UsageError("output directory is not empty", where=str(directory), hint=hint)
+    check_place(directory, str(directory))
+    return checkpoint
+
+
+def _make_output(directory: Path) -> None:
+    """Make the output directory: not before all inputs are read, and a worker is there."""
     try:
         # An adapter tells of the rows that it was trained on, and a checkpoint's secret opens all the worker has seen.
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError("cannot make the output directory", got=error.strerror, where=str(directory)) from None
-    check_writable(directory, str(directory))
-    return checkpoint
 
 
 def _training_arguments(options: FinetuneOptions, ranks: Ranks) -> Any:

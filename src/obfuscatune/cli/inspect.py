@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from obfuscatune.cli.options import ModelOptions, option, takes
+from obfuscatune.cli.table import print_table
 
 EPILOG = (
     "Examples:\n\nobfuscatune inspect --model_name_or_path gpt2\n\n"
@@ -91,32 +92,27 @@ def _shape(decoder: Any) -> dict[str, Any]:
 
 
 def _show(found: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     for name, value in found.items():
         if name == "calls_of_a_block":
             value = "; ".join(value)
         if name != "profiles":
             print(f"{name:<18}{value:,}" if type(value) is int else f"{name:<18}{value}")
-    table = Table(title=f"one forward of all keyed blocks, in {found['dtype']}")
-    table.add_column("profile")
-    for header in ("in the enclave", "share", "calls", "bytes out/token", "bytes back/token", "arithmetic"):
-        table.add_column(header, justify="right")
     refused = [row for row in found["profiles"] if "refused" in row]
-    for row in found["profiles"]:
-        if row in refused:
-            continue
-        table.add_row(
+    rows = [
+        (
             row["profile"],
-            f"{row['enclave_parameters']:,}",
+            f"{row['enclave_parameters'] / 1e6:,.1f} M",
             f"{100 * row['enclave_share']:.1f} %",
             f"{row['calls']}",
             f"{row['bytes_sent_per_token']:,}",
             f"{row['bytes_received_per_token']:,}",
             f"{100 * row['enclave_arithmetic']:.1f} %",
         )
-    Console().print(table)
+        for row in found["profiles"]
+        if row not in refused
+    ]
+    headers = ("profile", "in the enclave", "share", "calls", "bytes out / token", "bytes back / token", "arithmetic")
+    print_table(f"one forward of all keyed blocks, in {found['dtype']}", headers, rows)
     print("for whom, and what is claimed against whoever operates the worker:")
     for row in found["profiles"]:
         if row not in refused:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from obfuscatune.cli.options import argument, option, takes
+from obfuscatune.cli.table import print_table
 from obfuscatune.errors import SealError
 
 HELP = "Look at sealed files without keys, open those that are sealed to you, measure what they cost."
@@ -80,23 +81,19 @@ class BenchOptions:
 @takes(BenchOptions)
 def bench(options: BenchOptions) -> None:
     """Measure sealing and opening on one thread, with files in the directory for temporary ones."""
-    from rich.console import Console
-    from rich.table import Table
-
     from obfuscatune.parties.sealed.measure import measure
 
     with tempfile.TemporaryDirectory() as directory:
         passes = list(measure(Path(directory), options.size_mb * 1_000_000, options.repetitions))
-    table = Table(title=f"{options.size_mb} MB, {options.repetitions} passes, one thread; MB/s of payload")
-    for column in ("", "median", "slowest", "fastest", "median of CPU time", "peak memory added"):
-        table.add_column(column, justify="right")
+    rows = []
     for what in ("seal", "open"):
         own = [one for one in passes if one.what == what]
         rates = [one.megabytes_per_second for one in own]
         cpu = statistics.median(one.cpu_megabytes_per_second for one in own)
         figures = [f"{rate:.0f}" for rate in (statistics.median(rates), min(rates), max(rates), cpu)]
-        table.add_row(what, *figures, f"{max(one.peak_growth_bytes for one in own) / 1e6:.1f} MB")
-    Console().print(table)
+        rows.append((what, *figures, f"{max(one.peak_growth_bytes for one in own) / 1e6:.1f} MB"))
+    title = f"{options.size_mb} MB, {options.repetitions} passes, one thread; MB/s of payload"
+    print_table(title, ("", "median", "slowest", "fastest", "median of CPU time", "peak memory added"), rows)
 
 
 def _facts(path: Path) -> dict[str, Any]:

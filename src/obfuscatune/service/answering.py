@@ -19,7 +19,6 @@ from obfuscatune.parties.vocabulary import TURN_SECONDS
 from obfuscatune.service.answers import Answers
 from obfuscatune.service.book import Book
 from obfuscatune.service.generation import Enough, Row
-from obfuscatune.service.patience import Patience
 from obfuscatune.service.queries import Query
 
 logger = logging.getLogger(__name__)
@@ -43,14 +42,12 @@ class Answering:
     """Queries under way. :meth:`add` from any thread, the rest from the one that has the model.
 
     Args:
-        book: of the jobs. model: what computes. answers: that are remembered. patiently: waits for the disk.
+        book: of the jobs. model: what computes. answers: that are remembered.
         stopped: whether the operator stops the enclave; then what was begun is still answered.
     """
 
-    def __init__(
-        self, book: Book, model: Model, answers: Answers, patiently: Patience, stopped: Callable[[], bool]
-    ) -> None:
-        self._book, self._model, self._answers, self._patiently = book, model, answers, patiently
+    def __init__(self, book: Book, model: Model, answers: Answers, stopped: Callable[[], bool]) -> None:
+        self._book, self._model, self._answers = book, model, answers
         self._stopped = stopped
         self._waiting: collections.deque[Query] = collections.deque()
         self._begun: dict[int, tuple[Query, list[Row]]] = {}
@@ -258,10 +255,11 @@ class Answering:
         try:
             if paid and not query.withhold() and query.question not in self._paid and not self._book.state.handed:
                 asked = (query.job, query.party, len(query.prompts), query.question)
-                self._patiently(lambda: self._book.questions.give_back(*asked))
+                self._book.questions.give_back(*asked)
         except STOPS:
             raise
-        except ObfuscatuneError as refused:  # the party keeps what it was counted for, and can ask again
+        except ObfuscatuneError as refused:
+            # It stays counted, and asked again it costs nothing. Answers under way must not wait for a full disk.
             logger.warning("a failed query is not given back: %s", refused.what)
         finally:
             query.fail(error)

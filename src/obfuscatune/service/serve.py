@@ -55,7 +55,7 @@ class Service:
         self._stopped = False
         self._patiently = Patience(book, lambda: self._stopped)
         answers = Answers()
-        self._answering = Answering(book, runner, answers, self._patiently, lambda: self._stopped)
+        self._answering = Answering(book, runner, answers, lambda: self._stopped)
         requests = Requests(book, self._answering.add, answers, wait=QUERY_SECONDS, max_file_bytes=max_file_bytes)
         self._server = server_of(requests)
         self.address, self.identity = self._server.address, book.state.identity.public

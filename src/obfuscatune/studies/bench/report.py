@@ -20,8 +20,8 @@ def cost_rows(measurements: Sequence[Measurement]) -> list[Row]:
             "plain tok/s": f"{m.plain_tokens_per_second:,.1f}",
             "ours tok/s": f"{m.tokens_per_second:,.1f}",
             "ratio": f"{m.ratio:.2f}x",
-            "calls/tok/layer": f"{m.calls_per_token_layer:.3f}",
-            "bytes/tok/layer": f"{m.bytes_per_token_layer:,.0f}",
+            "calls / tok / layer": f"{m.calls_per_token_layer:.3f}",
+            "bytes / tok / layer": f"{m.bytes_per_token_layer:,.0f}",
         }
         for m in measurements
     ]
