@@ -26,8 +26,8 @@ Recorder = Callable[[str], Recorded]
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Fixtures:
-    return build(settings_of("tiny", "llama"), 0, tmp_path_factory.mktemp("llama"), load_text())
+def models(trained: Path) -> Fixtures:
+    return build(settings_of("tiny", "llama"), 0, trained, load_text())
 
 
 @pytest.fixture(scope="module")
@@ -127,8 +127,7 @@ def test_a_body_of_plain_weights_is_the_model(models: Fixtures) -> None:
         torch.testing.assert_close(body(ids).double(), private.logits(ids), rtol=0, atol=1e-3)
 
 
-@pytest.mark.slow
-def test_a_short_audit(tmp_path: Path) -> None:
+def test_a_short_audit(trained: Path, tmp_path: Path) -> None:
     """In two minutes: `balanced` is broken at 4d tokens, `strict` is not, and the report says of what model.
 
     Attacks whose controls run on one profile, to be quick; others are in the tests above.
@@ -142,6 +141,7 @@ def test_a_short_audit(tmp_path: Path) -> None:
         tokens="4d",
         seeds=2,
     )
+    (tmp_path / "fixtures").symlink_to(trained)
     path, findings = run(plan, tmp_path, command=["audit"])
     assert findings.conclusive
     assert failed_claims(findings) == []

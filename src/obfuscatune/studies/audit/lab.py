@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Self
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -26,7 +26,7 @@ from obfuscatune.profiles import Profile
 from obfuscatune.studies.audit.attack import Customer, Embeddings, Knowledge, Sample, TrainingTruth, Truth
 from obfuscatune.studies.audit.fixtures import Fixtures
 from obfuscatune.studies.audit.reader import read_view
-from obfuscatune.studies.audit.recorder import recording_worker
+from obfuscatune.studies.audit.recorder import RecordingWorker
 from obfuscatune.studies.audit.reference import Reference
 from obfuscatune.studies.audit.shares import read_shares
 from obfuscatune.studies.audit.view import ROLES, STREAMS_OF, WorkerView
@@ -81,9 +81,10 @@ def record(fixtures: Fixtures, profile: str, seed: int, budgets: Sequence[int]) 
         texts = fixtures.text["private"][torch.randperm(len(fixtures.text["private"]), generator=generator)]
         target, rest = texts[:TARGET_ROWS], texts[TARGET_ROWS:]
         batches, passes = _schedule(rest, budgets, fixtures.settings.positions // 2)
-        with TemporaryDirectory(prefix="obfuscatune-audit-") as name:
-            directory = Path(name)
-            recording = Recording(watched, directory, operator=seed)
+        with (
+            TemporaryDirectory(prefix="obfuscatune-audit-") as name,
+            Recording(watched, Path(name), operator=seed) as recording,
+        ):
             view, keys = _inference(fixtures.private, recording, [target, *batches])
             pooled = recording.pooled([batch.shape[1] for batch in (target, *batches)])
             chosen = fixtures.text["corpus"][: TARGET_ROWS * 8].split(TARGET_ROWS)  # type: ignore[no-untyped-call]
@@ -128,7 +129,7 @@ def knowledge(
 
 
 class Recording:
-    """Sessions of a profile, one after the other, each with as many recording workers as it needs.
+    """Sessions of a profile, one after the other, over as many recording workers as it needs.
 
     Args:
         directory: for the recordings, of which one session's are there at a time. operator: a number that tells which
@@ -144,7 +145,21 @@ class Recording:
             )
         count = watched.workers if self._scheme is None else len(self._scheme.points)
         self._paths = [directory / f"recording{i}" for i in range(count)]
+        self._workers = [RecordingWorker() for _ in self._paths]
+        self._started = ExitStack()
         self._counts: list[int] = []  # of the blocks that each worker has
+
+    def __enter__(self) -> Self:
+        """Start the workers."""
+        with ExitStack() as stack:
+            for worker in self._workers:
+                stack.enter_context(worker)
+            self._started = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End them."""
+        self._started.close()
 
     @property
     def run(self) -> range:
@@ -159,7 +174,8 @@ class Recording:
             ObfuscatuneError: a worker does not start, or the blocks are spread otherwise than in the session before.
         """
         with ExitStack() as stack:
-            addresses = [stack.enter_context(recording_worker(path)) for path in self._paths]
+            pairs = zip(self._workers, self._paths, strict=True)
+            addresses = [stack.enter_context(worker.recording(path)) for worker, path in pairs]
             worker = addresses if len(addresses) > 1 else addresses[0]
             protected = stack.enter_context(protect(model, profile=self._profile, worker=worker))
             counts = [len(link.blocks) for link in protected.links]
