@@ -105,12 +105,14 @@ class KeyedAttention:
     Attributes:
         keyed: ``first`` ``[d, n]``, ``first_bias`` ``[n]`` where there is one, ``last`` ``[heads, d]``: may leave the
             enclave. The bias is float64.
-        bias: ``[d]``, added to the un-keyed output in the enclave; None where there is none.
+        bias: ``[d]``, added to the un-keyed output in the enclave; None where there is none. own_bias: the layer's
+            own, which is all that is added where a row attends to nothing.
         value_offset: ``[heads * head_dim]``, what the true heads' output has more than the worker's.
     """
 
     keyed: dict[str, Tensor]
     bias: Tensor | None
+    own_bias: Tensor | None
     value_offset: Tensor | None
 
 
@@ -132,8 +134,9 @@ def key_attention(
     ``[Wq|Wk|Wv]* = Ra^-1 [Wq M | Wk M^-T | Wv N]`` and ``Wo* = N^-1 Wo Rb``, block-diagonal per head. With a
     ``stream``, the biases of k and v are replaced by secrets c and e: ``q.(k + c)`` adds to each row of logits a
     constant, which softmax cancels; softmax rows sum to one, so that a v bias of e instead of bv changes the heads'
-    output by ``e - bv``, and the enclave adds ``bo + (bv - e) Wo``. Rotated by position, a bias of k does not cancel:
-    there the true one is sent, keyed. This needs attention dropout off. docs/design.md, "Whole submodules".
+    output by ``e - bv``, and the enclave adds ``bo + (bv - e) Wo``; a row that attends to nothing sums to zero, and
+    gets bo alone. Rotated by position, a bias of k does not cancel: there the true one is sent, keyed. This
+    needs attention dropout off. docs/design.md, "Whole submodules".
 
     Args:
         first: ``q | k | v`` ``[d, n]`` and bias, norms already folded into the bias where the profile folds them.
@@ -152,7 +155,7 @@ def key_attention(
         "last": key_weight(out_weight, heads.output, key_out, dtype=dtype),
     }
     if bias is None:
-        return KeyedAttention(keyed, out_bias, None)
+        return KeyedAttention(keyed, out_bias, out_bias, None)
     bias_q, bias_k, bias_v = torch.split(bias.double(), widths)
     sent_k, sent_v = bias_k, bias_v
     if stream is not None:
@@ -163,11 +166,11 @@ def key_attention(
             sent_k = stream.normal(len(bias_k)) * bias_k.square().mean().sqrt()
     keyed["first_bias"] = key_first.apply(torch.cat([bias_q, sent_k, sent_v]))
     if stream is None:
-        return KeyedAttention(keyed, out_bias, None)
+        return KeyedAttention(keyed, out_bias, out_bias, None)
     share = heads.output.size // len(bias_v)  # query heads for each kv head
     value_offset = (bias_v - sent_v).view(kv_heads, -1).repeat_interleave(share, dim=0).flatten()
     written = _row_times(value_offset, out_weight)
-    return KeyedAttention(keyed, written if out_bias is None else out_bias + written, value_offset)
+    return KeyedAttention(keyed, written if out_bias is None else out_bias + written, out_bias, value_offset)
 
 
 def key_mlp(

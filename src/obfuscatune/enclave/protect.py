@@ -12,6 +12,7 @@ from peft import PeftModel
 from torch import nn
 
 from obfuscatune.enclave.families import Block, Decoder, read_decoder
+from obfuscatune.enclave.families.empty import refuse_attention
 from obfuscatune.enclave.families.fit import fit
 from obfuscatune.enclave.families.options import refuse_options
 from obfuscatune.enclave.frozen import are_frozen, refuse_training_of_all
@@ -120,6 +121,7 @@ def protect(
     resolved = fit(decoder, resolved, {name for name, value in switches.items() if value is not None})
     if resolved.attention == "worker":
         refuse_looking_ahead(causal_lm.config)
+        refuse_attention(causal_lm.config)
     if "spawn" in workers and device in (None, "cpu") and not is_chosen():
         _warn_of_spinning()
     blocks = _leaving(decoder, resolved)
@@ -169,6 +171,7 @@ def protect(
     if weights is not None:
         weights.finish()
     for link in links:
+        link.passes.eager = getattr(causal_lm.config, "_attn_implementation", None) == "eager"
         causal_lm.base_model.register_forward_pre_hook(link.passes.begin, with_kwargs=True)
     causal_lm.base_model.register_forward_pre_hook(Inputs(causal_lm), with_kwargs=True)
     causal_lm.base_model.register_forward_pre_hook(Guard(causal_lm, resolved, links[0].passes))
@@ -179,6 +182,9 @@ def protect(
     if resolved.rotate_stream:
         what = "the blocks' outputs stay on the worker: rotate_stream=False. The last hidden state is there"
         _refuse_output(causal_lm, "output_hidden_states", what)
+        for body in causal_lm.modules():
+            if isinstance(body, RemoteBody) and body.blind is not None:
+                causal_lm.register_forward_hook(body.blind.check_labels, with_kwargs=True)
     use_fast_head(causal_lm)
     refuse_training_of_all(causal_lm, frozen=frozen)
     causal_lm.register_forward_hook(forget_adapters_of_rows, always_call=True)

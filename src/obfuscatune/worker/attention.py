@@ -62,7 +62,8 @@ class AttentionSegment(PartSegment):
         else:
             (k, v), present = call.past[0].append(k, v)
             call.present = (present,)
-        return attend(q, k, v, mask=call.mask, scale=self.scale, softcap=self.softcap).transpose(1, 2).flatten(2)
+        h = attend(q, k, v, mask=call.mask, uniform=call.uniform, scale=self.scale, softcap=self.softcap)
+        return h.transpose(1, 2).flatten(2)
 
 
 def _count(spec: dict[str, Any], name: str) -> int:
@@ -83,13 +84,20 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, scale: float, softcap: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None,
+    uniform: bool = False,
+    scale: float,
+    softcap: float | None = None,
 ) -> Tensor:
     """Return softmax(q k^T scale) v ``[B, H, T, n]`` for q ``[B, H, T, n]``, k and v ``[B, G, S, n]``.
 
     Args:
-        mask: bool ``[B, 1, T, S]``; None: the last of T positions sees all S, and each one before it one less. Rows
-            that may attend to nothing give 0.
+        mask: bool ``[B, 1, T, S]``; None: the last of T positions sees all S, and each one before it one less.
+        uniform: whether rows that may attend to nothing attend to all S alike; they give 0 otherwise.
     """
     new, tokens = q.shape[2], k.shape[2]
     share = q.shape[1] // k.shape[1]
@@ -105,22 +113,30 @@ def attend(
         if new == 1 and dtype.itemsize == 2 and q.is_cpu:
             # A row of 4 x 12 heads over 160 tokens: 1.4 ms in bfloat16, .2 in float32 with conversions (torch 2.13).
             q, k, v = q.float(), k.float(), v.float()
-        if softcap is None:
+        if softcap is None and not uniform:
             causal = mask is None and new > 1
             h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
         else:
-            h = _capped(q, k, v, mask, scale, softcap)
+            h = _in_steps(q, k, v, mask, uniform, scale, softcap)
         h = h.to(dtype)
     return h.reshape(h.shape[0], -1, new, h.shape[3]) if share > 1 and new == 1 else h
 
 
-def _capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float) -> Tensor:
-    """Attention whose logits are capped, ``c tanh(logits / c)``; half dtypes in float32 from the softmax on."""
-    logits = torch.tanh((q @ k.mT) * scale / softcap) * softcap
+def _in_steps(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, uniform: bool, scale: float, softcap: float | None
+) -> Tensor:
+    """Attention whose logits may be capped, ``c tanh(logits / c)``; half dtypes in float32 from the softmax on."""
+    logits = (q @ k.mT) * scale
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
     if mask is None and logits.shape[-2] > 1:
         mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).tril()
     wide = logits if logits.dtype == torch.float64 else logits.float()
     if mask is None:
         return wide.softmax(-1).to(v.dtype) @ v
-    weights = wide.masked_fill(~mask, torch.finfo(wide.dtype).min).softmax(-1).masked_fill(~mask, 0)
+    least = torch.finfo(wide.dtype).min
+    if uniform:  # added, as eager attention does: where all are at the least, each still has a gradient
+        weights = (wide + torch.zeros_like(wide).masked_fill(~mask, least)).softmax(-1)
+    else:
+        weights = wide.masked_fill(~mask, least).softmax(-1).masked_fill(~mask, 0)
     return weights.to(v.dtype) @ v

@@ -53,7 +53,7 @@ class BodySegment(Segment):
         for first in range(0, len(self.parts), self.stride):
             calls = []
             for part in self.parts[first : first + self.stride]:
-                inner = Call(mask=call.mask, rotary=call.rotary)
+                inner = Call(mask=call.mask, uniform=call.uniform, rotary=call.rotary)
                 if isinstance(part, AttentionSegment) and call.past is not None:
                     inner.past = call.past[len(present) : len(present) + 1]
                 calls.append(inner)

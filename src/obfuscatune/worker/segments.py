@@ -39,6 +39,7 @@ class Call:
 
     Attributes:
         mask: bool ``[B, 1, T, S]``, True where attention is allowed; without one position t sees positions up to t.
+        uniform: whether a row that the mask allows nothing attends to all S positions alike; its output is 0 otherwise.
         rotary: cos and sin ``[1 or B, T, n]``, where q and k are rotated by position.
         past: keys and values of the S - T cached tokens of this segment, already in this call's row order; of a body,
             those of each attention in turn.
@@ -47,6 +48,7 @@ class Call:
     """
 
     mask: Tensor | None = None
+    uniform: bool = False
     rotary: tuple[Tensor, Tensor] | None = None
     past: tuple[Tokens, ...] | None = None
     present: tuple[Tokens, ...] | None = None

@@ -237,7 +237,7 @@ class WorkerSession:
         call = Call(recompute=bool(header.get("recompute")))
         if (field := header.get("mask")) is not None:
             mask = (unpack_mask(tensors.pop("mask"), field["shape"]),) if "mask" in tensors else None
-            call.mask = self._share(field, mask)[0]
+            call.mask, call.uniform = self._share(field, mask)[0], bool(field.get("uniform"))
         if (field := header.get("rotary")) is not None:
             tables = (tensors.pop("cos"), tensors.pop("sin")) if "cos" in tensors else None
             cos, sin = self._share(field, tables)

@@ -38,10 +38,16 @@ def empty_model(config: Any, **options: Any) -> Any:
 
 
 def refuse_attention(config: Any) -> None:
-    """Refuse an implementation of attention that is loaded by its name, from the hub too: a file may ask for it."""
+    """Refuse an implementation of attention that is neither of the stock ones.
+
+    A file may ask for one by its name, from the hub too, and a program may register its own, which the worker would not
+    compute.
+    """
     if getattr(config, "_attn_implementation", None) not in (None, "eager", "sdpa"):
         raise UnsupportedModelError(
-            "attention of the model's configuration", expected="eager or sdpa", hint="set _attn_implementation there"
+            "attention of the model's configuration",
+            expected="eager or sdpa",
+            hint='model.set_attn_implementation("sdpa"), or _attn_implementation in the file',
         )
 
 

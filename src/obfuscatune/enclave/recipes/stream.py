@@ -101,6 +101,7 @@ class StreamRecipe:
             index=first.index,
             passed=[block.index for block in self._blocks[1:]],
             slots=self._slots,
+            offset=any(part.offset is not None for part in parts),
         )
         for block in self._blocks:
             shell = body if block is first else PassedBlock(block.path, keying.passes)

@@ -30,8 +30,8 @@ class Shipped:
     Attributes:
         segment: its name on the worker. stream: randomness by name.
         keys_first: of each first layer's columns, canonical. key_last: of what enters the last layer on the worker.
-        bias: ``[d]``, float64, of the un-keyed output, or None. offset: what the true input of the last layer has more
-            than the worker's, or None.
+        bias: ``[d]``, float64, of the un-keyed output, or None. own_bias: of rows that attend to nothing, likewise.
+        offset: what the true input of the last layer has more than the worker's, or None.
     """
 
     part: Part
@@ -42,6 +42,7 @@ class Shipped:
     keys_first: tuple[Key, ...]
     key_last: Key
     bias: Tensor | None
+    own_bias: Tensor | None = None
     offset: Tensor | None = None
 
 
@@ -70,7 +71,8 @@ def key_attention_part(keying: Keying, block: Block) -> None:
         mirror=keying.mirror,
         passes=keying.passes,
         index=attention.index,
-        bias=_bias(shipped),
+        bias=_rounded(shipped, shipped.bias),
+        own_bias=_rounded(shipped, shipped.own_bias),
         dropout=attention.dropout,
         slots=_slots(keying, shipped),
         children=standins(*attention.layers) | dropouts_of(attention),
@@ -84,7 +86,7 @@ def key_mlp_part(keying: Keying, block: Block) -> None:
     shipped = ship_mlp(keying, mlp, Around())
     remote = RemoteMlp(
         _placed(keying, shipped),
-        bias=_bias(shipped),
+        bias=_rounded(shipped, shipped.bias),
         dropout=mlp.dropout,
         slots=_slots(keying, shipped),
         children=standins(*mlp.layers) | dropouts_of(mlp),
@@ -137,9 +139,8 @@ def ship_attention(keying: Keying, attention: Attention, around: Around) -> Ship
     fields["widths"] = [key.size for key in keys_first]
     segment = keying.define(attention.path, "attention", fields, keyed.keyed, last.weight.dtype)
     keying.note_dropout(attention.dropout_field, attention.dropout_of_weights)
-    return Shipped(
-        attention, segment, stream, key_in, key_out, keys_first, heads.output, keyed.bias, keyed.value_offset
-    )
+    keys = key_in, key_out, keys_first, heads.output
+    return Shipped(attention, segment, stream, *keys, keyed.bias, keyed.own_bias, keyed.value_offset)
 
 
 def _head_keys(keying: Keying, attention: Attention, stream: Streams) -> HeadKeys:
@@ -218,8 +219,8 @@ def _placed(keying: Keying, shipped: Shipped) -> Placed:
     return Placed(keying.session, shipped.segment, part.path, shipped.key_in, shipped.key_out, folded, dtype)
 
 
-def _bias(shipped: Shipped) -> Tensor | None:
-    return None if shipped.bias is None else shipped.bias.to(shipped.part.last.weight.dtype)
+def _rounded(shipped: Shipped, bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.to(shipped.part.last.weight.dtype)
 
 
 def _replace(keying: Keying, part: Part, remote: RemotePart) -> None:

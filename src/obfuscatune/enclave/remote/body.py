@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from obfuscatune.enclave.folding import centre
 from obfuscatune.enclave.keys import decode, encode
+from obfuscatune.enclave.remote.blind import BlindRows
 from obfuscatune.enclave.remote.cache import CacheMirror
 from obfuscatune.enclave.remote.calls import RemoteCall, without_autocast
 from obfuscatune.enclave.remote.linear import Placed
@@ -32,7 +33,7 @@ class RemoteBody(Standin):
         placed: its two keys are R, orthogonal. centred: whether C is there; rows that come back are centred then.
         index: of the block, which is also the layer of the enclave's cache that mirrors all of the worker's.
         passed: indices of the other blocks.
-        slots: LoRA of all blocks.
+        slots: LoRA of all blocks. offset: whether the worker adds something for a secret bias of v.
 
     Attributes:
         gradient_checkpointing: set by ``transformers``, as on its own blocks; the worker recomputes then.
@@ -50,9 +51,11 @@ class RemoteBody(Standin):
         index: int,
         passed: Sequence[int],
         slots: Sequence[Slot],
+        offset: bool,
     ) -> None:
         super().__init__()
         self.placed, self.path, self._centred, self._slots = placed, placed.path, centred, slots
+        self.blind = BlindRows(placed.path) if offset else None
         self._mirror, self._passes, self._index = mirror, passes, index
         self._passed = passed
         self._standing: Standing | None = None
@@ -109,7 +112,10 @@ class RemoteBody(Standin):
         self._passes.add_rotary(call, tables)
         if cache is not None:
             add_cache(call, self._mirror, cache, self._index, self._passed)
-        return self._passes.leave_body(decode(call.run()["y"], placed.key_out))
+        output = decode(call.run()["y"], placed.key_out)
+        if self.blind is not None:
+            self.blind.watch(output, call.blind)
+        return self._passes.leave_body(output)
 
 
 class PassedBlock(Standin):

@@ -64,6 +64,7 @@ class RemoteCall:
             require a gradient, by slot name.
         when_sent: what to do once the worker has answered. added: what the enclave adds to the un-keyed output
             ``[..., out]``, from the reply's tensors.
+        blind: bool ``[1 or B, T, 1]``, rows that attend to nothing, whose heads give 0; None where there are none.
         check: verifies ``y = x W``, and the backward's ``dx = dy W^T``, of a linear segment without a LoRA slot.
     """
 
@@ -80,6 +81,7 @@ class RemoteCall:
     trained: dict[str, tuple[str, ...]] = field(default_factory=dict)
     when_sent: list[Callable[[], None]] = field(default_factory=list)
     added: list[Callable[[dict[str, Tensor]], Tensor]] = field(default_factory=list)
+    blind: Tensor | None = None
     check: Check | None = None
     id: int = 0
 

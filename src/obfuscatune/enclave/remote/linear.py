@@ -46,12 +46,22 @@ class Placed:
 
 @dataclass(slots=True, repr=False)  # a repr would show activations
 class _Results:
-    """Outputs of one call, until each layer has taken its own."""
+    """Outputs of one call, until each layer has taken its own.
+
+    Attributes:
+        copy: of an x that does not tell of changes in place, as it was made under ``inference_mode``.
+    """
 
     x: "weakref.ref[Tensor]"
     version: int
+    copy: Tensor | None
     grad: bool
     outputs: dict[int, Tensor]
+
+    def is_of(self, x: Tensor) -> bool:
+        """Whether x is the very tensor of the call, and unchanged."""
+        same = self.x() is x and self.version == version_of(x)
+        return same and (self.copy is None or torch.equal(self.copy, x))
 
 
 class _Last(threading.local):
@@ -74,16 +84,12 @@ class LinearGroup(ABC):
     def output(self, x: Tensor, member: int) -> Tensor:
         """Return ``x W`` ``[..., out]`` of one layer, its bias not added; x ``[..., in]``."""
         found = self._last.results
-        if (
-            found is None
-            or found.x() is not x
-            or found.version != version_of(x)
-            or found.grad != torch.is_grad_enabled()
-            or member not in found.outputs
-        ):
+        if found is None or not found.is_of(x) or found.grad != torch.is_grad_enabled() or member not in found.outputs:
             with without_autocast():
                 outputs = dict(enumerate(self.outputs(x)))
-            found = self._last.results = _Results(weakref.ref(x), version_of(x), torch.is_grad_enabled(), outputs)
+            copy = x.clone() if x.is_inference() and len(self.widths) > 1 else None
+            found = _Results(weakref.ref(x), version_of(x), copy, torch.is_grad_enabled(), outputs)
+            self._last.results = found
         y = found.outputs.pop(member)
         if not found.outputs:
             self._last.results = None

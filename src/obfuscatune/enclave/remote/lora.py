@@ -248,13 +248,14 @@ class SplitOutput(_Pushing):
         rank_key = self.rank_key(a.shape[0])
         self.push(call, "A", a, {"A": lambda: encode(self._key.apply_inverse_transpose(a).T, rank_key)})
         call.shapes[f"v.{self.name}"] = (*call.rows, a.shape[0])
-        call.added.append(lambda outputs: self._added(outputs[f"v.{self.name}"], adapter, a, rank_key))
+        call.added.append(lambda outputs: self._added(outputs[f"v.{self.name}"], adapter, a, rank_key, call.blind))
 
-    def _added(self, v: Tensor, adapter: str, a: Tensor, rank_key: Key) -> Tensor:
+    def _added(self, v: Tensor, adapter: str, a: Tensor, rank_key: Key, blind: Tensor | None) -> Tensor:
         """Return ``s (x A) B`` ``[..., out]``, from the worker's v ``[..., r]``."""
         low_rank = decode(v.to(a.dtype), rank_key)
         if self._offset is not None:
-            low_rank = low_rank + self._offset.to(a.dtype) @ a.T
+            more = self._offset.to(a.dtype) @ a.T
+            low_rank = low_rank + (more if blind is None else more * ~blind)
         product: Tensor = (low_rank * self.lora.scaling[adapter]) @ self.lora.lora_B[adapter].weight.T
         return product
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from obfuscatune.enclave.families import Norm
+from obfuscatune.enclave.remote.calls import version_of
 from obfuscatune.enclave.remote.withdrawn import Standin
 from obfuscatune.errors import UnsupportedModelError
 from obfuscatune.protocol.norms import rms_rows
@@ -22,7 +23,7 @@ from obfuscatune.protocol.threads import threads_for
 class _Last(threading.local):
     """What a norm gave last to a thread: several may run the model at once."""
 
-    rows: tuple[weakref.ref[Tensor], Tensor] | None = None
+    rows: tuple[weakref.ref[Tensor], Tensor, int | Tensor] | None = None
 
 
 class FoldedNorm(Standin):
@@ -46,7 +47,9 @@ class FoldedNorm(Standin):
         """Return the norm's own output ``[..., d]``."""
         with threads_for(hidden_states.numel()):
             rows, output = self._rows_and_output(hidden_states)
-        self._last.rows = weakref.ref(output), rows
+        # An output that was made under `inference_mode` does not tell of changes in place.
+        as_given = output.clone() if output.is_inference() else version_of(output)
+        self._last.rows = weakref.ref(output), rows, as_given
         return output
 
     def _rows_and_output(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,13 +71,18 @@ class FoldedNorm(Standin):
         """Return the normalized rows that ``output`` came from, and forget them.
 
         Raises:
-            UnsupportedModelError: ``output`` is not what this norm gave last: something stands between the two.
+            UnsupportedModelError: ``output`` is not what this norm gave last: something stands between the two, or has
+            changed it in place.
         """
         last, self._last.rows = self._last.rows, None
-        if last is None or last[0]() is not output:
+        if last is None or last[0]() is not output or not _is_as_given(output, last[2]):
             raise UnsupportedModelError(
                 "input of a remote layer did not come from its norm",
                 where=layer,
                 hint="something wraps the layer; fold_norms=False does without the norm's normalized rows",
             )
         return last[1]
+
+
+def _is_as_given(output: Tensor, as_given: int | Tensor) -> bool:
+    return version_of(output) == as_given if isinstance(as_given, int) else torch.equal(output, as_given)

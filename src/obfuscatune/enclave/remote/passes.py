@@ -10,6 +10,7 @@ import itertools
 import threading
 import weakref
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,12 +26,13 @@ class _Body(threading.local):
     """Where a thread's pass is, with all blocks in one call: several threads may run the model at once.
 
     Attributes:
-        generation: of which the last pass was a step.
+        generation: of which the last pass was a step. number: of the pass; no two of any thread have the same.
     """
 
     is_due = False
     output: weakref.ref[Tensor] | None = None
     generation: object | None = None
+    number = 0
 
 
 class _Running(threading.local):
@@ -40,6 +42,29 @@ class _Running(threading.local):
 
 
 _running = _Running()
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class _Mask:
+    """What calls say of a mask, ``fields``, and its rows that attend to nothing: see `RemoteCall.blind`."""
+
+    fields: dict[str, Any]
+    blind: Tensor | None
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class _Sent:
+    """A tensor that the worker has under a number, as it was in a version and a pass.
+
+    In a pass, because not every change shows in the version: tensors made under ``inference_mode`` have none, and
+    writes through numpy do not count.
+    """
+
+    tensor: weakref.ref[Tensor]
+    version: int
+    of_pass: int
+    number: int
+    mask: _Mask
 
 
 @contextlib.contextmanager
@@ -58,8 +83,9 @@ class Passes:
     def __init__(self, session: Session) -> None:
         self._session = session
         self._numbers = itertools.count(1)
-        self._shared: dict[int, tuple[weakref.ref[Tensor], int, int, list[int]]] = {}
+        self._shared: dict[int, _Sent] = {}
         self.number = 0
+        self.eager = False  # whether the model computed attention eagerly, where blind rows see all positions alike
         self._body = _Body()
 
     def begin(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -73,7 +99,7 @@ class Passes:
         goes_on = before is not None and before is _running.generation and cache is not None and cache.get_seq_length()
         if torch.is_grad_enabled() or not goes_on:
             self.number += 1
-        self._body.is_due = True
+        self._body.is_due, self._body.number = True, next(self._numbers)
 
     def enter_body(self) -> bool:
         """Whether the model's pass has come to the call for all blocks, which each pass does once."""
@@ -97,47 +123,58 @@ class Passes:
         """
         if mask is None:
             return
-        number, shape, new = self._number(mask)
-        if new:
+        sent = self._find(mask)
+        if sent is None:
             allowed = _allowed(mask, call.layer)
-            shape[:] = allowed.shape
             call.extras["mask"] = pack_mask(allowed)
-        call.header["mask"] = {"id": number, "shape": list(shape)}
-        self._when_sent(call, mask, number, shape, new)
+            sent = self._send(call, mask, self._describe(mask, allowed))
+        call.header["mask"], call.blind = {"id": sent.number, **sent.mask.fields}, sent.mask.blind
+
+    def _describe(self, mask: Tensor, allowed: Tensor) -> _Mask:
+        """Of a row without a true number stock attention makes 0; of one of least numbers, softmax, and all alike."""
+        fields: dict[str, Any] = {"shape": list(allowed.shape)}
+        blind = ~allowed.any(dim=-1)
+        if not blind.any():
+            return _Mask(fields, None)
+        if self.eager or (mask.dtype != torch.bool and not mask.isinf().any()):
+            return _Mask({**fields, "uniform": True}, None)
+        return _Mask(fields, blind.transpose(1, 2))
 
     def add_rotary(self, call: RemoteCall, tables: tuple[Tensor, Tensor] | None) -> None:
         """Tell a call of cos and sin ``[1 or B, T, n]``, as the model's own rotary module gave them."""
         if tables is None:
             return
         cos, sin = tables
-        number, shape, new = self._number(cos)
-        if new:
+        sent = self._find(cos)
+        if sent is None:
             call.extras |= {"cos": cos.detach().to(call.dtype), "sin": sin.detach().to(call.dtype)}
-        call.header["rotary"] = {"id": number}
-        self._when_sent(call, cos, number, shape, new)
+            sent = self._send(call, cos, _Mask({}, None))
+        call.header["rotary"] = {"id": sent.number}
 
-    def _number(self, tensor: Tensor) -> tuple[int, list[int], bool]:
-        """Number and shape under which the worker has the tensor, and whether it has yet to get it."""
-        known = self._shared.get(id(tensor))
-        if known is not None and known[0]() is tensor and known[1] == version_of(tensor):
-            return known[2], known[3], False
-        return next(self._numbers), [], True
+    def _find(self, tensor: Tensor) -> _Sent | None:
+        """What the worker has of a tensor, if it is as it was."""
+        sent = self._shared.get(id(tensor))
+        if sent is None or sent.tensor() is not tensor or sent.of_pass != self._body.number:
+            return None
+        return sent if sent.version == version_of(tensor) else None
 
-    def _when_sent(self, call: RemoteCall, tensor: Tensor, number: int, shape: list[int], new: bool) -> None:
-        if new:
-            call.when_sent.append(lambda: self._remember(tensor, number, shape))
-
-    def _remember(self, tensor: Tensor, number: int, shape: list[int]) -> None:
-        key = id(tensor)
-        if key in self._shared:  # the same tensor, changed in place
-            self._session.drop("shared", self._shared.pop(key)[2])
+    def _send(self, call: RemoteCall, tensor: Tensor, mask: _Mask) -> _Sent:
+        """Number a tensor that goes with a call; it is found again once the worker has answered."""
+        key, number = id(tensor), next(self._numbers)
 
         def forget(_: Any) -> None:
-            if key in self._shared and self._shared[key][2] == number:
+            if key in self._shared and self._shared[key].number == number:
                 del self._shared[key]
-            self._session.drop("shared", number)
+                self._session.drop("shared", number)
 
-        self._shared[key] = weakref.ref(tensor, forget), version_of(tensor), number, shape
+        def remember() -> None:
+            if key in self._shared:  # the same tensor, changed in place or of an earlier pass
+                self._session.drop("shared", self._shared.pop(key).number)
+            self._shared[key] = sent
+
+        sent = _Sent(weakref.ref(tensor, forget), version_of(tensor), self._body.number, number, mask)
+        call.when_sent.append(remember)
+        return sent
 
 
 def _allowed(mask: Tensor, layer: str) -> Tensor:

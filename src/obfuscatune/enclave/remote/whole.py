@@ -79,11 +79,15 @@ class RemotePart(Standin):
             slot.contribute(call, x)
         return call
 
+    def _bias_of(self, call: RemoteCall) -> Tensor | None:
+        return self.bias
+
     def finish(self, call: RemoteCall) -> Tensor:
         """Do the call and return the part's output ``[..., d]``."""
         outputs = call.run()
         y = decode(outputs["y"], self.placed.key_out)
-        y = y if self.bias is None else y + self.bias
+        bias = self._bias_of(call)
+        y = y if bias is None else y + bias
         for add in call.added:
             y = y + add(outputs).to(y.dtype)
         return y if self._dropout is None else self._dropout(y)
@@ -99,11 +103,31 @@ class RemoteMlp(RemotePart):
 
 
 class RemoteAttention(RemotePart):
-    """Attention on the worker, its KV cache too. ``index``: of the layer in the cache."""
+    """Attention on the worker, its KV cache too.
 
-    def __init__(self, placed: Placed, *, mirror: CacheMirror, passes: Passes, index: int, **parts: Any) -> None:
+    Args:
+        index: of the layer in the cache. own_bias: what is added in the place of ``bias`` to a row that attends to
+            nothing: its heads give 0, and neither the bias of v nor the secret one is in that.
+    """
+
+    def __init__(
+        self,
+        placed: Placed,
+        *,
+        mirror: CacheMirror,
+        passes: Passes,
+        index: int,
+        own_bias: Tensor | None,
+        **parts: Any,
+    ) -> None:
         super().__init__(placed, **parts)
-        self._mirror, self._passes, self._index = mirror, passes, index
+        self._mirror, self._passes, self._index, self._own_bias = mirror, passes, index, own_bias
+
+    def _bias_of(self, call: RemoteCall) -> Tensor | None:
+        if call.blind is None or self.bias is None:
+            return self.bias
+        own = torch.zeros_like(self.bias) if self._own_bias is None else self._own_bias
+        return torch.where(call.blind, own, self.bias)
 
     def forward(
         self,

@@ -118,7 +118,7 @@ class Call:
     def worker_call(self) -> tuple[dict[str, Tensor], WorkerCall]:
         """What the worker's segments compute with, in float64: tensors by wire name, and what the pass shares."""
         rotary = None if self.rotary is None else (self.rotary[0].double(), self.rotary[1].double())
-        return {name: tensor.double() for name, tensor in self.inputs.items()}, WorkerCall(self.mask, rotary)
+        return {name: tensor.double() for name, tensor in self.inputs.items()}, WorkerCall(self.mask, rotary=rotary)
 
     def _width(self) -> int:
         return self.segment.weight(self.segment.roles[0]).shape[1 if self.backward else 0]

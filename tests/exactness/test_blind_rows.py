@@ -1,0 +1,109 @@
+"""Rows that attend to nothing, as at padding on the left: as in the plain model, or refused where a loss needs them."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from obfuscatune import UnsupportedModelError
+
+from .families import model_of, twins_of, wide
+from .models import error, gradients, scalar, tokens, worst
+
+EXACT = 1e-9  # measured 1e-14
+UNLIKE = 1e-2  # what a bias too many in such rows does; measured .2 and more
+LEFT = torch.tensor([[0, 0, 0, 1, 1, 1], [1] * 6])
+BIASED = ("gpt2", "gpt_neox", "qwen2", "llama, biases, tied")  # of v, by itself or of the norm before it
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(autouse=True)
+def stock_code_is_wide() -> Iterator[None]:
+    with wide():
+        yield
+
+
+def outputs(model: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    logits = model(tokens(2, 6), attention_mask=LEFT).logits
+    scalar(logits).backward()
+    return logits.detach(), gradients(model)
+
+
+@pytest.mark.parametrize("family", BIASED)
+@pytest.mark.parametrize("profile", ["plain", "balanced"])
+def test_all_rows_are_those_of_the_plain_model(protect: Any, family: str, profile: str) -> None:
+    reference, model = twins_of(family)
+    expected = outputs(reference)
+    with protect(model, profile=profile) as protected:
+        got = outputs(protected.model)
+    assert error(got[0], expected[0]) < EXACT
+    assert got[1]
+    assert worst(got[1], {name: expected[1][name] for name in got[1]}) < EXACT
+
+
+def test_these_rows_are_unlike_those_with_the_bias(protect: Any) -> None:
+    """What the tests above would see if it were left in."""
+    model = model_of("gpt2")
+    with protect(model, profile="balanced") as protected, torch.no_grad():
+        got = protected.model(tokens(2, 6), attention_mask=LEFT).logits
+        for module in protected.model.modules():
+            if hasattr(module, "_own_bias"):
+                module._own_bias = module.bias
+        assert error(protected.model(tokens(2, 6), attention_mask=LEFT).logits, got) > UNLIKE
+
+
+@pytest.mark.parametrize("family", ["gemma2", "llama"])
+def test_eager_attention_looks_at_all_positions_alike(protect: Any, family: str) -> None:
+    models = []
+    for _ in range(2):
+        model = model_of(family)
+        model.get_base_model().set_attn_implementation("eager")
+        models.append(model)
+    expected = outputs(models[0])
+    with protect(models[1], profile="balanced") as protected:
+        got = outputs(protected.model)
+    assert error(got[0], expected[0]) < EXACT
+    assert worst(got[1], {name: expected[1][name] for name in got[1]}) < EXACT
+
+
+def test_a_mask_of_least_numbers_looks_at_all_positions_alike(protect: Any) -> None:
+    reference, model = twins_of("gpt2")
+    mask = torch.ones(2, 1, 6, 6, dtype=torch.bool).tril()
+    mask[:, :, 2] = False
+    least = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, torch.finfo(torch.float64).min)
+    with protect(model, profile="balanced") as protected, torch.no_grad():
+        for each in (mask, least):
+            got, expected = (m(tokens(2, 6), attention_mask=each).logits for m in (protected.model, reference))
+            assert error(got, expected) < EXACT
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen2"])
+def test_a_loss_that_needs_them_is_refused_where_all_blocks_are_on_the_worker(protect: Any, family: str) -> None:
+    reference, model = twins_of(family)
+    labels = tokens(2, 6).masked_fill(LEFT == 0, -100)
+    good = labels.clone()
+    good[0, 3] = -100  # predicted from padding
+    with protect(model, profile="stream") as protected:
+        for wanted in (torch.no_grad(), torch.enable_grad()):
+            with wanted, pytest.raises(UnsupportedModelError, match="positions that attend to nothing"):
+                protected.model(tokens(2, 6), attention_mask=LEFT, labels=labels)
+        logits = protected.model(tokens(2, 6), attention_mask=LEFT).logits
+        with pytest.raises(UnsupportedModelError, match="positions that attend to nothing"):
+            scalar(logits).backward()
+        for each in (reference, protected.model):
+            each.zero_grad()
+            seen = each(tokens(2, 6), attention_mask=LEFT, labels=good).logits[good != -100]
+            seen.square().sum().backward()
+        got, expected = gradients(protected.model), gradients(reference)
+        assert worst(got, {name: expected[name] for name in got}) < EXACT
+
+
+def test_models_without_a_bias_of_v_need_no_refusal(protect: Any) -> None:
+    reference, model = twins_of("llama")
+    expected = outputs(reference)
+    with protect(model, profile="stream") as protected:
+        got = outputs(protected.model)
+    assert error(got[0], expected[0]) < EXACT
+    assert worst(got[1], {name: expected[1][name] for name in got[1]}) < EXACT

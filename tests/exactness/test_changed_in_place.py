@@ -1,0 +1,103 @@
+"""What is changed in place between two calls: heeded or refused, also where torch keeps no count of changes."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from obfuscatune import UnsupportedModelError
+
+from .families import model_of, twins_of
+from .models import error, tokens
+
+EXACT = 1e-9  # measured 1e-14
+CHANGED = 1e-2  # what each change does to the plain model; measured .3 and more
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def add_one(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    kwargs["hidden_states"].add_(1)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_the_output_of_a_folded_norm_is_refused(protect: Any, context: Any) -> None:
+    with protect(model_of("llama"), profile="balanced") as protected, context():
+        attention = protected.model.get_base_model().model.layers[1].self_attn
+        steer = attention.register_forward_pre_hook(add_one, with_kwargs=True)
+        with pytest.raises(UnsupportedModelError, match=r"did not come from its norm .at model.layers.1.self_attn"):
+            protected.model(tokens(2, 6))
+        steer.remove()
+        protected.model(tokens(2, 6))
+
+
+@pytest.mark.parametrize("profile", ["paper", "strict"])
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_the_input_of_layers_that_share_one_is_heeded(protect: Any, profile: str, context: Any) -> None:
+    reference, model = twins_of("llama")
+    before = reference(tokens(2, 6)).logits
+
+    def doubled(mlp: Any, x: torch.Tensor) -> torch.Tensor:
+        gate = mlp.gate_proj(x)
+        x.mul_(2)
+        return mlp.down_proj(mlp.act_fn(gate) * mlp.up_proj(x))
+
+    with protect(model, profile=profile) as protected, context():
+        for each in (reference, protected.model):
+            mlp = each.get_base_model().model.layers[0].mlp
+            mlp.forward = lambda x, mlp=mlp: doubled(mlp, x)
+        got, expected = (each(tokens(2, 6)).logits for each in (protected.model, reference))
+        assert error(got, expected) < EXACT and error(before, expected) > CHANGED
+
+
+@pytest.mark.parametrize("profile", ["balanced", "stream"])
+def test_a_mask_is_heeded(protect: Any, profile: str) -> None:
+    reference, model = twins_of("gpt2")
+    with protect(model, profile=profile) as protected:
+        outputs = []
+        with torch.inference_mode():
+            made = torch.ones(2, 1, 6, 6, dtype=torch.bool).tril()
+        kept = torch.ones(2, 1, 6, 6, dtype=torch.bool).tril().numpy()
+        for context, mask in ((torch.inference_mode, made), (torch.no_grad, torch.from_numpy(kept))):
+            with context():
+                outputs += [protected.model(tokens(2, 6), attention_mask=mask).logits]
+                mask.numpy()[0, 0, 4, 1] = False
+                outputs += [protected.model(tokens(2, 6), attention_mask=mask).logits]
+                expected = reference(tokens(2, 6), attention_mask=mask).logits
+            assert error(outputs[-1], expected) < EXACT and error(outputs[-2], expected) > CHANGED
+
+
+@pytest.mark.parametrize("profile", ["plain", "balanced", "stream"])
+def test_attention_of_the_callers_own_is_refused_before_and_after(protect: Any, profile: str) -> None:
+    def sharp(module: Any, *args: Any, scaling: float, **kwargs: Any) -> Any:
+        return sdpa_attention_forward(module, *args, scaling=3 * scaling, **kwargs)
+
+    AttentionInterface.register("sharp", sharp)
+    model = model_of("llama")
+    model.get_base_model().set_attn_implementation("sharp")
+    with pytest.raises(UnsupportedModelError, match="attention of the model's configuration"):
+        protect(model, profile=profile)
+    model.get_base_model().set_attn_implementation("sdpa")
+    with protect(model, profile=profile) as protected, torch.no_grad():
+        model.get_base_model().set_attn_implementation("sharp")
+        with pytest.raises(UnsupportedModelError, match="attention of the model's configuration"):
+            protected.model(tokens(2, 6))
+        model.get_base_model().set_attn_implementation("sdpa")
+        protected.model(tokens(2, 6))
+
+
+def test_attention_of_the_callers_own_runs_in_the_enclave(protect: Any) -> None:
+    reference, model = twins_of("llama")
+    before = reference(tokens(2, 6)).logits
+
+    def blunt(module: Any, *args: Any, scaling: float, **kwargs: Any) -> Any:
+        return sdpa_attention_forward(module, *args, scaling=scaling / 3, **kwargs)
+
+    AttentionInterface.register("blunt", blunt)
+    for each in (reference, model):
+        each.get_base_model().set_attn_implementation("blunt")
+    with protect(model, profile="strict") as protected, torch.no_grad():
+        got, expected = (each(tokens(2, 6)).logits for each in (protected.model, reference))
+    assert error(got, expected) < EXACT and error(before, expected) > CHANGED
