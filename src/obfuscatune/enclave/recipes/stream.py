@@ -20,7 +20,7 @@ from obfuscatune.enclave.keys import Key
 from obfuscatune.enclave.recipes.context import Keying, Streams, rank_keys
 from obfuscatune.enclave.recipes.whole import LAST, Around, Shipped, ship_attention, ship_mlp
 from obfuscatune.enclave.remote.body import PassedBlock, RemoteBody, adopt
-from obfuscatune.enclave.remote.layers import dropouts_of, replace_part, standins
+from obfuscatune.enclave.remote.layers import replace_part, standins
 from obfuscatune.enclave.remote.linear import Placed
 from obfuscatune.enclave.remote.lora import PushedPair, Slot
 from obfuscatune.enclave.remote.standing import Standing
@@ -108,7 +108,7 @@ class StreamRecipe:
         keying.replacements.append(lambda: body.watch(self._standing()))
 
     def _replace(self, block: Block, shell: nn.Module) -> None:
-        adopt(shell, block.module, block.path, {p.name: standins(*p.layers) | dropouts_of(p) for p in block.parts})
+        adopt(shell, block.module, block.path, {part.name: standins(part) for part in block.parts})
         replace_part(self._list(), str(block.index), shell, tuple(block.layers))
         for slot in self._slots:
             for part in block.parts:
