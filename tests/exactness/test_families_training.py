@@ -8,6 +8,8 @@ import pytest
 import torch
 from peft import PeftModel
 
+from obfuscatune.enclave.families import FAMILIES
+
 from .families import RECORDED, model_of, twins_of, wide
 from .models import error, gradients, randomize_lora, scalar, tokens, worst
 from .test_families import NO_STREAM
@@ -124,3 +126,18 @@ def _names(model: Any) -> tuple[list[str], list[str]]:
     return tuple(
         [name for name in names if "lora_" in name] for names in (dict(model.named_parameters()), model.state_dict())
     )
+
+
+@pytest.mark.filterwarnings("ignore:.*normalized in each head")
+@pytest.mark.parametrize("switches", [{}, {"attention": "enclave", "mlp": "enclave"}], ids=["whole", "linear layers"])
+def test_dropout_of_lora_draws_in_the_plain_models_order(protect: Any, switches: dict[str, Any]) -> None:
+    """On the layers whose input the enclave has: q, k and v, and gate and up, in the order in which they are called."""
+    for family in (name for name in RECORDED if "," not in name):
+        spec = FAMILIES[RECORDED[family]().model_type]
+        with wide():
+            reference, model = twins_of(family, target_modules=[*spec.first, *spec.up], lora_dropout=0.4)
+            with protect(model, profile="balanced", lora_placement="split", **switches) as protected:
+                for each in (reference, protected.model):
+                    torch.manual_seed(3)
+                    scalar(each.train()(input_ids=tokens(2, 6)).logits).backward()
+                assert worst(gradients(protected.model), gradients(reference)) < EXACT, family
