@@ -119,6 +119,23 @@ def test_what_is_found_runs_exactly(protect: Any, name: str, profile: str) -> No
     assert worst(results[1], results[0]) < EXACT
 
 
+@pytest.mark.parametrize("name", ["opt", "gptj"])
+def test_dropout_of_lora_draws_when_the_plain_models_does(protect: Any, name: str) -> None:
+    """OPT has k, v and q, and calls q first; GPT-J calls its MLP on the same rows, but after all of attention."""
+    reference = adapted(model_of(FOUND[name][0]()), lora_dropout=0.4)
+    model = copy.deepcopy(reference)
+    with protect(model, profile="paper", lora_placement="split") as run:
+        results = []
+        for each in (reference, run.model):
+            torch.manual_seed(3)
+            logits = each.train()(tokens(2, 9)).logits
+            scalar(logits).backward()
+            results.append({"logits": logits.detach(), **gradients(each)})
+            results[-1]["of evaluation"] = each.eval()(tokens(2, 9)).logits.detach()
+    assert worst(results[1], results[0]) < EXACT
+    assert error(results[0]["of evaluation"], results[0]["logits"]) > 1e-3
+
+
 def _calls(protected: Any) -> int:
     traffic = protected.report().traffic
     return sum(traffic[name].calls for name in ("forward", "multiply") if name in traffic)

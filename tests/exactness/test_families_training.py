@@ -8,8 +8,11 @@ import pytest
 import torch
 from peft import PeftModel
 
-from .families import model_of, twins_of, wide
+from obfuscatune.enclave.families import FAMILIES
+
+from .families import RECORDED, model_of, twins_of, wide
 from .models import error, gradients, randomize_lora, scalar, tokens, worst
+from .test_families import NO_STREAM
 from .test_training import adapter, by_hand, by_trainer, curve
 
 EXACT = 1e-9  # measured 4.4e-14
@@ -104,3 +107,37 @@ def test_lora_that_the_worker_trains_on_layers_side_by_side(protect: Any) -> Non
                     scalar(each(input_ids=tokens(2, 6, seed=step)).logits).backward()
                     optimizer.step()
             assert worst(adapter(protected.model), adapter(reference)) < AFTER_TRAINING
+
+
+@pytest.mark.filterwarnings("ignore:.*normalized in each head")
+@pytest.mark.parametrize("profile", ["balanced", "strict", "stream", "paper"])
+def test_the_adapter_keeps_its_names_and_their_order(protect: Any, profile: str) -> None:
+    """An optimizer's state goes by the order, and Phi-3 has the output layer of its attention first."""
+    for family in (name for name in RECORDED if "," not in name):
+        if profile == "stream" and family in NO_STREAM:
+            continue
+        reference, model = twins_of(family)
+        with protect(model, profile=profile) as protected:
+            assert _names(protected.model) == _names(reference), family
+
+
+def _names(model: Any) -> tuple[list[str], list[str]]:
+    """Of the adapter's parameters, and of its tensors in a file."""
+    return tuple(
+        [name for name in names if "lora_" in name] for names in (dict(model.named_parameters()), model.state_dict())
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.*normalized in each head")
+@pytest.mark.parametrize("switches", [{}, {"attention": "enclave", "mlp": "enclave"}], ids=["whole", "linear layers"])
+def test_dropout_of_lora_draws_in_the_plain_models_order(protect: Any, switches: dict[str, Any]) -> None:
+    """On the layers whose input the enclave has: q, k and v, and gate and up, in the order in which they are called."""
+    for family in (name for name in RECORDED if "," not in name):
+        spec = FAMILIES[RECORDED[family]().model_type]
+        with wide():
+            reference, model = twins_of(family, target_modules=[*spec.first, *spec.up], lora_dropout=0.4)
+            with protect(model, profile="balanced", lora_placement="split", **switches) as protected:
+                for each in (reference, protected.model):
+                    torch.manual_seed(3)
+                    scalar(each.train()(input_ids=tokens(2, 6)).logits).backward()
+                assert worst(gradients(protected.model), gradients(reference)) < EXACT, family

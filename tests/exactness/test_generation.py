@@ -133,6 +133,33 @@ def test_cache_cropped_selected_and_repeated_by_hand(pair: tuple[Any, Any]) -> N
     assert error(found[1], found[0]) < LOGITS
 
 
+@pytest.mark.parametrize(
+    ("rows", "change"),
+    [
+        (2, lambda cache: cache.batch_select_indices(torch.tensor([0, 1]))),
+        (1, lambda cache: cache.reorder_cache(torch.tensor([0]))),
+        (8, lambda cache: cache.batch_repeat_interleave(2)),
+        (6, lambda cache: cache.reorder_cache(torch.tensor([0, 1, 2, 3, 0, 1]))),
+        (4, lambda cache: cache.crop(-5)),
+    ],
+    ids=["the first rows", "the first row", "each row twice", "more rows", "no token is left"],
+)
+def test_a_cache_whose_rows_are_fewer_or_more(pair: tuple[Any, Any], rows: int, change: Any) -> None:
+    """The first rows are where they were, so nothing but their number tells; then back to some of them."""
+    found = []
+    for model in pair:
+        with torch.no_grad():
+            cache = model(input_ids=tokens(4, 5), use_cache=True).past_key_values
+            change(cache)
+            steps = [model(input_ids=tokens(rows, 1, seed=seed), past_key_values=cache).logits for seed in (1, 2)]
+            cache.batch_select_indices(torch.tensor([0]))
+            steps.append(model(input_ids=tokens(1, 2, seed=3), past_key_values=cache).logits)
+            cache.crop(-3)  # to a token that was there when there were more rows
+            steps.append(model(input_ids=tokens(1, 2, seed=4), past_key_values=cache).logits)
+        found.append(torch.cat([step.flatten() for step in steps]))
+    assert error(found[1], found[0]) < LOGITS
+
+
 def test_two_caches_side_by_side(pair: tuple[Any, Any]) -> None:
     """Sessions of two conversations that take turns do not mix."""
     a, b = tokens(1, 6, seed=1), tokens(1, 6, seed=2)

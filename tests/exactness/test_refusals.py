@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch import nn
 from transformers import GPT2Model
 
 import obfuscatune
 from obfuscatune import NotFiniteError, UnsupportedModelError, UsageError
 
-from .families import twins_of, wide
-from .models import TARGETS, VARIANTS, error, gpt2, scalar, tokens, twins, with_lora
+from .families import model_of, twins_of, wide
+from .models import TARGETS, VARIANTS, error, gpt2, gradients, scalar, tokens, twins, with_lora, worst
 
 NO_WORKER = "unix:///nonexistent/worker.sock"  # connecting there fails with another error
 
@@ -52,6 +53,73 @@ def test_a_model_without_a_head() -> None:
 def test_no_block_for_the_worker() -> None:
     with pytest.raises(UsageError, match="no block is left"):
         obfuscatune.protect(gpt2(), worker=NO_WORKER, enclave_blocks=2)
+
+
+def _a_merged_model(model: Any) -> None:
+    """As tools for merging make them: one block twice in the list."""
+    blocks = model.model.layers
+    model.model.layers = nn.ModuleList([blocks[0], blocks[1], blocks[1]])
+    model.config.num_hidden_layers = 3
+
+
+def _one_mlp_for_all(model: Any) -> None:
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+
+
+def _one_weight_for_two_layers(model: Any) -> None:
+    model.model.layers[1].self_attn.q_proj.weight = model.model.layers[0].self_attn.q_proj.weight
+
+
+def _one_weight_for_layer_and_head(model: Any) -> None:
+    model.lm_head.weight = model.model.layers[1].self_attn.q_proj.weight
+
+
+@pytest.mark.parametrize(
+    "change",
+    [_a_merged_model, _one_mlp_for_all, _one_weight_for_two_layers, _one_weight_for_layer_and_head],
+    ids=lambda change: change.__name__,
+)
+@pytest.mark.parametrize("profile", ["plain", "paper", "balanced", "strict", "stream"])
+def test_what_stands_at_two_places(profile: str, change: Any) -> None:
+    model = model_of("llama", lora=False)
+    change(model)
+    with pytest.raises(UnsupportedModelError, match=r"a weight that two layers share: got .* \(at model\.layers\."):
+        obfuscatune.protect(model, profile=profile, worker=NO_WORKER)
+
+
+def test_a_factor_of_two_layers_that_the_worker_trains(protect: Any) -> None:
+    """Elsewhere its gradients arrive in one parameter, as in plain PEFT."""
+    for profile in ("paper", "balanced", "strict", "stream"):
+        reference, model = twins_of("llama")
+        for each in (reference, model):
+            one, other = (block.self_attn.q_proj for block in each.get_base_model().model.layers)
+            one.lora_A["default"] = other.lora_A["default"]
+        if profile == "paper":
+            with pytest.raises(
+                UnsupportedModelError, match=r"a LoRA factor of two layers.*layers\.1\.self_attn\.q_proj"
+            ):
+                protect(model, profile=profile)
+            continue
+        with wide(), protect(model, profile=profile) as protected:
+            for each in (reference, protected.model):
+                scalar(each(input_ids=tokens(2, 6)).logits).backward()
+            assert worst(gradients(protected.model), gradients(reference)) < 1e-9
+
+
+@pytest.mark.parametrize("profile", ["balanced", "stream"])
+def test_blocks_that_the_configuration_leaves_out(protect: Any, profile: str) -> None:
+    """Llama calls as many as it says; GPT-2 all."""
+    for family in ("llama", "gpt2"):
+        reference, model = twins_of(family)
+        with wide(), protect(model, profile=profile) as protected, torch.no_grad():
+            for each in (reference, protected.model):
+                each.get_base_model().config.num_hidden_layers = 1
+            refused = pytest.raises(UnsupportedModelError, match="got 0 called after the first, expected 1")
+            with refused if (family, profile) == ("llama", "stream") else contextlib.nullcontext():
+                got = protected.model(input_ids=tokens(2, 6), use_cache=False).logits
+                assert error(got, reference(input_ids=tokens(2, 6), use_cache=False).logits) < 1e-9
+            protected.model.get_base_model().config.num_hidden_layers = 2
+            protected.model(input_ids=tokens(2, 6), use_cache=False)  # the session goes on
 
 
 @pytest.mark.parametrize("variant", ["plain", "paper", "balanced", "balanced, both enclave", "stream"])

@@ -12,6 +12,7 @@ from obfuscatune.enclave.families.mistral import MISTRAL
 from obfuscatune.enclave.families.phi3 import PHI3
 from obfuscatune.enclave.families.qwen2 import QWEN2
 from obfuscatune.enclave.families.qwen3 import QWEN3
+from obfuscatune.enclave.families.shared import refuse_shared
 from obfuscatune.enclave.families.spec import FamilySpec, refuse_unless_supported
 from obfuscatune.errors import UnsupportedModelError
 
@@ -73,7 +74,10 @@ def read_decoder(model: Any) -> Decoder:
     refuse_wrapper(model.config)
     model_type = getattr(model.config, "model_type", None)
     if model_type in FAMILIES:
-        return FAMILIES[model_type].read(model)
-    from obfuscatune.enclave.families.discovery import discover
+        decoder = FAMILIES[model_type].read(model)
+    else:
+        from obfuscatune.enclave.families.discovery import discover
 
-    return discover(model)
+        decoder = discover(model)
+    refuse_shared(decoder)
+    return decoder

@@ -36,7 +36,6 @@ def discover(model: Any) -> Decoder:
         )
     path, blocks = _find_blocks(model, where)
     names = [_linear_names(block, f"{path}.{i}") for i, block in enumerate(blocks)]
-    _refuse_shared(model, path, names)
     inputs = _trace(model, [f"{path}.{i}.{name}" for i, found in enumerate(names) for name in found], where)
     found = []
     for i, block in enumerate(blocks):
@@ -97,21 +96,6 @@ def _linear_names(block: nn.Module, where: str) -> list[str]:
 def _is_norm(module: nn.Module) -> bool:
     """One of transformers, which stays in the enclave; that of all heads has a row for each (Command R+)."""
     return type(module).__module__.startswith("transformers.models.") and type(module).__name__.endswith("Norm")
-
-
-def _refuse_shared(model: nn.Module, path: str, names: list[list[str]]) -> None:
-    seen: dict[int, str] = {}
-    outside = {id(p): name for name, p in model.named_parameters() if not name.startswith(f"{path}.")}
-    for i, found in enumerate(names):
-        for name in found:
-            module: Any = model.get_submodule(f"{path}.{i}.{name}")
-            weight = (module.get_base_layer() if hasattr(module, "get_base_layer") else module).weight
-            other = seen.get(id(weight)) or outside.get(id(weight))
-            if other is not None:
-                raise UnsupportedModelError(
-                    "a weight that two layers share", got=other, where=f"{path}.{i}.{name}", hint=ONLY_INSIDE
-                )
-            seen[id(weight)] = f"{path}.{i}.{name}"
 
 
 def _trace(model: Any, paths: list[str], where: str) -> dict[str, int]:

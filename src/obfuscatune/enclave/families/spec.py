@@ -81,9 +81,11 @@ class FamilySpec:
         """
         refuse_unless_supported(self, model.config)
         try:
-            children = list(model.get_submodule(self.blocks).children())
+            found = model.get_submodule(self.blocks)
         except AttributeError:
-            children = []
+            found = None
+        # The list itself: of a block that is in it twice, `children()` has one.
+        children = list(found) if isinstance(found, nn.ModuleList | nn.Sequential) else []
         if not children:
             raise UnsupportedModelError(
                 "the model has no decoder blocks where its family has them",

@@ -69,7 +69,8 @@ def _slots(
             continue
         plain = layer.in_stored_order()
         if placement == "split":
-            slots[i] = SplitInput(name, plain, keying.passes, rank_keys(stream, name), keys_out[i])
+            apart = len(group.layers) > 1
+            slots[i] = SplitInput(name, plain, keying.passes, rank_keys(stream, name), keys_out[i], apart=apart)
         else:
             slots[i] = keying.hold(name, plain, segment, key_in, keys_out[i], stream)
     return slots

@@ -19,8 +19,8 @@ from obfuscatune.enclave.folding import centre
 from obfuscatune.enclave.keys import Key
 from obfuscatune.enclave.recipes.context import Keying, Streams, rank_keys
 from obfuscatune.enclave.recipes.whole import LAST, Around, Shipped, ship_attention, ship_mlp
-from obfuscatune.enclave.remote.body import PassedBlock, RemoteBody, adopt
-from obfuscatune.enclave.remote.layers import dropouts_of, replace_part, standins
+from obfuscatune.enclave.remote.body import PassedBlock, Remaining, RemoteBody, adopt
+from obfuscatune.enclave.remote.layers import replace_part, standins
 from obfuscatune.enclave.remote.linear import Placed
 from obfuscatune.enclave.remote.lora import PushedPair, Slot
 from obfuscatune.enclave.remote.standing import Standing
@@ -93,6 +93,7 @@ class StreamRecipe:
         zero = torch.zeros(key.size, dtype=torch.float64)
         bias = torch.stack([key.apply(zero if part.bias is None else part.bias) for part in parts])
         segment = keying.define(path, "body", fields, {"bias": bias}, dtype)
+        remaining = Remaining()
         body = RemoteBody(
             Placed(keying.session, segment, path, key, key, None, dtype),
             centred=self._around.centred,
@@ -100,16 +101,18 @@ class StreamRecipe:
             passes=keying.passes,
             index=first.index,
             passed=[block.index for block in self._blocks[1:]],
+            remaining=remaining,
             slots=self._slots,
             offset=any(part.offset is not None for part in parts),
         )
         for block in self._blocks:
-            shell = body if block is first else PassedBlock(block.path, keying.passes)
+            shell = body if block is first else PassedBlock(block.path, keying.passes, remaining)
             keying.replacements.append(partial(self._replace, block, shell))
         keying.replacements.append(lambda: body.watch(self._standing()))
+        keying.replacements.append(lambda: self._decoder.model.base_model.register_forward_hook(body.require_all))
 
     def _replace(self, block: Block, shell: nn.Module) -> None:
-        adopt(shell, block.module, block.path, {p.name: standins(*p.layers) | dropouts_of(p) for p in block.parts})
+        adopt(shell, block.module, block.path, {part.name: standins(part) for part in block.parts})
         replace_part(self._list(), str(block.index), shell, tuple(block.layers))
         for slot in self._slots:
             for part in block.parts:

@@ -11,7 +11,7 @@ from obfuscatune.enclave.folding import Read, key_attention, key_mlp
 from obfuscatune.enclave.keys import ConcatKey, HeadKeys, IdentityKey, Key, build, head_keys
 from obfuscatune.enclave.keys.diagonal import gated_keys
 from obfuscatune.enclave.recipes.context import Keying, Streams, rank_keys
-from obfuscatune.enclave.remote.layers import dropouts_of, replace_part, standins
+from obfuscatune.enclave.remote.layers import replace_part, standins
 from obfuscatune.enclave.remote.linear import Placed
 from obfuscatune.enclave.remote.lora import Slot, SplitInput, SplitOutput
 from obfuscatune.enclave.remote.whole import RemoteAttention, RemoteMlp, RemotePart
@@ -75,7 +75,7 @@ def key_attention_part(keying: Keying, block: Block) -> None:
         own_bias=_rounded(shipped, shipped.own_bias),
         dropout=attention.dropout,
         slots=_slots(keying, shipped),
-        children=standins(*attention.layers) | dropouts_of(attention),
+        children=standins(attention),
     )
     _replace(keying, attention, remote)
 
@@ -89,7 +89,7 @@ def key_mlp_part(keying: Keying, block: Block) -> None:
         bias=_rounded(shipped, shipped.bias),
         dropout=mlp.dropout,
         slots=_slots(keying, shipped),
-        children=standins(*mlp.layers) | dropouts_of(mlp),
+        children=standins(mlp),
     )
     _replace(keying, mlp, remote)
 

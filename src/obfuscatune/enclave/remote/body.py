@@ -5,6 +5,7 @@ centred first, ``x* = x C R`` with ``C = I - 11^T/d``. The mean of a row that C 
 and neither by the final one, in the enclave; so all that is computed after it is that of the plain model.
 """
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +23,13 @@ from obfuscatune.enclave.remote.passes import Passes
 from obfuscatune.enclave.remote.standing import Standing
 from obfuscatune.enclave.remote.whole import add_cache, refuse_unknown
 from obfuscatune.enclave.remote.withdrawn import Departed, Standin, refused_piece
+from obfuscatune.errors import UnsupportedModelError
+
+
+class Remaining(threading.local):
+    """How many of the later blocks a thread's pass has yet to come to, once the body has done the work of all."""
+
+    count = 0
 
 
 class RemoteBody(Standin):
@@ -32,7 +40,7 @@ class RemoteBody(Standin):
     Args:
         placed: its two keys are R, orthogonal. centred: whether C is there; rows that come back are centred then.
         index: of the block, which is also the layer of the enclave's cache that mirrors all of the worker's.
-        passed: indices of the other blocks.
+        passed: indices of the other blocks. remaining: how many of them are still to be called, which they count.
         slots: LoRA of all blocks. offset: whether the worker adds something for a secret bias of v.
 
     Attributes:
@@ -50,6 +58,7 @@ class RemoteBody(Standin):
         passes: Passes,
         index: int,
         passed: Sequence[int],
+        remaining: Remaining,
         slots: Sequence[Slot],
         offset: bool,
     ) -> None:
@@ -57,12 +66,24 @@ class RemoteBody(Standin):
         self.placed, self.path, self._centred, self._slots = placed, placed.path, centred, slots
         self.blind = BlindRows(placed.path) if offset else None
         self._mirror, self._passes, self._index = mirror, passes, index
-        self._passed = passed
+        self._passed, self._remaining = passed, remaining
         self._standing: Standing | None = None
 
     def watch(self, standing: Standing) -> None:
         """Heed from now on what is done to the blocks, which are in their places."""
         self._standing = standing
+
+    def require_all(self, *_: Any) -> None:
+        """Refuse a pass that left blocks out, as ``num_hidden_layers`` says: a forward hook of the model."""
+        count, self._remaining.count = self._remaining.count, 0
+        if count:
+            raise UnsupportedModelError(
+                "blocks that the model does not call, and all blocks are one call on the worker",
+                got=f"{len(self._passed) - count} called after the first",
+                expected=str(len(self._passed)),
+                where=self.path,
+                hint="take blocks out of the list, and set num_hidden_layers, before the model is protected",
+            )
 
     def _dtype(self) -> torch.dtype:
         return self.placed.dtype
@@ -112,23 +133,25 @@ class RemoteBody(Standin):
         self._passes.add_rotary(call, tables)
         if cache is not None:
             add_cache(call, self._mirror, cache, self._index, self._passed)
-        output = decode(call.run()["y"], placed.key_out)
+        y = decode(call.run()["y"], placed.key_out)
         if self.blind is not None:
-            self.blind.watch(output, call.blind)
-        return self._passes.leave_body(output)
+            self.blind.watch(y, call.blind)
+        self._remaining.count = len(self._passed)
+        return self._passes.leave_body(y)
 
 
 class PassedBlock(Standin):
     """Stands in the place of every later block of the body: gives what it gets, which must be what the body gave."""
 
-    def __init__(self, path: str, passes: Passes) -> None:
+    def __init__(self, path: str, passes: Passes, remaining: Remaining) -> None:
         super().__init__()
-        self.path, self._passes = path, passes
+        self.path, self._passes, self._remaining = path, passes, remaining
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return ``hidden_states``; raises UnsupportedModelError where the body has not given it."""
         if not self._passes.is_of_body(hidden_states):
             raise refused_piece(self.path)
+        self._remaining.count -= 1
         return hidden_states
 
 

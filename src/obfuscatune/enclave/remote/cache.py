@@ -1,9 +1,9 @@
 """The KV cache: kept on the worker, mirrored in the enclave by a stock ``DynamicCache`` of stubs.
 
 ``generate`` and its relatives reorder, crop, repeat and select the rows of a cache, and windows forget its first
-tokens. Rather than follow each of these, the enclave keeps in the stock cache a stub of two numbers a token: its row
-and its position on the worker at the last call. At the next one it reads off them which rows, and which tokens, the
-worker must go on from.
+tokens. Rather than follow each of these, the enclave keeps in the stock cache a stub of four numbers a token: as its
+key the row and the position that it had on the worker at the last call, as its value the cache's number and how many
+rows there were. At the next call it reads off them which rows, and which tokens, the worker must go on from.
 """
 
 import itertools
@@ -72,7 +72,9 @@ class CacheMirror:
                 raise UnsupportedModelError(
                     "gradients through a KV cache of an earlier call", where=layer, hint="use torch.no_grad()"
                 )
-            rows = None if places == list(range(batch)) else [int(place) for place in places]
+            # The first rows of more are in their places too, and yet to be taken out.
+            are_all = places == list(range(batch)) and int(stub.values[0, 0, -1, 1]) == batch
+            rows = None if are_all else [int(place) for place in places]
         if number is None:
             number = next(self._numbers)
             self._known[cache] = number
@@ -86,7 +88,9 @@ class CacheMirror:
         stub = cache.layers[layer_index]
         kept = stub.keys.shape[2]  # a window keeps the last tokens only
         if rows is not None or start:  # where the worker has the earlier tokens now
-            stub.keys.copy_(self._stubs(number, batch, length + new - kept, kept)[0])
+            keys, values = self._stubs(number, batch, length + new - kept, kept)
+            stub.keys.copy_(keys)
+            stub.values.copy_(values)
         return {"id": number, "start": start, "length": length, "rows": rows}
 
     def _stubs(self, number: int, batch: int, first: int, count: int) -> tuple[Tensor, Tensor]:
@@ -97,5 +101,6 @@ class CacheMirror:
             rows = torch.arange(batch, dtype=torch.float64).view(batch, 1, 1).expand(batch, 1, count)
             positions = torch.arange(first, first + count, dtype=torch.float64).expand(batch, 1, count)
             keys = torch.stack([rows, positions], dim=-1)
-            self._last = last = asked, keys, torch.full_like(keys, number)
+            values = torch.tensor([number, batch], dtype=torch.float64).expand_as(keys)
+            self._last = last = asked, keys, values
         return last[1:]

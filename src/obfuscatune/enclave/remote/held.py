@@ -28,7 +28,7 @@ from obfuscatune.enclave.remote.lora import Slot
 from obfuscatune.enclave.remote.passes import Passes
 from obfuscatune.enclave.replies import not_finite
 from obfuscatune.enclave.session import Session
-from obfuscatune.errors import UsageError
+from obfuscatune.errors import UnsupportedModelError, UsageError
 
 
 class HeldSlot(Slot):
@@ -252,7 +252,19 @@ class HeldAdapter:
         self._keys = hashlib.sha256()
 
     def add(self, slot: HeldSlot, mark: bytes) -> None:
-        """Take a slot; ``mark``: bytes drawn under the same label as its keys, and for nothing else."""
+        """Take a slot; ``mark``: bytes drawn under the same label as its keys, and for nothing else.
+
+        Raises:
+            UnsupportedModelError: another slot has one of its factors, which the worker would train twice.
+        """
+        for other in self.slots:
+            if any(mine is theirs for mine in slot.parameters() for theirs in other.parameters()):
+                raise UnsupportedModelError(
+                    "a LoRA factor of two layers, where the worker trains that of each",
+                    got=other.layer.path,
+                    where=slot.layer.path,
+                    hint="lora_placement='enclave'",
+                )
         slot.owner = self
         self.slots.append(slot)
         self._keys.update(mark)

@@ -9,18 +9,20 @@ from obfuscatune.enclave.remote.withdrawn import Withdrawn
 from obfuscatune.errors import UnsupportedModelError
 
 
-def standins(*layers: Layer) -> dict[str, nn.Module]:
-    """What stands for the layers of a part that has left, under their names.
+def standins(part: Part) -> dict[str, nn.Module]:
+    """What stands for the children of a part that has left, under their names and in their order.
 
-    PEFT's layers stay, so that the adapter's parameters keep their names, and whoever looks for another layer is told.
+    PEFT's layers stay, so that the adapter's parameters keep their names, and an optimizer's state their order; whoever
+    looks for another layer is told. Dropouts stand too, and are not called, but for the one on the part's output.
     """
-    return {layer.name: Withdrawn(layer.path) if layer.lora is None else layer.lora for layer in layers}
-
-
-def dropouts_of(part: Part) -> dict[str, nn.Module]:
-    """The dropouts of a part that has left, by name, but for the one on its output: they stand, and are not called."""
-    children = part.module.named_children()
-    return {name: child for name, child in children if isinstance(child, nn.Dropout) and child is not part.dropout}
+    layers = {layer.name: Withdrawn(layer.path) if layer.lora is None else layer.lora for layer in part.layers}
+    dropouts = {
+        name: child
+        for name, child in part.module._modules.items()
+        if isinstance(child, nn.Dropout) and child is not part.dropout
+    }
+    standing = layers | dropouts
+    return {name: standing[name] for name in part.module._modules if name in standing}
 
 
 def _refuse_merge(layer: Layer) -> None:

@@ -14,7 +14,7 @@ from obfuscatune.enclave.freivalds import Check
 from obfuscatune.enclave.keys import Key, decode, encode
 from obfuscatune.enclave.remote.calls import RemoteCall, version_of, without_autocast
 from obfuscatune.enclave.remote.held import HeldSlot
-from obfuscatune.enclave.remote.lora import Slot
+from obfuscatune.enclave.remote.lora import Slot, SplitInput
 from obfuscatune.enclave.remote.norms import FoldedNorm
 from obfuscatune.enclave.remote.withdrawn import Withdrawn
 from obfuscatune.enclave.session import Session
@@ -150,6 +150,7 @@ class RemoteLinear(Withdrawn):
         slot = group.slots.get(member) if isinstance(group, KeyedGroup) else None
         if isinstance(slot, HeldSlot):
             self.anchor = slot.anchor
+        self._split = slot if isinstance(slot, SplitInput) else None
 
     def _dtype(self) -> torch.dtype:
         return self.group.placed.dtype
@@ -169,4 +170,9 @@ class RemoteLinear(Withdrawn):
                 hint="one adapter for all rows of a call",
             )
         y = self.group.output(x, self.member)
-        return y if self.bias is None else y + self.bias
+        y = y if self.bias is None else y + self.bias
+        if self._split is not None:
+            with without_autocast():
+                late = self._split.late(x)
+            y = y if late is None else y + late.to(y.dtype)
+        return y

@@ -5,7 +5,7 @@ the remote linear. Where one of them is not, a *slot* of the call does it, and s
 of the r low-rank numbers:
 
 * :class:`SplitInput` (the first layers of a part): ``u = s (x A) S`` and ``B* = S^-1 B R`` are sent, ``u B*`` is added
-  there;
+  there; where the layers are the model's own to call, and dropout draws, it is all added here;
 * :class:`SplitOutput` (the last layer of a part): ``A* = R^-1 A S`` is sent, ``v = x* A*`` comes back, and
   ``s (v S^-1) B`` is added here;
 * :class:`PushedPair` (all layers, where the whole body is there): ``A* = R_in^-1 A S`` and ``B* = s S^-1 B R_out`` are
@@ -207,24 +207,50 @@ class _Pushing(Slot):
 
 
 class SplitInput(_Pushing):
-    """LoRA whose output stays on the worker. ``key``: R, under which the layer's columns are there."""
+    """LoRA whose output stays on the worker.
+
+    Args:
+        key: R, under which the layer's columns are there.
+        apart: whether the model calls the layer by itself, and the call is of others too, of which any may come first.
+            A dropout draws its numbers when the plain model's would, so it cannot be part of that call.
+    """
 
     calls_dropout = True
 
-    def __init__(self, name: str, layer: Layer, passes: Passes, rank_key: RankKey, key: Key) -> None:
+    def __init__(
+        self, name: str, layer: Layer, passes: Passes, rank_key: RankKey, key: Key, *, apart: bool = False
+    ) -> None:
         super().__init__(name, layer, passes, rank_key)
-        self._key = key
+        self._key, self._apart = key, apart
 
     def contribute(self, call: RemoteCall, x: Tensor | None) -> None:
         """Send ``u`` ``[..., r]`` and, where needed, ``B*`` ``[r, out]``."""
         adapter = self.active()
-        if adapter is None or x is None:
+        if adapter is None or x is None or self._waits(adapter):
             return
         a, b = self.lora.lora_A[adapter].weight, self.lora.lora_B[adapter].weight
         rank_key = self.rank_key(a.shape[0])
-        product = self.lora.lora_dropout[adapter](x.to(a.dtype)) @ a.T
-        call.tensors[f"u.{self.name}"] = encode(product * self.lora.scaling[adapter], rank_key).to(call.dtype)
+        call.tensors[f"u.{self.name}"] = encode(self._low_rank(adapter, x), rank_key).to(call.dtype)
         self.push(call, "B", b, {"B": lambda: encode(encode(self.columns(b), rank_key).T, self._key)})
+
+    def late(self, x: Tensor) -> Tensor | None:
+        """Return ``s (x A) B`` ``[..., out]`` where the call had to leave it out, when the model calls the layer."""
+        adapter = self.active() if self._apart else None
+        if adapter is None or not self._waits(adapter):
+            return None
+        product: Tensor = self._low_rank(adapter, x) @ self.columns(self.lora.lora_B[adapter].weight).T
+        return product
+
+    def _low_rank(self, adapter: str, x: Tensor) -> Tensor:
+        """``s (x A)`` ``[..., r]``."""
+        a = self.lora.lora_A[adapter].weight
+        low_rank: Tensor = (self.lora.lora_dropout[adapter](x.to(a.dtype)) @ a.T) * self.lora.scaling[adapter]
+        return low_rank
+
+    def _waits(self, adapter: str) -> bool:
+        dropout = self.lora.lora_dropout[adapter]
+        draws_not = type(dropout) is nn.Identity or (type(dropout) is nn.Dropout and not dropout.training)
+        return self._apart and not draws_not
 
 
 class SplitOutput(_Pushing):
