@@ -57,8 +57,16 @@ class EncodingSummary:
 
 
 def start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return ``[bos]`` for a tokenizer that opens every text with it (Llama), ``[]`` otherwise (GPT-2)."""
-    return [token for token in tokenizer("")["input_ids"] if token == tokenizer.bos_token_id][:1]
+    """Return what the tokenizer puts before every text: ``[bos]`` for Llama, ``[]`` for GPT-2."""
+    whole: list[int] = tokenizer("a")["input_ids"]
+    text: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
+    return next((whole[:at] for at in range(len(whole)) if text and whole[at : at + len(text)] == text), [])
+
+
+def prompt_text_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Return the tokens of a text to be completed, as in training: its start, and not the end that some add to it."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return start_tokens(tokenizer) + ids
 
 
 def pair_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str) -> tuple[list[int], list[int]]:
@@ -102,7 +110,8 @@ def encode_rows(
     for row in rows:
         ids, learnt, ended = _learnt(row, tokenizer, start)
         check_embedded(ids, vocabulary, row.where)
-        kept = int(ids[0] == tokenizer.bos_token_id and not learnt[0])
+        opening = start or [tokenizer.bos_token_id]  # a chat template may begin with it where texts do not
+        kept = len(opening) if ids[: len(opening)] == opening and not any(learnt[: len(opening)]) else 0
         room = max_length - kept
         last = len(ids) - 1 - learnt[::-1].index(True)  # of the tokens with a loss; then back to where its answer opens
         while last > kept and learnt[last - 1]:
