@@ -99,7 +99,7 @@ def _choice_rows(
     positions, vocabulary = getattr(model.config, "max_position_embeddings", None), vocabulary_of(model.config)
     rows = []
     for choice in question.choices:
-        prompt, tokens = pair_tokens(tokenizer, question.prompt, f" {choice}")
+        prompt, tokens, _ = pair_tokens(tokenizer, question.prompt, f" {choice}")
         prompt = start_tokens(tokenizer) + prompt
         ids = prompt + tokens
         check_embedded(ids, vocabulary, f"question {index}")
