@@ -103,7 +103,7 @@ def pair_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str
     for before in _BEFORE:
         opened, both = tokens(before), tokens(before + completion)
         rest = both[len(opened) :]
-        if both[: len(opened)] == opened and text(first + rest) == whole:
+        if rest and both[: len(opened)] == opened and text(first + rest) == whole:
             return first, rest, True
     return first, alone, False
 
