@@ -5,10 +5,14 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from obfuscatune.errors import DataError, UsageError
+from obfuscatune.serving.handlers import Prompts
 from obfuscatune.training.completion import complete, prompt_ids, stop_tokens
+from obfuscatune.training.data import Row
+from obfuscatune.training.encoding import encode_rows
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('zebra') }}{% endif %}"
@@ -46,6 +50,22 @@ def test_a_chat_prompt_is_the_template_up_to_the_answer_with_one_start(model: An
     batch = complete(model, chat, [("1", CHAT), ("2", "plain")], max_new_tokens=12, do_sample=False)
     assert batch == [chat.decode(stock(model, chat, text), skip_special_tokens=True) for text in texts]
     assert batch[0] != batch[1]
+
+
+def test_a_prompt_begins_as_a_row_of_training_and_does_not_end(model: Any, new_tokenizer: NewTokenizer) -> None:
+    """As with add_eos_token, and with tokenizers that begin otherwise than with one start token (GLM)."""
+    tokenizer = new_tokenizer()
+    for around, start in (("$A <end>", []), ("<start> $A <end>", [257]), ("<end> <start> $A", [256, 257])):
+        marks = [("<end>", 256), ("<start>", 257)]
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=around, special_tokens=marks)
+        (prompt,) = prompt_ids(model.config, tokenizer, [("1", "plain")], 5)
+        (row,), _ = encode_rows([Row("plain", " text")], tokenizer, 64)
+        assert prompt == start + tokenizer("plain", add_special_tokens=False)["input_ids"]
+        assert row["labels"][: len(prompt) + 1] == [-100] * len(prompt) + [row["input_ids"][len(prompt)]]
+        assert row["input_ids"][: len(prompt)] == prompt == Prompts(tokenizer).text("plain")
+        (short,), _ = encode_rows([Row("plain", " text")], tokenizer, len(start) + 7)
+        assert tokenizer.decode(short["input_ids"][len(start) :]) == "n text<end>"
+        assert short["input_ids"][: len(start)] == start
 
 
 def test_what_the_model_s_own_settings_ask_to_be_returned_changes_nothing(model: Any, chat: Any) -> None:

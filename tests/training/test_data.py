@@ -6,8 +6,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers.normalizers import NFKC
+from tokenizers.processors import TemplateProcessing
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from obfuscatune.errors import DataError, UsageError
@@ -174,6 +175,60 @@ def test_the_texts_of_a_row_are_not_in_its_repr() -> None:
 def test_the_loss_is_on_the_completion_and_the_end(tokenizer: PreTrainedTokenizerFast) -> None:
     assert encode_one(Row("ask", " tell"), tokenizer) == ("ask tell<end>", " tell<end>")
     assert encode_one(Row(completion="all of it"), tokenizer) == ("all of it<end>", "all of it<end>")
+
+
+def sentences(normalizer: object, pre_tokenizer: object, decoder: object) -> PreTrainedTokenizerFast:
+    """A tokenizer that marks words by the space before them, as SentencePiece's do."""
+    tokens = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
+    if normalizer is not None:
+        tokens.normalizer = normalizer
+    if pre_tokenizer is not None:
+        tokens.pre_tokenizer = pre_tokenizer
+    tokens.decoder = decoder
+    trainer = trainers.BpeTrainer(vocab_size=70, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
+    tokens.train_from_iterator(["the answer is yes and no\n", "question: is it? yes\n", "hello world\n"] * 20, trainer)
+    tokens.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokens, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def metaspace(scheme: str) -> PreTrainedTokenizerFast:
+    spaces = (pre_tokenizers.Metaspace(prepend_scheme=scheme), decoders.Metaspace(prepend_scheme=scheme))
+    return sentences(None, *spaces)
+
+
+def prepended() -> PreTrainedTokenizerFast:
+    """As Llama 2's files have it."""
+    normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    return sentences(normalizer, None, decoder)
+
+
+@pytest.mark.parametrize("make", [lambda: metaspace("always"), lambda: metaspace("first"), prepended])
+def test_a_completion_gets_no_space_that_is_not_in_the_row(make: Callable[[], PreTrainedTokenizerFast]) -> None:
+    tokenizer = make()
+    pairs = [
+        ("question: is it? ", "yes"),
+        ("question: is it?", " yes"),
+        ("hello wor", "ld"),
+        ("the answer", "\nyes"),
+        ("the answer is ", " yes"),
+    ]
+    for prompt, completion in pairs:
+        (row,), summary = encode_rows([Row(prompt, completion)], tokenizer, 64)
+        asked = tokenizer(prompt)["input_ids"]
+        assert row["input_ids"][: len(asked)] == asked  # what the model is given when it is to complete the prompt
+        assert row["labels"] == [-100] * len(asked) + row["input_ids"][len(asked) :]
+        assert tokenizer.decode(row["input_ids"]).removeprefix("<s>").lstrip(" ") == f"{prompt}{completion}</s>"
+        assert summary.changed_borders == 0 and not summary.warnings()
+
+
+def test_a_text_that_no_tokens_give_is_counted() -> None:
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "<end>": 1, "wor": 2, "ld": 3, "world": 4}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", unk_token="<unk>")
+    rows, summary = encode_rows([Row("wor", "ld"), Row("wor", " ld")], tokenizer, 10)
+    assert [row["input_ids"] for row in rows] == [[2, 3, 1]] * 2
+    assert summary.changed_borders == 1 and "in 1 rows the tokenizer changes the text" in summary.warnings()[0]
 
 
 def test_messages_without_a_template_are_refused(tokenizer: PreTrainedTokenizerFast) -> None:

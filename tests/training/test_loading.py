@@ -1,6 +1,7 @@
 """A model is mapped from its file, not copied: a layer is read when it is keyed, and is never held twice."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +11,20 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    FalconConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MixtralConfig,
+    PreTrainedTokenizerFast,
+)
 
 from obfuscatune.cli.inspect import examine
+from obfuscatune.enclave.protect import protect
 from obfuscatune.errors import UnsupportedModelError, UsageError
 from obfuscatune.training.loading import load, load_adapter, load_adapters, load_config, load_model, load_tokenizer
 
@@ -157,6 +169,41 @@ def test_a_model_in_the_clear_is_not_filled_up_at_random(tmp_path: Path, new_tok
     save_file(tensors, path, metadata={"format": "pt"})
     with pytest.raises(UsageError, match=r"the model does not fit: got 1 missing tensors: transformer.h.1.ln_1.weight"):
         load_model(str(tmp_path), "float32")
+
+
+SIZES = {"vocab_size": 37, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+NOT_UNDERSTOOD = {
+    "experts": MixtralConfig(**SIZES, intermediate_size=8, num_key_value_heads=2, num_local_experts=2),
+    "linear layers of their own": FalconConfig(**SIZES, new_decoder_architecture=True),
+    "no attention": MambaConfig(vocab_size=37, hidden_size=16, num_hidden_layers=2, state_size=4, time_step_rank=2),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The fast path")
+@pytest.mark.parametrize("kind", NOT_UNDERSTOOD)
+def test_what_only_the_enclave_runs_is_loaded_whole_and_refused_early_elsewhere(kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(NOT_UNDERSTOOD[kind]).save_pretrained(tmp_path)
+    stock, ids = AutoModelForCausalLM.from_pretrained(tmp_path).eval(), torch.arange(12).reshape(2, 6)
+    for named in ({}, {"profile": "enclave"}):
+        with protect(load(tmp_path, **named), profile="enclave") as protected, torch.no_grad():
+            assert torch.equal(protected.model(ids).logits, stock(ids).logits)
+    with pytest.raises(UnsupportedModelError, match='profile="enclave" runs a model as it is'):
+        protect(load(tmp_path), profile="paper")
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in tensors if "layers.1." in name or "h.1." in name)
+    for changed, message in (
+        ({key: tensor for key, tensor in tensors.items() if key != name}, "do not fit|is missing"),
+        ({**tensors, "extra.weight": torch.zeros(3)}, "not of this model: got extra.weight"),
+        ({**tensors, name: tensors[name] * float("nan")}, f"a weight is not finite .at {re.escape(name)}"),
+        ({**tensors, name: torch.zeros(3)}, "do not fit"),
+    ):
+        save_file(changed, path, metadata={"format": "pt"})
+        with pytest.raises(UnsupportedModelError, match=message):
+            load(tmp_path)
+        with pytest.raises(UnsupportedModelError, match="runs a model as it is"):  # and no weight is read
+            load(tmp_path, profile="paper")
 
 
 @pytest.mark.parametrize("rows", [100, 257, 516, 5000])

@@ -66,6 +66,16 @@ def test_the_choice_is_the_one_of_the_slow_reference(
     assert score_choices(model, tokenizer, questions, batch_size) == expected
 
 
+def test_a_model_that_gives_all_logits_is_scored_like_one_that_gives_the_chosen(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    model, questions = random_model("gpt2"), random_questions(20)
+    expected = score_choices(model, tokenizer, questions)
+    stock = model.forward
+    model.forward = lambda logits_to_keep=0, **more: stock(**more)  # type: ignore[method-assign]
+    assert score_choices(model, tokenizer, questions) == expected
+
+
 def test_dropout_is_off_while_scoring_and_the_mode_comes_back(tokenizer: PreTrainedTokenizerFast) -> None:
     model, questions = random_model("gpt2"), random_questions(20)
     expected = score_choices(model.eval(), tokenizer, questions)

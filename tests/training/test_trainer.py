@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+from transformers import BartConfig, BartForCausalLM, GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 from obfuscatune.enclave.protect import protect
 from obfuscatune.errors import TrainingError, UsageError
@@ -51,6 +51,37 @@ def test_loss_at_labelled_positions_is_the_stock_loss(
     assert seen[0] <= seen[1] == 9
     if labelled == slice(8, 9):
         assert seen[0] == 1
+
+
+class Swallows(GPT2LMHeadModel):
+    """Takes what it does not know, and does not read it, as xLSTM does."""
+
+    def forward(self, input_ids=None, **more):
+        more.pop("logits_to_keep", None)
+        return super().forward(input_ids, **more)
+
+
+GPT2 = {"vocab_size": 50, "n_embd": 16, "n_layer": 1, "n_head": 2, "bos_token_id": 0, "eos_token_id": 0}
+BART = {"vocab_size": 50, "d_model": 16, "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 16}
+ALL_LOGITS = {
+    "swallows the argument": lambda: (
+        Swallows(GPT2Config(**GPT2)),
+        LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True),
+    ),
+    "a loss of its own": lambda: (BartForCausalLM(BartConfig(**BART)), LoraConfig(target_modules=["q_proj"])),
+}
+
+
+@pytest.mark.parametrize("name", ALL_LOGITS)
+def test_a_model_whose_loss_reads_all_logits_gives_all(name: str, tmp_path: Path) -> None:
+    model, adapter = ALL_LOGITS[name]()
+    arguments = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    adapted = get_peft_model(model, adapter).eval()
+    inputs = batch(slice(4, 7))
+    with protect(adapted, profile="enclave") as protected:
+        trainer = ProtectedTrainer(protected, args=arguments)
+        ours = trainer.compute_loss(protected.model, dict(inputs))
+        assert ours.item() == Trainer.compute_loss(trainer, protected.model, dict(inputs)).item()
 
 
 def test_a_batch_without_labels_is_left_to_the_model(model, tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def command(options: FinetuneOptions) -> None:
     if checkpoint is not None:
         secret, made_with = load_checkpoint(checkpoint, protection["profile"], ranks.rank)
     rows = _read_rows(options)
-    base = load(options.model_name_or_path, options.dtype)
+    base = load(options.model_name_or_path, options.dtype, protection["profile"])
     tokenizer = load_tokenizer(options.model_name_or_path, base.config)
     positions = getattr(base.config, "max_position_embeddings", options.max_length)
     length = min(options.max_length, positions)

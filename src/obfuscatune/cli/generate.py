@@ -84,14 +84,15 @@ def _complete_here(options: GenerateOptions, name: str, prompts: "list[tuple[str
     from obfuscatune.training.loading import load, load_adapter, load_tokenizer
 
     completions: list[str] = []
-    model = load(name, options.dtype)
+    protection = options.protection()
+    model = load(name, options.dtype, protection["profile"])
     tokenizer = load_tokenizer(name, model.config)
     tokenizer.padding_side = "left"  # completions continue the last position of every row
     prompt_ids(model.config, tokenizer, prompts, options.max_new_tokens)  # a bad prompt is refused before any is done
     if options.adapter_name_or_path is not None:
         model = load_adapter(model, options.adapter_name_or_path)
     set_seed(options.seed)
-    with protect(model.eval(), **options.protection(), progress=True) as protected:
+    with protect(model.eval(), **protection, progress=True) as protected:
         for start in range(0, len(prompts), options.batch_size):
             batch = prompts[start : start + options.batch_size]
             for text in complete(

@@ -111,7 +111,7 @@ def lazy_weights(model: nn.Module) -> LazyWeights | None:
     return found
 
 
-def load_lazily(config: Any, source: TensorSource, dtype: torch.dtype) -> Any:
+def load_lazily(config: Any, source: TensorSource, dtype: torch.dtype, *, whole: bool = False) -> Any:
     """Return the causal language model of ``config``, in evaluation mode; `protect` reads its large weights.
 
     Large are the weights of the linear layers in the decoder's blocks. All else is read here, each tensor converted to
@@ -119,7 +119,8 @@ def load_lazily(config: Any, source: TensorSource, dtype: torch.dtype) -> Any:
 
     Args:
         config: a ``transformers`` configuration. source: its tensors, under the names that ``save_pretrained`` gives.
-        dtype: of the weights.
+        dtype: of the weights. whole: read all weights of a model in which the large ones cannot be told; only
+            profile ``enclave`` can run it, where nothing leaves. Refused otherwise.
 
     Raises:
         UnsupportedModelError: an unknown family, or tensors that are not those of the configuration.
@@ -127,7 +128,12 @@ def load_lazily(config: Any, source: TensorSource, dtype: torch.dtype) -> Any:
     _check(config, source)
     skeleton = empty_model(config, dtype=dtype)
     # Before the files are looked at: experts, say, have other names there than in the model.
-    leaving = {f"{layer.path}.weight" for block in read_decoder(skeleton).blocks for layer in block.layers}
+    try:
+        leaving = {f"{layer.path}.weight" for block in read_decoder(skeleton).blocks for layer in block.layers}
+    except UnsupportedModelError:
+        if not whole:
+            raise
+        return _load_whole(type(skeleton), config, source, dtype)
     wanted = dict(skeleton.state_dict())
     tied = dict(skeleton._tied_weights_keys or {}) if getattr(config, "tie_word_embeddings", False) else {}
     wanted = {name: tensor for name, tensor in wanted.items() if name not in tied}
@@ -138,11 +144,38 @@ def load_lazily(config: Any, source: TensorSource, dtype: torch.dtype) -> Any:
         for name, tensor in wanted.items()
     }
     _check_tied(tied, tensors, source, skeleton)
-    model: Any = type(skeleton).from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
-    # It calls itself "None" now. PEFT writes the name into adapters, and looks for a directory or a model on the hub of
+    model = _unnamed(type(skeleton).from_pretrained(None, config=config, state_dict=tensors, dtype=dtype))
+    LazyWeights(model, source, {name: names[name] for name in wanted if name in leaving})
+    return model
+
+
+def _load_whole(kind: Any, config: Any, source: TensorSource, dtype: torch.dtype) -> Any:
+    """Return a model of which nothing is known, all of it read; stock loading finds the places of its tensors."""
+    tensors = {name: source.get(name) for name in source.names()}
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point():
+            _floating(tensor, dtype, name)  # looked at alone: some weights stay wider than the model's dtype
+    try:
+        model, found = kind.from_pretrained(
+            None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
+        )
+    except Exception as error:  # of another shape, or with parts that stock loading does not put together
+        got = f"a {type(error).__name__} in the reader"
+        raise UnsupportedModelError("the weights do not fit the model", got=got, hint=SAVE_AGAIN) from error
+    # What is missing stock loading draws at random, with a line in the log.
+    if found["missing_keys"]:
+        name = sorted(found["missing_keys"])[0]
+        raise UnsupportedModelError("a tensor of the model is missing", expected=name, hint=SAVE_AGAIN)
+    if rest := sorted(name for name in found["unexpected_keys"] if not _COMPUTED.search(name)):
+        raise UnsupportedModelError("tensors that are not of this model", got=", ".join(rest[:5]), hint=SAVE_AGAIN)
+    return _unnamed(model)
+
+
+def _unnamed(model: Any) -> Any:
+    """Return a model that was made of tensors, in evaluation mode; without a name."""
+    # It calls itself "None". PEFT writes the name into adapters, and looks for a directory or a model on the hub of
     # that name: the one is the operator's, the other anybody's.
     model.name_or_path = model.config.name_or_path = ""
-    LazyWeights(model, source, {name: names[name] for name in wanted if name in leaving})
     return model.eval()
 
 

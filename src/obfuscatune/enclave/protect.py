@@ -105,11 +105,12 @@ def protect(
     _refuse_protected(causal_lm)
     _check_tensors(causal_lm)
     adapters = getattr(causal_lm, "peft_config", None) or {}  # of a PEFT model, and of one that transformers adapted
-    refuse_options(adapters)
     workers = _addresses(worker, resolved)
     keys = _master_secret(secret, insecure_test_seed, workers)
     total = _base_parameters(model)
     weights = lazy_weights(causal_lm)
+    if resolved.remote or weights is not None:  # else PEFT has had the whole model, and has it still
+        refuse_options(adapters)
     if not resolved.remote:  # nothing leaves, so it need not be understood
         if weights is not None:
             weights.keep()

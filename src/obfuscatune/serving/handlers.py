@@ -30,7 +30,7 @@ from obfuscatune.serving.row import Row
 from obfuscatune.serving.sampling import Settings
 from obfuscatune.serving.text import Text
 from obfuscatune.training.chat import prompt_tokens, spells_special
-from obfuscatune.training.encoding import check_embedded, vocabulary_of
+from obfuscatune.training.encoding import check_embedded, prompt_text_tokens, vocabulary_of
 
 # What a request's body holds for the handlers beside its fields: names that no request gets through with.
 _TOKENS, _SETTINGS = "its tokens", "its settings"
@@ -62,7 +62,7 @@ class Prompts:
     def text(self, text: str) -> list[int]:
         """Return the tokens of a text."""
         with self._lock:
-            return list(self._tokenizer(text)["input_ids"])
+            return prompt_text_tokens(self._tokenizer, text)
 
     def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Return the tokens of messages and of the header of the answer; raises Refusal."""

@@ -122,7 +122,7 @@ def serve_model(
     if chat_template is not None:
         tokenizer.chat_template = chat_template
     check_template(tokenizer)
-    model = load(name, dtype)
+    model = load(name, dtype, profile)
     if adapters:
         model = load_adapters(model, adapters)
     with protect(model.eval(), **protection, progress=True) as protected:

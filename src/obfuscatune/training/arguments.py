@@ -40,7 +40,7 @@ def add_adapter(base: Any, settings: TrainingSettings) -> Any:
     except ValueError as error:
         raise UsageError(
             "the adapter does not fit the model",
-            got=", ".join(settings.targets()),
+            got=", ".join(settings.targets() or known),
             where="lora_target_modules",
             hint=f"for this family: {', '.join(known)}",
         ) from error

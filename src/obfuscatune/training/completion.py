@@ -13,7 +13,7 @@ from transformers import LogitsProcessorList
 from obfuscatune.errors import ObfuscatuneError, UsageError
 from obfuscatune.training.chat import prompt_tokens
 from obfuscatune.training.data import Prompt
-from obfuscatune.training.encoding import check_embedded, check_known, start_tokens, vocabulary_of
+from obfuscatune.training.encoding import check_embedded, check_known, prompt_text_tokens, start_tokens, vocabulary_of
 from obfuscatune.training.finite import FiniteScores
 from obfuscatune.training.quiet import Quiet
 
@@ -117,7 +117,7 @@ def prompt_ids(
     for where, prompt in prompts:
         if isinstance(prompt, str):
             with Quiet("the tokenizer fails on the prompt", where=where):
-                ids = tokenizer(prompt)["input_ids"]
+                ids = prompt_text_tokens(tokenizer, prompt)
             check_known(tokenizer, ids[start:], where)
         else:
             ids = prompt_tokens(tokenizer, prompt, where)

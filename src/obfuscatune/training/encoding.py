@@ -14,6 +14,9 @@ from obfuscatune.training.data import Row
 from obfuscatune.training.quiet import Quiet
 
 IGNORED_LABEL = -100  # torch's cross entropy leaves these positions out
+# Texts behind which a completion is tokenized: no token spans a line end and a word, as a rule, and where a tokenizer
+# makes nothing of line ends, or joins them with what follows, there are others.
+_BEFORE = ("\n", ":", "a")
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class EncodingSummary:
             that something follows: the model may not learn to stop.
         special_tokens_in_texts: how often a text spells a special token of the tokenizer, which becomes that token: an
             end of text in the middle of a row is one for the model too. The end of a completion may be spelled.
+        changed_borders: rows whose tokens are not the text of prompt and completion, because a token would span both.
     """
 
     rows: int
@@ -37,6 +41,7 @@ class EncodingSummary:
     truncated_completions: int
     answers_without_end: int
     special_tokens_in_texts: int
+    changed_borders: int
 
     def warnings(self) -> list[str]:
         """Say in plain words what the model will not learn as the rows' owner may think."""
@@ -53,25 +58,54 @@ class EncodingSummary:
                 f"the texts spell special tokens of the tokenizer, {self.special_tokens_in_texts:,} times: they are "
                 "learnt as these tokens, not as text"
             )
+        if self.changed_borders:
+            found.append(
+                f"in {self.changed_borders:,} rows the tokenizer changes the text between prompt and completion, by a "
+                "space, say: let prompts end with a word, and completions begin with the space after it"
+            )
         return found
 
 
 def start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return ``[bos]`` for a tokenizer that opens every text with it (Llama), ``[]`` otherwise (GPT-2)."""
-    return [token for token in tokenizer("")["input_ids"] if token == tokenizer.bos_token_id][:1]
+    """Return what the tokenizer puts before every text: ``[bos]`` for Llama, ``[]`` for GPT-2."""
+    whole: list[int] = tokenizer("a")["input_ids"]
+    text: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
+    return next((whole[:at] for at in range(len(whole)) if text and whole[at : at + len(text)] == text), [])
 
 
-def pair_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str) -> tuple[list[int], list[int]]:
-    """Return the tokens of a prompt, as when it is completed, and those of its completion; none opens or ends a text.
+def prompt_text_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Return the tokens of a text to be completed, as in training: its start, and not the end that some add to it."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return start_tokens(tokenizer) + ids
 
-    They are the tokens of the joint text, unless a token of it spans the border: the model that completes the prompt
-    never meets such a token, and prompt and completion are tokenized apart.
+
+def pair_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str) -> tuple[list[int], list[int], bool]:
+    """Return the tokens of a prompt, as when it is completed, those of its completion, and whether both are the text.
+
+    None opens or ends a text. They are the tokens of the joint text, unless a token of it spans the border: the model
+    that completes the prompt never meets such a token, and prompt and completion are tokenized apart. Where the
+    tokenizer would put a space before the completion then (Llama 2), it gets its tokens from behind another text.
     """
-    first: list[int] = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    joint: list[int] = tokenizer(prompt + completion, add_special_tokens=False)["input_ids"]
+
+    def tokens(text: str) -> list[int]:
+        found: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+        return found
+
+    def text(ids: list[int]) -> str:
+        return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+    first, joint, alone = tokens(prompt), tokens(prompt + completion), tokens(completion)
     if joint[: len(first)] == first:
-        return first, joint[len(first) :]
-    return first, tokenizer(completion, add_special_tokens=False)["input_ids"]
+        return first, joint[len(first) :], True
+    whole = text(joint)
+    if text(first + alone) == whole:
+        return first, alone, True
+    for before in _BEFORE:
+        opened, both = tokens(before), tokens(before + completion)
+        rest = both[len(opened) :]
+        if rest and both[: len(opened)] == opened and text(first + rest) == whole:
+            return first, rest, True
+    return first, alone, False
 
 
 def encode_rows(
@@ -97,12 +131,13 @@ def encode_rows(
         raise UsageError("max_length is too small", got=max_length, expected=f"at least {len(start) + 2}")
     if tokenizer.eos_token_id is None:
         raise UsageError("the tokenizer has no end-of-text token", hint="set its eos_token")
-    encoded, supervised, shortened, dropped, truncated, endless = [], 0, 0, 0, 0, 0
+    encoded, supervised, shortened, dropped, truncated, endless, changed = [], 0, 0, 0, 0, 0, 0
     special = _special(tokenizer)
     for row in rows:
-        ids, learnt, ended = _learnt(row, tokenizer, start)
+        ids, learnt, ended, same = _learnt(row, tokenizer, start)
         check_embedded(ids, vocabulary, row.where)
-        kept = int(ids[0] == tokenizer.bos_token_id and not learnt[0])
+        opening = start or [tokenizer.bos_token_id]  # a chat template may begin with it where texts do not
+        kept = len(opening) if ids[: len(opening)] == opening and not any(learnt[: len(opening)]) else 0
         room = max_length - kept
         last = len(ids) - 1 - learnt[::-1].index(True)  # of the tokens with a loss; then back to where its answer opens
         while last > kept and learnt[last - 1]:
@@ -112,13 +147,16 @@ def encode_rows(
         dropped += first == last > kept
         truncated += len(ids) - first > room
         endless += not ended
+        changed += not same
         used = [*range(kept), *range(first, min(len(ids), first + room))]
         labels = [ids[i] if learnt[i] else IGNORED_LABEL for i in used]
         supervised += sum(label != IGNORED_LABEL for label in labels)
         encoded.append({"input_ids": [ids[i] for i in used], "attention_mask": [1] * len(used), "labels": labels})
     tokens = sum(len(row["input_ids"]) for row in encoded)
     spelled = sum(len(special.findall(text)) for row in rows for text in _texts(row, tokenizer)) if special else 0
-    return encoded, EncodingSummary(len(rows), tokens, supervised, shortened, dropped, truncated, endless, spelled)
+    return encoded, EncodingSummary(
+        len(rows), tokens, supervised, shortened, dropped, truncated, endless, spelled, changed
+    )
 
 
 def check_known(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], where: str) -> None:
@@ -169,25 +207,29 @@ def _texts(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return [row.prompt, row.completion.removesuffix(end), *(content for _, content in row.messages)]
 
 
-def _learnt(row: Row, tokenizer: PreTrainedTokenizerBase, start: list[int]) -> tuple[list[int], list[bool], bool]:
-    """Return a row's tokens, which of them carry a loss, and whether its last answer ends with a token to stop at."""
+def _learnt(row: Row, tokenizer: PreTrainedTokenizerBase, start: list[int]) -> tuple[list[int], list[bool], bool, bool]:
+    """Return a row's tokens, and which of them carry a loss.
+
+    And whether its last answer ends with a token to stop at, and whether the tokens are the row's text.
+    """
+    same = True
     if row.messages:
         ids, learnt = conversation_tokens(tokenizer, row.messages, row.context, row.where)
         check_known(tokenizer, [token for token, mask in zip(ids, learnt, strict=True) if mask], row.where)
         close = len(learnt) - learnt[::-1].index(True)
         if is_ended(tokenizer, ids[:close]):
-            return ids, learnt, True
+            return ids, learnt, True, same
         if close < len(ids):
-            return ids, learnt, False  # something follows: an end-of-text token there would not be the template's
+            return ids, learnt, False, same  # something follows: an end-of-text token there would not be the template's
     else:
         with Quiet("the tokenizer fails on the row", where=row.where):
-            prompt, completion = pair_tokens(tokenizer, row.prompt, row.completion)
+            prompt, completion, same = pair_tokens(tokenizer, row.prompt, row.completion)
         check_known(tokenizer, completion, row.where)
         ids = start + prompt + completion
         learnt = [False] * (len(ids) - len(completion)) + [True] * len(completion)
     if ids[-1] != tokenizer.eos_token_id:
         ids, learnt = [*ids, tokenizer.eos_token_id], [*learnt, True]
-    return ids, learnt, True
+    return ids, learnt, True, same
 
 
 class Collator:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from obfuscatune.errors import UnsupportedModelError, UsageError
+from obfuscatune.profiles import Profile, resolve
 from obfuscatune.training.config_limits import refuse_many_layers
 
 DTYPES = ("float32", "float64", "bfloat16")
@@ -22,11 +23,10 @@ def load_config(name: str) -> Any:
     """Return the configuration of a model.
 
     Raises:
-        UsageError: nothing there that can be read. UnsupportedModelError: one that its family's record refuses.
+        UsageError: nothing there that can be read. UnsupportedModelError: one that asks for code of attention by name.
     """
     from transformers import AutoConfig
 
-    from obfuscatune.enclave.families import FAMILIES, family_of
     from obfuscatune.enclave.families.empty import refuse_attention
 
     if _is_path(name) and not Path(name).is_dir():
@@ -37,8 +37,6 @@ def load_config(name: str) -> Any:
     except Exception as error:  # a value that does not fit fails in many ways
         raise _unreadable("the model's configuration", name, error) from error
     refuse_attention(config)
-    if getattr(config, "model_type", None) in FAMILIES:
-        family_of(config)
     return config
 
 
@@ -56,16 +54,18 @@ def _path_hint(name: str) -> str:
     return "give a directory that save_pretrained wrote, or a hub name"
 
 
-def load(name: str | Path, dtype: str = "float32") -> Any:
+def load(name: str | Path, dtype: str = "float32", profile: str | Profile | None = None) -> Any:
     """Return a causal language model to be protected, from a directory or the hub, on the CPU in evaluation mode.
 
     The weights of its blocks' linear layers are not in it yet: `obfuscatune.protect` reads, keys and drops them
     layer by layer, so that the enclave never holds the whole model. Until then the model has all shapes, an adapter can
-    be put around it, and a forward is refused. To compute with a model in the clear load it with ``transformers``.
+    be put around it, and a forward is refused. To compute with a model in the clear load it with ``transformers``. Of a
+    model whose layers cannot be told, such as one of experts, all weights are read here: ``profile="enclave"`` runs it.
 
     Args:
         name: a directory with safetensors, one file or shards, or a name on the hub.
         dtype: ``float32``, ``float64`` or ``bfloat16``; weights are converted where they have another on disk.
+        profile: that it will be protected with, so that what only ``enclave`` runs is refused before it is read.
 
     Raises:
         UsageError: nothing there that can be read, or other files of weights than safetensors.
@@ -84,7 +84,8 @@ def load(name: str | Path, dtype: str = "float32") -> Any:
     name = str(name)
     config = load_config(name)
     directory = _find_directory(name)
-    model = load_lazily(config, DirectoryTensors(directory), getattr(torch, dtype))
+    whole = profile is None or not resolve(profile).remote
+    model = load_lazily(config, DirectoryTensors(directory), getattr(torch, dtype), whole=whole)
     model.name_or_path = model.config.name_or_path = name  # adapters name their base by it
     _load_generation_config(model, directory)
     return model
@@ -99,7 +100,7 @@ def check_model(directory: Path) -> None:
     from obfuscatune.enclave.lazy import lazy_weights
 
     load_tokenizer(str(directory), load_config(str(directory)))
-    weights = lazy_weights(load(directory, "bfloat16"))
+    weights = lazy_weights(load(directory, "bfloat16", "paper"))  # jobs run no model that only `enclave` would
     if weights is not None:
         weights.check()
 

@@ -99,7 +99,7 @@ def _choice_rows(
     positions, vocabulary = getattr(model.config, "max_position_embeddings", None), vocabulary_of(model.config)
     rows = []
     for choice in question.choices:
-        prompt, tokens = pair_tokens(tokenizer, question.prompt, f" {choice}")
+        prompt, tokens, _ = pair_tokens(tokenizer, question.prompt, f" {choice}")
         prompt = start_tokens(tokenizer) + prompt
         ids = prompt + tokens
         check_embedded(ids, vocabulary, f"question {index}")
@@ -124,6 +124,8 @@ def _scores(model: torch.nn.Module, rows: list[dict[str, list[int]]]) -> list[fl
     scored = (targets != IGNORED_LABEL).any(dim=0).nonzero().flatten()
     keep = torch.arange(int(scored[0]), int(scored[-1]) + 1, device=device)
     logits = model(**batch, logits_to_keep=keep, use_cache=False).logits
+    if logits.shape[1] != len(keep):  # of a model that swallows the argument unread, such as xLSTM
+        logits = logits[:, keep]
     check_logits(logits)
     targets = targets[:, keep]
     log_probabilities = torch.log_softmax(logits.float(), dim=-1)

@@ -1,5 +1,6 @@
 """The stock ``Trainer`` around a protected model, with keys in its checkpoints and the boundary in its logs."""
 
+import inspect
 import math
 import sys
 import time
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 from obfuscatune.enclave.protected import Protected
 from obfuscatune.errors import ObfuscatuneError, UsageError
@@ -67,6 +69,7 @@ class ProtectedTrainer(Trainer):
             self.add_callback(ProgressOnStderr())
         self._last: tuple[float, ...] | None = None
         self._logits_are_wanted = False
+        self._few_logits = _has_few_logits(protected.model)
 
     def _refuse_other_decay(self) -> None:
         model = self._protected.model
@@ -111,10 +114,11 @@ class ProtectedTrainer(Trainer):
     def compute_loss(self, model: Any, inputs: dict[str, Any], *more: Any, **named: Any) -> Any:
         """The model's own loss, with logits only at positions where some row has a label: the head is costly.
 
-        Where others read the logits (label smoothing, a loss function or metrics of the caller's) all are there.
+        Where others read the logits (label smoothing, a loss function or metrics of the caller's), or the model's own
+        loss reads all of them, all are there.
         """
         others_read = self._logits_are_wanted or self.label_smoother is not None or self.compute_loss_func is not None
-        if others_read or not _has_one_label_a_token(inputs):
+        if others_read or not self._few_logits or not _has_one_label_a_token(inputs):
             return super().compute_loss(model, inputs, *more, **named)
         targets = F.pad(inputs["labels"], (0, 1), value=IGNORED_LABEL)[:, 1:]  # the logits at t are of token t + 1
         positions = (targets != IGNORED_LABEL).any(dim=0).nonzero().flatten()
@@ -203,6 +207,17 @@ def _tokens_in(inputs: Mapping[str, Any]) -> int:
     mask, shape = inputs.get("attention_mask"), token_shape(inputs)
     # A mask may be a map too, of one for each kind of attention.
     return int(mask.sum()) if isinstance(mask, torch.Tensor) and mask.ndim == 2 else math.prod(shape or (0,))
+
+
+def _has_few_logits(model: Any) -> bool:
+    """Whether a model computes the logits that it is asked for alone, and its loss from targets that are theirs.
+
+    Some swallow both arguments unread (xLSTM), or compare all labels in a loss of their own (BART's decoder).
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's model names no argument
+    names = getattr(getattr(inspect.unwrap(base.forward), "__code__", None), "co_names", ())
+    stock = "loss_function" in names and getattr(base, "loss_function", None) is ForCausalLMLoss
+    return stock and "logits_to_keep" in inspect.signature(base.forward).parameters
 
 
 def _has_one_label_a_token(inputs: Mapping[str, Any]) -> bool:

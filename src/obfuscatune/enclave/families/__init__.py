@@ -2,6 +2,9 @@
 
 from typing import Any
 
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
 from obfuscatune.enclave.families.empty import refuse_wrapper
 from obfuscatune.enclave.families.form import Attention, AttentionShape, Block, Decoder, Group, Layer, Mlp, Norm, Part
 from obfuscatune.enclave.families.gemma import GEMMA2, GEMMA3
@@ -58,11 +61,23 @@ def family_of(config: Any) -> FamilySpec:
 
 
 def layer_names(model: Any) -> list[str]:
-    """Return the names of a model's large linear layers, as PEFT's ``target_modules`` has them."""
+    """Return the names of a model's large linear layers, as PEFT's ``target_modules`` has them.
+
+    Of a model that is not understood, which only profile ``enclave`` runs, they are those of all but its head.
+    """
     spec = FAMILIES.get(getattr(model.config, "model_type", ""))
     if spec is not None:
         return sorted(spec.layer_names())
-    return sorted({layer.name for block in read_decoder(model).blocks for layer in block.layers})
+    try:
+        return sorted({layer.name for block in read_decoder(model).blocks for layer in block.layers})
+    except UnsupportedModelError:
+        head = model.get_output_embeddings()
+        linear = {
+            name for name, one in model.named_modules() if one is not head and isinstance(one, nn.Linear | Conv1D)
+        }
+        # PEFT refuses that layer of Mamba's: its kernels take the weight without a call of the layer.
+        mixing = {name for name in linear if name.endswith("mixer.out_proj")}
+        return sorted({name.rpartition(".")[2] for name in linear - mixing})
 
 
 def read_decoder(model: Any) -> Decoder:

@@ -72,7 +72,7 @@ class ProtectedLM(HFLM):  # type: ignore[misc]
         if isinstance(pretrained, Protected):
             self.protected = pretrained
         else:
-            model = load(pretrained, _dtype(pretrained, dtype))
+            model = load(pretrained, _dtype(pretrained, dtype), profile)
             tokenizer = load_tokenizer(pretrained, model.config)
             if peft is not None:
                 if len(tokenizer) != model.config.vocab_size:
