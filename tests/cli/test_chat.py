@@ -74,7 +74,7 @@ def test_a_bad_conversation_is_one_error_and_nothing_is_written(
     )
     assert (outcome.code, outcome.out) == (2, "")
     assert outcome.err.count("error:") == 1 and message in outcome.err and f"{train}:2" in outcome.err
-    assert "zebra" not in outcome.err and not list(output.iterdir())
+    assert "zebra" not in outcome.err and not output.exists()
 
 
 def test_answers_that_end_nowhere_are_warned_of(chat_dir: Path, tmp_path: Path, run) -> None:
