@@ -111,11 +111,11 @@ def test_the_value_offset_is_needed_in_bias_and_adapter(protect: Any, monkeypatc
 
     def without_offset(**arguments: Any) -> KeyedAttention:
         keyed = original(**arguments)
-        return KeyedAttention(keyed.keyed, keyed.bias, torch.zeros_like(keyed.value_offset))
+        return replace(keyed, value_offset=torch.zeros_like(keyed.value_offset))
 
     def without_bias(**arguments: Any) -> KeyedAttention:
         keyed = original(**arguments)
-        return KeyedAttention(keyed.keyed, arguments["last"][1].double(), keyed.value_offset)
+        return replace(keyed, bias=arguments["last"][1].double())
 
     assert difference(protect, "balanced") < EXACT
     monkeypatch.setattr(whole, "key_attention", without_offset)

@@ -63,7 +63,7 @@ class RemoteCall:
         held: slots whose factors the worker holds, by slot name. trained: those of their factors (``a``, ``b``) that
             require a gradient, by slot name.
         when_sent: what to do once the worker has answered. added: what the enclave adds to the un-keyed output
-            ``[..., out]``, from the reply's tensors.
+            ``[..., out]``, from the reply's tensors and ``blind``.
         blind: bool ``[1 or B, T, 1]``, rows that attend to nothing, whose heads give 0; None where there are none.
         check: verifies ``y = x W``, and the backward's ``dx = dy W^T``, of a linear segment without a LoRA slot.
     """
@@ -80,7 +80,7 @@ class RemoteCall:
     held: dict[str, Held] = field(default_factory=dict)
     trained: dict[str, tuple[str, ...]] = field(default_factory=dict)
     when_sent: list[Callable[[], None]] = field(default_factory=list)
-    added: list[Callable[[dict[str, Tensor]], Tensor]] = field(default_factory=list)
+    added: list[Callable[[dict[str, Tensor], Tensor | None], Tensor]] = field(default_factory=list)
     blind: Tensor | None = None
     check: Check | None = None
     id: int = 0

@@ -274,7 +274,8 @@ class SplitOutput(_Pushing):
         rank_key = self.rank_key(a.shape[0])
         self.push(call, "A", a, {"A": lambda: encode(self._key.apply_inverse_transpose(a).T, rank_key)})
         call.shapes[f"v.{self.name}"] = (*call.rows, a.shape[0])
-        call.added.append(lambda outputs: self._added(outputs[f"v.{self.name}"], adapter, a, rank_key, call.blind))
+        # Not of ``call`` itself: the two would keep each other, and the worker the call, until the collector comes.
+        call.added.append(lambda outputs, blind: self._added(outputs[f"v.{self.name}"], adapter, a, rank_key, blind))
 
     def _added(self, v: Tensor, adapter: str, a: Tensor, rank_key: Key, blind: Tensor | None) -> Tensor:
         """Return ``s (x A) B`` ``[..., out]``, from the worker's v ``[..., r]``."""

@@ -89,7 +89,7 @@ class RemotePart(Standin):
         bias = self._bias_of(call)
         y = y if bias is None else y + bias
         for add in call.added:
-            y = y + add(outputs).to(y.dtype)
+            y = y + add(outputs, call.blind).to(y.dtype)
         return y if self._dropout is None else self._dropout(y)
 
 
