@@ -32,6 +32,7 @@ from obfuscatune.parties.membership import Member, SignedChange
 from obfuscatune.parties.succession import succeed
 from obfuscatune.service.members import Members
 from obfuscatune.service.membership import MemberRequests
+from obfuscatune.service.store import Store
 
 from .jobs import CLINIC, LAB, STRANGER, Enclave, open_enclave
 
@@ -97,6 +98,27 @@ def test_the_first_job_closes_it_and_the_directory_gives_nothing_more(
     entry = next(entry for entry in enclave.events() if entry.event == "membership")
     assert members.told() == {"digest": entry.details["digest"], "number": 0}
     assert (entry.event, entry.details["act"], entry.details["members"]) == ("membership", "found", 2)
+
+
+@pytest.mark.parametrize("is_founded", [False, True])
+def test_a_commit_and_an_upload_do_not_wait_for_each_other(
+    enclave: Enclave, members: Members, is_founded: bool
+) -> None:
+    """A checkpoint takes the state's lock, then the store's; an upload with them in the other order would freeze all."""
+    store = Store(enclave.directory / "shared", 1 << 26, members.parties)  # as `open_service` has it
+    if is_founded:
+        members.found()
+
+    def upload() -> None:
+        begun = store.begin("ab" * 32, 1 << 20, LAB.public.fingerprint)
+        begun.write(0, bytes(1000))
+
+    thread = threading.Thread(target=upload, daemon=True)
+    with enclave.state.lock:
+        thread.start()
+        thread.join(5)
+        assert not thread.is_alive()
+        assert store.room(CLINIC.public.fingerprint) > 0
 
 
 def test_broken_files_are_named_and_passed_over(

@@ -55,9 +55,9 @@ class Members:
 
     @property
     def current(self) -> tuple[Member, ...]:
-        """Who is in now."""
-        with self._state.lock:
-            return self._open() if self._now is None else self._now.members
+        """Who is in now. Needs no lock: a piece of an upload is counted by it, and waits for nobody's commit."""
+        now = self._now
+        return self._open() if now is None else now.members
 
     @property
     def founded(self) -> Membership | None:
