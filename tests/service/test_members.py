@@ -104,7 +104,7 @@ def test_the_first_job_closes_it_and_the_directory_gives_nothing_more(
 def test_a_commit_and_an_upload_do_not_wait_for_each_other(
     enclave: Enclave, members: Members, is_founded: bool
 ) -> None:
-    """A checkpoint takes the state's lock, then the store's; an upload with them in the other order would freeze all."""
+    """A checkpoint takes the state's lock, then the store's; an upload with them the other way round froze all."""
     store = Store(enclave.directory / "shared", 1 << 26, members.parties)  # as `open_service` has it
     if is_founded:
         members.found()
