@@ -2,9 +2,9 @@
 
     waiting  --all inputs there-->  queued  -->  running  -->  done
        |                              |             |
-       +--------consent lacks---------+             +-->  failed  --submitted again-->  waiting
-                      |
-                   refused
+       |                              |             +-->  failed  --submitted again-->  waiting
+       |                              |             |
+       +--------------consent lacks---+-------------+-->  refused
 
     waiting, queued, running  --a party cancels-->  cancelled
     waiting, done, failed, refused, cancelled  --a party deletes-->  deleted: no sealed file of it is left here
@@ -23,7 +23,7 @@ from typing import Any
 from obfuscatune.errors import ConsentError, ObfuscatuneError, UsageError
 from obfuscatune.parties.job import SignedJob
 from obfuscatune.parties.sealed.header import read_header
-from obfuscatune.service.consent import OWNERS, check_input, check_job
+from obfuscatune.service.consent import OWNERS, LackingError, check_input, check_job
 from obfuscatune.service.ledger import Ledger
 from obfuscatune.service.log import AuditLog
 from obfuscatune.service.questions import Questions
@@ -330,16 +330,20 @@ class Book(Ledger):
             self.put(digest, replace(self.records[digest], reason=PAUSED if paused else ""))
 
     def failed(self, digest: str, error: BaseException) -> None:
-        """Enter that a job failed, or was cancelled; who submits one that failed again resumes it.
+        """Enter that a job failed, or was cancelled or refused; who submits one that failed again resumes it.
 
         Of the error its class only: the text may name columns of one owner's data, or layers of the other's model. Of
-        a refusal what it is about, too, which is a sentence of the enclave's own.
+        a refusal the text, too, which is of the enclave's own words and counts. It is for good, since the same job
+        would be refused again: beyond a quota that only the opened inputs tell of.
         """
         with self.state.lock:
             if self.records[digest].cancelled:
                 self._end(digest, replace(self.records[digest], status="cancelled"))
                 return
-            reason = error.what if isinstance(error, ConsentError) else _reason(error)
+            if isinstance(error, ConsentError) and not isinstance(error, LackingError):
+                self._refuse(digest, error)
+                return
+            reason = error.what if isinstance(error, LackingError) else _reason(error)
             record = replace(self.records[digest], status="failed", reason=reason, ended=int(time.time()))
             self.enter(digest, record, "failed", cause=_reason(error))
 
