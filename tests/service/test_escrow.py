@@ -215,6 +215,26 @@ def test_a_changed_file_is_refused(data: Any, tmp_path_factory: pytest.TempPathF
                 recovery.release(party.public, share)
 
 
+def test_who_released_need_not_again_once_the_operator_has_copied_the_rest(old: Enclave, tmp_path: Path) -> None:
+    keep(old, tmp_path)
+    done, new = old.done_job(), tmp_path / "new"
+    new.mkdir()
+    shutil.copy(old.directory / FILE, new)
+    shares = {each: share_of(old.directory, each) for each in (LAB, CLINIC)}
+    with open_enclave(tmp_path / "fresh", MemoryPlatform(key=None)) as fresh:
+        taking = TakeOver(fresh.state, new, old.fingerprint)
+        taking.handle(LAB.public, {"op": "release"}, shares[LAB])
+        with pytest.raises(UsageError, match="audit log") as caught:
+            taking.handle(CLINIC.public, {"op": "release"}, shares[CLINIC])
+        assert "then ask again" in (caught.value.hint or "")
+        shutil.copy(old.directory / "log.jsonl", new)
+        with pytest.raises(UsageError, match="store of the old enclave"):
+            taking.handle(CLINIC.public, {"op": "release"}, shares[CLINIC])
+        shutil.copytree(old.directory / "store", new / "store")
+        assert taking.handle(CLINIC.public, {"op": "release"}, shares[CLINIC])[0] == {"lacking": []}
+        assert taking.taken.is_set() and set(fresh.state.jobs) == {done} and not taking._recovery._released
+
+
 def test_shares_of_one_file_are_no_use_for_another_that_the_host_puts_there(old: Enclave, tmp_path: Path) -> None:
     keep(old, tmp_path)
     path, taking = old.directory / FILE, TakeOver(old.state, old.directory, old.fingerprint)
