@@ -30,6 +30,7 @@ from obfuscatune.parties.identity import Identity
 from obfuscatune.parties.job import SignedJob
 from obfuscatune.parties.membership import Member, SignedChange
 from obfuscatune.parties.succession import succeed
+from obfuscatune.service.book import Book
 from obfuscatune.service.members import Members
 from obfuscatune.service.membership import MemberRequests
 from obfuscatune.service.store import Store
@@ -221,6 +222,26 @@ def test_the_jobs_of_who_leaves_end_and_its_inputs_go(enclave: Enclave, members:
         book.questions.check(done, LAB.public.fingerprint, 1, 1)
     with pytest.raises(ConsentError, match="or left"):
         enclave.submit(enclave.signed_job())
+
+
+def test_who_is_admitted_again_gets_no_job_back(enclave: Enclave, members: Members) -> None:
+    members.found()
+    members.removed = lambda gone: enclave.book.end_jobs_of_who_left()
+    book, signed = enclave.book, enclave.signed_job()
+    done, failed = enclave.done_job(queries_by=("owner",)), enclave.submit(signed)
+    assert book.next() == failed
+    book.failed(failed, MemoryError())
+    book.questions.check(done, CLINIC.public.fingerprint, 1, 1)
+    members.change(changed(members, "remove", CLINIC.public.fingerprint, CLINIC).to_bytes(), CLINIC.public)
+    members.change(changed(members, "admit", Member(CLINIC.public), LAB).to_bytes(), LAB.public)
+    again = Book(enclave.state, enclave.log, book.store, left=members.left)  # as after a restart
+    for each in (book, again):
+        assert members.left() == frozenset() and each.is_gone(done) and each.record(done).status == "done"
+        with pytest.raises(ConsentError, match="has left"):
+            each.questions.check(done, CLINIC.public.fingerprint, 1, 1)
+        with pytest.raises(ConsentError, match="used up"):
+            each.submit(signed, LAB.public.fingerprint)
+    assert enclave.submit(enclave.signed_job())  # new ones are theirs to make
 
 
 @pytest.mark.parametrize("fields", [{}, {"start": "0"}, {"start": -1}, {"start": 2}])

@@ -256,26 +256,32 @@ class Book(Ledger):
             record = self.records.get(digest)
             if record is None or record.retired or record.status == "deleted":
                 return True
-            return not self.left().isdisjoint(record.parties)
+            return record.answers_no_more or not self.left().isdisjoint(record.parties)
 
     def end_jobs_of_who_left(self) -> None:
         """Refuse or cancel what has not ended of the jobs of parties that have left, and remove their sealed inputs.
 
-        Results stay for the partner to fetch. Raises StorageError: it is done at the next start, and no job starts.
+        Results stay for the partner to fetch. For good: who is admitted again gets neither jobs nor queries back.
+        Raises StorageError: it is done at the next start, and no job starts.
         """
         with self.state.lock:
-            left, files = self.left(), set()
+            left, files, marked = self.left(), set(), False
             for digest, record in list(self.records.items()):
                 if left.isdisjoint(record.parties):
                     continue
-                if record.status in ("waiting", "queued"):
+                if record.status in ("waiting", "queued", "failed"):
                     self._refuse(digest, ConsentError("a party of the job has left"))
+                elif record.status == "done" and not record.cancelled:
+                    self.put(digest, replace(record, cancelled=True))
+                    marked = True
                 elif record.status == "running" and not record.cancelled:
                     self.note("cancel", digest, next(name for name in record.parties if name in left))
                     self.put(digest, replace(record, cancelled=True))
                     self.commit()
                 if digest in self.jobs:
                     files |= set(self.jobs[digest].job.inputs.values())
+            if marked:
+                self.commit()
             self.drop(files)
             self.changed.notify_all()
 

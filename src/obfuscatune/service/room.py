@@ -89,7 +89,7 @@ class Room:
         if signed is None or record.status not in ("done", "failed"):
             return False
         alive = time.time() < record.expires
-        asks = bool(signed.job.queries_by) and record.queries < signed.job.max_queries
+        asks = bool(signed.job.queries_by) and record.queries < signed.job.max_queries and not record.answers_no_more
         return bool(unfetched(record, signed)) or (alive and (record.status == "failed" or asks))
 
     def retire(self, digest: str) -> None:
