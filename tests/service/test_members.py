@@ -88,7 +88,8 @@ def test_the_first_job_closes_it_and_the_directory_gives_nothing_more(
     reply, page = handler.handle(LAB.public, {"op": "members", "start": 0}, b"")
     assert reply == {"changes": 1, "open": 1} and b'"found"' in page
     alone = SignedJob(enclave.signed_job().job).sign(LAB)
-    for payload in (b"{}", alone.to_bytes()):  # no job closes it
+    over = enclave.signed_job(created=1, expires=2)
+    for payload in (b"{}", alone.to_bytes(), over.to_bytes()):  # no job that is taken in
         with pytest.raises(ObfuscatuneError):
             handler.handle(LAB.public, {"op": "submit"}, payload)
     assert members.told() is None

@@ -100,7 +100,7 @@ class Book(Ledger):
         with self.state.lock:
             record = self.records.get(digest)
             try:
-                check_job(signed, enclaves=self._enclaves, now=time.time(), ended=self._ended())
+                self.check(signed)
                 if record is None and signed.job.expires <= self.state.forgotten:  # it may have been run
                     raise ConsentError("job has expired", hint="make a new one, and let both sign it")
                 if record is not None and record.status in USED_UP:
@@ -133,6 +133,10 @@ class Book(Ledger):
                 self.jobs[digest] = signed
             self.review()
         return digest
+
+    def check(self, signed: SignedJob) -> None:
+        """Check what a job itself tells, as of now. Raises ConsentError, as `check_job`."""
+        check_job(signed, enclaves=self._enclaves, now=time.time(), ended=self._ended())
 
     def _refuse_expired(self) -> None:
         """Refuse what has waited too long for its inputs."""
