@@ -225,6 +225,38 @@ def test_the_jobs_of_who_leaves_end_and_its_inputs_go(enclave: Enclave, members:
         enclave.submit(enclave.signed_job())
 
 
+def test_the_jobs_of_an_identity_are_its_successors(enclave: Enclave, members: Members) -> None:
+    members.found()
+    enclave.book.names = members.names
+    job = enclave.done_job(adapter_to=("owner",), queries_by=("owner",), max_queries=3)
+    enclave.book.questions.count(job, CLINIC.public.fingerprint, 2, 1, "q")
+
+    def ask(party: Identity, op: str, **more: Any) -> Any:
+        return enclave.requests.handle(party.public, {"op": op, "job": job, **more}, b"")
+
+    heir = CLINIC
+    for name in ("clinic-2", "clinic-3"):
+        before, heir = heir, Identity.generate(name, "x25519")
+        with pytest.raises(UsageError, match="no such job of this party"):
+            ask(heir, "status")
+        members.succeed(succeed(before, heir))
+    members.load()  # as at a restart
+    party = heir.public.fingerprint
+    assert sorted(ask(heir, "status")[0]["results"]) == ["adapter", "output"]
+    assert ask(heir, "list")[1] == ask(CLINIC, "list")[1] and members.names(LAB.public.fingerprint) == {
+        LAB.public.fingerprint
+    }
+    adapter = enclave.book.store.path(enclave.book.record(job).results["adapter"]).read_bytes()
+    assert ask(heir, "download", kind="adapter", offset=0)[1] == adapter
+    assert enclave.book.record(job).fetched == ("owner adapter",)
+    assert enclave.book.questions.count(job, party, 1, 1, "r")
+    with pytest.raises(ConsentError, match="used up"):  # what the one has asked the other has not left
+        enclave.book.questions.check(job, party, 1, 1, "s")
+    with pytest.raises(UsageError, match="no such job"):
+        ask(STRANGER, "delete")
+    assert ask(heir, "delete")[0]["status"] == "deleted"
+
+
 def test_who_is_admitted_again_gets_no_job_back(enclave: Enclave, members: Members) -> None:
     members.found()
     members.removed = lambda gone: enclave.book.end_jobs_of_who_left()

@@ -49,7 +49,7 @@ class Book(Ledger):
     Args:
         state: where it is kept, under its lock. log: of all that happens. store: of the inputs and results.
         parties: who shares it. ended: gives the fingerprints of whom no job may be; asked whenever consent is
-            checked. left: of parties that have left, under whatever identity.
+            checked. left: of parties that have left, under whatever identity. names: as of `Ledger`.
     """
 
     def __init__(
@@ -61,8 +61,9 @@ class Book(Ledger):
         *,
         ended: Callable[[], Container[str]] = frozenset,
         left: Callable[[], frozenset[str]] = frozenset,
+        names: Callable[[str], frozenset[str]] = lambda party: frozenset({party}),
     ) -> None:
-        super().__init__(state, log, store, left)
+        super().__init__(state, log, store, left, names)
         self.uses = Uses(state)
         self.room, self.questions = Room(self, self.uses, parties), Questions(self)
         self._ended, self._enclaves = ended, state.fingerprints
@@ -360,8 +361,8 @@ class Book(Ledger):
     def fetched(self, digest: str, party: str, kind: str) -> None:
         """Note that a party has fetched a result to its end; the log told when it began."""
         with self.state.lock:
-            record = self.records[digest]
-            name = f"{self.jobs[digest].job.role_of(party)} {kind}"
+            record, job = self.records[digest], self.jobs[digest].job
+            name = f"{job.role_of(self.name_in(job, party))} {kind}"
             if name not in record.fetched:
                 self.put(digest, replace(record, fetched=(*record.fetched, name)))
                 self.commit()

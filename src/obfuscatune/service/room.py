@@ -71,11 +71,11 @@ class Room:
             StorageError: the disk refuses; nothing is lost.
         """
         with self.ledger.state.lock:
-            now = time.time()
+            now, names = time.time(), self.ledger.names(party)
             ended = [
                 (self._may_be_wanted(digest), record.order, digest)
                 for digest, record in self.ledger.records.items()
-                if party in record.parties and record.status in ENDED and not record.retired
+                if not names.isdisjoint(record.parties) and record.status in ENDED and not record.retired
             ]
             for wanted, _, digest in sorted(ended):
                 if enough():

@@ -240,7 +240,7 @@ def open_service(
         log = AuditLog.open(directory / "log.jsonl", state.log_head, state.log_length)
         members = Members(state, parties, operator)
         store = Store(directory / "store", max_store_bytes, members.parties)
-        book = Book(state, log, store, members.parties, ended=members.strangers, left=members.left)
+        book = Book(state, log, store, members.parties, ended=members.strangers, left=members.left, names=members.names)
         members.note = book.note
         if escrow and state.in_memory:
             book.committed = Escrow(state, directory).write
