@@ -16,6 +16,7 @@ from obfuscatune.service import book as book_module
 from obfuscatune.service import questions as questions_module
 from obfuscatune.service import room as room_module
 from obfuscatune.service.book import MAX_STARTS, Book
+from obfuscatune.service.consent import LackingError
 from obfuscatune.service.log import check
 from obfuscatune.service.records import RECORD_BYTES, Record
 from obfuscatune.service.state import MAX_BYTES as MAX_STATE_BYTES
@@ -550,6 +551,23 @@ def test_a_party_cancels_what_waits_or_is_queued(enclave: Enclave, party: Any) -
         with pytest.raises(ConsentError, match="used up"):
             enclave.submit(enclave.book.signed(job))
     assert enclave.book.next() is None and enclave.told().count("cancelled") == enclave.told().count("cancel") == 2
+
+
+def test_a_job_beyond_a_quota_is_refused_though_it_ran(enclave: Enclave) -> None:
+    """It would be again, so nobody is told to submit it once more; what is not here now, the operator can mend."""
+    signed = enclave.signed_job()
+    job = enclave.submit(signed)
+    enclave.book.next()
+    enclave.book.failed(job, LackingError("the enclave has not the workers that the job names", got="none"))
+    record = enclave.book.record(job)
+    assert (record.status, record.reason) == ("failed", "the enclave has not the workers that the job names")
+    enclave.submit(signed)
+    enclave.book.next()
+    enclave.book.failed(job, ConsentError("max_queries of the model's terms", got="3", expected="at most 2"))
+    record = enclave.book.record(job)
+    assert record.status == "refused" and record.reason == "max_queries of the model's terms: got 3, expected at most 2"
+    with pytest.raises(ConsentError, match="used up"):
+        enclave.submit(signed)
 
 
 def test_a_running_job_that_is_cancelled_ends_at_its_next_step(enclave: Enclave) -> None:

@@ -22,6 +22,7 @@ from obfuscatune.parties.membership import Member
 from obfuscatune.parties.succession import succeed
 from obfuscatune.parties.upgrade import SHARE_BYTES, goes_on, share_info
 from obfuscatune.service.escrow import FILE, Escrow, Recovery
+from obfuscatune.service.serve import open_service
 from obfuscatune.service.takeover import TakeOver, wait_for_hand_over
 
 from .jobs import CLINIC, LAB, STRANGER, Enclave, open_enclave
@@ -84,6 +85,36 @@ def test_all_parties_together_bring_it_back(
         certificates = [each["certificate"].encode() for each in new.state.former]
         assert goes_on(certificates, old.fingerprint, new.state.identity.public.fingerprint)
         assert new.state.identity.public != old.state.identity.public  # nothing is sealed to the old keys any more
+
+
+def test_a_restart_leaves_what_can_be_released(
+    old: Enclave, tmp_path: Path, simulated: tuple[SimulatedPlatform, Policy]
+) -> None:
+    """A service manager starts the enclave again with the same command line, on the same directory."""
+    keep(old, tmp_path)
+    old.done_job()
+    state, platform = tmp_path / "state", MemoryPlatform(key=None)
+    shutil.copytree(old.directory, state)  # what is on the disk when it is killed
+    platform.attester = simulated[0].attester
+
+    def tree() -> dict[str, bytes]:
+        files = [path for path in state.rglob("*") if path.is_file()]
+        return {path.name: path.read_bytes() for path in files}
+
+    def start(**more: Any) -> Any:
+        return open_service(
+            state, platform, listen="tls://127.0.0.1:0", parties=tmp_path / "parties", worker="spawn", **more
+        )
+
+    before = tree()
+    for escrow in (True, False):
+        with pytest.raises(UsageError, match="in escrow") as caught, start(escrow=escrow):
+            pass
+        assert "--take_over" in (caught.value.hint or "") and tree() == before
+    with start(escrow=True, new=True):
+        assert not (state / FILE).exists()  # or the next start would be refused for nothing
+    with start(escrow=True):
+        pass
 
 
 def test_fewer_than_all_have_nothing(old: Enclave, tmp_path: Path) -> None:
@@ -182,6 +213,26 @@ def test_a_changed_file_is_refused(data: Any, tmp_path_factory: pytest.TempPathF
         with pytest.raises(ObfuscatuneError):
             for party, share in zip((LAB, CLINIC), shares, strict=True):
                 recovery.release(party.public, share)
+
+
+def test_who_released_need_not_again_once_the_operator_has_copied_the_rest(old: Enclave, tmp_path: Path) -> None:
+    keep(old, tmp_path)
+    done, new = old.done_job(), tmp_path / "new"
+    new.mkdir()
+    shutil.copy(old.directory / FILE, new)
+    shares = {each: share_of(old.directory, each) for each in (LAB, CLINIC)}
+    with open_enclave(tmp_path / "fresh", MemoryPlatform(key=None)) as fresh:
+        taking = TakeOver(fresh.state, new, old.fingerprint)
+        taking.handle(LAB.public, {"op": "release"}, shares[LAB])
+        with pytest.raises(UsageError, match="audit log") as caught:
+            taking.handle(CLINIC.public, {"op": "release"}, shares[CLINIC])
+        assert "then ask again" in (caught.value.hint or "")
+        shutil.copy(old.directory / "log.jsonl", new)
+        with pytest.raises(UsageError, match="store of the old enclave"):
+            taking.handle(CLINIC.public, {"op": "release"}, shares[CLINIC])
+        shutil.copytree(old.directory / "store", new / "store")
+        assert taking.handle(CLINIC.public, {"op": "release"}, shares[CLINIC])[0] == {"lacking": []}
+        assert taking.taken.is_set() and set(fresh.state.jobs) == {done} and not taking._recovery._released
 
 
 def test_shares_of_one_file_are_no_use_for_another_that_the_host_puts_there(old: Enclave, tmp_path: Path) -> None:

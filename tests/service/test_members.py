@@ -30,8 +30,10 @@ from obfuscatune.parties.identity import Identity
 from obfuscatune.parties.job import SignedJob
 from obfuscatune.parties.membership import Member, SignedChange
 from obfuscatune.parties.succession import succeed
+from obfuscatune.service.book import Book
 from obfuscatune.service.members import Members
 from obfuscatune.service.membership import MemberRequests
+from obfuscatune.service.store import Store
 
 from .jobs import CLINIC, LAB, STRANGER, Enclave, open_enclave
 
@@ -86,7 +88,8 @@ def test_the_first_job_closes_it_and_the_directory_gives_nothing_more(
     reply, page = handler.handle(LAB.public, {"op": "members", "start": 0}, b"")
     assert reply == {"changes": 1, "open": 1} and b'"found"' in page
     alone = SignedJob(enclave.signed_job().job).sign(LAB)
-    for payload in (b"{}", alone.to_bytes()):  # no job closes it
+    over = enclave.signed_job(created=1, expires=2)
+    for payload in (b"{}", alone.to_bytes(), over.to_bytes()):  # no job that is taken in
         with pytest.raises(ObfuscatuneError):
             handler.handle(LAB.public, {"op": "submit"}, payload)
     assert members.told() is None
@@ -97,6 +100,27 @@ def test_the_first_job_closes_it_and_the_directory_gives_nothing_more(
     entry = next(entry for entry in enclave.events() if entry.event == "membership")
     assert members.told() == {"digest": entry.details["digest"], "number": 0}
     assert (entry.event, entry.details["act"], entry.details["members"]) == ("membership", "found", 2)
+
+
+@pytest.mark.parametrize("is_founded", [False, True])
+def test_a_commit_and_an_upload_do_not_wait_for_each_other(
+    enclave: Enclave, members: Members, is_founded: bool
+) -> None:
+    """A checkpoint takes the state's lock, then the store's; an upload with them the other way round froze all."""
+    store = Store(enclave.directory / "shared", 1 << 26, members.parties)  # as `open_service` has it
+    if is_founded:
+        members.found()
+
+    def upload() -> None:
+        begun = store.begin("ab" * 32, 1 << 20, LAB.public.fingerprint)
+        begun.write(0, bytes(1000))
+
+    thread = threading.Thread(target=upload, daemon=True)
+    with enclave.state.lock:
+        thread.start()
+        thread.join(5)
+        assert not thread.is_alive()
+        assert store.room(CLINIC.public.fingerprint) > 0
 
 
 def test_broken_files_are_named_and_passed_over(
@@ -199,6 +223,58 @@ def test_the_jobs_of_who_leaves_end_and_its_inputs_go(enclave: Enclave, members:
         book.questions.check(done, LAB.public.fingerprint, 1, 1)
     with pytest.raises(ConsentError, match="or left"):
         enclave.submit(enclave.signed_job())
+
+
+def test_the_jobs_of_an_identity_are_its_successors(enclave: Enclave, members: Members) -> None:
+    members.found()
+    enclave.book.names = members.names
+    job = enclave.done_job(adapter_to=("owner",), queries_by=("owner",), max_queries=3)
+    enclave.book.questions.count(job, CLINIC.public.fingerprint, 2, 1, "q")
+
+    def ask(party: Identity, op: str, **more: Any) -> Any:
+        return enclave.requests.handle(party.public, {"op": op, "job": job, **more}, b"")
+
+    heir = CLINIC
+    for name in ("clinic-2", "clinic-3"):
+        before, heir = heir, Identity.generate(name, "x25519")
+        with pytest.raises(UsageError, match="no such job of this party"):
+            ask(heir, "status")
+        members.succeed(succeed(before, heir))
+    members.load()  # as at a restart
+    party = heir.public.fingerprint
+    assert sorted(ask(heir, "status")[0]["results"]) == ["adapter", "output"]
+    assert ask(heir, "list")[1] == ask(CLINIC, "list")[1] and members.names(LAB.public.fingerprint) == {
+        LAB.public.fingerprint
+    }
+    adapter = enclave.book.store.path(enclave.book.record(job).results["adapter"]).read_bytes()
+    assert ask(heir, "download", kind="adapter", offset=0)[1] == adapter
+    assert enclave.book.record(job).fetched == ("owner adapter",)
+    assert enclave.book.questions.count(job, party, 1, 1, "r")
+    with pytest.raises(ConsentError, match="used up"):  # what the one has asked the other has not left
+        enclave.book.questions.check(job, party, 1, 1, "s")
+    with pytest.raises(UsageError, match="no such job"):
+        ask(STRANGER, "delete")
+    assert ask(heir, "delete")[0]["status"] == "deleted"
+
+
+def test_who_is_admitted_again_gets_no_job_back(enclave: Enclave, members: Members) -> None:
+    members.found()
+    members.removed = lambda gone: enclave.book.end_jobs_of_who_left()
+    book, signed = enclave.book, enclave.signed_job()
+    done, failed = enclave.done_job(queries_by=("owner",)), enclave.submit(signed)
+    assert book.next() == failed
+    book.failed(failed, MemoryError())
+    book.questions.check(done, CLINIC.public.fingerprint, 1, 1)
+    members.change(changed(members, "remove", CLINIC.public.fingerprint, CLINIC).to_bytes(), CLINIC.public)
+    members.change(changed(members, "admit", Member(CLINIC.public), LAB).to_bytes(), LAB.public)
+    again = Book(enclave.state, enclave.log, book.store, left=members.left)  # as after a restart
+    for each in (book, again):
+        assert members.left() == frozenset() and each.is_gone(done) and each.record(done).status == "done"
+        with pytest.raises(ConsentError, match="has left"):
+            each.questions.check(done, CLINIC.public.fingerprint, 1, 1)
+        with pytest.raises(ConsentError, match="used up"):
+            each.submit(signed, LAB.public.fingerprint)
+    assert enclave.submit(enclave.signed_job())  # new ones are theirs to make
 
 
 @pytest.mark.parametrize("fields", [{}, {"start": "0"}, {"start": -1}, {"start": 2}])

@@ -28,6 +28,7 @@ from obfuscatune.serving.sampling import Settings
 from obfuscatune.training.completion import Completion
 
 from .jobs import CANARY, CLINIC, LAB, STRANGER, Enclave, job_fields, open_enclave, sign
+from .platforms import new_platform
 
 OPERATIONS = ["submit", "resume_upload", "upload", "status", "download", "log", "generate", "list", "cancel", "delete"]
 OF_A_JOB = [name for name in OPERATIONS if name not in ("submit", "log", "list")]
@@ -149,6 +150,26 @@ def test_only_what_is_owed_is_stored(enclave: Enclave) -> None:
         with pytest.raises((UsageError, ProtocolError)):
             ask(enclave, LAB, "upload", b"xx", job=job, file=inputs["model"], size=2, offset=offset)
     assert not list(enclave.book.store.directory.glob("*.sealed"))
+
+
+@pytest.mark.parametrize("torn", [False, True])
+def test_an_upload_that_was_not_taken_in_is_when_it_goes_on(tmp_path: Path, torn: bool) -> None:
+    """All pieces are there, and the enclave is killed, or its disk is full, before they have become a file."""
+    platform = new_platform()
+    with open_enclave(tmp_path, platform) as enclave:
+        model, path = enclave.seal("model")
+        job = enclave.submit(enclave.signed_job(model=model))
+        content = path.read_bytes()
+        fields = {"job": job, "file": model, "size": len(content)}
+        written = content[:-1] + bytes(1) if torn else content  # as a machine that lost power may leave it
+        enclave.book.store.begin(model, len(content), LAB.public.fingerprint).write(0, written)
+    with open_enclave(tmp_path, platform) as enclave:
+        offset = ask(enclave, LAB, "resume_upload", **fields)[0]["offset"]
+        assert offset == (0 if torn else len(content))
+        if torn:
+            ask(enclave, LAB, "upload", content, offset=0, **fields)
+        assert ask(enclave, LAB, "status", job=job)[0]["status"] == "queued"
+        assert enclave.told()[-2:] == ["input", "queued"]
 
 
 def test_nothing_is_owed_to_a_job_that_waits_no_longer(enclave: Enclave) -> None:

@@ -53,8 +53,14 @@ class Place:
         )
 
     def signed(
-        self, *, terms: dict[str, Any] | None = None, held_out: dict[str, bytes] | None = None, **changes: Any
+        self,
+        *,
+        terms: dict[str, Any] | None = None,
+        held_out: dict[str, bytes] | None = None,
+        of: dict[str, dict[str, Any]] | None = None,
+        **changes: Any,
     ) -> SignedJob:
+        given = {"model": terms or terms_of(), "data": terms_of(), "prompts": terms_of(), **(of or {})}
         fields = {
             "training": {"max_steps": 2, "save_steps": 1, "lora_r": 2, "max_length": 24},
             "profile": "enclave",
@@ -67,9 +73,9 @@ class Place:
             provider=LAB.public.fingerprint,
             owner=CLINIC.public.fingerprint,
             enclave=ENCLAVE.public.fingerprint,
-            model=self.put("model", model_files(self.model), LAB, terms=terms or terms_of()),
-            data=self.put("data", {"data.jsonl": ROWS.encode(), **(held_out or {})}, CLINIC, terms=terms_of()),
-            prompts=self.put("prompts", {"prompts.jsonl": PROMPTS.encode()}, CLINIC, terms=terms_of()),
+            model=self.put("model", model_files(self.model), LAB, terms=given["model"]),
+            data=self.put("data", {"data.jsonl": ROWS.encode(), **(held_out or {})}, CLINIC, terms=given["data"]),
+            prompts=self.put("prompts", {"prompts.jsonl": PROMPTS.encode()}, CLINIC, terms=given["prompts"]),
             expires=int(time.time()) + 3600,
             **fields,
         )
@@ -384,8 +390,15 @@ def test_prompts_of_the_file_count_among_those_that_the_model_allows(place: Plac
     if 3 + later <= allowed:
         assert sorted(place.run(signed)) == ["adapter", "output", "report"]
     else:
-        with pytest.raises(ConsentError, match=f"3 in the file and {later} later"):
+        with pytest.raises(ConsentError, match=rf"model's terms: got {3 + later} \(3 in the file and {later} later"):
             place.run(signed)
+
+
+@pytest.mark.parametrize(("kind", "whose"), [("data", "data's"), ("prompts", "prompts'")])
+def test_prompts_of_the_file_are_counted_by_each_inputs_terms(place: Place, kind: str, whose: str) -> None:
+    signed = place.signed(of={kind: terms_of("enclave", max_queries=2)})
+    with pytest.raises(ConsentError, match=f"max_queries of the {whose} terms: got 3 .* expected at most 2"):
+        place.run(signed)
 
 
 def test_a_job_that_cannot_fit_fails_before_it_takes_the_enclaves_memory(

@@ -20,12 +20,13 @@ from obfuscatune.service.answers import MAX_ANSWERS, MAX_CHARACTERS, Answers
 from obfuscatune.service.generation import Enough, Row
 from obfuscatune.service.queries import Query
 from obfuscatune.service.records import Record
-from obfuscatune.service.serve import Service
+from obfuscatune.service.serve import Service, open_service
 from obfuscatune.service.turns import Turns
 from obfuscatune.serving.sampling import Settings
 from obfuscatune.training.completion import Completion
 
 from .jobs import CLINIC, LAB, Enclave, open_enclave
+from .platforms import new_platform
 
 RED = Completion("red", 3, 1, False)
 
@@ -93,6 +94,24 @@ def enclave(tmp_path: Path) -> Iterator[Enclave]:
 
 def service(enclave: Enclave, act: Callable[[], Any]) -> Service:
     return Service(enclave.book, FakeRunner(act), lambda _: Server(), max_file_bytes=1 << 20)  # type: ignore[arg-type, return-value]
+
+
+@pytest.mark.parametrize(
+    ("more", "match"),
+    [
+        ({"listen": "127.0.0.1:7443"}, "not an address"),
+        ({"listen": "tls://127.0.0.1:70000"}, "port out of range"),
+        ({"listen": "tls://192.0.2.1:0"}, "cannot listen"),  # of no machine
+        ({"worker": "tls://127.0.0.1:7000"}, "no fingerprint"),
+        ({"timeout": -5.0}, "timeout"),
+    ],
+)
+def test_a_mistyped_argument_makes_nothing(tmp_path: Path, more: dict[str, Any], match: str) -> None:
+    platform = new_platform()
+    arguments = {"listen": "tls://127.0.0.1:0", "parties": tmp_path / "parties", "worker": "spawn"} | more
+    with pytest.raises(UsageError, match=match), open_service(tmp_path / "state", platform, **arguments):
+        pass
+    assert not list(tmp_path.iterdir()) and platform.counter.count == 0
 
 
 def panic() -> None:

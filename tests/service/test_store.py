@@ -80,6 +80,22 @@ def upload(store: Store, file: Sealed, data: bytes | None = None) -> Path:
     return part.finish()
 
 
+def test_who_shares_it_is_asked_without_its_lock(tmp_path: Path) -> None:
+    """The answer may need the state's lock, and whoever holds that one may be waiting for the store's."""
+
+    def parties() -> list[str]:
+        thread = threading.Thread(target=lambda: store.charge("ab" * 32, PARTY), daemon=True)
+        thread.start()
+        thread.join(5)
+        assert not thread.is_alive()
+        return [PARTY, SECOND]
+
+    store = Store(tmp_path / "store", 1 << 20, parties)
+    upload = store.begin("cd" * 32, 1000, PARTY)
+    upload.write(0, bytes(10))
+    assert store.room(PARTY) < 1 << 20
+
+
 def test_a_file_comes_in_and_goes(store: Store) -> None:
     assert not store.has(FILE.digest)
     path = upload(store, FILE)

@@ -47,6 +47,8 @@ class Given(Protocol):
     def max_new_tokens(self) -> int: ...  # noqa: D102
     @property
     def max_stored_bytes(self) -> int: ...  # noqa: D102
+    @property
+    def max_queries(self) -> int: ...  # noqa: D102
 
 
 def training_tokens(settings: TrainingSettings, rows: int | None = None) -> int | None:
@@ -81,8 +83,11 @@ def faults(given: Given, settings: TrainingSettings, max_new_tokens: int) -> lis
     ]
 
 
-def require(terms: Mapping[str, Given], name: str, asked: int) -> None:
-    """Refuse what goes beyond the quota ``name`` of one of the inputs' terms, given by kind.
+def require(terms: Mapping[str, Given], name: str, asked: int, parts: str = "") -> None:
+    """Refuse what goes beyond the quota ``name``, or `max_queries`, of one of the inputs' terms, given by kind.
+
+    Args:
+        terms: by kind. name: of the quota. asked: how much. parts: what it is made of, in words.
 
     Raises:
         ConsentError: it names the quota and the input, and the bound; no content.
@@ -90,4 +95,6 @@ def require(terms: Mapping[str, Given], name: str, asked: int) -> None:
     for kind, given in terms.items():
         allowed = getattr(given, name)
         if asked > allowed:
-            raise ConsentError(f"{name} of the {kind}'s terms", got=f"{asked:,}", expected=f"at most {allowed:,}")
+            got = f"{asked:,} ({parts})" if parts else f"{asked:,}"
+            whose = f"{kind}'" if kind.endswith("s") else f"{kind}'s"
+            raise ConsentError(f"{name} of the {whose} terms", got=got, expected=f"at most {allowed:,}")

@@ -2,9 +2,9 @@
 
     waiting  --all inputs there-->  queued  -->  running  -->  done
        |                              |             |
-       +--------consent lacks---------+             +-->  failed  --submitted again-->  waiting
-                      |
-                   refused
+       |                              |             +-->  failed  --submitted again-->  waiting
+       |                              |             |
+       +--------------consent lacks---+-------------+-->  refused
 
     waiting, queued, running  --a party cancels-->  cancelled
     waiting, done, failed, refused, cancelled  --a party deletes-->  deleted: no sealed file of it is left here
@@ -23,7 +23,7 @@ from typing import Any
 from obfuscatune.errors import ConsentError, ObfuscatuneError, UsageError
 from obfuscatune.parties.job import SignedJob
 from obfuscatune.parties.sealed.header import read_header
-from obfuscatune.service.consent import OWNERS, check_input, check_job
+from obfuscatune.service.consent import OWNERS, LackingError, check_input, check_job
 from obfuscatune.service.ledger import Ledger
 from obfuscatune.service.log import AuditLog
 from obfuscatune.service.questions import Questions
@@ -49,7 +49,7 @@ class Book(Ledger):
     Args:
         state: where it is kept, under its lock. log: of all that happens. store: of the inputs and results.
         parties: who shares it. ended: gives the fingerprints of whom no job may be; asked whenever consent is
-            checked. left: of parties that have left, under whatever identity.
+            checked. left: of parties that have left, under whatever identity. names: as of `Ledger`.
     """
 
     def __init__(
@@ -61,8 +61,9 @@ class Book(Ledger):
         *,
         ended: Callable[[], Container[str]] = frozenset,
         left: Callable[[], frozenset[str]] = frozenset,
+        names: Callable[[str], frozenset[str]] = lambda party: frozenset({party}),
     ) -> None:
-        super().__init__(state, log, store, left)
+        super().__init__(state, log, store, left, names)
         self.uses = Uses(state)
         self.room, self.questions = Room(self, self.uses, parties), Questions(self)
         self._ended, self._enclaves = ended, state.fingerprints
@@ -100,7 +101,7 @@ class Book(Ledger):
         with self.state.lock:
             record = self.records.get(digest)
             try:
-                check_job(signed, enclaves=self._enclaves, now=time.time(), ended=self._ended())
+                self.check(signed)
                 if record is None and signed.job.expires <= self.state.forgotten:  # it may have been run
                     raise ConsentError("job has expired", hint="make a new one, and let both sign it")
                 if record is not None and record.status in USED_UP:
@@ -133,6 +134,10 @@ class Book(Ledger):
                 self.jobs[digest] = signed
             self.review()
         return digest
+
+    def check(self, signed: SignedJob) -> None:
+        """Check what a job itself tells, as of now. Raises ConsentError, as `check_job`."""
+        check_job(signed, enclaves=self._enclaves, now=time.time(), ended=self._ended())
 
     def _refuse_expired(self) -> None:
         """Refuse what has waited too long for its inputs."""
@@ -256,26 +261,32 @@ class Book(Ledger):
             record = self.records.get(digest)
             if record is None or record.retired or record.status == "deleted":
                 return True
-            return not self.left().isdisjoint(record.parties)
+            return record.answers_no_more or not self.left().isdisjoint(record.parties)
 
     def end_jobs_of_who_left(self) -> None:
         """Refuse or cancel what has not ended of the jobs of parties that have left, and remove their sealed inputs.
 
-        Results stay for the partner to fetch. Raises StorageError: it is done at the next start, and no job starts.
+        Results stay for the partner to fetch. For good: who is admitted again gets neither jobs nor queries back.
+        Raises StorageError: it is done at the next start, and no job starts.
         """
         with self.state.lock:
-            left, files = self.left(), set()
+            left, files, marked = self.left(), set(), False
             for digest, record in list(self.records.items()):
                 if left.isdisjoint(record.parties):
                     continue
-                if record.status in ("waiting", "queued"):
+                if record.status in ("waiting", "queued", "failed"):
                     self._refuse(digest, ConsentError("a party of the job has left"))
+                elif record.status == "done" and not record.cancelled:
+                    self.put(digest, replace(record, cancelled=True))
+                    marked = True
                 elif record.status == "running" and not record.cancelled:
                     self.note("cancel", digest, next(name for name in record.parties if name in left))
                     self.put(digest, replace(record, cancelled=True))
                     self.commit()
                 if digest in self.jobs:
                     files |= set(self.jobs[digest].job.inputs.values())
+            if marked:
+                self.commit()
             self.drop(files)
             self.changed.notify_all()
 
@@ -330,24 +341,28 @@ class Book(Ledger):
             self.put(digest, replace(self.records[digest], reason=PAUSED if paused else ""))
 
     def failed(self, digest: str, error: BaseException) -> None:
-        """Enter that a job failed, or was cancelled; who submits one that failed again resumes it.
+        """Enter that a job failed, or was cancelled or refused; who submits one that failed again resumes it.
 
         Of the error its class only: the text may name columns of one owner's data, or layers of the other's model. Of
-        a refusal what it is about, too, which is a sentence of the enclave's own.
+        a refusal the text, too, which is of the enclave's own words and counts. It is for good, since the same job
+        would be refused again: beyond a quota that only the opened inputs tell of.
         """
         with self.state.lock:
             if self.records[digest].cancelled:
                 self._end(digest, replace(self.records[digest], status="cancelled"))
                 return
-            reason = error.what if isinstance(error, ConsentError) else _reason(error)
+            if isinstance(error, ConsentError) and not isinstance(error, LackingError):
+                self._refuse(digest, error)
+                return
+            reason = error.what if isinstance(error, LackingError) else _reason(error)
             record = replace(self.records[digest], status="failed", reason=reason, ended=int(time.time()))
             self.enter(digest, record, "failed", cause=_reason(error))
 
     def fetched(self, digest: str, party: str, kind: str) -> None:
         """Note that a party has fetched a result to its end; the log told when it began."""
         with self.state.lock:
-            record = self.records[digest]
-            name = f"{self.jobs[digest].job.role_of(party)} {kind}"
+            record, job = self.records[digest], self.jobs[digest].job
+            name = f"{job.role_of(self.name_in(job, party))} {kind}"
             if name not in record.fetched:
                 self.put(digest, replace(record, fetched=(*record.fetched, name)))
                 self.commit()

@@ -17,6 +17,10 @@ from obfuscatune.parties.vocabulary import ROLES, Role
 OWNERS: dict[str, Role] = {"model": "provider", "data": "owner", "prompts": "owner"}
 
 
+class LackingError(ConsentError):
+    """What both have agreed to is not here now. The operator can change that, so the job may be submitted again."""
+
+
 def check_job(signed: SignedJob, *, enclaves: frozenset[str], now: float, ended: Container[str] = frozenset()) -> None:
     """Check what the job itself tells; its signatures were verified when it was read.
 

@@ -123,6 +123,9 @@ class Recovery:
     def release(self, party: PublicIdentity, share: bytes) -> tuple[Taken | None, list[str]]:
         """Take a party's share; return the state once all are there, or else the fingerprints that lack.
 
+        The shares stay until :meth:`forget`: where what goes with the state is not on the disk yet, one party asks
+        again, and not all of them.
+
         Raises:
             SealError: the shares do not open the file: one is of another state, or it was changed. All are forgotten.
         """
@@ -136,8 +139,11 @@ class Recovery:
         key = bytes(SHARE_BYTES)
         for name in record["shares"]:
             key = _xor(key, self._released[name])
-        self._released = {}
         return self._open(record, key), []
+
+    def forget(self) -> None:
+        """Forget the shares: the state was taken over."""
+        self._released = {}
 
     def _open(self, record: dict[str, Any], key: bytes) -> Taken:
         problem: SealError | None = None
@@ -148,6 +154,7 @@ class Recovery:
         except (InvalidTag, ValueError):
             hint = "a share of another state, or the file was changed; all release again"
             problem = SealError("the shares do not open the state", hint=hint)
+            self.forget()  # which of them is wrong nobody can tell
         if problem is not None:
             raise problem
         fields = decode(plain, "state of an escrow", max_bytes=MAX_BYTES)

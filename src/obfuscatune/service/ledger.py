@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterable
 
 from obfuscatune.errors import ConsentError, StorageError, UsageError
-from obfuscatune.parties.job import SignedJob
+from obfuscatune.parties.job import Job, SignedJob
 from obfuscatune.service.consent import OWNERS
 from obfuscatune.service.log import AuditLog
 from obfuscatune.service.records import JobFiles, Record, recipients
@@ -25,14 +25,22 @@ class Ledger:
     Args:
         state: where it is kept, under its lock. log: of all that happens. store: of the inputs and results.
         left: gives the fingerprints of parties that have left, under whatever identity.
+        names: gives of a party its fingerprint, and those of identities that it has succeeded: their jobs are its own.
 
     Attributes:
         records: the jobs by digest. jobs: those whose files have not made room for others', by digest.
         changed: notified whenever a record changes. committed: called after each commit, and before anything is done.
     """
 
-    def __init__(self, state: State, log: AuditLog, store: Store, left: Callable[[], frozenset[str]]) -> None:
-        self.state, self.log, self.store, self.left = state, log, store, left
+    def __init__(
+        self,
+        state: State,
+        log: AuditLog,
+        store: Store,
+        left: Callable[[], frozenset[str]],
+        names: Callable[[str], frozenset[str]],
+    ) -> None:
+        self.state, self.log, self.store, self.left, self.names = state, log, store, left, names
         self.committed: Callable[[], None] = lambda: None
         self.changed = threading.Condition(state.lock)
         self.files = JobFiles(store.directory / "jobs")
@@ -118,14 +126,19 @@ class Ledger:
         """
         with self.state.lock:
             record = self.records.get(digest) if isinstance(digest, str) else None
-            if record is None or party not in record.parties:
+            if record is None or self.names(party).isdisjoint(record.parties):
                 raise UsageError("no such job of this party", hint="obfuscatune job submit")
             return str(digest), record
+
+    def name_in(self, job: Job, party: str) -> str:
+        """Return the fingerprint by which a party is in a job: its own, or that of an identity it has succeeded."""
+        return next((name for name in self.names(party) if job.role_of(name) is not None), party)
 
     def jobs_of(self, party: str) -> list[str]:
         """Return the jobs in which an identity has a role, oldest first: no more than its share of the book holds."""
         with self.state.lock:
-            found = [(record.order, digest) for digest, record in self.records.items() if party in record.parties]
+            records, names = self.records.items(), self.names(party)
+            found = [(record.order, digest) for digest, record in records if not names.isdisjoint(record.parties)]
         return [digest for _, digest in sorted(found)]
 
     def missing(self, digest: str) -> dict[str, str]:
@@ -136,7 +149,7 @@ class Ledger:
         """Return the digests of the results that a job gives to a party, by kind."""
         with self.state.lock:
             record, signed = self.record(digest), self.jobs.get(digest)
-            role = None if signed is None else signed.job.role_of(party)
+            role = None if signed is None else signed.job.role_of(self.name_in(signed.job, party))
             return {kind: file for kind, file in record.results.items() if signed and role in recipients(signed, kind)}
 
     def operators_of(self, digest: str) -> dict[str, str]:

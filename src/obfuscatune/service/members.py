@@ -8,14 +8,14 @@ still taken from it, as from any member.
 
 import logging
 import time
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import Any
 
 from obfuscatune.errors import ConsentError, ObfuscatuneError, StorageError, UsageError
 from obfuscatune.parties.identity import PublicIdentity, read_small
 from obfuscatune.parties.membership import Member, Membership, SignedChange, follow, found, founded, resolve
-from obfuscatune.parties.succession import MAX_BYTES, SUFFIX, Succession, read_succession
+from obfuscatune.parties.succession import MAX_BYTES, SUFFIX, Succession, read_succession, successors
 from obfuscatune.service.state import State
 
 logger = logging.getLogger(__name__)
@@ -38,6 +38,7 @@ class Members:
         self._state, self._directory, self._operator = state, directory, operator
         self._before: list[Membership] = []  # of enclaves that have handed over to this one
         self._left: frozenset[str] = frozenset()
+        self._names: dict[str, frozenset[str]] = {}
         self._seen: set[tuple[str, int, int]] = set()  # files of statements that were looked at
         self._now: Membership | None
         self._allowed: frozenset[PublicIdentity] = frozenset()
@@ -55,9 +56,9 @@ class Members:
 
     @property
     def current(self) -> tuple[Member, ...]:
-        """Who is in now."""
-        with self._state.lock:
-            return self._open() if self._now is None else self._now.members
+        """Who is in now. Needs no lock: a piece of an upload is counted by it, and waits for nobody's commit."""
+        now = self._now
+        return self._open() if now is None else now.members
 
     @property
     def founded(self) -> Membership | None:
@@ -92,6 +93,13 @@ class Members:
     def left(self) -> frozenset[str]:
         """Return the fingerprints of who was in and is in no more, under no later identity either."""
         return self._left
+
+    def names(self, party: str) -> frozenset[str]:
+        """Return a fingerprint and those of the identities that it has succeeded, at once or one after the other.
+
+        Each of these has signed who succeeds it, so what was its own is its successor's.
+        """
+        return self._names.get(party, frozenset()) | {party}
 
     def told(self) -> dict[str, Any] | None:
         """Return number and digest for the channel's handshake; None while it is open."""
@@ -227,12 +235,28 @@ class Members:
         every = [*self._before, *([] if now is None else [now])]
         here = frozenset(identity.fingerprint for identity in self._allowed)
         self._left = frozenset().union(*(each.left for each in every)) - here
+        self._names = _succeeded(every)
         self._now = now
         self._seen.clear()  # a statement may be about who came in just now
 
     def _tell(self, before: Membership) -> None:
         if self._now is not None and (left := self._now.gone - before.gone):
             self.removed(left)
+
+
+def _succeeded(memberships: Sequence[Membership]) -> dict[str, frozenset[str]]:
+    """Return for each successor the fingerprints of those that it stands for."""
+    heirs: dict[str, PublicIdentity | None] = {}
+    for each in memberships:
+        heirs |= successors(each.ends)
+    found: dict[str, set[str]] = {}
+    for name in heirs:
+        heir = heirs[name]
+        for _ in heirs:  # a chain of successions, which may be a circle
+            if heir is not None:
+                found.setdefault(heir.fingerprint, set()).add(name)
+                heir = heirs.get(heir.fingerprint)
+    return {heir: frozenset(names) for heir, names in found.items()}
 
 
 def chains(state: State) -> list[Membership | None]:

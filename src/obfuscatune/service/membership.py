@@ -54,16 +54,16 @@ class MemberRequests:
         return self._others(party, fields, payload)
 
     def _is_first(self, payload: bytes, party: PublicIdentity) -> bool:
-        """Return whether a job closes the membership: for this enclave, from one of two members who signed it."""
+        """Return whether a job closes the membership: one of two members, from one of them, that is taken in now."""
         if self._members.founded is not None:
             return False
         try:
             signed = SignedJob.from_bytes(payload)
-        except ObfuscatuneError:
+            self._book.check(signed)
+        except ObfuscatuneError:  # the refusal is made, and noted, where all are
             return False
         both = {signed.job.provider, signed.job.owner}
-        here = signed.job.enclave in self._book.state.fingerprints and party.fingerprint in both
-        return here and not signed.missing() and both <= set(self._members.parties())
+        return party.fingerprint in both and both <= set(self._members.parties())
 
     def _lines(self, party: PublicIdentity, fields: dict[str, Any], payload: bytes) -> Reply:
         start = fields.get("start")

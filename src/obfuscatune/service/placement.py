@@ -10,10 +10,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from obfuscatune.enclave.links import Link
-from obfuscatune.errors import ConsentError, UsageError
+from obfuscatune.errors import UsageError
 from obfuscatune.parties.job import Job
 from obfuscatune.parties.vocabulary import MAX_WORKERS
 from obfuscatune.protocol.address import Address
+from obfuscatune.service.consent import LackingError
 
 
 @dataclass(frozen=True)
@@ -73,13 +74,13 @@ class Workers:
         """Return the addresses for a job, in its order.
 
         Raises:
-            ConsentError: the operator does not offer a worker that the job names.
+            LackingError: the operator does not offer a worker that the job names.
         """
         if not job.workers:
             return list(self.addresses)
         lacking = [worker for worker in job.workers if worker.fingerprint not in self.by_identity]
         if lacking:
-            raise ConsentError(
+            raise LackingError(
                 "the enclave has not the workers that the job names",
                 got=", ".join(f"none {worker.fingerprint[:16]} of {worker.operator}" for worker in lacking),
                 hint="obfuscatune enclave serve --worker tls://HOST:PORT#FINGERPRINT, once for each",

@@ -37,10 +37,11 @@ class Questions:
         if record.status != "done":
             hint = "make a new one, and let both sign it" if record.status in USED_UP else "obfuscatune job watch"
             raise UsageError("the job is not done", got=record.status, hint=hint)
-        if not self._ledger.left().isdisjoint(record.parties):
+        if record.answers_no_more or not self._ledger.left().isdisjoint(record.parties):
             raise ConsentError("a party of the job has left", hint="fetch its results; it answers no more")
         job, prompts = self._ledger.signed(digest).job, 0 if question in record.counted.split() else prompts
-        check_query(job, party, prompts=prompts, before=record.queries, tokens=tokens, now=time.time())
+        name = self._ledger.name_in(job, party)
+        check_query(job, name, prompts=prompts, before=record.queries, tokens=tokens, now=time.time())
 
     def count(self, digest: str, party: str, prompts: int, tokens: int, question: str) -> bool:
         """Count prompts before they are answered, so that no crash gives any away; checks and raises as above.

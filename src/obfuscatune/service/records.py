@@ -33,7 +33,8 @@ class Record:
         results: digests of sealed results, by kind. queries: prompts answered so far. counted: digests of the
             questions that were counted last, see `Questions.count`. answering: seconds that the job has stood still
             for queries of others. starts: since the last checkpoint. workers: what each has got of the model, as
-            `placement` tells. cancelled: whether a party has asked for the end of a running job.
+            `placement` tells. cancelled: whether a party has asked for the end of a running job, or has left since a
+            job was done.
         named: how many workers the job names.
         ended: Unix second. fetched: "role kind" of results that were fetched whole.
         used: whether it counts among the jobs of its inputs, see `uses`.
@@ -67,6 +68,11 @@ class Record:
     def parties(self) -> tuple[str, str]:
         """Fingerprints of provider and owner."""
         return self.provider, self.owner
+
+    @property
+    def answers_no_more(self) -> bool:
+        """Whether one of its parties has left since it was done: whoever is admitted again does not get it back."""
+        return self.cancelled and self.status == "done"
 
     @property
     def bytes(self) -> int:

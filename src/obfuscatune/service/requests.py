@@ -11,6 +11,7 @@ from typing import Any
 from obfuscatune.errors import (
     BusyError,
     ConsentError,
+    FormatError,
     ObfuscatuneError,
     ProtocolError,
     StorageError,
@@ -27,6 +28,7 @@ from obfuscatune.service.book import Book
 from obfuscatune.service.consent import OWNERS
 from obfuscatune.service.queries import Query, read_prompts, read_settings
 from obfuscatune.service.records import Record
+from obfuscatune.service.upload import Upload
 from obfuscatune.training.completion import Completion
 
 MAX_WAITING = 4  # queries of one party at a time: each holds a connection and its prompts
@@ -82,12 +84,20 @@ class Requests:
         return self._tell(digest, party), b""
 
     def _resume_upload(self, party: PublicIdentity, fields: dict[str, Any], payload: bytes) -> Reply:
-        _, digest, size = self._input(party, fields)
+        job, digest, size = self._input(party, fields)
         store = self._book.store
         if store.has(digest):
             return {"offset": size}, b""
         self._make_room(party, size)
-        return {"offset": store.begin(digest, size, party.fingerprint).offset}, b""
+        upload = store.begin(digest, size, party.fingerprint)
+        if upload.offset == size:  # no piece is left to send: the crash, or the full disk, came before it was taken in
+            try:
+                upload.finish()
+            except FormatError:  # the crash has torn it, and nothing of it was kept
+                upload = store.begin(digest, size, party.fingerprint)
+            else:
+                self._came(job, upload, party)
+        return {"offset": upload.offset}, b""
 
     def _upload(self, party: PublicIdentity, fields: dict[str, Any], payload: bytes) -> Reply:
         job, digest, size = self._input(party, fields)
@@ -97,9 +107,13 @@ class Requests:
         upload.write(piece.offset, piece.data)
         if piece.is_last:
             upload.finish()
-            self._book.note("input", job, party.fingerprint, file=digest, bytes=size)
-            self._book.review()
+            self._came(job, upload, party)
         return {}, b""
+
+    def _came(self, job: str, upload: Upload, party: PublicIdentity) -> None:
+        """Enter an input that is in the store now, and go on with the jobs that have waited for it."""
+        self._book.note("input", job, party.fingerprint, file=upload.digest, bytes=upload.size)
+        self._book.review()
 
     def _make_room(self, party: PublicIdentity, size: int) -> None:
         """Let jobs of the party that are over make room, if an upload needs it."""

@@ -71,11 +71,11 @@ class Room:
             StorageError: the disk refuses; nothing is lost.
         """
         with self.ledger.state.lock:
-            now = time.time()
+            now, names = time.time(), self.ledger.names(party)
             ended = [
                 (self._may_be_wanted(digest), record.order, digest)
                 for digest, record in self.ledger.records.items()
-                if party in record.parties and record.status in ENDED and not record.retired
+                if not names.isdisjoint(record.parties) and record.status in ENDED and not record.retired
             ]
             for wanted, _, digest in sorted(ended):
                 if enough():
@@ -89,7 +89,7 @@ class Room:
         if signed is None or record.status not in ("done", "failed"):
             return False
         alive = time.time() < record.expires
-        asks = bool(signed.job.queries_by) and record.queries < signed.job.max_queries
+        asks = bool(signed.job.queries_by) and record.queries < signed.job.max_queries and not record.answers_no_more
         return bool(unfetched(record, signed)) or (alive and (record.status == "failed" or asks))
 
     def retire(self, digest: str) -> None:

@@ -70,7 +70,7 @@ class Runner:
 
         Raises:
             ObfuscatuneError: the worker failed, an input breaks its format, the model cannot be run exactly.
-            ConsentError: more prompts than the provider's terms allow, or beyond a quota of anybody's.
+            ConsentError: beyond a quota of anybody's terms, more prompts too.
         """
         job, terms = signed.job, self._inputs.terms_of(signed.job)
         sealed = SealedResults(self._identity, self._store, signed, terms, hooks.store, checkpoint)
@@ -80,7 +80,7 @@ class Runner:
         with self._runs(), self._open(job, checkpoint) as (protected, tokenizer, ram, keep):
             hooks.placed(placed(job, protected.links))
             # Now, because their fault should not cost a training.
-            prompts = self._inputs.prompts(job, ram, terms["model"].max_queries)
+            prompts = self._inputs.prompts(job, ram, terms)
             prompt_ids(protected.model.config, tokenizer, named(prompts), job.max_new_tokens)
             files = self._inputs.rows(job.data, "data", ram)
             history = train(job, protected, tokenizer, ram, files, terms=terms, seal=sealed.checkpoint, hooks=hooks)
@@ -212,7 +212,5 @@ class Runner:
 
 def _check_targets(job: Job, config: Any) -> None:
     """Refuse LoRA but on the layers of the blocks: on the head or an embedding it would tell of their weights."""
-    known = set(family_of(config).layer_names())
-    others = sorted(set(job.settings.targets()) - known)
-    if others:
-        raise ConsentError("LoRA on other layers than those of the blocks", expected=", ".join(sorted(known)))
+    if set(job.settings.targets()) - set(family_of(config).layer_names()):  # whose names are the provider's
+        raise ConsentError("LoRA on other layers than those of the blocks")

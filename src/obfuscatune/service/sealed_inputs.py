@@ -2,13 +2,14 @@
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 from obfuscatune.durable import private
 from obfuscatune.enclave.keys import MasterSecret
-from obfuscatune.errors import ConsentError, FormatError, SealError
+from obfuscatune.errors import FormatError, SealError
+from obfuscatune.parties import quotas
 from obfuscatune.parties.identity import Identity
 from obfuscatune.parties.job import Job
 from obfuscatune.parties.sealed.archive import SealedArchive
@@ -103,23 +104,22 @@ class SealedInputs:
             evaluation.write_bytes(archive.read(held_out, MAX_DATA_BYTES))
         return path, evaluation
 
-    def prompts(self, job: Job, ram: Path, allowed: int) -> list[Prompt]:
+    def prompts(self, job: Job, ram: Path, terms: Mapping[str, Terms]) -> list[Prompt]:
         """Read the job's prompts; how many they are nobody but the owner could see before.
 
         Args:
-            allowed: by the model's terms, with the queries that the job allows later.
+            job: which. ram: directory in memory. terms: of its inputs, by kind: each one's `max_queries` holds.
 
         Raises:
-            ConsentError: more than that.
+            ConsentError: more than one of them allows, with the queries that the job allows later.
         """
         if job.prompts is None:
             return []
         path, _ = self.rows(job.prompts, "prompts", ram)
         prompts = [prompt for _, prompt in read_prompts(path)]
         path.unlink()
-        if len(prompts) + job.max_queries > allowed:
-            got = f"{len(prompts)} in the file and {job.max_queries} later"
-            raise ConsentError("more prompts than the model's terms allow", got=got, expected=f"at most {allowed}")
+        parts = f"{len(prompts)} in the file and {job.max_queries} later"
+        quotas.require(terms, "max_queries", len(prompts) + job.max_queries, parts)
         return prompts
 
 

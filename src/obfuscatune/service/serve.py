@@ -6,6 +6,7 @@ directory/store/          inputs, checkpoints, results                 sealed to
 """
 
 import logging
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,11 +16,13 @@ from obfuscatune.durable import write_new
 from obfuscatune.errors import ConsentError, StorageError, UsageError
 from obfuscatune.parties.attestation.platform import Platform
 from obfuscatune.parties.canonical import encode
+from obfuscatune.parties.channel.address import TlsAddress
 from obfuscatune.parties.channel.server import AttestedServer
 from obfuscatune.parties.identity import Identity, PublicIdentity
 from obfuscatune.service.answering import STOPS, Answering
 from obfuscatune.service.answers import Answers
 from obfuscatune.service.book import Book
+from obfuscatune.service.escrow import FILE as ESCROW_FILE
 from obfuscatune.service.escrow import Escrow
 from obfuscatune.service.fine_tuning import Hooks
 from obfuscatune.service.log import AuditLog
@@ -202,20 +205,27 @@ def open_service(
         max_connections: as of `AttestedServer`. max_store_bytes: that uploads may take.
         escrow: keep the state of a platform without a sealing key on the disk, under a key of all parties.
         take_over: whose state it takes over first. waiting: called with where it waits for that.
-        new: as of `State.open`.
+        new: as of `State.open`; also where an earlier enclave's state is in escrow, which is removed.
 
     Raises:
         RollbackError, SealError: a state that is not the last one, or not of this code on this platform.
-        AttestationError: the platform gives no evidence. UsageError: an address or directory that cannot be used.
+        AttestationError: the platform gives no evidence. UsageError: an address or directory that cannot be used; or
+            a state in escrow is here, and neither ``take_over`` nor ``new`` says what becomes of it.
     """
+    # What the operator may have mistyped comes first: a refusal makes nothing, and moves no counter.
+    workers = Workers.parse([worker] if isinstance(worker, str) else worker, insecure=insecure)
+    TlsAddress.parse(listen).require_free()
+    if not 0 < timeout < math.inf:
+        raise UsageError("timeout", got=timeout, expected="seconds, above 0")
     try:
         parties.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError("cannot make the directory of parties", got=error.strerror, where=str(parties)) from None
-    workers = Workers.parse([worker] if isinstance(worker, str) else worker, insecure=insecure)
     with ram_directory(RAM_PREFIX):
         pass  # removes what an enclave that was killed has left in memory
     with State.open(directory, platform, new=new) as state:
+        if take_over is None:
+            _keep_escrow(state, directory, new)
         if take_over is not None:
             wait_for_hand_over(
                 state,
@@ -230,7 +240,7 @@ def open_service(
         log = AuditLog.open(directory / "log.jsonl", state.log_head, state.log_length)
         members = Members(state, parties, operator)
         store = Store(directory / "store", max_store_bytes, members.parties)
-        book = Book(state, log, store, members.parties, ended=members.strangers, left=members.left)
+        book = Book(state, log, store, members.parties, ended=members.strangers, left=members.left, names=members.names)
         members.note = book.note
         if escrow and state.in_memory:
             book.committed = Escrow(state, directory).write
@@ -277,6 +287,27 @@ def open_service(
         finally:
             service.close()
             log.close()
+
+
+def _keep_escrow(state: State, directory: Path, new: bool) -> None:
+    """Refuse to begin an enclave where an earlier one has left its state in escrow: it would take its log and store.
+
+    So no service manager that starts the enclave again destroys what the parties can still release.
+    """
+    path = directory / ESCROW_FILE
+    if state.log_length or not path.exists():
+        return
+    if not new:
+        hint = (
+            "`--take_over` with the earlier one's enclave.pub waits until all parties have released it (obfuscatune "
+            "party release); `--new` begins a new enclave, and all that the earlier one had is lost"
+        )
+        what, got = "an earlier enclave's state is here in escrow", "neither --take_over nor --new"
+        raise UsageError(what, got=got, where=str(path), hint=hint)
+    try:
+        path.unlink()
+    except OSError as error:
+        raise UsageError("cannot remove the earlier state", got=error.strerror, where=str(path)) from None
 
 
 def _publish(identity: PublicIdentity, path: Path) -> None:

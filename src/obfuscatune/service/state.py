@@ -78,7 +78,14 @@ class State:
         log_head: digest of the last entry of the audit log that is committed.
         log_length: number of its entries.
         in_memory: nothing is written, since the platform has no sealing key.
-        lock: reentrant.
+        lock: reentrant. The order of the enclave's locks: whoever holds one takes only such as come after it.
+
+            1. an upload's; and that of a take-over
+            2. this one, which is that of the book and of the membership too
+            3. the store's, the log's, those of requests, queries and answers, the channel's
+            4. the platform's
+
+            None of a row takes another of it, but the channel's server those of its connections.
     """
 
     def __init__(self, directory: Path, platform: Platform, key: bytes | None, lock_file: int) -> None:

@@ -17,7 +17,7 @@ import re
 import secrets
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from obfuscatune.durable import rename, sync
@@ -40,13 +40,13 @@ class Store:
         directory: made if missing, mode 0700; for one store at a time (the state's lock file sees to that).
         max_bytes: what uploads may fill it up to, the enclave's own files counted. Those are never refused by it, since
             a party must not be able to stop a job by filling the store.
-        parties: who shares it.
+        parties: who shares it; never called with the store's lock held, since it may need another.
     """
 
     def __init__(self, directory: Path, max_bytes: int, parties: Parties = tuple) -> None:
         self.directory, self.max_bytes, self._parties = directory, max_bytes, parties
         self._own = directory / "own"
-        self._lock = threading.RLock()  # of the three below
+        self._lock = threading.RLock()  # of the three below; comes after the state's, see `State.lock`
         self._uploads: dict[tuple[str, str], Upload] = {}  # by digest and party
         self._sizes: dict[str, int] = {}
         self._owners: dict[str, set[str]] = {}  # of whole files: who is charged for it
@@ -82,6 +82,7 @@ class Store:
         if not matches(DIGEST, party):
             raise FormatError("party of an upload", expected="64 hex digits")
         self._remove_abandoned()
+        parties = self._parties()
         with self._lock:
             found = self._uploads.get((digest, party))
         if found is not None and found.size != size:
@@ -92,7 +93,7 @@ class Store:
             found = self._uploads.get((digest, party))
             if found is not None and not found.ended:
                 return found
-            self._require_room(party, size)
+            self._require_room(party, size, parties)
             try:
                 upload = Upload(self, digest, size, party)
             except OSError as error:
@@ -102,8 +103,9 @@ class Store:
 
     def count(self, upload: Upload, taken: int) -> None:
         """Count bytes of an upload that are about to be written; raises as `Upload.write`."""
+        parties = self._parties()
         with self._lock:
-            self._require_room(upload.party, taken - upload.taken)
+            self._require_room(upload.party, taken - upload.taken, parties)
             upload.taken = taken
 
     def took(self, upload: Upload) -> None:
@@ -121,6 +123,9 @@ class Store:
 
     def room(self, party: str) -> int:
         """Return the bytes that a party may still take of the store; whether the disk has them is another question."""
+        return self._room(party, self._parties())
+
+    def _room(self, party: str, parties: Sequence[str]) -> int:
         with self._lock:
             used: dict[str, int] = {}
             for digest, owners in self._owners.items():
@@ -131,7 +136,7 @@ class Store:
                 used[upload.party] = used.get(upload.party, 0) + upload.taken
                 parts += upload.taken
             taken = sum(self._sizes.values()) + parts
-            return room_for(party, total=self.max_bytes, taken=taken, used=used, parties=self._parties())
+            return room_for(party, total=self.max_bytes, taken=taken, used=used, parties=parties)
 
     def remove_unnamed(self, named: set[str]) -> None:
         """Remove the whole files that are not in ``named``."""
@@ -202,8 +207,8 @@ class Store:
             raise FormatError("digest of a sealed file", expected="64 hex digits, in small letters")
         return self.directory / f"{digest}.sealed"
 
-    def _require_room(self, party: str, size: int) -> None:
-        room = self.room(party)
+    def _require_room(self, party: str, size: int, parties: Sequence[str]) -> None:
+        room = self._room(party, parties)
         if size > room:
             hint = (
                 "fetch the results of earlier jobs: what was fetched makes room; or wait until others' jobs have ended"

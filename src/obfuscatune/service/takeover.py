@@ -76,6 +76,7 @@ class TakeOver:
         taken, lacking = self._recovery.release(party, share)
         if taken is not None:
             self._take(taken)
+            self._recovery.forget()
         return {"lacking": lacking}, b""
 
     def _take(self, taken: Taken) -> None:
@@ -109,6 +110,8 @@ class TakeOver:
         except ObfuscatuneError as error:
             raise UsageError(error.what, got=error.got, expected=error.expected, hint=_COPY) from None
         store = self._directory / "store"
+        if not (store / "jobs").is_dir():  # nor is it made here: a copy would land within it
+            raise UsageError("the store of the old enclave is not here", where=str(store), hint=_COPY)
         files, lost = JobFiles(store / "jobs"), 0
         for digest, fields in jobs.items():
             record = Record.from_fields(fields)

@@ -42,3 +42,13 @@ class TlsAddress:
             return listen_tcp(self.host, self.port, backlog)
         except OSError as error:
             raise listen_fault(error, str(self)) from None
+
+    def require_free(self) -> None:
+        """Raise UsageError where one could not listen at the address now. Nobody can connect meanwhile."""
+        try:
+            family, _, _, _, name = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)[0]
+            with socket.socket(family, socket.SOCK_STREAM) as trial:
+                trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as a listener has it
+                trial.bind(name[:2])
+        except OSError as error:
+            raise listen_fault(error, str(self)) from None
