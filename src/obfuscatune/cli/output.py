@@ -1,5 +1,6 @@
 """Places to write to, tried before the work that they are for."""
 
+import os
 import tempfile
 from pathlib import Path
 
@@ -23,10 +24,13 @@ def check_place(directory: Path, where: str) -> None:
     """Refuse a directory for results, which need not be there yet, that could not be written into.
 
     Raises:
-        UsageError: as :func:`check_writable`; it is a file.
+        UsageError: as :func:`check_writable`; it is a file, or below one.
     """
     is_empty(directory, where)
-    check_writable(next(path for path in (directory, *directory.absolute().parents) if path.is_dir()), where)
+    nearest = next(path for path in (directory, *directory.absolute().parents) if os.path.lexists(path))
+    if not nearest.is_dir():  # a file, or a link to nowhere
+        raise UsageError("not an output directory", got=f"no directory at {nearest}", where=where)
+    check_writable(nearest, where)
 
 
 def check_new_file(path: Path | None) -> None:
