@@ -2,7 +2,9 @@
 
 # ruff: noqa: RUF009 - option() makes a field, which is what the rule wants there
 
+import datetime
 import sys
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -115,7 +117,12 @@ class UpgradeOptions(EnclaveOptions):
     new_policy: Path = argument("TOML policy that accepts the new code, and nothing else; files it names are beside it")
     file: Path = option("the statement: made if missing, or else signed too", Path("enclave.upgrade"))
     to: str | None = option("address of the new enclave, which waits: no other one of that code may have it", None)
-    days: float = option("until it expires", 30.0, min=0.01, ceiling=3650)
+    days: float | None = option(
+        "until it expires, by default 30; of a statement that is there: the most that you sign",
+        None,
+        min=0.01,
+        ceiling=3650,
+    )
     yes: bool = option(YES, False, flag="--yes")
 
 
@@ -129,8 +136,8 @@ def upgrade(options: UpgradeOptions) -> None:
     from obfuscatune.parties.identity import read_small
     from obfuscatune.parties.upgrade import MAX_BYTES, Upgrade
 
-    client, memberships = options.client(), []
-    to = None
+    client, memberships, now = options.client(), [], time.time()
+    to, untold = None, "the enclave of the statement does not answer at this address"
     if options.to is not None:
         new = replace(client, address=options.to, policy=Policy.load(options.new_policy), folder=None)
         to = new.verify().require().identity.fingerprint
@@ -143,20 +150,33 @@ def upgrade(options: UpgradeOptions) -> None:
         if to not in (None, statement.to):
             got = f"{statement.to or 'any of that code'}"[:16]
             raise ConsentError("the statement is to another enclave", got=got, expected=f"{to}"[:16])
+        statement.check_term(now)
+        if options.days is not None and statement.expires > now + options.days * 86_400:
+            got, hint = _moment(statement.expires), "sign it without --days, or have it made anew"
+            raise ConsentError("the statement expires later than you want", got=got, where="--days", hint=hint)
+        try:
+            found = client.members().membership
+            memberships = [found] if found.enclave == statement.enclave else []
+        except ObfuscatuneError as error:
+            untold = error.what
     else:
         memberships = [client.members().membership]
-        statement = Upgrade.make(memberships[0].enclave, options.new_policy, days=options.days, to=to)
+        enclave, days = memberships[0].enclave, 30.0 if options.days is None else options.days
+        statement = Upgrade.make(enclave, options.new_policy, days=days, to=to)
     policy: Policy = statement.load_policy()
     for name, values in sorted(policy.measurements.items()):
         print(f"{name:12} {' or '.join(sorted(values))}")
     where = (
         "in whatever enclave of it a party brings (--to names one)" if statement.to is None else f"in {statement.to}"
     )
+    print(f"{'created':12} {_moment(statement.created)}\n{'expires':12} {_moment(statement.expires)}")
     _ask(f"hand over what is sealed to the enclave {statement.enclave} to this code, {where}", options.yes)
     statement = statement.sign(client.identity)
     _write(options.file, statement.to_bytes())
     lacking = ", ".join(statement.lacking(memberships))
     print(f"signed   {options.file}{f', which needs signatures of {lacking}' if lacking else ''}")
+    if not memberships:
+        print(f"who else must sign is not known: {untold}", file=sys.stderr)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,6 +225,10 @@ def release(options: ReleaseOptions) -> None:
     _ask(f"release your share of the state of the enclave {of}, which must have stopped", options.yes)
     lacking = enclave.release(share)
     print(f"released; shares of {lacking} more are needed" if lacking else "released; the enclave goes on")
+
+
+def _moment(seconds: int) -> str:
+    return f"{datetime.datetime.fromtimestamp(seconds, datetime.UTC):%Y-%m-%d %H:%M} UTC"
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -127,10 +127,14 @@ class Reached:
 
         Raises:
             AttestationError: one of the two is refused; the new one is judged by the policy of ``upgrade``.
-            ConsentError: the old one refuses. NotTakenError: the new one lacks something, as it says.
+            UsageError: the address is the old one's. ConsentError: the old one refuses.
+            NotTakenError: the new one lacks something, as it says.
         """
         new = replace(self, address=address, policy=upgrade.load_policy(), folder=None)
         with new.connect() as channel:
+            if channel.enclave.fingerprint == upgrade.enclave:
+                hint = "--to is the address of the new enclave, which was started with --take_over"
+                raise UsageError("this is the enclave that is to hand over", where=address, hint=hint)
             if goes_on(_certificates(channel), upgrade.enclave, channel.enclave.fingerprint):
                 return False
             waiting = channel.enclave
