@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from obfuscatune.cli.connecting import PartyOptions, open_party
 from obfuscatune.cli.options import ConfigOptions, argument, option, takes
-from obfuscatune.durable import write_new
+from obfuscatune.durable import rename, sync, write_new
 from obfuscatune.errors import FormatError, ObfuscatuneError, UsageError
 from obfuscatune.profiles import PROFILES
 from obfuscatune.settings import TrainingSettings
@@ -135,7 +135,8 @@ def _write(path: Path, signed: "SignedJob", *, new: bool = False) -> None:
             return
         beside = path.with_name(f".{path.name}.new")
         beside.write_bytes(signed.to_bytes())
-        beside.replace(path)
+        sync(beside)
+        rename(beside, path)
     except FileExistsError:
         raise UsageError("file is there already", where=str(path), hint="--output of another name") from None
     except OSError as error:

@@ -21,6 +21,7 @@ from obfuscatune.errors import ConsentError, ObfuscatuneError, UsageError
 from obfuscatune.parties.attestation.verdict import Verdict
 from obfuscatune.parties.enclave import Enclave
 from obfuscatune.parties.job import Job, SignedJob
+from obfuscatune.parties.reached import verify_at
 from obfuscatune.parties.relations import Relations
 from obfuscatune.parties.sealed.archive import seal_files
 from obfuscatune.parties.sealed.card import make_card, read_card
@@ -43,7 +44,7 @@ class Party(Relations):
 
     def verify(self) -> Verdict:
         """Judge fresh evidence of the enclave by this party's policy; the verdict says rule by rule what held."""
-        return self.enclave.verify()
+        return verify_at(self.enclave_address, self.policy)
 
     def seal(self, kind: Kind, files: Mapping[str, Path | bytes], *, output: Path | None = None) -> Path:
         """Seal files to the enclave, if it is accepted now, with this party's terms; write the file and its card.

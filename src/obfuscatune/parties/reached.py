@@ -51,8 +51,7 @@ class Reached:
 
     def verify(self) -> Verdict:
         """Fetch fresh evidence and judge it, without saying who asks. Raises as `fetch_evidence`."""
-        evidence, nonce = fetch_evidence(self.address, timeout=self.timeout)
-        return judge(evidence, self.policy, nonce=nonce)
+        return verify_at(self.address, self.policy, self.timeout)
 
     def connect(self, fingerprint: str | None = None) -> AttestedChannel:
         """Connect, if the policy accepts it, and it is the one of ``fingerprint`` or goes on for it.
@@ -182,6 +181,12 @@ class Reached:
             hint = "until the first job the operator's directory says who is in: give him the NAME.pub"
             raise ConsentError("the membership is not closed yet", hint=hint)
         return members.membership
+
+
+def verify_at(address: str, policy: Policy, timeout: float = 60.0) -> Verdict:
+    """Judge fresh evidence of the enclave at an address; needs no identity. Raises as `fetch_evidence`."""
+    evidence, nonce = fetch_evidence(address, timeout=timeout)
+    return judge(evidence, policy, nonce=nonce)
 
 
 def _certificates(channel: AttestedChannel) -> list[bytes]:
