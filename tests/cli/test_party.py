@@ -15,6 +15,7 @@ import pytest
 
 from obfuscatune.errors import ConsentError, FormatError, SealError, UsageError
 from obfuscatune.parties import Job, Party, SignedJob, review
+from obfuscatune.parties.canonical import encode
 from obfuscatune.parties.identity import Identity, PublicIdentity
 from obfuscatune.parties.passphrase import VARIABLE, lock
 from obfuscatune.parties.sealed.archive import seal_files
@@ -283,6 +284,45 @@ def test_what_replaces_a_file_is_on_the_disk_before(
     assert run("party", "rotate", "clinic-2", "--party", clinic).code == 0
     assert {Path(target).name for _, target in replaced} == {"party.toml", "terms.toml", "job.json"}
     assert {source for source, _ in replaced} <= synced and str(clinic) in synced
+
+
+def test_a_job_that_has_expired_is_not_signed(sealed: tuple[Path, Path], run: Run) -> None:
+    lab, clinic = sealed
+    assert propose(lab, clinic, run, "--days", 0.001).code == 0
+    job = SignedJob.load(clinic / "job.json").job
+    over = SignedJob(replace(job, created=1, expires=2)).to_bytes()
+    (clinic / "job.json").write_bytes(over)
+    done = run("job", "sign", "--party", clinic, "--yes")
+    assert done.code == 1 and "the job has expired" in done.err and (clinic / "job.json").read_bytes() == over
+
+
+def test_queries_by_nobody_are_not_asked_for(sealed: tuple[Path, Path], run: Run) -> None:
+    lab, clinic = sealed
+    for by in ((), ("--queries_by", "nobody")):
+        done = propose(lab, clinic, run, "--max_queries", 50, *by)
+        assert done.code == 2 and "--max_queries 50" in done.err and not (clinic / "job.json").exists()
+    for number, (more, count) in enumerate(((("--queries_by", "owner"), 10), (("--queries_by", "nobody"), 0))):
+        path = clinic / f"{number}.json"
+        assert propose(lab, clinic, run, "--output", path, *more).code == 0
+        assert SignedJob.load(path).job.max_queries == count
+
+
+def test_nothing_is_sealed_where_one_of_several_could_not_be(folders: tuple[Path, Path], run: Run) -> None:
+    rows = folders[1] / "rows.jsonl"
+    rows.write_text(ROWS)
+    (folders[1] / "prompts.sealed").touch()
+    (folders[1] / "prompts.card").touch()
+    done = run("party", "seal", "--party", folders[1], "--data", rows, "--prompts", rows)
+    assert done.code == 2 and "file is there already" in done.err and not (folders[1] / "data.sealed").exists()
+
+
+def test_an_enclave_is_no_partner(folders: tuple[Path, Path], tmp_path: Path, run: Run) -> None:
+    before = (folders[0] / "party.toml").read_bytes()
+    enclave = tmp_path / "enclave.pub"
+    enclave.write_bytes(encode(ENCLAVE.public.to_dict()))
+    done = run("party", "verify", "--party", folders[0], "--partner", enclave)
+    assert done.code == 2 and "that is the enclave" in done.err
+    assert (folders[0] / "party.toml").read_bytes() == before and not (folders[0] / "enclave.pub").exists()
 
 
 def test_a_job_beyond_terms_is_neither_proposed_nor_signed(sealed: tuple[Path, Path], run: Run) -> None:

@@ -32,7 +32,7 @@ class RunOptions(EnclaveOptions):
     file: Path | None = argument("the job file, signed by both; default: job.json in your folder", None, metavar="FILE")
     output_dir: Path = option("directory for your results", Path("results"))
     detach: bool = option("hand it in and return", False, flag="--detach")
-    patience: float = option("seconds without an answer until the connection counts as lost", 300.0, min=0)
+    patience: float = option("seconds without an answer until the connection counts as lost", 300.0, min=0, ceiling=1e6)
 
 
 @takes(RunOptions)
@@ -92,8 +92,8 @@ class WatchOptions(EnclaveOptions):
 
     file: Path | None = argument("the job file", None, metavar="FILE")
     once: bool = option("print the status and return", False, flag="--once")
-    interval: float = option("seconds between two looks", 1.0, min=0.05)
-    patience: float = option("seconds without an answer until the connection counts as lost", 300.0, min=0)
+    interval: float = option("seconds between two looks", 1.0, min=0.05, ceiling=1e6)
+    patience: float = option("seconds without an answer until the connection counts as lost", 300.0, min=0, ceiling=1e6)
 
 
 @takes(WatchOptions)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from obfuscatune.cli.connecting import EnclaveOptions
 from obfuscatune.cli.options import argument, option, takes
+from obfuscatune.cli.output import check_parent
 from obfuscatune.errors import ConsentError, ObfuscatuneError, UsageError
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ def admit(options: AdmitOptions) -> None:
     from obfuscatune.parties.identity import PublicIdentity
     from obfuscatune.parties.membership import Member
 
+    _check_output(options.output, "--output")
     enclave = options.client()
     newcomer = Member(PublicIdentity.load(options.public), "operator" if options.operator else "party")
     signed = enclave.propose_change("admit", newcomer)
@@ -71,6 +73,7 @@ class RemoveOptions(EnclaveOptions):
 @takes(RemoveOptions)
 def remove(options: RemoveOptions) -> None:
     """Sign the removal of a party. Its connections, queries and jobs end, and its sealed inputs are removed."""
+    _check_output(options.output, "--output")
     enclave = options.client()
     found = [
         member.identity.fingerprint
@@ -136,6 +139,7 @@ def upgrade(options: UpgradeOptions) -> None:
     from obfuscatune.parties.identity import read_small
     from obfuscatune.parties.upgrade import MAX_BYTES, Upgrade
 
+    _check_output(options.file, "--file")
     client, memberships, now = options.client(), [], time.time()
     to, untold = None, "the enclave of the statement does not answer at this address"
     if options.to is not None:
@@ -229,6 +233,12 @@ def release(options: ReleaseOptions) -> None:
 
 def _moment(seconds: int) -> str:
     return f"{datetime.datetime.fromtimestamp(seconds, datetime.UTC):%Y-%m-%d %H:%M} UTC"
+
+
+def _check_output(path: Path | None, option: str) -> None:
+    """Refuse a place for a statement that could not be written; what is there is replaced."""
+    if path is not None:
+        check_parent(path, f"{option} {path}")
 
 
 def _write(path: Path, data: bytes) -> None:
