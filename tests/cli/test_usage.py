@@ -104,7 +104,16 @@ def test_a_link_to_nowhere_is_an_output_file_that_is_there(tmp_path: Path, run) 
 
 
 FETCH = ["attest", "fetch", "--enclave", "tls://127.0.0.1:1", "--output", "e"]
-SERVE = ["enclave", "serve", "--platform", "simulation:p", "--state", "s", "--parties", "p"]
+SERVE = [
+    "enclave",
+    "serve",
+    "--platform",
+    "simulation:/dev/null/p",
+    "--state",
+    "/dev/null/s",
+    "--parties",
+    "/dev/null/p",
+]
 
 
 @pytest.mark.parametrize(
