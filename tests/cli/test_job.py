@@ -72,9 +72,9 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
     return job
 
 
-def seal(name: str, *, sender: Identity = ENCLAVE, kind: Any = "output") -> tuple[Path, str]:
+def seal(name: str, *, sender: Identity = ENCLAVE, kind: Any = "output", text: bytes = b"{}\n") -> tuple[Path, str]:
     path = Path(name)
-    files: dict[str, Path | bytes] = {"generations.jsonl": b"{}\n"}
+    files: dict[str, Path | bytes] = {"generations.jsonl": text}
     return path, seal_files(path, files, kind=kind, sender=sender, recipients=[CLINIC.public])
 
 
@@ -83,6 +83,67 @@ def test_a_result_of_the_enclave_is_opened(job: Job, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(Enclave, "connect", lambda *_: channel)
     assert run("job", "fetch", "job.json", "--output_dir", "results", *CONNECT).code == 0
     assert Path("results/output/generations.jsonl").read_bytes() == b"{}\n"
+
+
+def party_folder() -> None:
+    """Make the directory of now the clinic's folder."""
+    Path("terms.toml").touch()
+    Path("party.toml").write_text(
+        'name = "clinic"\nrole = "owner"\nidentity = "clinic.key"\npolicy = "policy.toml"\nterms = "terms.toml"\n'
+        'enclave = "tls://127.0.0.1:1"\n'
+    )
+
+
+def test_a_result_of_another_job_is_never_given_out_as_this_ones(
+    job: Job, monkeypatch: pytest.MonkeyPatch, run: Run
+) -> None:
+    """Whether its sealed file is still beside it, or not; what is there stays as it is."""
+    first, second = Channel(*seal("first", text=b"{}\n")), Channel(*seal("second", text=b"[]\n"))
+    asked: list[str] = []
+    request = second.request
+    monkeypatch.setattr(second, "request", lambda fields, *_: asked.append(fields["op"]) or request(fields))
+    party_folder()
+    verbs = [("job", verb, "job.json", "--output_dir", "results", *CONNECT) for verb in ("fetch", "run")]
+    for verb in verbs * 2:  # the same job into the same place: that is no fault
+        monkeypatch.setattr(Enclave, "connect", lambda *_: first)
+        assert run(*verb).code == 0
+    monkeypatch.setattr(Enclave, "connect", lambda *_: second)
+    for verb in verbs:
+        done = run(*verb)
+        assert done.code == 2 and "is there already" in done.err and done.out.count("results/") == 0, done.err
+    Path("results/output.sealed").unlink()
+    second.states = [*["done"] * 4, "running"]
+    for verb in (*verbs, verbs[1]):  # the last one before the job is done, and where it would submit it
+        done = run(*verb)
+        assert done.code == 2 and "is there already (at results/output)" in done.err, done.err
+    assert set(asked) == {"status"}  # before anything is fetched
+    Path("results/output.sealed").write_bytes(second.data)
+    done = run(*verbs[0])
+    assert done.code == 2 and "other files than this job's result" in done.err
+    assert Path("results/output/generations.jsonl").read_bytes() == b"{}\n"
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "link"])
+def test_a_place_that_takes_no_results_is_refused_before_anything_is_asked(
+    job: Job, place: str, monkeypatch: pytest.MonkeyPatch, run: Run
+) -> None:
+    Path("file").touch()
+    Path("link").symlink_to("nowhere")
+    monkeypatch.setattr(Enclave, "connect", lambda *_: pytest.fail("it was asked"))
+    party_folder()
+    for verb in ("run", "fetch"):
+        done = run("job", verb, "job.json", "--output_dir", place, *CONNECT)
+        assert done.code == 2 and "not an output directory: got" in done.err and f"--output_dir {place}" in done.err
+
+
+def test_a_place_that_is_lost_meanwhile_is_a_fault_of_the_disk(
+    job: Job, monkeypatch: pytest.MonkeyPatch, run: Run
+) -> None:
+    Path("file").touch()
+    monkeypatch.setattr("obfuscatune.cli.job.check_place", lambda *_: None)
+    monkeypatch.setattr(Enclave, "connect", lambda *_: Channel(*seal("true")))
+    done = run("job", "fetch", "job.json", "--output_dir", "file/below", *CONNECT)
+    assert done.code == 1 and "cannot write the result: got" in done.err
 
 
 @pytest.mark.parametrize("what", ["sender", "digest", "kind"])
@@ -141,11 +202,7 @@ def test_what_the_enclave_has_from_an_earlier_job_is_not_sent_again(
 def test_a_job_that_was_deleted_is_no_success(job: Job, monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
     channel = Channel(*seal("true"))
     monkeypatch.setattr(Enclave, "connect", lambda *_: channel)
-    for folder in (Path("party.toml"), Path("terms.toml")):
-        folder.write_text(
-            'name = "clinic"\nrole = "owner"\nidentity = "clinic.key"\npolicy = "policy.toml"\nterms = "terms.toml"\n'
-            'enclave = "tls://127.0.0.1:1"\n'
-        )
+    party_folder()
     for verb in (("run",), ("fetch", "job.json")):
         channel.states = ["deleted", "deleted"]
         done = run("job", *verb, *CONNECT)

@@ -1,9 +1,12 @@
 """A party's folder: made once, found by every verb; what is signed is shown first, and one is asked."""
 
+import contextlib
 import datetime
+import functools
 import io
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,11 +15,12 @@ import pytest
 
 from obfuscatune.errors import ConsentError, FormatError, SealError, UsageError
 from obfuscatune.parties import Job, Party, SignedJob, review
-from obfuscatune.parties.enclave import Enclave
+from obfuscatune.parties.canonical import encode
 from obfuscatune.parties.identity import Identity, PublicIdentity
 from obfuscatune.parties.passphrase import VARIABLE, lock
 from obfuscatune.parties.sealed.archive import seal_files
 from obfuscatune.parties.sealed.card import make_card, read_card
+from obfuscatune.parties.succession import succeed
 from obfuscatune.parties.terms import Terms
 from obfuscatune.parties.vocabulary import Worker
 from obfuscatune.settings import TrainingSettings
@@ -53,7 +57,7 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run) -> tuple[
     assert run("party", "init", "lab", "--role", "provider", "--folder", lab, *made).code == 0
     partner = ("--partner", lab / "lab.pub")
     assert run("party", "init", "clinic", "--role", "owner", "--folder", clinic, *made, *partner).code == 0
-    monkeypatch.setattr(Enclave, "verify", lambda _: Accepted())
+    monkeypatch.setattr("obfuscatune.parties.party.verify_at", lambda *_: Accepted())
     monkeypatch.setattr("obfuscatune.parties.folder.Policy.load", lambda _: Allowing(False))
     assert run("party", "verify", "--party", lab, "--partner", clinic / "clinic.pub").code == 0
     return lab, clinic
@@ -87,17 +91,83 @@ def test_a_passphrase_is_asked_for_once(folders: tuple[Path, Path], run: Run, mo
     key, phrase = clinic / "clinic.key", "correct horse battery"
     identity = Identity.load(key)
     key.write_bytes(lock(identity.to_bytes(), identity.public.to_dict(), phrase, log2_n=14))
-    reading, writing = os.pipe()
-    try:
-        os.write(writing, phrase.encode() + b"\n")
-        os.close(writing)
-        monkeypatch.setenv(VARIABLE, f"/dev/fd/{reading}")
+    with piped(phrase, monkeypatch):
         both = ("--data", clinic / "rows.jsonl", "--prompts", clinic / "rows.jsonl")
         done = run("party", "seal", "--party", clinic, *both)
         assert done.code == 0, done.err
-        assert run("party", "seal", "--party", clinic, *both).code == 2  # the control: it has been read
+        assert run("job", "list", "--party", clinic).code == 2  # the control: it has been read
+
+
+@contextlib.contextmanager
+def piped(text: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A passphrase from a pipe, as <(pass show clinic) gives it: it can be read once."""
+    reading, writing = os.pipe()
+    try:
+        os.write(writing, text.encode() + b"\n")
+        os.close(writing)
+        monkeypatch.setenv(VARIABLE, f"/dev/fd/{reading}")
+        yield
     finally:
         os.close(reading)
+
+
+def test_no_verb_of_a_folder_reads_the_passphrase_twice(
+    folders: tuple[Path, Path], tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("obfuscatune.parties.identity.lock", functools.partial(lock, log2_n=14))
+    lab, phrase, other = folders[0] / "lab.pub", "correct horse battery", tmp_path / "other"
+    assert run("identity", "new", "doctor", "--output_dir", tmp_path).code == 0
+    heir = succeed(Identity.load(folders[0] / "lab.key"), Identity.load(tmp_path / "doctor.key"))
+    (tmp_path / "lab.succession").write_bytes(heir)
+    revoked = succeed(Identity.load(tmp_path / "doctor.key"), None)
+    (tmp_path / "doctor.succession").write_bytes(revoked)
+    made = ("--role", "owner", "--enclave", ADDRESS, "--folder", other, "--partner", lab, "--passphrase")
+    for verb in (
+        ("init", "other", *made),
+        ("verify", "--party", other, "--partner", lab),
+        ("verify", "--party", other, "--partner", tmp_path / "lab.succession"),
+        ("verify", "--party", other, "--partner", tmp_path / "doctor.succession"),
+        ("rotate", "other-2", "--party", other),
+    ):
+        with piped(phrase, monkeypatch):
+            done = run("party", *verb)
+            assert done.code == 0, done.err
+    with piped("", monkeypatch):
+        assert run("party", "verify", "--party", other).code == 0  # who asks is not said
+    with piped(phrase, monkeypatch):  # it opens the one, and there is none left to lock the other
+        done = run("identity", "lock", other / "other.key")
+    assert done.code == 2 and "passphrase file is empty" in done.err and "nobody can restore" not in done.err
+
+
+def test_a_folder_is_made_whole_or_not_at_all(
+    folders: tuple[Path, Path], tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, made = tmp_path / "root.pem", ("--role", "owner", "--enclave", ADDRESS)
+    cases: tuple[tuple[str, tuple[object, ...]], ...] = (
+        ("file is there already", ("clinic", "--simulation", root)),
+        ("your partner has this name too", ("lab", "--partner", folders[0] / "lab.pub")),
+        ("another identity of this name", ("clinic", "--partner", folders[0] / "lab.pub")),
+    )
+    for number, (message, arguments) in enumerate(cases):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "simulation-root.pem").write_text("another certificate")
+        (folder / "lab.pub").write_bytes((folders[1] / "clinic.pub").read_bytes())
+        before = {path: path.read_bytes() for path in folder.iterdir()}
+        done = run("party", "init", *arguments, *made, "--folder", folder)
+        assert done.code == 2 and message in done.err, done.err
+        assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    full = tmp_path / "full"
+    monkeypatch.setattr("obfuscatune.parties.relations.sync", lambda _: (_ for _ in ()).throw(OSError(28, "full")))
+    assert run("party", "init", "clinic", *made, "--folder", full).code == 1 and list(full.iterdir()) == []
+    monkeypatch.undo()
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "simulation-root.pem").write_text("a certificate")
+    monkeypatch.chdir(own)
+    (own / "lab.pub").write_bytes((folders[0] / "lab.pub").read_bytes())
+    done = run("party", "init", "clinic", *made, "--simulation", "simulation-root.pem", "--partner", "lab.pub")
+    assert done.code == 0 and Party.open(own).partner.name == "lab", done.err
 
 
 def test_a_folder_knows_its_party(folders: tuple[Path, Path], run: Run) -> None:
@@ -118,7 +188,7 @@ def test_a_folder_knows_its_party(folders: tuple[Path, Path], run: Run) -> None:
         ('role = "operator"', "role is not"),
         ("allow_simulation = 1", "allow_simulation is not"),
         ("unknown = 1", "unknown 'unknown'"),
-        ("x = [", "is not TOML"),
+        ("x = ]", "is not TOML: got .*line 1"),
     ],
 )
 def test_a_folder_that_does_not_fit(tmp_path: Path, text: str, fault: str) -> None:
@@ -197,6 +267,62 @@ def test_from_sealing_to_both_signatures(sealed: tuple[Path, Path], run: Run, mo
     assert signed.missing() == [] and signed.job == job
     assert [path.name for path in Party.open(clinic).inputs_of(signed)] == ["data.sealed", "prompts.sealed"]
     assert propose(lab, clinic, run).code == 2  # nothing is overwritten
+
+
+def test_what_replaces_a_file_is_on_the_disk_before(
+    sealed: tuple[Path, Path], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """party.toml, the terms and the signed job: else a crash may leave an empty one under the name."""
+    lab, clinic = sealed
+    synced, replaced = set(), set()
+    fsync, replace_ = os.fsync, os.replace
+    monkeypatch.setattr("os.fsync", lambda fd: synced.add(os.readlink(f"/proc/self/fd/{fd}")) or fsync(fd))
+    monkeypatch.setattr("os.replace", lambda *names: replaced.add(tuple(map(str, names))) or replace_(*names))
+    assert propose(lab, clinic, run, "--max_steps", 1).code == 0
+    assert run("job", "sign", "--party", clinic, "--yes").code == 0
+    assert run("party", "trust", lab / "lab.pub", "--operator", "A", "--party", clinic).code == 0
+    assert run("party", "rotate", "clinic-2", "--party", clinic).code == 0
+    assert {Path(target).name for _, target in replaced} == {"party.toml", "terms.toml", "job.json"}
+    assert {source for source, _ in replaced} <= synced and str(clinic) in synced
+
+
+def test_a_job_that_has_expired_is_not_signed(sealed: tuple[Path, Path], run: Run) -> None:
+    lab, clinic = sealed
+    assert propose(lab, clinic, run, "--days", 0.001).code == 0
+    job = SignedJob.load(clinic / "job.json").job
+    over = SignedJob(replace(job, created=1, expires=2)).to_bytes()
+    (clinic / "job.json").write_bytes(over)
+    done = run("job", "sign", "--party", clinic, "--yes")
+    assert done.code == 1 and "the job has expired" in done.err and (clinic / "job.json").read_bytes() == over
+
+
+def test_queries_by_nobody_are_not_asked_for(sealed: tuple[Path, Path], run: Run) -> None:
+    lab, clinic = sealed
+    for by in ((), ("--queries_by", "nobody")):
+        done = propose(lab, clinic, run, "--max_queries", 50, *by)
+        assert done.code == 2 and "--max_queries 50" in done.err and not (clinic / "job.json").exists()
+    for number, (more, count) in enumerate(((("--queries_by", "owner"), 10), (("--queries_by", "nobody"), 0))):
+        path = clinic / f"{number}.json"
+        assert propose(lab, clinic, run, "--output", path, *more).code == 0
+        assert SignedJob.load(path).job.max_queries == count
+
+
+def test_nothing_is_sealed_where_one_of_several_could_not_be(folders: tuple[Path, Path], run: Run) -> None:
+    rows = folders[1] / "rows.jsonl"
+    rows.write_text(ROWS)
+    (folders[1] / "prompts.sealed").touch()
+    (folders[1] / "prompts.card").touch()
+    done = run("party", "seal", "--party", folders[1], "--data", rows, "--prompts", rows)
+    assert done.code == 2 and "file is there already" in done.err and not (folders[1] / "data.sealed").exists()
+
+
+def test_an_enclave_is_no_partner(folders: tuple[Path, Path], tmp_path: Path, run: Run) -> None:
+    before = (folders[0] / "party.toml").read_bytes()
+    enclave = tmp_path / "enclave.pub"
+    enclave.write_bytes(encode(ENCLAVE.public.to_dict()))
+    done = run("party", "verify", "--party", folders[0], "--partner", enclave)
+    assert done.code == 2 and "that is the enclave" in done.err
+    assert (folders[0] / "party.toml").read_bytes() == before and not (folders[0] / "enclave.pub").exists()
 
 
 def test_a_job_beyond_terms_is_neither_proposed_nor_signed(sealed: tuple[Path, Path], run: Run) -> None:

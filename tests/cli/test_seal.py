@@ -124,7 +124,10 @@ def test_misuse_writes_nothing(parties: Path, rows: Path, model_dir: Path, run: 
         ([*identity, *output, *terms], "no recipient"),
         ([*identity, *output, *terms, *recipient, *recipient], "there twice"),
         ([*identity, *output, *terms, "--recipient", parties / "enclave.key"], "is a secret key"),
-        (["--identity", parties / "lab.pub", *terms, *output, *recipient], "readable by others"),
+        (
+            ["--identity", parties / "lab.pub", *terms, *output, *recipient],
+            "is a public identity: expected the secret one",
+        ),
         ([*identity, *output, *terms, *recipient, "--evidence", rows], "belong together"),
         ([*identity, *output, *terms, *recipient, "--policy", rows], "belong together"),
         ([*identity, *output, *recipient, "--terms", parties / "bad.toml"], "terms"),

@@ -103,6 +103,19 @@ def test_a_link_to_nowhere_is_an_output_file_that_is_there(tmp_path: Path, run) 
     assert outcome.code == 2 and "file is there already" in outcome.err
 
 
+FETCH = ["attest", "fetch", "--enclave", "tls://127.0.0.1:1", "--output", "e"]
+SERVE = [
+    "enclave",
+    "serve",
+    "--platform",
+    "simulation:/dev/null/p",
+    "--state",
+    "/dev/null/s",
+    "--parties",
+    "/dev/null/p",
+]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -130,6 +143,29 @@ def test_a_link_to_nowhere_is_an_output_file_that_is_there(tmp_path: Path, run) 
         (["finetune", "--lora_dropout", "1"], "--lora_dropout"),
         (["finetune", "--per_device_train_batch_size", str(10**20)], "--per_device_train_batch_size"),
         (["finetune", "--learning_rate", "inf"], "--learning_rate"),
+        ([*FETCH, "--timeout", "-1"], "--timeout"),
+        ([*FETCH, "--timeout", "inf"], "--timeout"),
+        ([*FETCH, "--timeout", "1e12"], "--timeout"),
+        (["job", "propose", "--partner_input", "c", "--days", "inf"], "--days"),
+        (["job", "watch", "--interval", "inf"], "--interval"),
+        (["job", "run", "--patience", "inf"], "--patience"),
+        ([*SERVE, "--max_store_gb", "inf"], "--max_store_gb"),
+        ([*SERVE, "--timeout", "-5"], "--timeout"),
+        (["worker", "--listen", "unix://w", "--memory_gb", "inf"], "--memory_gb"),
+        ([*FETCH[:-1], "nodir/e"], "no such directory (at --output nodir/e)"),
+        (
+            ["attest", "collateral", "fetch", "u", "--quote", "q", "--output", "nodir/c"],
+            "no such directory (at --output",
+        ),
+        (["identity", "revoke", "a.key", "--output", "nodir/a"], "no such directory (at --output nodir/a)"),
+        (["identity", "new", "a", "--output_dir", "/dev/null/a"], "not an output directory"),
+        (["sealed", "open", "f", "--identity", "k", "--output_dir", "/dev/null/a"], "not an output directory"),
+        (["job", "propose", "--partner_input", "c", "--output", "nodir/j"], "no such directory (at --output nodir/j)"),
+        (["seal", "data", "r", "--identity", "k", "--output", "nodir/x"], "no such directory (at --output nodir/x)"),
+        (["log", "fetch", "nodir/l"], "no such directory (at FILE nodir/l)"),
+        (["party", "admit", "p", "--output", "nodir/c"], "no such directory (at --output nodir/c)"),
+        (["party", "remove", "p", "--output", "nodir/c"], "no such directory (at --output nodir/c)"),
+        (["party", "upgrade", "p", "--file", "nodir/u"], "no such directory (at --file nodir/u)"),
         (["inspect", "--model_name_or_path", "./nowhere"], "no such model directory: got ./nowhere"),
     ],
 )

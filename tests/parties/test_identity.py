@@ -120,6 +120,13 @@ def test_a_secret_that_others_can_reach_is_refused(mode: int, tmp_path: Path) ->
         Identity.load(write(tmp_path / "a.key", ALICE.to_bytes(), mode))
 
 
+def test_a_public_identity_in_the_place_of_a_secret_one_is_named_so(tmp_path: Path) -> None:
+    """And nobody is told to hide it, whoever can read it."""
+    with pytest.raises(UsageError, match="public identity: expected the secret one") as caught:
+        Identity.load(write(tmp_path / "a.pub", encode(ALICE.public.to_dict()) + b"\n", 0o644))
+    assert "chmod" not in str(caught.value)
+
+
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot read"):
         PublicIdentity.load(tmp_path / "nowhere")

@@ -113,3 +113,16 @@ def test_the_verbs(tmp_path: Path, passphrase: Path) -> None:
     assert main(["identity", "lock", str(path)]) == 0
     assert path.read_bytes() != before and Identity.load(path).public == bob.public
     assert path.stat().st_mode & 0o077 == 0
+
+
+def test_no_open_key_stays_under_another_name(tmp_path: Path, passphrase: Path) -> None:
+    key, link, name = tmp_path / "safe" / "alice.key", tmp_path / "link.key", tmp_path / "name.key"
+    key.parent.mkdir()
+    write(key, ALICE.to_bytes())
+    link.symlink_to(key)
+    name.hardlink_to(key)
+    assert main(["identity", "lock", str(link)]) == 2 and key.read_bytes() == ALICE.to_bytes()
+    name.unlink()
+    assert main(["identity", "lock", str(link)]) == 0
+    assert link.is_symlink()
+    assert json.loads(key.read_bytes())["format"].endswith("locked") and Identity.load(link).public == ALICE.public

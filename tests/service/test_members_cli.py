@@ -1,6 +1,8 @@
 """The verbs about members and upgrades, as a party types them, against a server in this process."""
 
+import datetime
 import io
+import json
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +16,7 @@ from obfuscatune.parties.attestation.simulator import SimulatedPlatform
 from obfuscatune.parties.canonical import encode
 from obfuscatune.parties.enclave import Enclave
 from obfuscatune.parties.identity import Identity
+from obfuscatune.parties.upgrade import Upgrade
 from obfuscatune.service.escrow import Escrow
 from obfuscatune.service.takeover import wait_for_hand_over
 
@@ -114,7 +117,31 @@ def test_an_upgrade(serving: Serving, run: Run, tmp_path: Path, monkeypatch: pyt
         elsewhere.setattr(Enclave, "verify", lambda _: accepted)
         code, said = run(CLINIC, "upgrade", policy, "--to", "tls://127.0.0.1:1")
         assert code == 1 and "to another enclave" in said
-    assert run(CLINIC, "upgrade", policy)[0] == 0
+    code, said = run(CLINIC, "upgrade", policy, "--days", 29)  # of the 30 that lab has signed
+    assert code == 1 and "expires later than you want" in said
+    statement = (tmp_path / "enclave.upgrade").read_bytes()
+    term = json.loads(statement)["upgrade"]
+    for change, fault in (
+        ({"expires": 1 << 48}, "at most 3650 days"),
+        ({"created": 1, "expires": 2}, "has expired"),
+        ({"to": term["enclave"]}, "to itself"),
+    ):
+        (tmp_path / "other.upgrade").write_bytes(encode({"signatures": {}, "upgrade": {**term, **change}}))
+        code, said = run(CLINIC, "upgrade", policy, "--file", "other.upgrade", "--yes")
+        assert code in (1, 2) and fault in said, said
+    code, said = run(STRANGER, "upgrade", policy, "--file", "enclave.upgrade")  # no member: it is told nothing
+    assert code == 0 and "who else must sign is not known" in said
+    (tmp_path / "enclave.upgrade").write_bytes(statement)
+    assert "needs signatures of clinic" in run(LAB, "upgrade", policy)[1]  # once more, and told as at the first time
+    code, said = run(CLINIC, "upgrade", policy)
+    assert code == 0 and "needs signatures" not in said
+    for name in ("created", "expires"):
+        day = datetime.datetime.fromtimestamp(term[name], datetime.UTC)
+        assert f"{name:12} {day:%Y-%m-%d %H:%M} UTC" in said.split("hand over")[0]
+    same = Upgrade.make(serving.enclave.fingerprint, tmp_path / "policy.toml").sign(LAB).sign(CLINIC)
+    (tmp_path / "same.upgrade").write_bytes(same.to_bytes())
+    code, said = run(LAB, "hand-over", "--file", "same.upgrade", "--to", serving.server.address)
+    assert code == 2 and "this is the enclave that is to hand over" in said
     waits, addresses = threading.Event(), []
 
     def waiting(address: str) -> None:

@@ -12,6 +12,7 @@ import typer
 
 from obfuscatune.cli.connecting import SIMULATION_FLAG, SIMULATION_HELP, load_evidence, load_policy
 from obfuscatune.cli.options import argument, option, takes
+from obfuscatune.cli.output import check_new_file
 from obfuscatune.durable import write_new
 from obfuscatune.errors import FormatError, UsageError
 
@@ -116,7 +117,7 @@ class FetchOptions:
 
     enclave: str = option("address of the enclave, tls://HOST:PORT")
     output: Path = option("file for the evidence; must not exist")
-    timeout: float = option("seconds", 30.0)
+    timeout: float = option("seconds", 30.0, min=1e-3, ceiling=1e6)
 
 
 @takes(FetchOptions)
@@ -127,6 +128,7 @@ def fetch(options: FetchOptions) -> None:
     """
     from obfuscatune.parties.channel.client import fetch_evidence
 
+    check_new_file(options.output, "--output")
     evidence, nonce = fetch_evidence(options.enclave, timeout=options.timeout)
     try:
         write_new(options.output, evidence.to_bytes() + b"\n", mode=0o644)
@@ -276,7 +278,7 @@ class CollateralOptions:
     source: str = argument("fetch: URL of Intel's PCS or of a PCCS; show: the file", metavar="URL|FILE")
     quote: Path | None = option("fetch: a quote of the platform, or evidence with one", None)
     output: Path | None = option("fetch: file for the collateral; must not exist", None)
-    timeout: float = option("seconds", 30.0)
+    timeout: float = option("seconds", 30.0, min=1e-3, ceiling=1e6)
 
 
 @takes(CollateralOptions)
@@ -295,6 +297,7 @@ def collateral(options: CollateralOptions) -> None:
         return
     if options.quote is None or options.output is None:
         raise UsageError("what to fetch collateral for", expected="--quote FILE and --output FILE")
+    check_new_file(options.output, "--output")
     raw = read_small(options.quote, MAX_EVIDENCE_BYTES, "quote or evidence")
     if raw.startswith(b"{"):
         quote = load_evidence(options.quote).quote

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from obfuscatune.cli.connecting import PartyOptions, open_party
 from obfuscatune.cli.options import ConfigOptions, argument, option, takes
-from obfuscatune.durable import write_new
+from obfuscatune.cli.output import check_new_file
+from obfuscatune.durable import rename, sync, write_new
 from obfuscatune.errors import FormatError, ObfuscatuneError, UsageError
 from obfuscatune.profiles import PROFILES
 from obfuscatune.settings import TrainingSettings
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 _ROLES = "provider, owner; repeatable"
 _FILE = Path("job.json")
+_QUERIES = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,15 +39,21 @@ class ProposeOptions(TrainingSettings, PartyOptions, ConfigOptions):
     adapter_to: list[str] | None = option(f"who gets the trained adapter: {_ROLES}; default: the owner", None)
     generations_to: list[str] | None = option(f"who gets the completions: {_ROLES}; default: the owner", None)
     queries_by: list[str] | None = option(f"who may query the trained model: {_ROLES}; default: nobody", None)
-    max_queries: int = option("how many prompts in all", 10, min=0)
-    days: float = option("until it expires", 7.0, min=0.001)
+    max_queries: int | None = option(f"how many prompts in all, with --queries_by; default: {_QUERIES}", None, min=0)
+    days: float = option("until it expires", 7.0, min=0.001, ceiling=3650)
     switches: dict[str, Any] = field(default_factory=dict)
 
 
 @takes(ProposeOptions)
 def propose(options: ProposeOptions) -> None:
     """Write a job on what both have sealed. Writing it decides nothing: only what both sign counts."""
+    check_new_file(options.output, "--output")
     party = open_party(options.party)
+    path, queries_by = options.output or party.folder / _FILE, _roles(options.queries_by or [])
+    check_new_file(path, "--output")  # the default too
+    if options.max_queries and not queries_by:
+        got, hint = f"--max_queries {options.max_queries}", "nobody may ask a query of a job without --queries_by"
+        raise UsageError("queries by nobody", got=got, expected="--queries_by provider, or owner", hint=hint)
     signed = party.propose(
         partner_inputs=options.partner_input,
         settings=options,
@@ -57,10 +65,9 @@ def propose(options: ProposeOptions) -> None:
         max_new_tokens=options.max_new_tokens,
         adapter_to=_roles(options.adapter_to or ["owner"]),
         generations_to=_roles(options.generations_to or ["owner"]),
-        queries_by=_roles(options.queries_by or []),
-        max_queries=options.max_queries if options.queries_by else 0,
+        queries_by=queries_by,
+        max_queries=(_QUERIES if options.max_queries is None else options.max_queries) if queries_by else 0,
     )
-    path = options.output or party.folder / _FILE
     _write(path, signed, new=True)
     _print_review(signed, party.folder, options.partner_input)
     print(f"\nwritten to {path}; sign it, and give it to your partner")
@@ -135,7 +142,8 @@ def _write(path: Path, signed: "SignedJob", *, new: bool = False) -> None:
             return
         beside = path.with_name(f".{path.name}.new")
         beside.write_bytes(signed.to_bytes())
-        beside.replace(path)
+        sync(beside)
+        rename(beside, path)
     except FileExistsError:
         raise UsageError("file is there already", where=str(path), hint="--output of another name") from None
     except OSError as error:

@@ -45,7 +45,7 @@ class ServeOptions(ConfigOptions):
     )
     worker_identity: Path | None = option("NAME.key that a tls:// worker knows; default: the enclave's own", None)
     insecure: bool = option(INSECURE_HELP, False, flag="--insecure")
-    timeout: float = option("seconds to wait for each reply of the worker", 600.0)
+    timeout: float = option("seconds to wait for each reply of the worker", 600.0, min=1e-3, ceiling=1e6)
     max_connections: int = option("strangers at once, and also parties; each costs a thread", 512, min=2)
     max_store_gb: float = option("GB that uploads may take on the disk", 100.0, min=0.001)
 

@@ -3,14 +3,16 @@
 # ruff: noqa: RUF009 - option() makes a field, which is what the rule wants there
 
 import datetime
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from obfuscatune.cli.options import argument, option, takes
+from obfuscatune.cli.output import check_new_file, check_place
 from obfuscatune.durable import write_new
-from obfuscatune.errors import ObfuscatuneError, UsageError
+from obfuscatune.errors import FormatError, ObfuscatuneError, UsageError
 
 HELP = "Make and show identities: the keys by which a party signs, and to which others seal."
 
@@ -33,9 +35,10 @@ def new(options: NewOptions) -> None:
     from obfuscatune.parties.passphrase import new_passphrase
 
     identity = Identity.generate(options.name, options.suite)
+    check_place(options.output_dir, f"--output_dir {options.output_dir}")
     secret, public = (options.output_dir / f"{options.name}{suffix}" for suffix in (".key", ".pub"))
     for path in (secret, public):
-        if path.exists():
+        if os.path.lexists(path):
             raise UsageError("file is there already", where=str(path), hint="an identity is never overwritten")
     content = identity.lock(new_passphrase(f"{secret}")) if options.passphrase else identity.to_bytes()
     try:
@@ -66,11 +69,15 @@ def lock(options: LockOptions) -> None:
     from obfuscatune.parties.passphrase import new_passphrase
 
     identity = Identity.load(options.file)
+    file = options.file.resolve()  # of a link what it leads to: the open key must not stay there
+    if file.stat().st_nlink > 1:
+        hint = "remove the other names first: the open key would stay under them"
+        raise UsageError("identity file has other names too (hard links)", where=str(options.file), hint=hint)
     content = identity.lock(new_passphrase(f"{options.file}, the new one"))
-    beside = options.file.with_name(f".{options.file.name}.new")
+    beside = file.with_name(f".{file.name}.new")
     try:
         write_private(beside, content)
-        rename(beside, options.file)
+        rename(beside, file)
     except OSError as error:
         raise ObfuscatuneError("cannot write the identity", got=error.strerror, where=str(options.file)) from None
     print(f"{options.file}  locked; what the open file was written on may still hold it", file=sys.stderr)
@@ -95,22 +102,29 @@ def revoke(options: RevokeOptions) -> None:
     partner takes it with `party verify --partner NAME.succession`.
     """
     from obfuscatune.parties.identity import Identity
-    from obfuscatune.parties.succession import SUFFIX, succeed
+    from obfuscatune.parties.succession import SUFFIX, read_succession, succeed
 
-    identity = Identity.load(options.file)
     path, end = options.output or options.file.with_suffix(SUFFIX), None
+    check_new_file(path, "--output")
     if options.on is not None:
         try:
             end = datetime.datetime.fromisoformat(options.on).replace(tzinfo=datetime.UTC).timestamp()
         except ValueError:
             raise UsageError("not a day", got=repr(options.on), expected="--on 2027-06-30") from None
+    statement = succeed(Identity.load(options.file), None, now=end)
     try:
-        write_new(path, succeed(identity, None, now=end) + b"\n", mode=0o644)
+        identity = read_succession(statement).identity
+    except FormatError:  # nobody would accept it
+        raise UsageError(
+            "not a day that a statement can have", got=repr(options.on), expected="1970 or later"
+        ) from None
+    try:
+        write_new(path, statement + b"\n", mode=0o644)
     except FileExistsError:
         raise UsageError("file is there already", where=str(path)) from None
     except OSError as error:
         raise ObfuscatuneError("cannot write the statement", got=error.strerror, where=str(path)) from None
-    print(f"{path}  ends {identity.public.name}  {identity.public.fingerprint}")
+    print(f"{path}  ends {identity.name}  {identity.fingerprint}")
 
 
 @dataclass(frozen=True, kw_only=True)

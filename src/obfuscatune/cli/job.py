@@ -14,6 +14,7 @@ import typer
 from obfuscatune.cli.connecting import EnclaveOptions, open_party
 from obfuscatune.cli.contract import load_job, propose, review, sign
 from obfuscatune.cli.options import argument, option, takes
+from obfuscatune.cli.output import check_place
 from obfuscatune.errors import UsageError, printable
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ class RunOptions(EnclaveOptions):
     file: Path | None = argument("the job file, signed by both; default: job.json in your folder", None, metavar="FILE")
     output_dir: Path = option("directory for your results", Path("results"))
     detach: bool = option("hand it in and return", False, flag="--detach")
-    patience: float = option("seconds without an answer until the connection counts as lost", 300.0, min=0)
+    patience: float = option("seconds without an answer until the connection counts as lost", 300.0, min=0, ceiling=1e6)
 
 
 @takes(RunOptions)
@@ -40,16 +41,22 @@ def run(options: RunOptions) -> None:
 
     Exits with 1 if the job failed, was refused or cancelled, and with 3 if the connection was lost for too long.
     """
+    from obfuscatune.parties.enclave import check_free, results_of
+
+    if not options.detach:
+        check_place(options.output_dir, f"--output_dir {options.output_dir}")
     signed, party = load_job(options.file, options.party), open_party(options.party)
     enclave = options.client(party)
+    status = None
     try:
         status = enclave.status(signed)
-        known = status.status not in ("waiting", "failed")
     except UsageError as error:
         if "no such job" not in str(error):
             raise
-        known = False
-    if not known:
+    if not options.detach and (status is None or status.status == "failed" or not status.has_ended):
+        # Before the work, whose results would have no place.
+        check_free(options.output_dir, results_of(signed.job, enclave.identity.public.fingerprint))
+    if status is None or status.status in ("waiting", "failed"):
         with _bars() as progress:
             status = enclave.submit(signed, party.inputs_of(signed), progress)
     if options.detach:
@@ -85,8 +92,8 @@ class WatchOptions(EnclaveOptions):
 
     file: Path | None = argument("the job file", None, metavar="FILE")
     once: bool = option("print the status and return", False, flag="--once")
-    interval: float = option("seconds between two looks", 1.0, min=0.05)
-    patience: float = option("seconds without an answer until the connection counts as lost", 300.0, min=0)
+    interval: float = option("seconds between two looks", 1.0, min=0.05, ceiling=1e6)
+    patience: float = option("seconds without an answer until the connection counts as lost", 300.0, min=0, ceiling=1e6)
 
 
 @takes(WatchOptions)
@@ -116,6 +123,7 @@ class FetchOptions(EnclaveOptions):
 @takes(FetchOptions)
 def fetch(options: FetchOptions) -> None:
     """Fetch and open the results that the job gives to you: adapter, generations, and the owner's report."""
+    check_place(options.output_dir, f"--output_dir {options.output_dir}")
     signed = load_job(options.file, options.party)
     _fetch(options.client(), signed, options.output_dir, keep_sealed=options.keep_sealed)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from obfuscatune.cli.connecting import EnclaveOptions
 from obfuscatune.cli.options import argument, option, takes
+from obfuscatune.cli.output import check_new_file
 from obfuscatune.errors import FormatError, ProtocolError, RollbackError, UsageError
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ def fetch(options: FetchOptions) -> None:
     from obfuscatune.service import log
     from obfuscatune.service.entries import MAX_LINE_BYTES
 
+    check_new_file(options.file, "FILE")
     # Page by page to the disk, checked line by line: the log may be longer than this machine's memory.
     pages_path, copy_path = (options.file.with_name(f".{options.file.name}.{end}") for end in ("pages", "new"))
     try:

@@ -2,13 +2,16 @@
 
 # ruff: noqa: RUF009 - option() makes a field, which is what the rule wants there
 
+import datetime
 import sys
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from obfuscatune.cli.connecting import EnclaveOptions
 from obfuscatune.cli.options import argument, option, takes
+from obfuscatune.cli.output import check_parent
 from obfuscatune.errors import ConsentError, ObfuscatuneError, UsageError
 
 if TYPE_CHECKING:
@@ -50,6 +53,7 @@ def admit(options: AdmitOptions) -> None:
     from obfuscatune.parties.identity import PublicIdentity
     from obfuscatune.parties.membership import Member
 
+    _check_output(options.output, "--output")
     enclave = options.client()
     newcomer = Member(PublicIdentity.load(options.public), "operator" if options.operator else "party")
     signed = enclave.propose_change("admit", newcomer)
@@ -69,6 +73,7 @@ class RemoveOptions(EnclaveOptions):
 @takes(RemoveOptions)
 def remove(options: RemoveOptions) -> None:
     """Sign the removal of a party. Its connections, queries and jobs end, and its sealed inputs are removed."""
+    _check_output(options.output, "--output")
     enclave = options.client()
     found = [
         member.identity.fingerprint
@@ -115,7 +120,12 @@ class UpgradeOptions(EnclaveOptions):
     new_policy: Path = argument("TOML policy that accepts the new code, and nothing else; files it names are beside it")
     file: Path = option("the statement: made if missing, or else signed too", Path("enclave.upgrade"))
     to: str | None = option("address of the new enclave, which waits: no other one of that code may have it", None)
-    days: float = option("until it expires", 30.0, min=0.01, ceiling=3650)
+    days: float | None = option(
+        "until it expires, by default 30; of a statement that is there: the most that you sign",
+        None,
+        min=0.01,
+        ceiling=3650,
+    )
     yes: bool = option(YES, False, flag="--yes")
 
 
@@ -129,8 +139,9 @@ def upgrade(options: UpgradeOptions) -> None:
     from obfuscatune.parties.identity import read_small
     from obfuscatune.parties.upgrade import MAX_BYTES, Upgrade
 
-    client, memberships = options.client(), []
-    to = None
+    _check_output(options.file, "--file")
+    client, memberships, now = options.client(), [], time.time()
+    to, untold = None, "the enclave of the statement does not answer at this address"
     if options.to is not None:
         new = replace(client, address=options.to, policy=Policy.load(options.new_policy), folder=None)
         to = new.verify().require().identity.fingerprint
@@ -143,20 +154,33 @@ def upgrade(options: UpgradeOptions) -> None:
         if to not in (None, statement.to):
             got = f"{statement.to or 'any of that code'}"[:16]
             raise ConsentError("the statement is to another enclave", got=got, expected=f"{to}"[:16])
+        statement.check_term(now)
+        if options.days is not None and statement.expires > now + options.days * 86_400:
+            got, hint = _moment(statement.expires), "sign it without --days, or have it made anew"
+            raise ConsentError("the statement expires later than you want", got=got, where="--days", hint=hint)
+        try:
+            found = client.members().membership
+            memberships = [found] if found.enclave == statement.enclave else []
+        except ObfuscatuneError as error:
+            untold = error.what
     else:
         memberships = [client.members().membership]
-        statement = Upgrade.make(memberships[0].enclave, options.new_policy, days=options.days, to=to)
+        enclave, days = memberships[0].enclave, 30.0 if options.days is None else options.days
+        statement = Upgrade.make(enclave, options.new_policy, days=days, to=to)
     policy: Policy = statement.load_policy()
     for name, values in sorted(policy.measurements.items()):
         print(f"{name:12} {' or '.join(sorted(values))}")
     where = (
         "in whatever enclave of it a party brings (--to names one)" if statement.to is None else f"in {statement.to}"
     )
+    print(f"{'created':12} {_moment(statement.created)}\n{'expires':12} {_moment(statement.expires)}")
     _ask(f"hand over what is sealed to the enclave {statement.enclave} to this code, {where}", options.yes)
     statement = statement.sign(client.identity)
     _write(options.file, statement.to_bytes())
     lacking = ", ".join(statement.lacking(memberships))
     print(f"signed   {options.file}{f', which needs signatures of {lacking}' if lacking else ''}")
+    if not memberships:
+        print(f"who else must sign is not known: {untold}", file=sys.stderr)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,6 +229,16 @@ def release(options: ReleaseOptions) -> None:
     _ask(f"release your share of the state of the enclave {of}, which must have stopped", options.yes)
     lacking = enclave.release(share)
     print(f"released; shares of {lacking} more are needed" if lacking else "released; the enclave goes on")
+
+
+def _moment(seconds: int) -> str:
+    return f"{datetime.datetime.fromtimestamp(seconds, datetime.UTC):%Y-%m-%d %H:%M} UTC"
+
+
+def _check_output(path: Path | None, option: str) -> None:
+    """Refuse a place for a statement that could not be written; what is there is replaced."""
+    if path is not None:
+        check_parent(path, f"{option} {path}")
 
 
 def _write(path: Path, data: bytes) -> None:

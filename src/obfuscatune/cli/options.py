@@ -8,7 +8,6 @@ function that typer can read. The switches of a profile are derived from the pro
 
 import dataclasses
 import inspect
-import math
 import os.path
 import typing
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ from obfuscatune.profiles import PROFILES, SWITCHES, Profile, resolve
 
 T = TypeVar("T")
 
+_MOST = 1e9  # of a float whose option names no ceiling: what sleeps, counts or divides by it takes no infinity
 _METAVARS = {bool: " ", int: "N", float: "X", Path: "PATH"}
 
 # Of a help's last lines: a paragraph for each profile, in the words of its record.
@@ -179,7 +179,7 @@ def _parameter(name: str, hint: Any, default: Any, spelling: str, **more: Any) -
             name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[hint, typer.Argument(**more)]
         )
     if "ceiling" in more or float in kinds:
-        more.setdefault("callback", _at_most(more.pop("ceiling", math.inf)))
+        more.setdefault("callback", _at_most(more.pop("ceiling", _MOST)))
     # Short ones: typer's own leave no room for the names, which it would cut at 80 columns.
     metavar = "NAME" if choices else next((short for kind, short in _METAVARS.items() if kind in kinds), "TEXT")
     annotation = Annotated[hint, typer.Option(spelling, metavar=metavar, **more)]

@@ -1,5 +1,6 @@
 """Places to write to, tried before the work that they are for."""
 
+import os
 import tempfile
 from pathlib import Path
 
@@ -23,21 +24,24 @@ def check_place(directory: Path, where: str) -> None:
     """Refuse a directory for results, which need not be there yet, that could not be written into.
 
     Raises:
-        UsageError: as :func:`check_writable`; it is a file.
+        UsageError: as :func:`check_writable`; it is a file, or below one.
     """
     is_empty(directory, where)
-    check_writable(next(path for path in (directory, *directory.absolute().parents) if path.is_dir()), where)
+    nearest = next(path for path in (directory, *directory.absolute().parents) if os.path.lexists(path))
+    if not nearest.is_dir():  # a file, or a link to nowhere
+        raise UsageError("not an output directory", got=f"no directory at {nearest}", where=where)
+    check_writable(nearest, where)
 
 
-def check_new_file(path: Path | None) -> None:
-    """Refuse an ``--output_file`` that is there already, or could not be written.
+def check_new_file(path: Path | None, option: str = "--output_file") -> None:
+    """Refuse a file to be made, by this option, that is there already, or could not be written.
 
     Raises:
         UsageError: naming the option.
     """
     if path is None:
         return
-    where = f"--output_file {path}"
+    where = f"{option} {path}"
     try:
         path.lstat()  # a link to nowhere is there too
     except (FileNotFoundError, NotADirectoryError):
@@ -46,6 +50,15 @@ def check_new_file(path: Path | None) -> None:
         raise UsageError("cannot write the file", got=error.strerror, where=where) from None
     else:
         raise UsageError("file is there already", where=where)
+    check_parent(path, where)
+
+
+def check_parent(path: Path, where: str) -> None:
+    """Refuse a file in a directory that is not there, or could not be written into.
+
+    Raises:
+        UsageError: naming ``where``.
+    """
     if not path.parent.is_dir():
         raise UsageError("no such directory", where=where)
     check_writable(path.parent, where)

@@ -5,7 +5,7 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import typer
 
@@ -13,6 +13,9 @@ from obfuscatune.cli import members
 from obfuscatune.cli.connecting import PartyOptions, open_party
 from obfuscatune.cli.options import argument, option, takes
 from obfuscatune.errors import UsageError
+
+if TYPE_CHECKING:
+    from obfuscatune.parties.sealed.fields import Kind
 
 HELP = "A party's folder: who you are, whom you trust, which enclave you use. Make it once; all job commands use it."
 
@@ -67,13 +70,22 @@ class VerifyOptions(PartyOptions):
 @takes(VerifyOptions)
 def verify(options: VerifyOptions) -> None:
     """Judge fresh evidence of the enclave by your policy, rule by rule; 0: accepted, 1: refused. Shows the partner."""
-    party = open_party(options.party)
-    if options.partner is not None:
-        party = party.with_partner(options.partner)
+    from obfuscatune.parties.identity import PublicIdentity
+    from obfuscatune.parties.succession import SUFFIX
+
+    party, given = open_party(options.party), options.partner
+    if given is not None and given.suffix == SUFFIX:  # whether the enclave answers or not: a key may be in other hands
+        party, given = party.with_partner(given), None
     verdict = party.verify()
     print(verdict)
     if verdict.accepted:
-        print(f"enclave  {verdict.require().identity.fingerprint}")
+        enclave, named = verdict.require().identity, given or party.partner_file
+        print(f"enclave  {enclave.fingerprint}")
+        if named is not None and PublicIdentity.load(named) == enclave:
+            hint = "party verify --partner NAME.pub, of the other party"
+            raise UsageError("that is the enclave, and no partner", where=str(named), hint=hint)
+    if given is not None:
+        party = party.with_partner(given)
     if party.partner_file is not None:
         _show_partner(party.partner.name, party.partner.fingerprint)
     if not verdict.accepted:
@@ -100,7 +112,11 @@ def seal(options: SealOptions) -> None:
     from obfuscatune.training.loading import check_model
 
     party = open_party(options.party)
-    jobs: dict[str, dict[str, Path]] = {}
+    kinds: tuple[Kind, ...] = ("model", "data", "prompts")
+    for kind in kinds:
+        if getattr(options, kind) is not None:  # all of them, before the first one is sealed
+            party.place_of(kind)
+    jobs: dict[Kind, dict[str, Path]] = {}
     if options.model is not None:
         jobs["model"] = model_files(options.model)
         check_model(options.model)
@@ -122,7 +138,7 @@ def seal(options: SealOptions) -> None:
         for path in jobs.get("prompts", {}).values():
             read_prompts(path)
     for kind, files in jobs.items():
-        path = party.seal(kind, dict(files))  # type: ignore[arg-type]
+        path = party.seal(kind, dict(files))
         print(f"{path}  stays sealed wherever it goes")
         print(f"{path.with_suffix('.card')}  for your partner")
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from obfuscatune.cli.connecting import SIMULATION_FLAG, attested_identity
 from obfuscatune.cli.options import argument, option, takes
+from obfuscatune.cli.output import check_new_file
 from obfuscatune.errors import UsageError
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ def model(options: ModelSealOptions) -> None:
     from obfuscatune.parties.sealed.models import model_files
     from obfuscatune.training.loading import check_model
 
+    check_new_file(options.output, "--output")
     files = model_files(options.directory)
     check_model(options.directory)
     _seal(options, "model", files)
@@ -69,6 +71,7 @@ def data(options: FileSealOptions) -> None:
     """Seal rows to fine-tune on: text, prompt + completion, or messages. Every row is checked first."""
     from obfuscatune.training.data import read_rows
 
+    check_new_file(options.output, "--output")
     read_rows(options.file)
     _seal(options, "data", {"data.jsonl": options.file})
 
@@ -78,6 +81,7 @@ def prompts(options: FileSealOptions) -> None:
     """Seal rows with a prompt each, text or messages, to be completed. Every row is checked first."""
     from obfuscatune.training.data import read_prompts
 
+    check_new_file(options.output, "--output")
     read_prompts(options.file)
     _seal(options, "prompts", {"prompts.jsonl": options.file})
 
@@ -86,8 +90,6 @@ def _seal(options: SealOptions, kind: "Kind", files: Mapping[str, Path | bytes])
     from obfuscatune.parties.identity import Identity
     from obfuscatune.parties.sealed.archive import seal_files
 
-    if options.output.exists():
-        raise UsageError("file is there already", where=str(options.output), hint="a sealed file is never overwritten")
     terms = _terms(options, kind)
     recipients = _recipients(options)
     digest = seal_files(

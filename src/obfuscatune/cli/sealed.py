@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from obfuscatune.cli.options import argument, option, takes
+from obfuscatune.cli.output import check_place
 from obfuscatune.cli.table import print_table
 from obfuscatune.errors import SealError
 
@@ -56,6 +57,7 @@ def open_(options: OpenOptions) -> None:
     from obfuscatune.parties.sealed.extract import extract
     from obfuscatune.parties.sealed.reader import SealedReader
 
+    check_place(options.output_dir, f"--output_dir {options.output_dir}")
     expected = PublicIdentity.load(options.sender) if options.sender is not None else None
     with SealedReader(options.file, Identity.load(options.identity)) as reader:
         sender = reader.sender

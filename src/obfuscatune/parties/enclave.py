@@ -3,13 +3,16 @@
 What it is asked for is a job's life: submit with inputs, status, watch, fetch, query, cancel, delete.
 """
 
+import contextlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from obfuscatune.durable import rename
 from obfuscatune.errors import (
     AttestationError,
     BusyError,
@@ -24,16 +27,17 @@ from obfuscatune.errors import (
 from obfuscatune.parties.channel.address import TlsAddress
 from obfuscatune.parties.channel.client import AttestedChannel
 from obfuscatune.parties.channel.transfer import download, upload
-from obfuscatune.parties.job import SignedJob
+from obfuscatune.parties.job import Job, SignedJob
 from obfuscatune.parties.reached import Reached, line_of
 from obfuscatune.parties.sealed.archive import SealedArchive
-from obfuscatune.parties.sealed.extract import extract
+from obfuscatune.parties.sealed.extract import extract, holds
 from obfuscatune.parties.sealed.header import read_header
 from obfuscatune.parties.sealed.reader import SealedReader
 
 RESULTS = ("adapter", "output", "report")
 ENDED = ("done", "failed", "refused", "cancelled", "deleted")
 MAX_RESULT_BYTES = 1 << 40
+_ELSEWHERE = "nothing is ever overwritten: take another --output_dir"
 _LEAST_SECONDS = 5.0  # that an enclave has to answer, however little patience there is
 Progress = Callable[[str, int, int], None]  # file, bytes done, bytes in all (0: not known yet)
 
@@ -165,7 +169,7 @@ class Enclave(Reached):
         """Fetch the results that the job gives to this party and open them; return where they are.
 
         Raises:
-            UsageError: the job is not done, gives this party nothing, or a file is there already.
+            UsageError: the job is not done, gives this party nothing, or what is there already is not of this job.
             SealError: not what the enclave has sealed.
         """
         with self.connect(signed.job.enclave) as channel:
@@ -177,10 +181,11 @@ class Enclave(Reached):
             results = {kind: digest for kind, digest in status.results.items() if kind in RESULTS}
             if not results:
                 raise UsageError("the job gives you no results", hint="obfuscatune job review")
-            for kind, digest in results.items():
-                path = directory / f"{kind}.sealed"
-                if not path.exists() or read_header(path).digest != digest:  # else it came before an interruption
-                    _download(channel, signed.job.digest, kind, path, progress)
+            # Others came before an interruption, or with an earlier call.
+            lacking = [kind for kind, digest in results.items() if not _came(directory / f"{kind}.sealed", digest)]
+            check_free(directory, lacking)
+            for kind in lacking:
+                _download(channel, signed.job.digest, kind, directory / f"{kind}.sealed", progress)
             enclaves = line_of(channel, signed.job.enclave)
         found = []
         for kind, digest in results.items():
@@ -193,8 +198,12 @@ class Enclave(Reached):
                         or reader.sender.fingerprint not in enclaves
                     ):
                         raise SealError("not the result that the enclave has sealed", where=str(path))
-                    if not (directory / kind).exists():  # it is there whole, or not at all
-                        extract(SealedArchive(reader), directory / kind)
+                    archive = SealedArchive(reader)
+                    if not os.path.lexists(directory / kind):
+                        extract(archive, directory / kind)
+                    elif not holds(directory / kind, archive):  # whoever put it there: it is not this job's
+                        got, hint = "other files than this job's result", _ELSEWHERE
+                        raise UsageError("a result is there already", got=got, where=str(directory / kind), hint=hint)
             found.append(path if keep_sealed else directory / kind)
         return found
 
@@ -221,6 +230,29 @@ class Enclave(Reached):
         return [Status.from_dict(row) for row in rows]
 
 
+def results_of(job: Job, fingerprint: str) -> list[str]:
+    """Return which kinds of results a job gives to a party."""
+    given = {"adapter": job.adapter_to, "output": job.generations_to, "report": ("owner",)}
+    return [kind for kind in RESULTS if job.role_of(fingerprint) in given[kind]]
+
+
+def check_free(directory: Path, kinds: Iterable[str]) -> None:
+    """Refuse a directory with results of these kinds: they are of another job, or nobody could tell.
+
+    Raises:
+        UsageError: naming what is there.
+    """
+    for kind in sorted(kinds):
+        for path in (directory / f"{kind}.sealed", directory / kind):
+            if os.path.lexists(path):
+                raise UsageError("a result is there already", where=str(path), hint=_ELSEWHERE)
+
+
+def _came(path: Path, digest: str) -> bool:
+    """Return whether a sealed result is there."""
+    return path.exists() and read_header(path).digest == digest
+
+
 def _ask(channel: AttestedChannel, operation: str, signed: SignedJob) -> Status:
     fields, _ = channel.request({"op": operation, "job": signed.job.digest})
     return Status.from_dict(fields)
@@ -243,8 +275,6 @@ def _upload(channel: AttestedChannel, fields: dict[str, str], path: Path, progre
 
 
 def _download(channel: AttestedChannel, job: str, kind: str, path: Path, progress: Progress | None) -> None:
-    if path.exists():
-        raise UsageError("file is there already", where=str(path), hint="nothing is ever overwritten")
     beside, done = path.with_name(f".{path.name}.part"), 0
 
     def got(count: int) -> None:
@@ -258,8 +288,11 @@ def _download(channel: AttestedChannel, job: str, kind: str, path: Path, progres
         with beside.open("wb") as target:
             fields = {"op": "download", "job": job, "kind": kind}
             download(channel, fields, target, max_bytes=MAX_RESULT_BYTES, progress=got)
-        beside.replace(path)
+            target.flush()
+            os.fsync(target.fileno())  # the enclave's own may be deleted next
+        rename(beside, path)
     except OSError as error:
         raise ObfuscatuneError("cannot write the result", got=error.strerror, where=str(path)) from None
     finally:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # of a place that is below a file, for one
+            beside.unlink(missing_ok=True)

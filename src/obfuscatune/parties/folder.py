@@ -14,11 +14,11 @@ Paths are relative to the folder. What a party does with it is in `party`.
 
 import os
 import tomllib
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from obfuscatune.durable import rename, sync
 from obfuscatune.errors import ConsentError, FormatError, UsageError
 from obfuscatune.parties.attestation.policy import Policy
 from obfuscatune.parties.identity import Identity, PublicIdentity, read_small
@@ -38,7 +38,8 @@ class Folder:
     Attributes:
         folder: where it is. name, role: of the party. enclave_address: ``tls://HOST:PORT``. identity_file,
             policy_file, terms_file: paths. partner_file: of the other party's ``.pub``, if it is known.
-        allow_simulation: whether a simulator is meant.
+        allow_simulation: whether a simulator is meant. keys: secret identities that were read already, by file; a
+            record that is made from this one has them too, so that a passphrase is asked for once.
     """
 
     folder: Path
@@ -50,6 +51,7 @@ class Folder:
     terms_file: Path
     partner_file: Path | None = None
     allow_simulation: bool = False
+    keys: dict[Path, Identity] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def open(cls, folder: Path | str = ".") -> Self:
@@ -64,7 +66,8 @@ class Folder:
         except (ValueError, RecursionError) as error:
             if isinstance(error, UsageError):
                 raise
-            raise FormatError(f"{FILE} is not TOML", got=type(error).__name__, where=str(path)) from None
+            got = str(error) if isinstance(error, tomllib.TOMLDecodeError) else type(error).__name__
+            raise FormatError(f"{FILE} is not TOML", got=got, where=str(path)) from None
         known = {*_TEXTS, "partner", "allow_simulation"}
         faults = [f"unknown {name[:40]!r}" for name in sorted(set(fields) - known)]
         faults += [f"{name} is missing, or no text" for name in _TEXTS if type(fields.get(name)) is not str]
@@ -91,6 +94,13 @@ class Folder:
 
     def write(self) -> None:
         """Write party.toml as this record is. Raises OSError."""
+        beside = self.folder / f".{FILE}.new"
+        beside.write_text(self.to_toml(), encoding="utf-8")
+        sync(beside)
+        rename(beside, self.folder / FILE)
+
+    def to_toml(self) -> str:
+        """Return the text of party.toml."""
         lines = [
             "# Who this is, whom it trusts, which enclave it uses. Paths are relative to this folder.",
             f'name = "{self.name}"',
@@ -103,14 +113,14 @@ class Folder:
             *([] if self.partner_file is None else [f'partner = "{os.path.relpath(self.partner_file, self.folder)}"']),
             *(["allow_simulation = true  # it protects nothing"] if self.allow_simulation else []),
         ]
-        beside = self.folder / f".{FILE}.new"
-        beside.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        beside.replace(self.folder / FILE)
+        return "\n".join(lines) + "\n"
 
-    @cached_property
+    @property
     def identity(self) -> Identity:
-        """The party's secret identity, read from its file once: a passphrase is asked for once."""
-        return Identity.load(self.identity_file)
+        """The party's secret identity, read from its file once."""
+        if self.identity_file not in self.keys:
+            self.keys[self.identity_file] = Identity.load(self.identity_file)
+        return self.keys[self.identity_file]
 
     @property
     def partner(self) -> PublicIdentity:

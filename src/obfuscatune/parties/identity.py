@@ -175,7 +175,13 @@ class Identity:
 
         Where it is locked, the passphrase is asked, or read: see `passphrase`, with what that raises.
         """
-        data, what = read_small(path, _MAX_BYTES, "identity file", private=True), f"identity file {path}"
+        what = f"identity file {path}"
+        try:
+            data = read_small(path, _MAX_BYTES, "identity file", private=True)
+        except UsageError:  # NAME.pub is readable by others, as it may be
+            if _is_public(path):
+                raise UsageError(f"{what} is a public identity", expected="the secret one, NAME.key") from None
+            raise
         fields = decode(data.rstrip(b"\n"), what, max_bytes=_MAX_BYTES)
         if fields.get("format") == LOCKED:
             data = unlock(fields, known_passphrase(str(path)), what)
@@ -208,6 +214,14 @@ class Identity:
         except (InvalidTag, ValueError) as error:
             problem = SealError("not sealed to this identity, or changed", got=type(error).__name__)
         raise problem
+
+
+def _is_public(path: Path) -> bool:
+    try:
+        PublicIdentity.load(path)
+    except UsageError:
+        return False
+    return True
 
 
 def read_small(path: Path, max_bytes: int, what: str, *, private: bool = False) -> bytes:

@@ -21,6 +21,7 @@ from obfuscatune.errors import ConsentError, ObfuscatuneError, UsageError
 from obfuscatune.parties.attestation.verdict import Verdict
 from obfuscatune.parties.enclave import Enclave
 from obfuscatune.parties.job import Job, SignedJob
+from obfuscatune.parties.reached import verify_at
 from obfuscatune.parties.relations import Relations
 from obfuscatune.parties.sealed.archive import seal_files
 from obfuscatune.parties.sealed.card import make_card, read_card
@@ -43,7 +44,7 @@ class Party(Relations):
 
     def verify(self) -> Verdict:
         """Judge fresh evidence of the enclave by this party's policy; the verdict says rule by rule what held."""
-        return self.enclave.verify()
+        return verify_at(self.enclave_address, self.policy)
 
     def seal(self, kind: Kind, files: Mapping[str, Path | bytes], *, output: Path | None = None) -> Path:
         """Seal files to the enclave, if it is accepted now, with this party's terms; write the file and its card.
@@ -56,15 +57,7 @@ class Party(Relations):
             UsageError: not this role's kind, or a file is there. AttestationError: the enclave is refused.
             FormatError: terms that are none.
         """
-        if kind not in KINDS[self.role]:
-            raise UsageError("kind of input", got=kind, expected=f"{' or '.join(KINDS[self.role])} of a {self.role}")
-        path = self.folder / f"{kind}.sealed" if output is None else output
-        card = path.with_suffix(".card")
-        if path.exists() and not card.exists():  # sealing was interrupted; it may hold older files
-            raise UsageError("a sealed file without its card", where=str(path), hint="remove it, and seal again")
-        for each in (path, card):
-            if each.exists():
-                raise UsageError("file is there already", where=str(each), hint="nothing is ever overwritten")
+        path, card = self.place_of(kind, output)
         given = Terms.from_dict(self.terms, "your terms")
         if not given.partners:
             hint = "obfuscatune party verify --partner NAME.pub"
@@ -76,6 +69,19 @@ class Party(Relations):
         seal_files(path, files, kind=kind, sender=self.identity, recipients=[recipient], terms=terms)
         self._write_card(card, path)
         return path
+
+    def place_of(self, kind: Kind, output: Path | None = None) -> tuple[Path, Path]:
+        """Return where a sealed file and its card go; raises UsageError where `seal` would refuse to write them."""
+        if kind not in KINDS[self.role]:
+            raise UsageError("kind of input", got=kind, expected=f"{' or '.join(KINDS[self.role])} of a {self.role}")
+        path = self.folder / f"{kind}.sealed" if output is None else output
+        card = path.with_suffix(".card")
+        if path.exists() and not card.exists():  # sealing was interrupted; it may hold older files
+            raise UsageError("a sealed file without its card", where=str(path), hint="remove it, and seal again")
+        for each in (path, card):
+            if each.exists():
+                raise UsageError("file is there already", where=str(each), hint="nothing is ever overwritten")
+        return path, card
 
     def _write_card(self, card: Path, path: Path) -> None:
         try:
@@ -148,7 +154,8 @@ class Party(Relations):
         """Return the job with this party's signature.
 
         Raises:
-            ConsentError: this party has not this role in it, the partner is another, or its terms do not allow it.
+            ConsentError: this party has not this role in it, the partner is another, its terms do not allow it, or it
+                has expired.
         """
         identity, job = self.identity, signed.job
         if job.role_of(identity.public.fingerprint) != self.role:
@@ -158,6 +165,8 @@ class Party(Relations):
             raise ConsentError(
                 "the job is with another partner", got=other[:16], expected=self.partner.fingerprint[:16]
             )
+        if job.expires <= time.time():
+            raise ConsentError("the job has expired", hint="make a new one: obfuscatune job propose")
         _require(Terms.from_dict(self.terms, "your terms"), job, self.role, "your terms")
         return signed.sign(identity)
 

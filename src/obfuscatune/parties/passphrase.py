@@ -77,14 +77,17 @@ def known_passphrase(what: str) -> str:
     """Return the passphrase of a locked file: from the file of the environment, or asked at the terminal.
 
     Raises:
-        UsageError: there is neither, or the file cannot be read, or others can read it.
+        UsageError: there is neither, or the file cannot be read, is empty, or others can read it.
     """
     from obfuscatune.parties.identity import read_small
 
     if path := os.environ.get(VARIABLE):
         data = read_small(Path(path), _MAX_PASSPHRASE_BYTES, "passphrase file", private=True)
         try:
-            return data.decode("utf-8").rstrip("\r\n")
+            if passphrase := data.decode("utf-8").rstrip("\r\n"):
+                return passphrase
+            hint = "a pipe can be read once; a command that opens one key and locks another needs a file of mode 0600"
+            raise UsageError("passphrase file is empty", where=path, hint=hint)
         except UnicodeDecodeError:
             problem = UsageError("passphrase file is not UTF-8", where=path)
         raise problem

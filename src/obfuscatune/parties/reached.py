@@ -51,8 +51,7 @@ class Reached:
 
     def verify(self) -> Verdict:
         """Fetch fresh evidence and judge it, without saying who asks. Raises as `fetch_evidence`."""
-        evidence, nonce = fetch_evidence(self.address, timeout=self.timeout)
-        return judge(evidence, self.policy, nonce=nonce)
+        return verify_at(self.address, self.policy, self.timeout)
 
     def connect(self, fingerprint: str | None = None) -> AttestedChannel:
         """Connect, if the policy accepts it, and it is the one of ``fingerprint`` or goes on for it.
@@ -127,10 +126,14 @@ class Reached:
 
         Raises:
             AttestationError: one of the two is refused; the new one is judged by the policy of ``upgrade``.
-            ConsentError: the old one refuses. NotTakenError: the new one lacks something, as it says.
+            UsageError: the address is the old one's. ConsentError: the old one refuses.
+            NotTakenError: the new one lacks something, as it says.
         """
         new = replace(self, address=address, policy=upgrade.load_policy(), folder=None)
         with new.connect() as channel:
+            if channel.enclave.fingerprint == upgrade.enclave:
+                hint = "--to is the address of the new enclave, which was started with --take_over"
+                raise UsageError("this is the enclave that is to hand over", where=address, hint=hint)
             if goes_on(_certificates(channel), upgrade.enclave, channel.enclave.fingerprint):
                 return False
             waiting = channel.enclave
@@ -178,6 +181,12 @@ class Reached:
             hint = "until the first job the operator's directory says who is in: give him the NAME.pub"
             raise ConsentError("the membership is not closed yet", hint=hint)
         return members.membership
+
+
+def verify_at(address: str, policy: Policy, timeout: float = 60.0) -> Verdict:
+    """Judge fresh evidence of the enclave at an address; needs no identity. Raises as `fetch_evidence`."""
+    evidence, nonce = fetch_evidence(address, timeout=timeout)
+    return judge(evidence, policy, nonce=nonce)
 
 
 def _certificates(channel: AttestedChannel) -> list[bytes]:

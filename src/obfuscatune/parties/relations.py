@@ -2,13 +2,13 @@
 
 import dataclasses
 import hashlib
+import os
 import re
-import shutil
 import time
 from pathlib import Path
 from typing import Self
 
-from obfuscatune.durable import write_new
+from obfuscatune.durable import rename, sync, write_new
 from obfuscatune.errors import ConsentError, FormatError, ObfuscatuneError, UsageError
 from obfuscatune.parties.attestation.measurement import measure_code
 from obfuscatune.parties.canonical import encode
@@ -20,6 +20,7 @@ from obfuscatune.parties.terms import Terms, load_terms, template
 from obfuscatune.parties.vocabulary import ROLES, Role, Worker
 
 _MAX_BYTES = 65_536
+_ROOT = "simulation-root.pem"
 _EVER = 1 << 49  # Unix seconds after all times of statements
 _POLICY = """# Which enclaves you accept. Fill in the measurements of an image that you have built or read.
 # docs/attestation.md has all keys.
@@ -73,11 +74,9 @@ class Relations(Folder):
         if policy is not None and simulation is not None:
             raise UsageError("a policy of your own, or the one of a simulator", expected="one of the two")
         identity = Identity.generate(name)
-        names = [FILE, f"{name}.key", f"{name}.pub", "terms.toml", *(["policy.toml"] if policy is None else [])]
-        there = [each for each in names if (root / each).exists()]
-        if there:
-            hint = "nothing is overwritten: edit what is there, or take another folder"
-            raise UsageError("file is there already", where=", ".join(there), hint=hint)
+        known = None if partner is None else PublicIdentity.load(Path(partner))
+        if known is not None and known.name == name:  # both would be NAME.pub in this folder
+            raise UsageError("your partner has this name too", got=name, hint="take another name")
         party = cls(
             root,
             name,
@@ -86,27 +85,48 @@ class Relations(Folder):
             root / f"{name}.key",
             root / "policy.toml" if policy is None else Path(policy),
             root / "terms.toml",
+            partner_file=None if known is None else root / f"{known.name}.pub",
             allow_simulation=simulation is not None,
         )
-        known = None if partner is None else PublicIdentity.load(Path(partner))
         if policy is not None:
             read_small(Path(policy), _MAX_BYTES, "policy")
-        texts: dict[str, str | bytes] = {
-            f"{name}.pub": encode(identity.public.to_dict()) + b"\n",
-            **({"policy.toml": _policy(simulation)} if policy is None else {}),
-            "terms.toml": template(role, [] if known is None else [known.fingerprint]),
+        # By name, with the mode; the secret first, and last what makes it a party's folder.
+        files: dict[str, tuple[bytes, int]] = {
+            f"{name}.key": (identity.to_bytes() if passphrase is None else identity.lock(passphrase), 0o600),
+            f"{name}.pub": (encode(identity.public.to_dict()) + b"\n", 0o644),
         }
+        if policy is None:
+            text = _POLICY if simulation is None else _SIMULATION.format(root=_ROOT, code=measure_code().hex())
+            files["policy.toml"] = (text.encode(), 0o644)
+        if simulation is not None:
+            files[_ROOT] = (read_small(Path(simulation), _MAX_BYTES, "root certificate of the simulator"), 0o644)
+        files["terms.toml"] = (template(role, [] if known is None else [known.fingerprint]).encode(), 0o644)
+        if known is not None and not party._place_for(known).exists():
+            files[f"{known.name}.pub"] = (encode(known.to_dict()) + b"\n", 0o644)
+        files[FILE] = (party.to_toml().encode(), 0o644)
+        if _ROOT in files and _is(root / _ROOT, files[_ROOT][0]):
+            del files[_ROOT]  # the certificate was given from this folder
+        there = [each for each in files if os.path.lexists(root / each)]
+        if there:
+            hint = "nothing is overwritten: edit what is there, or take another folder"
+            raise UsageError("file is there already", where=", ".join(there), hint=hint)
+        party._make(files)
+        party.keys[party.identity_file] = identity
+        return party
+
+    def _make(self, files: dict[str, tuple[bytes, int]]) -> None:
+        """Write new files, by name, with the mode: all of them or none."""
+        written: list[Path] = []
         try:
-            root.mkdir(parents=True, exist_ok=True)
-            write_new(party.identity_file, identity.to_bytes() if passphrase is None else identity.lock(passphrase))
-            for each, text in texts.items():
-                write_new(root / each, text if isinstance(text, bytes) else text.encode(), mode=0o644)
-            if simulation is not None:
-                shutil.copyfile(simulation, root / "simulation-root.pem")
-            party.write()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for name, (data, mode) in files.items():
+                write_new(self.folder / name, data, mode=mode)
+                written.append(self.folder / name)
+            sync(self.folder)
         except OSError as error:
-            raise ObfuscatuneError("cannot write the folder", got=error.strerror, where=str(root)) from None
-        return party if partner is None else party.with_partner(partner)
+            for path in written:
+                path.unlink(missing_ok=True)
+            raise ObfuscatuneError("cannot write the folder", got=error.strerror, where=str(self.folder)) from None
 
     def with_partner(self, path: Path | str) -> Self:
         """Take a partner: keep the identity in the folder, name it in party.toml, and in the terms where none is yet.
@@ -126,9 +146,24 @@ class Relations(Folder):
         public = PublicIdentity.load(source)
         if public == self.identity.public:
             raise UsageError("that is your own identity", where=str(path))
+        self._place_for(public)
+        return self._keep(public)
+
+    def _place_for(self, public: PublicIdentity) -> Path:
+        """Return where a new partner's identity is kept.
+
+        Raises:
+            ConsentError: it has ended. UsageError: another one of this name is there.
+        """
         if any(each.identity == public for each in load_successions(self.folder)):
             raise ConsentError("this identity has ended", got=f"{public.name} {public.fingerprint[:16]}")
-        return self._keep(public)
+        return self._file_of(public)
+
+    def _file_of(self, public: PublicIdentity) -> Path:
+        target = self.folder / f"{public.name}.pub"
+        if target.exists() and PublicIdentity.load(target) != public:
+            raise UsageError("another identity of this name is there already", where=str(target))
+        return target
 
     def _succeeded(self, path: Path) -> Self:
         """Take the partner's word, signed, that its identity has ended, and the new one if there is one."""
@@ -173,7 +208,8 @@ class Relations(Folder):
         try:
             beside.write_text(text, encoding="utf-8")
             load_terms(beside)  # before anything is replaced
-            beside.replace(self.terms_file)
+            sync(beside)
+            rename(beside, self.terms_file)
         finally:
             beside.unlink(missing_ok=True)
 
@@ -215,20 +251,23 @@ class Relations(Folder):
         if there:
             raise UsageError("file is there already", where=", ".join(there), hint="take another name")
         party = dataclasses.replace(self, name=name, identity_file=key)
+        self._make(
+            {
+                key.name: (new.to_bytes() if passphrase is None else new.lock(passphrase), 0o600),
+                public.name: (encode(new.public.to_dict()) + b"\n", 0o644),
+                statement.name: (succeed(old, new) + b"\n", 0o644),
+            }
+        )
         try:
-            write_new(key, new.to_bytes() if passphrase is None else new.lock(passphrase))
-            write_new(public, encode(new.public.to_dict()) + b"\n", mode=0o644)
-            write_new(statement, succeed(old, new) + b"\n", mode=0o644)
             party.write()
         except OSError as error:
             raise ObfuscatuneError("cannot write the folder", got=error.strerror, where=str(self.folder)) from None
+        party.keys[key] = new
         return party, statement
 
     def _keep(self, public: PublicIdentity, instead_of: PublicIdentity | None = None) -> Self:
         """Write the partner's identity into the folder, and its fingerprint into the terms where it has a place."""
-        target = self.folder / f"{public.name}.pub"
-        if target.exists() and PublicIdentity.load(target) != public:
-            raise UsageError("another identity of this name is there already", where=str(target))
+        target = self._file_of(public)
         party = dataclasses.replace(self, partner_file=target)
         try:
             if not target.exists():
@@ -246,8 +285,9 @@ class Relations(Folder):
         return party
 
 
-def _policy(simulation: Path | str | None) -> str:
-    if simulation is None:
-        return _POLICY
-    read_small(Path(simulation), _MAX_BYTES, "root certificate of the simulator")
-    return _SIMULATION.format(root="simulation-root.pem", code=measure_code().hex())
+def _is(path: Path, data: bytes) -> bool:
+    """Return whether a file has this content, and nothing else is there."""
+    try:
+        return path.read_bytes() == data
+    except OSError:
+        return False

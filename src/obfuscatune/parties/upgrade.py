@@ -37,6 +37,7 @@ from obfuscatune.parties.vocabulary import is_digest
 FORMAT = "obfuscatune upgrade 1"
 CERTIFICATE_FORMAT = "obfuscatune handed over 1"
 MAX_BYTES = 1 << 20
+MAX_DAYS = 3650
 MAX_CERTIFICATE_BYTES = 16_384
 SHARE_BYTES = 32  # of a key that all parties release together
 _CONTEXT, _CERTIFICATE_CONTEXT = "upgrade", "handed over"
@@ -125,8 +126,7 @@ class Upgrade:
         if self.enclave != memberships[-1].enclave:
             got, expected = self.enclave[:16], memberships[-1].enclave[:16]
             raise ConsentError("an upgrade of another enclave", got=got, expected=expected)
-        if not self.created - 3600 <= now < self.expires:
-            raise ConsentError("the upgrade has expired", hint="make it anew, and let all sign it")
+        self.check_term(now)
         known = {each.fingerprint: each for each in signers(memberships).values() if each is not None}
         message = encode(self._fields())
         for name, signature in self.signatures.items():
@@ -136,6 +136,11 @@ class Upgrade:
         if lacking:
             hint = "who does not sign seals anew, to the new enclave"
             raise ConsentError("an upgrade lacks signatures", expected=f"of {', '.join(lacking)}", hint=hint)
+
+    def check_term(self, now: float) -> None:
+        """Raise ConsentError where it is over, or not of this time yet; ``now`` in Unix seconds."""
+        if not self.created - 3600 <= now < self.expires:
+            raise ConsentError("the upgrade has expired", hint="make it anew, and let all sign it")
 
     def lacking(self, memberships: Sequence[Membership]) -> list[str]:
         """Return the names of parties whose signatures lack."""
@@ -156,11 +161,18 @@ class Upgrade:
             raise FormatError(f"{what} is none", expected=FORMAT)
         if "to" in fields and not is_digest(fields["to"]):
             raise FormatError(f"{what}: the new enclave", expected="64 hex digits")
+        if fields.get("to") == fields["enclave"]:
+            raise FormatError(
+                f"{what}: from an enclave to itself", expected="the new enclave, started with --take_over"
+            )
         if fields["format"] != FORMAT or not is_digest(fields["enclave"]) or type(fields["policy"]) is not str:
             raise FormatError(f"{what} of another form", expected=FORMAT)
         times = (fields["created"], fields["expires"])
         if not all(type(each) is int and 0 <= each <= 1 << 48 for each in times) or times[1] <= times[0]:
             raise FormatError(f"{what}: times", expected="Unix seconds")
+        if times[1] - times[0] > MAX_DAYS * 86_400:
+            got = f"{(times[1] - times[0]) // 86_400} days"
+            raise FormatError(f"{what}: its term", got=got, expected=f"at most {MAX_DAYS} days")
         if len(fields["policy"]) > _MAX_POLICY_BYTES:
             raise FormatError(f"{what}: policy", expected=f"at most {_MAX_POLICY_BYTES} characters")
         files = fields["files"]

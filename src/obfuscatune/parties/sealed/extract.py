@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from obfuscatune.durable import private
+from obfuscatune.durable import private, rename, sync
 from obfuscatune.errors import ObfuscatuneError, UsageError
 from obfuscatune.parties.sealed.archive import COPY_BYTES, SealedArchive, progress_bar
 
@@ -29,12 +29,37 @@ def extract(archive: SealedArchive, directory: Path, *, progress: bool = False) 
         with progress_bar("open", total, progress) as bar:
             for name in archive.names():
                 _write(archive, name, beside, bar.update)
-        beside.rename(directory)
+        for folder in [beside, *(path for path in beside.rglob("*") if path.is_dir())]:
+            sync(folder)
+        rename(beside, directory)
     except OSError as error:
         raise ObfuscatuneError("cannot write the files", got=error.strerror, where=str(directory)) from None
     finally:
         if beside is not None:
             shutil.rmtree(beside, ignore_errors=True)  # gone already where it was renamed
+
+
+def holds(directory: Path, archive: SealedArchive) -> bool:
+    """Return whether ``directory`` has the files of ``archive``, byte by byte, and no others.
+
+    Raises:
+        SealError: a changed file. ObfuscatuneError: the directory cannot be read.
+    """
+    try:
+        there = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if not path.is_dir()}
+        return there == set(archive.names()) and all(_same(archive, name, directory / name) for name in there)
+    except OSError as error:
+        raise ObfuscatuneError("cannot read the files", got=error.strerror, where=str(directory)) from None
+
+
+def _same(archive: SealedArchive, name: str, path: Path) -> bool:
+    if not path.is_file() or path.stat().st_size != archive.size(name):
+        return False
+    with archive.open(name) as source, path.open("rb") as file:
+        while data := source.read(COPY_BYTES):
+            if file.read(COPY_BYTES) != data:
+                return False
+    return True
 
 
 def _write(archive: SealedArchive, name: str, root: Path, report: Callable[[int], object]) -> None:
@@ -51,3 +76,5 @@ def _write(archive: SealedArchive, name: str, root: Path, report: Callable[[int]
         while count := source.readinto(buffer):
             file.write(buffer[:count])
             report(count)
+        file.flush()
+        os.fsync(file.fileno())
