@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from obfuscatune import UnsupportedModelError
+from obfuscatune import NotFiniteError, UnsupportedModelError
 
 from .families import model_of, twins_of, wide
 from .models import error, gradients, scalar, tokens, worst
@@ -98,6 +98,35 @@ def test_a_loss_that_needs_them_is_refused_where_all_blocks_are_on_the_worker(pr
             seen.square().sum().backward()
         got, expected = gradients(protected.model), gradients(reference)
         assert worst(got, {name: expected[name] for name in got}) < EXACT
+
+
+def test_a_row_that_others_attend_to_is_refused_there(protect: Any) -> None:
+    reference, model = twins_of("gpt2")
+    past = torch.ones(2, 1, 6, 6, dtype=torch.bool).tril(-1)  # the first position sees nothing, and all see it
+    with protect(model, profile="stream") as protected, torch.no_grad():
+        with pytest.raises(UnsupportedModelError, match="that others attend to"):
+            protected.model(tokens(2, 6), attention_mask=past)
+        protected.model(tokens(2, 6))
+    reference, model = twins_of("gpt2")
+    with protect(model, profile="balanced") as protected, torch.no_grad():
+        got, expected = (m(tokens(2, 6), attention_mask=past).logits for m in (protected.model, reference))
+    assert error(got, expected) < EXACT
+
+
+def test_a_run_that_diverged_is_told_as_that(protect: Any) -> None:
+    with protect(model_of("gpt2"), profile="stream") as protected:
+        logits = protected.model(tokens(2, 6), attention_mask=LEFT).logits
+        with pytest.raises(NotFiniteError):
+            (logits[1] * float("nan")).sum().backward()  # of the row without padding
+
+
+def test_eager_blocks_in_the_enclave_do_as_those_on_the_worker(protect: Any) -> None:
+    models = [model_of("llama") for _ in range(2)]
+    for model in models:
+        model.get_base_model().set_attn_implementation("eager")
+    with protect(models[1], profile="balanced", enclave_blocks=1) as protected, torch.no_grad():
+        got, expected = (m(tokens(2, 6), attention_mask=LEFT).logits for m in (protected.model, models[0]))
+    assert error(got, expected) < EXACT
 
 
 def test_models_without_a_bias_of_v_need_no_refusal(protect: Any) -> None:

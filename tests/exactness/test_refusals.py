@@ -96,7 +96,7 @@ def test_a_factor_of_two_layers_that_the_worker_trains(protect: Any) -> None:
             one.lora_A["default"] = other.lora_A["default"]
         if profile == "paper":
             with pytest.raises(
-                UnsupportedModelError, match=r"a LoRA factor of two layers.*layers\.1\.self_attn\.q_proj"
+                UnsupportedModelError, match=r"one LoRA factor of two layers.*layers\.1\.self_attn\.q_proj"
             ):
                 protect(model, profile=profile)
             continue

@@ -141,7 +141,7 @@ def test_an_upgrade(serving: Serving, run: Run, tmp_path: Path, monkeypatch: pyt
     same = Upgrade.make(serving.enclave.fingerprint, tmp_path / "policy.toml").sign(LAB).sign(CLINIC)
     (tmp_path / "same.upgrade").write_bytes(same.to_bytes())
     code, said = run(LAB, "hand-over", "--file", "same.upgrade", "--to", serving.server.address)
-    assert code == 2 and "this is the enclave that is to hand over" in said
+    assert code == 2 and "this is the old enclave's address" in said
     waits, addresses = threading.Event(), []
 
     def waiting(address: str) -> None:

@@ -121,7 +121,7 @@ class UpgradeOptions(EnclaveOptions):
     file: Path = option("the statement: made if missing, or else signed too", Path("enclave.upgrade"))
     to: str | None = option("address of the new enclave, which waits: no other one of that code may have it", None)
     days: float | None = option(
-        "until it expires, by default 30; of a statement that is there: the most that you sign",
+        "days until it expires, by default 30; of a statement that is there: refuse it if it expires later",
         None,
         min=0.01,
         ceiling=3650,

@@ -83,7 +83,7 @@ def verify(options: VerifyOptions) -> None:
         print(f"enclave  {enclave.fingerprint}")
         if named is not None and PublicIdentity.load(named) == enclave:
             hint = "party verify --partner NAME.pub, of the other party"
-            raise UsageError("that is the enclave, and no partner", where=str(named), hint=hint)
+            raise UsageError("this is the enclave's identity, not a partner's", where=str(named), hint=hint)
     if given is not None:
         party = party.with_partner(given)
     if party.partner_file is not None:

@@ -171,13 +171,15 @@ def protect(
         raise
     if weights is not None:
         weights.finish()
+    eager = getattr(causal_lm.config, "_attn_implementation", None) == "eager"
     for link in links:
-        link.passes.eager = getattr(causal_lm.config, "_attn_implementation", None) == "eager"
+        link.passes.eager = eager
         causal_lm.base_model.register_forward_pre_hook(link.passes.begin, with_kwargs=True)
     causal_lm.base_model.register_forward_pre_hook(Inputs(causal_lm), with_kwargs=True)
     causal_lm.base_model.register_forward_pre_hook(Guard(causal_lm, resolved, links[0].passes))
     if resolved.attention == "worker":
-        if getattr(causal_lm, "_supports_sdpa", False):
+        # Blocks that stay in the enclave would look at other positions than the worker's where a row sees none.
+        if getattr(causal_lm, "_supports_sdpa", False) and not (eager and resolved.enclave_blocks):
             causal_lm.set_attn_implementation("sdpa")  # its masks say only what is allowed, and None for causal
         _refuse_output(causal_lm, "output_attentions", 'attention weights stay on the worker: attention="enclave"')
     if resolved.rotate_stream:

@@ -133,7 +133,7 @@ class Reached:
         with new.connect() as channel:
             if channel.enclave.fingerprint == upgrade.enclave:
                 hint = "--to is the address of the new enclave, which was started with --take_over"
-                raise UsageError("this is the enclave that is to hand over", where=address, hint=hint)
+                raise UsageError("this is the old enclave's address", where=address, hint=hint)
             if goes_on(_certificates(channel), upgrade.enclave, channel.enclave.fingerprint):
                 return False
             waiting = channel.enclave

@@ -163,7 +163,7 @@ class Upgrade:
             raise FormatError(f"{what}: the new enclave", expected="64 hex digits")
         if fields.get("to") == fields["enclave"]:
             raise FormatError(
-                f"{what}: from an enclave to itself", expected="the new enclave, started with --take_over"
+                f"{what}: the new enclave is the old one", expected="the new enclave, started with --take_over"
             )
         if fields["format"] != FORMAT or not is_digest(fields["enclave"]) or type(fields["policy"]) is not str:
             raise FormatError(f"{what} of another form", expected=FORMAT)

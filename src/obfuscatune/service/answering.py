@@ -255,6 +255,7 @@ class Answering:
         try:
             if paid and not query.withhold() and query.question not in self._paid and not self._book.state.handed:
                 asked = (query.job, query.party, len(query.prompts), query.question)
+                self._book.store.require_disk(0)  # else the log may tell what the state does not take
                 self._book.questions.give_back(*asked)
         except STOPS:
             raise

@@ -344,15 +344,15 @@ class Book(Ledger):
         """Enter that a job failed, or was cancelled or refused; who submits one that failed again resumes it.
 
         Of the error its class only: the text may name columns of one owner's data, or layers of the other's model. Of
-        a refusal the text, too, which is of the enclave's own words and counts. It is for good, since the same job
-        would be refused again: beyond a quota that only the opened inputs tell of.
+        a refusal what it is about, too: the enclave's own words, without the count, which tells one owner of the
+        other's file. It is for good, since the same job would be refused again.
         """
         with self.state.lock:
             if self.records[digest].cancelled:
                 self._end(digest, replace(self.records[digest], status="cancelled"))
                 return
             if isinstance(error, ConsentError) and not isinstance(error, LackingError):
-                self._refuse(digest, error)
+                self._refuse(digest, ConsentError(error.what))
                 return
             reason = error.what if isinstance(error, LackingError) else _reason(error)
             record = replace(self.records[digest], status="failed", reason=reason, ended=int(time.time()))

@@ -90,11 +90,15 @@ class Requests:
             return {"offset": size}, b""
         self._make_room(party, size)
         upload = store.begin(digest, size, party.fingerprint)
-        if upload.offset == size:  # no piece is left to send: the crash, or the full disk, came before it was taken in
+        if upload.offset == size:  # all is here, but a crash or a full disk kept the file from being accepted
             try:
                 upload.finish()
             except FormatError:  # the crash has torn it, and nothing of it was kept
                 upload = store.begin(digest, size, party.fingerprint)
+            except (ProtocolError, UsageError):
+                if not store.has(digest):
+                    raise
+                # another connection of the party has resumed it, too
             else:
                 self._came(job, upload, party)
         return {"offset": upload.offset}, b""

@@ -85,7 +85,7 @@ class State:
             3. the store's, the log's, those of requests, queries and answers, the channel's
             4. the platform's
 
-            None of a row takes another of it, but the channel's server those of its connections.
+            Nobody holds two of a row, except that the channel's server takes those of its connections.
     """
 
     def __init__(self, directory: Path, platform: Platform, key: bytes | None, lock_file: int) -> None:

@@ -110,7 +110,7 @@ class TakeOver:
         except ObfuscatuneError as error:
             raise UsageError(error.what, got=error.got, expected=error.expected, hint=_COPY) from None
         store = self._directory / "store"
-        if not (store / "jobs").is_dir():  # nor is it made here: a copy would land within it
+        if not (store / "jobs").is_dir():  # and it is not made here: `cp -r store` would copy into it
             raise UsageError("the store of the old enclave is not here", where=str(store), hint=_COPY)
         files, lost = JobFiles(store / "jobs"), 0
         for digest, fields in jobs.items():

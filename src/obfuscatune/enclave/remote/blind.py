@@ -33,7 +33,7 @@ class BlindRows:
         self._last.rows = rows
         if rows is not None and output.requires_grad:
             output.register_hook(  # type: ignore[no-untyped-call]
-                lambda gradient: self._require(not (gradient.detach() * rows).any())
+                lambda gradient: self._require(not gradient.detach().masked_fill(~rows, 0).any())
             )
 
     def check_labels(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:

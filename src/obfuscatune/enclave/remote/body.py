@@ -78,7 +78,7 @@ class RemoteBody(Standin):
         count, self._remaining.count = self._remaining.count, 0
         if count:
             raise UnsupportedModelError(
-                "blocks that the model does not call, and all blocks are one call on the worker",
+                "the model skips some blocks, but the worker computes all of them in one call",
                 got=f"{len(self._passed) - count} called after the first",
                 expected=str(len(self._passed)),
                 where=self.path,
@@ -131,6 +131,12 @@ class RemoteBody(Standin):
             slot.contribute(call, None)
         self._passes.add_mask(call, mask)
         self._passes.add_rotary(call, tables)
+        if call.looked_at and self.blind is not None:
+            raise UnsupportedModelError(
+                "a position that attends to nothing, and that others attend to",
+                where=placed.path,
+                hint="let each position attend to itself, or rotate_stream=False",
+            )
         if cache is not None:
             add_cache(call, self._mirror, cache, self._index, self._passed)
         y = decode(call.run()["y"], placed.key_out)

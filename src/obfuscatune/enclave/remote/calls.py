@@ -65,6 +65,7 @@ class RemoteCall:
         when_sent: what to do once the worker has answered. added: what the enclave adds to the un-keyed output
             ``[..., out]``, from the reply's tensors and ``blind``.
         blind: bool ``[1 or B, T, 1]``, rows that attend to nothing, whose heads give 0; None where there are none.
+        looked_at: whether other rows attend to one of these.
         check: verifies ``y = x W``, and the backward's ``dx = dy W^T``, of a linear segment without a LoRA slot.
     """
 
@@ -82,6 +83,7 @@ class RemoteCall:
     when_sent: list[Callable[[], None]] = field(default_factory=list)
     added: list[Callable[[dict[str, Tensor], Tensor | None], Tensor]] = field(default_factory=list)
     blind: Tensor | None = None
+    looked_at: bool = False
     check: Check | None = None
     id: int = 0
 

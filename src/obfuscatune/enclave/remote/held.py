@@ -250,6 +250,7 @@ class HeldAdapter:
         self.slots: list[HeldSlot] = []
         self.stale = False
         self._keys = hashlib.sha256()
+        self._paths: dict[int, str] = {}  # of layers, by id of a factor; the slots keep these alive
 
     def add(self, slot: HeldSlot, mark: bytes) -> None:
         """Take a slot; ``mark``: bytes drawn under the same label as its keys, and for nothing else.
@@ -257,11 +258,12 @@ class HeldAdapter:
         Raises:
             UnsupportedModelError: another slot has one of its factors, which the worker would train twice.
         """
-        for other in self.slots:
-            if any(mine is theirs for mine in slot.parameters() for theirs in other.parameters()):
+        for parameter in slot.parameters():
+            other = self._paths.setdefault(id(parameter), slot.layer.path)
+            if other != slot.layer.path:
                 raise UnsupportedModelError(
-                    "a LoRA factor of two layers, where the worker trains that of each",
-                    got=other.layer.path,
+                    "one LoRA factor of two layers, which the worker would train twice",
+                    got=other,
                     where=slot.layer.path,
                     hint="lora_placement='enclave'",
                 )

@@ -235,7 +235,9 @@ class SplitInput(_Pushing):
 
     def late(self, x: Tensor) -> Tensor | None:
         """Return ``s (x A) B`` ``[..., out]`` where the call had to leave it out, when the model calls the layer."""
-        adapter = self.active() if self._apart else None
+        if not self._apart or not any(_draws(dropout) for dropout in self.lora.lora_dropout.values()):
+            return None  # as in each step of a decoding
+        adapter = self.active()
         if adapter is None or not self._waits(adapter):
             return None
         product: Tensor = self._low_rank(adapter, x) @ self.columns(self.lora.lora_B[adapter].weight).T
@@ -248,9 +250,11 @@ class SplitInput(_Pushing):
         return low_rank
 
     def _waits(self, adapter: str) -> bool:
-        dropout = self.lora.lora_dropout[adapter]
-        draws_not = type(dropout) is nn.Identity or (type(dropout) is nn.Dropout and not dropout.training)
-        return self._apart and not draws_not
+        return self._apart and _draws(self.lora.lora_dropout[adapter])
+
+
+def _draws(dropout: nn.Module) -> bool:
+    return type(dropout) is not nn.Identity and (type(dropout) is not nn.Dropout or dropout.training)
 
 
 class SplitOutput(_Pushing):

@@ -27,12 +27,16 @@ class _Body(threading.local):
 
     Attributes:
         generation: of which the last pass was a step. number: of the pass; no two of any thread have the same.
+        shared: tensors that the worker has for this thread's calls, by id.
     """
 
     is_due = False
     output: weakref.ref[Tensor] | None = None
     generation: object | None = None
     number = 0
+
+    def __init__(self) -> None:
+        self.shared: dict[int, _Sent] = {}
 
 
 class _Running(threading.local):
@@ -46,10 +50,11 @@ _running = _Running()
 
 @dataclass(frozen=True, slots=True, repr=False)
 class _Mask:
-    """What calls say of a mask, ``fields``, and its rows that attend to nothing: see `RemoteCall.blind`."""
+    """What calls say of a mask, ``fields``, and its rows that attend to nothing: see `RemoteCall`."""
 
     fields: dict[str, Any]
-    blind: Tensor | None
+    blind: Tensor | None = None
+    looked_at: bool = False
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -83,7 +88,6 @@ class Passes:
     def __init__(self, session: Session) -> None:
         self._session = session
         self._numbers = itertools.count(1)
-        self._shared: dict[int, _Sent] = {}
         self.number = 0
         self.eager = False  # whether the model computed attention eagerly, where blind rows see all positions alike
         self._body = _Body()
@@ -128,17 +132,19 @@ class Passes:
             allowed = _allowed(mask, call.layer)
             call.extras["mask"] = pack_mask(allowed)
             sent = self._send(call, mask, self._describe(mask, allowed))
-        call.header["mask"], call.blind = {"id": sent.number, **sent.mask.fields}, sent.mask.blind
+        call.header["mask"] = {"id": sent.number, **sent.mask.fields}
+        call.blind, call.looked_at = sent.mask.blind, sent.mask.looked_at
 
     def _describe(self, mask: Tensor, allowed: Tensor) -> _Mask:
-        """Of a row without a true number stock attention makes 0; of one of least numbers, softmax, and all alike."""
+        """Where a row allows nothing, stock attention gives 0; of least numbers it makes equal weights."""
         fields: dict[str, Any] = {"shape": list(allowed.shape)}
         blind = ~allowed.any(dim=-1)
         if not blind.any():
-            return _Mask(fields, None)
+            return _Mask(fields)
         if self.eager or (mask.dtype != torch.bool and not mask.isinf().any()):
-            return _Mask({**fields, "uniform": True}, None)
-        return _Mask(fields, blind.transpose(1, 2))
+            return _Mask({**fields, "uniform": True})
+        looked_at = allowed[..., allowed.shape[-1] - allowed.shape[-2] :].any(dim=-2) & blind
+        return _Mask(fields, blind.transpose(1, 2), bool(looked_at.any()))
 
     def add_rotary(self, call: RemoteCall, tables: tuple[Tensor, Tensor] | None) -> None:
         """Tell a call of cos and sin ``[1 or B, T, n]``, as the model's own rotary module gave them."""
@@ -148,29 +154,29 @@ class Passes:
         sent = self._find(cos)
         if sent is None:
             call.extras |= {"cos": cos.detach().to(call.dtype), "sin": sin.detach().to(call.dtype)}
-            sent = self._send(call, cos, _Mask({}, None))
+            sent = self._send(call, cos, _Mask({}))
         call.header["rotary"] = {"id": sent.number}
 
     def _find(self, tensor: Tensor) -> _Sent | None:
         """What the worker has of a tensor, if it is as it was."""
-        sent = self._shared.get(id(tensor))
+        sent = self._body.shared.get(id(tensor))
         if sent is None or sent.tensor() is not tensor or sent.of_pass != self._body.number:
             return None
         return sent if sent.version == version_of(tensor) else None
 
     def _send(self, call: RemoteCall, tensor: Tensor, mask: _Mask) -> _Sent:
         """Number a tensor that goes with a call; it is found again once the worker has answered."""
-        key, number = id(tensor), next(self._numbers)
+        key, number, shared = id(tensor), next(self._numbers), self._body.shared
 
         def forget(_: Any) -> None:
-            if key in self._shared and self._shared[key].number == number:
-                del self._shared[key]
+            if key in shared and shared[key].number == number:
+                del shared[key]
                 self._session.drop("shared", number)
 
         def remember() -> None:
-            if key in self._shared:  # the same tensor, changed in place or of an earlier pass
-                self._session.drop("shared", self._shared.pop(key).number)
-            self._shared[key] = sent
+            if key in shared:  # the same tensor, changed in place or of an earlier pass
+                self._session.drop("shared", shared.pop(key).number)
+            shared[key] = sent
 
         sent = _Sent(weakref.ref(tensor, forget), version_of(tensor), self._body.number, number, mask)
         call.when_sent.append(remember)

@@ -87,6 +87,7 @@ class RecordingWorker:
     def _await(self, word: str) -> None:
         answers = self._process.stdout
         if answers is None or answers.readline().strip() != word:
+            self._process.kill()
             raise ObfuscatuneError("the recording worker failed", got=f"exit {self._process.wait()}")
 
 
