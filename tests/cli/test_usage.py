@@ -71,7 +71,7 @@ def test_a_home_directory_in_a_config_file_is_expanded(
     monkeypatch.setenv("HOME", str(model_dir.parent))
     names: list[str] = []
     monkeypatch.setattr(
-        "obfuscatune.training.loading.load", lambda name, dtype: names.append(name) or load(name, dtype)
+        "obfuscatune.training.loading.load", lambda name, *more: names.append(name) or load(name, *more)
     )
     path = tmp_path / "run.yaml"
     path.write_text(f"model_name_or_path: ~/{model_dir.name}\nmax_new_tokens: 1\nprofile: enclave\nprompt: [a]\n")

@@ -140,11 +140,12 @@ def test_a_mask_crosses_and_is_unpacked_once_for_all_layers_of_a_pass(
     monkeypatch.setattr("obfuscatune.worker.attention.attend", attending)
     mask = torch.ones_like(IDS)
     mask[0, :2] = 0
+    labels = IDS.masked_fill(torch.arange(IDS.shape[1]) < 3, -100)  # the third is predicted from padding
     with (
         worker_in_a_thread(tmp_path) as address,
         obfuscatune.protect(new_model(), profile=profile, worker=address) as made,
     ):
-        made.model(IDS, attention_mask=mask, labels=IDS).loss.backward()
+        made.model(IDS, attention_mask=mask, labels=labels).loss.backward()
     assert len(unpacked) == 1
     assert len(used) == 2 and all(each is unpacked[0] for each in used)  # of two blocks
 

@@ -124,7 +124,7 @@ def test_an_upgrade(serving: Serving, run: Run, tmp_path: Path, monkeypatch: pyt
     for change, fault in (
         ({"expires": 1 << 48}, "at most 3650 days"),
         ({"created": 1, "expires": 2}, "has expired"),
-        ({"to": term["enclave"]}, "to itself"),
+        ({"to": term["enclave"]}, "is the old one"),
     ):
         (tmp_path / "other.upgrade").write_bytes(encode({"signatures": {}, "upgrade": {**term, **change}}))
         code, said = run(CLINIC, "upgrade", policy, "--file", "other.upgrade", "--yes")

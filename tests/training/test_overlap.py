@@ -47,6 +47,7 @@ def batch(rows: int, length: int = 9) -> dict[str, torch.Tensor]:
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
     labels = ids.masked_fill(mask == 0, IGNORED_LABEL)
+    labels[0, 3] = IGNORED_LABEL  # predicted from padding
     labels[-1, : length // 2] = IGNORED_LABEL
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
