@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from obfuscatune.enclave.folding import centre
 from obfuscatune.enclave.keys import decode, encode
 from obfuscatune.enclave.remote.blind import BlindRows
-from obfuscatune.enclave.remote.cache import CacheMirror
+from obfuscatune.enclave.remote.cache import CacheMirror, take_cache
 from obfuscatune.enclave.remote.calls import RemoteCall, without_autocast
 from obfuscatune.enclave.remote.linear import Placed
 from obfuscatune.enclave.remote.lora import Slot
@@ -91,11 +91,10 @@ class RemoteBody(Standin):
     def forward(
         self,
         hidden_states: Tensor,
-        past_key_values: Any = None,
+        cache: Any = None,
         attention_mask: Tensor | None = None,
         encoder_hidden_states: Tensor | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
-        layer_past: Any = None,
         **kwargs: Any,
     ) -> Tensor:
         """Return ``[B, T, d]``. The order of arguments is that of GPT-2's blocks, the only ones called by position.
@@ -104,8 +103,9 @@ class RemoteBody(Standin):
             UnsupportedModelError: an argument that is not understood, a mask with values other than allowed and
             forbidden, an unknown kind of cache, or gradients through a cache filled by an earlier call.
         """
-        refuse_unknown({"encoder_hidden_states": encoder_hidden_states, **kwargs}, self.placed.path)
-        cache = past_key_values if past_key_values is not None else layer_past
+        arguments = {"cache": cache, "encoder_hidden_states": encoder_hidden_states, **kwargs}
+        cache = take_cache(arguments)
+        refuse_unknown(arguments, self.placed.path)
         with without_autocast():
             return self._run(hidden_states, attention_mask, position_embeddings, cache)
 

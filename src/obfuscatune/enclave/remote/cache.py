@@ -21,6 +21,13 @@ from obfuscatune.errors import UnsupportedModelError
 
 _ITS_OWN = "let the model make the cache, and pass it on as it came"
 _STUBS = (DynamicLayer, DynamicSlidingWindowLayer)
+_NAMES = ("cache", "past_key_values", "layer_past")  # from transformers 5.24 on; before; and in some of its blocks
+
+
+def take_cache(arguments: dict[str, Any]) -> Any:
+    """Take the cache out of a forward's arguments, whatever ``transformers`` calls it; None where there is none."""
+    given = [arguments.pop(name, None) for name in _NAMES]
+    return next((cache for cache in given if cache is not None), None)
 
 
 class CacheMirror:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from obfuscatune.enclave.keys import decode, encode
-from obfuscatune.enclave.remote.cache import CacheMirror
+from obfuscatune.enclave.remote.cache import CacheMirror, take_cache
 from obfuscatune.enclave.remote.calls import RemoteCall, without_autocast
 from obfuscatune.enclave.remote.held import HeldSlot
 from obfuscatune.enclave.remote.linear import Placed
@@ -134,8 +134,6 @@ class RemoteAttention(RemotePart):
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
-        past_key_values: Any = None,
-        layer_past: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """Return ``[B, T, d]`` and None: attention weights never come back.
@@ -144,12 +142,12 @@ class RemoteAttention(RemotePart):
             UnsupportedModelError: an argument that is not understood, a mask with values other than allowed and
             forbidden, an unknown kind of cache, or gradients through a cache filled by an earlier call.
         """
+        cache = take_cache(kwargs)
         refuse_unknown(kwargs, self.placed.path)
         with without_autocast():
             call = self.call(hidden_states)
             self._passes.add_mask(call, attention_mask)
             self._passes.add_rotary(call, position_embeddings)
-            cache = past_key_values if past_key_values is not None else layer_past
             if cache is not None:
                 add_cache(call, self._mirror, cache, self._index)
             return self.finish(call), None
