@@ -1,15 +1,18 @@
 """Masks, padding, KV caches and every way to generate give what the untouched model gives."""
 
 import copy
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, GPT2LMHeadModel
 
 from obfuscatune import UnsupportedModelError
 from obfuscatune.enclave.remote.body import RemoteBody
+from obfuscatune.enclave.remote.whole import RemotePart
+from obfuscatune.enclave.remote.withdrawn import Departed
 
 from .models import END, VARIANTS, error, tokens, twins
 
@@ -117,6 +120,21 @@ def test_cache_continued_by_hand(pair: tuple[Any, Any]) -> None:
         got = torch.cat([first.logits, second.logits, third.logits, rest.logits], dim=1)
     assert error(got, whole) < LOGITS
     assert rest.past_key_values.get_seq_length() == 9
+
+
+def test_the_cache_goes_by_the_name_that_transformers_gives_it(pair: tuple[Any, Any]) -> None:
+    """It is `cache` from 5.24 on; 5.23 has an argument of that name for continuous batching alone."""
+    renamed = "cache" in inspect.signature(GPT2LMHeadModel.forward).parameters
+    ids = tokens(2, 6)
+    with torch.no_grad():
+        whole = pair[0](input_ids=ids).logits
+        first = pair[1](input_ids=ids[:, :4], use_cache=True)
+        if renamed:
+            rest = pair[1](input_ids=ids[:, 4:], cache=first.cache).logits
+            assert error(torch.cat([first.logits, rest], dim=1), whole) < LOGITS
+        elif isinstance(pair[1].transformer.h[-1].attn, RemotePart | Departed):
+            with pytest.raises(UnsupportedModelError, match=r"not understood.*got cache"):
+                pair[1](input_ids=ids[:, 4:], cache=first.past_key_values)
 
 
 def test_cache_cropped_selected_and_repeated_by_hand(pair: tuple[Any, Any]) -> None:

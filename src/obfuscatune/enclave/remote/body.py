@@ -91,7 +91,7 @@ class RemoteBody(Standin):
     def forward(
         self,
         hidden_states: Tensor,
-        cache: Any = None,
+        by_position: Any = None,
         attention_mask: Tensor | None = None,
         encoder_hidden_states: Tensor | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
@@ -99,13 +99,15 @@ class RemoteBody(Standin):
     ) -> Tensor:
         """Return ``[B, T, d]``. The order of arguments is that of GPT-2's blocks, the only ones called by position.
 
+        Args:
+            by_position: the cache, which other blocks are given by name.
+
         Raises:
             UnsupportedModelError: an argument that is not understood, a mask with values other than allowed and
             forbidden, an unknown kind of cache, or gradients through a cache filled by an earlier call.
         """
-        arguments = {"cache": cache, "encoder_hidden_states": encoder_hidden_states, **kwargs}
-        cache = take_cache(arguments)
-        refuse_unknown(arguments, self.placed.path)
+        cache = take_cache(kwargs) if by_position is None else by_position
+        refuse_unknown({"encoder_hidden_states": encoder_hidden_states, **kwargs}, self.placed.path)
         with without_autocast():
             return self._run(hidden_states, attention_mask, position_embeddings, cache)
 

@@ -6,6 +6,7 @@ key the row and the position that it had on the worker at the last call, as its 
 rows there were. At the next call it reads off them which rows, and which tokens, the worker must go on from.
 """
 
+import inspect
 import itertools
 import weakref
 from collections.abc import Sequence
@@ -15,19 +16,21 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.masking_utils import create_causal_mask
 
 from obfuscatune.enclave.session import Session
 from obfuscatune.errors import UnsupportedModelError
 
 _ITS_OWN = "let the model make the cache, and pass it on as it came"
 _STUBS = (DynamicLayer, DynamicSlidingWindowLayer)
-_NAMES = ("cache", "past_key_values", "layer_past")  # from transformers 5.24 on; before; and in some of its blocks
+# From transformers 5.24 on; before, where an argument `cache` is that of continuous batching alone.
+_NAME = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 
 
 def take_cache(arguments: dict[str, Any]) -> Any:
     """Take the cache out of a forward's arguments, whatever ``transformers`` calls it; None where there is none."""
-    given = [arguments.pop(name, None) for name in _NAMES]
-    return next((cache for cache in given if cache is not None), None)
+    cache, of_block = arguments.pop(_NAME, None), arguments.pop("layer_past", None)
+    return cache if cache is not None else of_block
 
 
 class CacheMirror:
