@@ -13,19 +13,27 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    BambaConfig,
     BloomConfig,
     Cohere2Config,
     FalconConfig,
+    FalconH1Config,
     Gemma3Config,
     Gemma3TextConfig,
     GemmaConfig,
     GPTJConfig,
     GPTNeoConfig,
     GptOssConfig,
+    Lfm2Config,
+    Lfm3Config,
+    Mamba2Config,
     MambaConfig,
+    OlmoHybridConfig,
     OpenAIGPTConfig,
     OPTConfig,
     PhiConfig,
+    Qwen3_5TextConfig,
+    RecurrentGemmaConfig,
 )
 
 from obfuscatune import UnsupportedModelError
@@ -79,6 +87,52 @@ FOUND: dict[str, tuple[Callable[[], Any], list[int]]] = {
     "gemma": (lambda: GemmaConfig(**SQUARE, head_dim=6), [3, 1, 2, 1]),
     "cohere2": (lambda: Cohere2Config(**SQUARE, **WINDOWS), [5, 1, 1]),
 }  # fmt: skip
+LINEAR = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2}
+NARROW = {**COMMON, "hidden_size": 48, "intermediate_size": 56, "num_hidden_layers": 3}
+STATES = {"hidden_size": 48, "num_hidden_layers": 2, "chunk_size": 4}
+# Attention beside or between linear attention, short convolutions or a state space, whose own numbers stay here; and
+# which of their layers PEFT takes.
+HYBRIDS: dict[str, tuple[Callable[[], Any], Any]] = {
+    "qwen3_5_text": (
+        lambda: Qwen3_5TextConfig(
+            **NARROW, **LINEAR, head_dim=8, linear_num_value_heads=4,
+            layer_types=["linear_attention", "full_attention", "linear_attention"],
+        ),
+        "all-linear",
+    ),
+    "falcon_h1": (
+        lambda: FalconH1Config(
+            **NARROW, head_dim=8, mamba_d_ssm=48, mamba_n_heads=6, mamba_d_head=8, mamba_d_state=8, mamba_chunk_size=4
+        ),
+        ["in_proj", "q_proj", "v_proj", "down_proj"],
+    ),
+    "recurrent_gemma": (
+        lambda: RecurrentGemmaConfig(
+            **{**NARROW, "intermediate_size": 512}, lru_width=48, attention_window_size=4,
+            block_types=["recurrent", "attention", "recurrent"],
+        ),
+        "all-linear",
+    ),
+    "mamba2": (
+        lambda: Mamba2Config(**SMALL, **STATES, num_heads=12, head_dim=8, state_size=8, n_groups=2), ["in_proj"]
+    ),
+    "lfm2": (lambda: Lfm2Config(**NARROW, full_attn_idxs=[1]), "all-linear"),
+    "lfm3": (lambda: Lfm3Config(**NARROW, layer_types=["conv", "full_attention", "conv"]), "all-linear"),
+    "olmo_hybrid": (
+        lambda: OlmoHybridConfig(
+            **NARROW, **LINEAR, linear_num_value_heads=2,
+            layer_types=["linear_attention", "full_attention", "linear_attention"],
+        ),
+        "all-linear",
+    ),
+    "bamba": (
+        lambda: BambaConfig(
+            **NARROW, mamba_n_heads=12, mamba_d_head=8, mamba_d_state=8, mamba_chunk_size=4, attn_layer_indices=[1]
+        ),
+        "all-linear",
+    ),
+}  # fmt: skip
+QUICK = ("qwen3_5_text", "falcon_h1", "recurrent_gemma")
 STOCK_FLOAT32 = {  # whose stock masks are not finite in float64
     "bloom": lambda: BloomConfig(**SMALL, hidden_size=24, n_layer=2, n_head=4, hidden_dropout=0.0)
 }
@@ -116,6 +170,30 @@ def test_what_is_found_runs_exactly(protect: Any, name: str, profile: str) -> No
             results.append({"logits": logits.detach(), **gradients(each)})
         assert torch.equal(run.model.generate(**prompt), reference.generate(**prompt))
     assert len(results[0]) > 12
+    assert worst(results[1], results[0]) < EXACT
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in HYBRIDS]
+)
+def test_hybrids_run_exactly(protect: Any, name: str) -> None:
+    make, targets = HYBRIDS[name]
+    plain = model_of(make())
+    reference = adapted(copy.deepcopy(plain), target_modules=targets)
+    ids, mask = batch()
+    prompt = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    with protect(copy.deepcopy(reference), profile="strict", **MONARCH) as run:
+        left = [name for name, module in run.model.named_modules() if isinstance(module, RemoteLinear)]
+        assert len(left) == sum(isinstance(module, nn.Linear) for module in plain.modules()) - 1  # but the head
+        results = []
+        for each in (reference, run.model):
+            logits = each(input_ids=ids, attention_mask=mask).logits[mask.bool()]
+            scalar(logits).backward()
+            results.append({"logits": logits.detach(), **gradients(each)})
+        for beams in (1, 3):
+            found = [each.generate(**prompt, num_beams=beams) for each in (run.model, reference)]
+            assert torch.equal(*found)
+    assert len(results[0]) > 4
     assert worst(results[1], results[0]) < EXACT
 
 
@@ -196,11 +274,20 @@ def test_what_a_configuration_does_not_say_is_refused(
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (lambda: GptOssConfig(**SQUARE, head_dim=6, num_local_experts=2, sliding_window=4), r"mlp\.router"),
-        (lambda: MambaConfig(vocab_size=37, hidden_size=24, num_hidden_layers=2, state_size=4), r"A_log.*mixer"),
+        (lambda: GptOssConfig(**SQUARE, head_dim=6, num_local_experts=2, sliding_window=4), r"mlp\.experts"),
+        (
+            lambda: MambaConfig(vocab_size=37, hidden_size=64, num_hidden_layers=2, state_size=4),
+            r"0 calls.*mixer\.dt_proj",
+        ),
+        (lambda: RecurrentGemmaConfig(**NARROW), r"not those of a linear layer.*_gate_weight.*rg_lru"),
         (lambda: FalconConfig(**SMALL, hidden_size=24, num_attention_heads=3), r"kind that cannot be keyed.*Falcon"),
     ],
-    ids=["attention sinks and experts", "a state-space model", "a linear layer of its own class"],
+    ids=[
+        "experts",
+        "a weight that other code multiplies by",
+        "large weights of another kind",
+        "a linear layer of its own class",
+    ],
 )
 def test_other_kinds_of_layers_are_refused_by_name(protect: Any, config: Callable[[], Any], message: str) -> None:
     with pytest.raises(UnsupportedModelError, match=message):
@@ -233,9 +320,8 @@ def test_inspect_says_what_was_found(tmp_path: Path, capfd: pytest.CaptureFixtur
     assert main(["inspect", "--model_name_or_path", str(tmp_path), "--json"]) == 0
     found = json.loads(capfd.readouterr().out)
     assert (found["family"], found["record"], found["blocks"], found["width"]) == ("gptj", False, 2, 24)
-    assert found["calls_of_a_block"] == [
-        "attn.k_proj + attn.v_proj + attn.q_proj + mlp.fc_in", "attn.out_proj", "mlp.fc_out",
-    ]  # fmt: skip
+    calls = ["attn.k_proj + attn.v_proj + attn.q_proj + mlp.fc_in", "attn.out_proj", "mlp.fc_out"]
+    assert found["calls"] == [{"blocks": [0, 1], "calls": calls}]
     refused = {row["profile"] for row in found["profiles"] if "refused" in row}
     assert refused == {"plain", "balanced", "stream"}
     assert main(["inspect", "--model_name_or_path", str(tmp_path)]) == 0

@@ -87,16 +87,25 @@ def _shape(decoder: Any) -> dict[str, Any]:
             "kv_heads": shape.kv_heads,
             "head_dim": shape.head_dim,
         }
-    layers = [" + ".join(layer.path.removeprefix(f"{first.path}.") for layer in group.layers) for group in first.groups]
-    return {**found, "calls_of_a_block": layers}
+    return {**found, "calls": _calls(decoder.blocks)}
+
+
+def _calls(blocks: list[Any]) -> list[dict[str, Any]]:
+    """Which layers of a block travel in one call, for each kind of block; hybrid models have several kinds."""
+    kinds: dict[tuple[str, ...], list[int]] = {}
+    for block in blocks:
+        names = [[layer.path.removeprefix(f"{block.path}.") for layer in group.layers] for group in block.groups]
+        kinds.setdefault(tuple(" + ".join(together) for together in names), []).append(block.index)
+    return [{"blocks": indices, "calls": list(calls)} for calls, indices in kinds.items()]
 
 
 def _show(found: dict[str, Any]) -> None:
     for name, value in found.items():
-        if name == "calls_of_a_block":
-            value = "; ".join(value)
-        if name != "profiles":
+        if name not in ("calls", "profiles"):
             print(f"{name:<18}{value:,}" if type(value) is int else f"{name:<18}{value}")
+    for kind in found["calls"]:
+        of = "of each block" if len(found["calls"]) == 1 else "of blocks " + ", ".join(map(str, kind["blocks"]))
+        print(f"{'calls':<18}{'; '.join(kind['calls'])} ({of})")
     refused = [row for row in found["profiles"] if "refused" in row]
     rows = [
         (

@@ -15,6 +15,9 @@ from obfuscatune.enclave.families.empty import empty_model
 from obfuscatune.enclave.families.form import Block, Decoder, Group, Layer, find_layer
 from obfuscatune.errors import ONLY_INSIDE, UNQUANTIZED, UnsupportedModelError
 
+# Short convolutions and the numbers of a state space stay in the enclave. They are at most this much of what a block's
+# linear layers have; where it is more, a user would wonder how little has left.
+STAYS = 0.05
 _TOKENS = 4  # of the run without data; a number that no layer's width is likely to be mistaken for
 
 
@@ -70,27 +73,39 @@ def _linear_names(block: nn.Module, where: str) -> list[str]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     names: list[str] = []
+    stays: dict[str, torch.Size] = {}
+    linear = 0
     for name, module in block.named_modules():
         if any(name.startswith(f"{outer}.") for outer in names):
             continue  # what is within PEFT's layer
+        path = f"{where}.{name}" if name else where
         if isinstance(module, nn.ModuleList) and name and _has_linear(module):
-            raise UnsupportedModelError(
-                "a list of modules in a block, such as experts", where=f"{where}.{name}", hint=ONLY_INSIDE
-            )
-        for own, parameter in module.named_parameters(recurse=False):
-            if (
-                parameter.ndim > 1
-                and not isinstance(module, nn.Linear | Conv1D | nn.Embedding)
-                and not _is_norm(module)
-            ):
-                got = f"{own} {list(parameter.shape)}"
-                path = f"{where}.{name}" if name else where
-                raise UnsupportedModelError(
-                    "weights that are not those of a linear layer", got=got, where=path, hint=ONLY_INSIDE
-                )
+            raise UnsupportedModelError("a list of modules in a block, such as experts", where=path, hint=ONLY_INSIDE)
         if isinstance(module, nn.Linear | Conv1D | BaseTunerLayer):
             names.append(name)
+            linear += sum(parameter.numel() for _, parameter in block.get_submodule(name).named_parameters())
+        elif not isinstance(module, nn.Embedding) and not _is_norm(module):
+            own = module.named_parameters(recurse=False)
+            stays |= {f"{path} {name}": parameter.shape for name, parameter in own if parameter.ndim > 1}
+    _require_small(stays, linear)
     return names
+
+
+def _require_small(stays: dict[str, torch.Size], linear: int) -> None:
+    """Refuse weights of other kinds that would make the enclave large, as those of experts; see `STAYS`.
+
+    Args:
+        stays: their shapes, by path and name. linear: how many numbers the block's linear layers have.
+    """
+    if sum(shape.numel() for shape in stays.values()) > STAYS * linear:
+        largest = max(stays, key=lambda name: stays[name].numel())
+        path, name = largest.split(" ")
+        raise UnsupportedModelError(
+            "weights that are not those of a linear layer",
+            got=f"{name} {list(stays[largest])}",
+            where=path,
+            hint=ONLY_INSIDE,
+        )
 
 
 def _is_norm(module: nn.Module) -> bool:
