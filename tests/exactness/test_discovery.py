@@ -38,6 +38,7 @@ from transformers import (
 
 from obfuscatune import UnsupportedModelError
 from obfuscatune.cli import main
+from obfuscatune.enclave.families import layer_names
 from obfuscatune.enclave.remote.linear import RemoteLinear
 
 from .families import COMMON, SQUARE, adapted, randomize, wide
@@ -90,46 +91,28 @@ FOUND: dict[str, tuple[Callable[[], Any], list[int]]] = {
 LINEAR = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2}
 NARROW = {**COMMON, "hidden_size": 48, "intermediate_size": 56, "num_hidden_layers": 3}
 STATES = {"hidden_size": 48, "num_hidden_layers": 2, "chunk_size": 4}
-# Attention beside or between linear attention, short convolutions or a state space, whose own numbers stay here; and
-# which of their layers PEFT takes.
-HYBRIDS: dict[str, tuple[Callable[[], Any], Any]] = {
-    "qwen3_5_text": (
-        lambda: Qwen3_5TextConfig(
-            **NARROW, **LINEAR, head_dim=8, linear_num_value_heads=4,
-            layer_types=["linear_attention", "full_attention", "linear_attention"],
-        ),
-        "all-linear",
+# Attention beside or between linear attention, short convolutions or a state space, whose own numbers stay here.
+HYBRIDS: dict[str, Callable[[], Any]] = {
+    "qwen3_5_text": lambda: Qwen3_5TextConfig(
+        **NARROW, **LINEAR, head_dim=8, linear_num_value_heads=4,
+        layer_types=["linear_attention", "full_attention", "linear_attention"],
     ),
-    "falcon_h1": (
-        lambda: FalconH1Config(
-            **NARROW, head_dim=8, mamba_d_ssm=48, mamba_n_heads=6, mamba_d_head=8, mamba_d_state=8, mamba_chunk_size=4
-        ),
-        ["in_proj", "q_proj", "v_proj", "down_proj"],
+    "falcon_h1": lambda: FalconH1Config(
+        **NARROW, head_dim=8, mamba_d_ssm=48, mamba_n_heads=6, mamba_d_head=8, mamba_d_state=8, mamba_chunk_size=4
     ),
-    "recurrent_gemma": (
-        lambda: RecurrentGemmaConfig(
-            **{**NARROW, "intermediate_size": 512}, lru_width=48, attention_window_size=4,
-            block_types=["recurrent", "attention", "recurrent"],
-        ),
-        "all-linear",
+    "recurrent_gemma": lambda: RecurrentGemmaConfig(
+        **{**NARROW, "intermediate_size": 512}, lru_width=48, attention_window_size=4,
+        block_types=["recurrent", "attention", "recurrent"],
     ),
-    "mamba2": (
-        lambda: Mamba2Config(**SMALL, **STATES, num_heads=12, head_dim=8, state_size=8, n_groups=2), ["in_proj"]
+    "mamba2": lambda: Mamba2Config(**SMALL, **STATES, num_heads=12, head_dim=8, state_size=8, n_groups=2),
+    "lfm2": lambda: Lfm2Config(**NARROW, full_attn_idxs=[1]),
+    "lfm3": lambda: Lfm3Config(**NARROW, layer_types=["conv", "full_attention", "conv"]),
+    "olmo_hybrid": lambda: OlmoHybridConfig(
+        **NARROW, **LINEAR, linear_num_value_heads=2,
+        layer_types=["linear_attention", "full_attention", "linear_attention"],
     ),
-    "lfm2": (lambda: Lfm2Config(**NARROW, full_attn_idxs=[1]), "all-linear"),
-    "lfm3": (lambda: Lfm3Config(**NARROW, layer_types=["conv", "full_attention", "conv"]), "all-linear"),
-    "olmo_hybrid": (
-        lambda: OlmoHybridConfig(
-            **NARROW, **LINEAR, linear_num_value_heads=2,
-            layer_types=["linear_attention", "full_attention", "linear_attention"],
-        ),
-        "all-linear",
-    ),
-    "bamba": (
-        lambda: BambaConfig(
-            **NARROW, mamba_n_heads=12, mamba_d_head=8, mamba_d_state=8, mamba_chunk_size=4, attn_layer_indices=[1]
-        ),
-        "all-linear",
+    "bamba": lambda: BambaConfig(
+        **NARROW, mamba_n_heads=12, mamba_d_head=8, mamba_d_state=8, mamba_chunk_size=4, attn_layer_indices=[1]
     ),
 }  # fmt: skip
 QUICK = ("qwen3_5_text", "falcon_h1", "recurrent_gemma")
@@ -177,9 +160,8 @@ def test_what_is_found_runs_exactly(protect: Any, name: str, profile: str) -> No
     "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in HYBRIDS]
 )
 def test_hybrids_run_exactly(protect: Any, name: str) -> None:
-    make, targets = HYBRIDS[name]
-    plain = model_of(make())
-    reference = adapted(copy.deepcopy(plain), target_modules=targets)
+    plain = model_of(HYBRIDS[name]())
+    reference = adapted(copy.deepcopy(plain), target_modules=layer_names(plain))
     ids, mask = batch()
     prompt = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     with protect(copy.deepcopy(reference), profile="strict", **MONARCH) as run:
@@ -195,6 +177,14 @@ def test_hybrids_run_exactly(protect: Any, name: str) -> None:
             assert torch.equal(*found)
     assert len(results[0]) > 4
     assert worst(results[1], results[0]) < EXACT
+
+
+def test_training_that_takes_a_weight_itself_is_refused(protect: Any) -> None:
+    model = adapted(model_of(HYBRIDS["mamba2"]()), target_modules=["in_proj"])
+    with protect(model, profile="strict", **MONARCH) as run:
+        with pytest.raises(UnsupportedModelError, match=r"weight.*layers\.0\.mixer\.out_proj"):
+            run.model.train()(input_ids=tokens(2, 9))
+        run.model.eval()(input_ids=tokens(2, 9))
 
 
 @pytest.mark.parametrize("name", ["opt", "gptj"])

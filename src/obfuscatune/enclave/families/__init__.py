@@ -53,11 +53,15 @@ def family_of(config: Any) -> FamilySpec:
             "there is no record of this model family",
             got=f"model_type {model_type!r}",
             expected=f"one of {', '.join(FAMILIES)}",
-            hint="profiles that send linear layers alone need none: paper, naive, strict",
+            hint="profiles that send linear layers alone need none: paper, naive, strict, shared",
         )
     spec = FAMILIES[model_type]
     refuse_unless_supported(spec, config)
     return spec
+
+
+# PEFT refuses `out_proj` of these: their kernels take its weight without a call of the layer.
+_MAMBAS = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
 
 
 def layer_names(model: Any) -> list[str]:
@@ -69,15 +73,15 @@ def layer_names(model: Any) -> list[str]:
     if spec is not None:
         return sorted(spec.layer_names())
     try:
-        return sorted({layer.name for block in read_decoder(model).blocks for layer in block.layers})
+        names = {layer.name for block in read_decoder(model).blocks for layer in block.layers}
     except UnsupportedModelError:
         head = model.get_output_embeddings()
-        linear = {
-            name for name, one in model.named_modules() if one is not head and isinstance(one, nn.Linear | Conv1D)
+        names = {
+            name.rpartition(".")[2]
+            for name, one in model.named_modules()
+            if one is not head and isinstance(one, nn.Linear | Conv1D)
         }
-        # PEFT refuses that layer of Mamba's: its kernels take the weight without a call of the layer.
-        mixing = {name for name in linear if name.endswith("mixer.out_proj")}
-        return sorted({name.rpartition(".")[2] for name in linear - mixing})
+    return sorted(names - {"out_proj"} if model.config.model_type in _MAMBAS else names)
 
 
 def read_decoder(model: Any) -> Decoder:

@@ -135,7 +135,8 @@ class Withdrawn(Standin, nn.Linear):
                 got=name,
                 where=self.path,
                 hint="adapters on further layers, DoRA, PiSSA and their like: before protect; all layers that any "
-                "adapter has need one by then",
+                "adapter has need one by then. Models whose own code multiplies by it, as Mamba 2, Falcon-H1 and Bamba "
+                'in training: profile="enclave"',
             )
         return super().__getattr__(name)
 
