@@ -11,6 +11,7 @@ report says how fresh it must be.
 """
 
 import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 from cryptography import x509
@@ -25,7 +26,7 @@ from obfuscatune.errors import FormatError, printable
 from obfuscatune.parties.attestation.certificates import Certificate, read_chain
 from obfuscatune.parties.attestation.evidence import Quote
 from obfuscatune.parties.attestation.fields import parsing
-from obfuscatune.parties.attestation.policy import TCB_PARTS, Policy
+from obfuscatune.parties.attestation.policy import Policy
 from obfuscatune.parties.attestation.roots import AMD_ROOTS
 from obfuscatune.parties.attestation.verdict import Checked, Rule
 
@@ -113,6 +114,7 @@ def _chain(report: bytes, pem: bytes, policy: Policy) -> list[Certificate]:
         *leaves, ask, ark = read_chain(policy.certificates, "certificates of the policy")
         key, chip = _signing_key(report), report[_CHIP]
         own = [leaf for leaf in leaves if (_is_for(leaf, chip) if key == "VCEK" else _title(leaf) == f"SEV-{key}")]
+        own.sort(key=lambda leaf: not _signed_by(report, leaf))  # a chip has another VCEK for each TCB
         chain = [*(chain[:1] or own[:1] or leaves[:1]), ask, ark]
     if len(chain) != 3:
         hint = "the host hands out none: name them in the policy, platform.certificates"
@@ -229,10 +231,9 @@ def _platform(report: bytes, policy: Policy, product: str) -> list[Rule]:
     # The firmware that runs now signs; the one that started the guest has measured it.
     for name, at in (("tcb", 0x180), ("launch tcb", 0x1F0)):
         tcb = _tcb(report, at, product)
-        enough = minimum is not None and all(tcb[part] >= minimum[part] for part in TCB_PARTS)
-        rules.append(
-            Rule(name, enough, _tcb_text(tcb), "min_tcb " + (_tcb_text(minimum) if minimum else "in the policy"))
-        )
+        enough = minimum is not None and all(part in minimum and tcb[part] >= minimum[part] for part in tcb)
+        least = "in the policy" if minimum is None else _tcb_text({part: minimum.get(part, "missing") for part in tcb})
+        rules.append(Rule(name, enough, _tcb_text(tcb), f"min_tcb {least}"))
     return rules
 
 
@@ -240,8 +241,8 @@ def _tcb(report: bytes, at: int, product: str) -> dict[str, int]:
     return {part: report[at + offset] for part, offset in _TCB_LAYOUT[product].items()}
 
 
-def _tcb_text(tcb: Any) -> str:
-    return ", ".join(f"{part} {tcb[part]}" for part in TCB_PARTS)
+def _tcb_text(tcb: Mapping[str, Any]) -> str:
+    return ", ".join(f"{part} {value}" for part, value in tcb.items())
 
 
 def _measurements(report: bytes) -> dict[str, str]:
