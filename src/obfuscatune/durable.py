@@ -10,8 +10,17 @@ def private(path: str | os.PathLike[str], flags: int) -> int:
 
 
 def write_private(path: Path, data: bytes) -> None:
-    """Write a file of mode 0600 that is on the disk when this returns; follows no link. Raises OSError."""
-    _write(private(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), data)
+    """Write a file of mode 0600 that is on the disk when this returns; follows no link. Raises OSError.
+
+    One that is there is replaced in its content, and in its mode before that; it raises where it is somebody else's.
+    """
+    handle = private(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    try:
+        os.fchmod(handle, 0o600)
+    except BaseException:
+        os.close(handle)
+        raise
+    _write(handle, data)
 
 
 def write_new(path: Path, data: bytes, *, mode: int = 0o600) -> None:
