@@ -34,6 +34,10 @@ def test_what_is_written_over_another_file_is_private_too(tmp_path: Path) -> Non
     path.chmod(0o666)
     write_private(path, b"secret")
     assert (path.read_bytes(), path.stat().st_mode & 0o777) == (b"secret", 0o600)
+    link = tmp_path / "link"
+    link.symlink_to(path)
+    write_private(link, b"other")
+    assert not link.is_symlink() and path.read_bytes() == b"secret"
 
 
 def test_nothing_is_left_of_a_file_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
