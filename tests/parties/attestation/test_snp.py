@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.hashes import SHA384
 from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 
 from obfuscatune.errors import FormatError
+from obfuscatune.parties.attestation import simulated_snp as simulated_snp_module
 from obfuscatune.parties.attestation import snp as module
 from obfuscatune.parties.attestation.certificates import Certificate, read_chain, to_pem
 from obfuscatune.parties.attestation.evidence import Quote
@@ -279,6 +280,24 @@ def test_of_one_chips_vceks_the_one_that_has_signed_is_taken(simulated_snp) -> N
         )
         assert not judge_quote(Quote("snp", new.quote), fleet).failed
         assert failed(judge_quote(Quote("snp", old.quote), fleet)) == ["tcb", "launch tcb"]
+
+
+@pytest.mark.parametrize(
+    ("product", "known"), [("Siena", True), ("Bergamo-A1", True), ("Genoa-B1", True), ("Rome", False)]
+)
+def test_products_under_the_authorities_of_genoa(
+    product: str, known: bool, simulated_snp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    issue = simulated_snp_module.issue
+    monkeypatch.setattr(simulated_snp_module, "PRODUCT", product)
+    monkeypatch.setattr(
+        simulated_snp_module,
+        "issue",
+        lambda title, *rest, **options: issue(title.replace("Milan", "Genoa"), *rest, **options),
+    )
+    ark, keys = hardware(simulated_snp)
+    quote = SimulatedSnp(keys, ark, bytes(48), bytes(range(64)), Flaws()).quote(bytes(64))
+    assert failed(judge_quote(quote, policy(simulated_snp, measurements={}))) == ([] if known else ["certificates"])
 
 
 # A provider's key in place of the chip's

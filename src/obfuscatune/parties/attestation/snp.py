@@ -48,6 +48,8 @@ _TCB_LAYOUT = {
     "Genoa": {"bootloader": 0, "tee": 1, "snp": 6, "microcode": 7},
     "Turin": {"fmc": 0, "bootloader": 1, "tee": 2, "snp": 3, "microcode": 7},
 }
+# Products without authorities of their own: their VCEKs, and their TCB versions, are as those of another one (57230).
+_UNDER = {"Bergamo": "Genoa", "Siena": "Genoa"}
 _FMC_OID = f"{_OID}.3.9"
 _MEASUREMENTS = {
     **{"measurement": (0x90, 48), "host_data": (0xC0, 32), "id_key_digest": (0xE0, 48)},
@@ -65,7 +67,8 @@ def check(evidence_quote: Quote, policy: Policy, now: float) -> Checked:
     _check_form(report)
     chain = _chain(report, evidence_quote.extras.get("certificates", b""), policy)
     leaf, _, root = chain
-    product = _text(leaf, _PRODUCT_NAME).partition("-")[0]
+    product = _text(leaf, _PRODUCT_NAME).partition("-")[0]  # what may follow is the stepping
+    product = _UNDER.get(product, product)
     genuine = AMD_ROOTS.get(hashlib.sha256(root.der).hexdigest())
     simulation = genuine is None and policy.allow_simulation and root.der in policy.simulation_roots
     expected = "AMD's root" + (", or the policy's for simulation" if policy.allow_simulation else "")
