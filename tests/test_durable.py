@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from obfuscatune import durable
-from obfuscatune.durable import private, write_new
+from obfuscatune.durable import private, write_new, write_private
 
 
 @pytest.fixture(autouse=True)
@@ -26,6 +26,18 @@ def test_a_new_file_is_private_and_never_overwritten(tmp_path: Path) -> None:
     assert path.read_bytes() == b"first"
     write_new(tmp_path / "public", b"", mode=0o644)
     assert (tmp_path / "public").stat().st_mode & 0o777 == 0o644
+
+
+def test_what_is_written_over_another_file_is_private_too(tmp_path: Path) -> None:
+    path = tmp_path / "state.new"  # as a crash may have left it, or somebody who can write into the directory
+    path.write_bytes(b"before, and longer")
+    path.chmod(0o666)
+    write_private(path, b"secret")
+    assert (path.read_bytes(), path.stat().st_mode & 0o777) == (b"secret", 0o600)
+    link = tmp_path / "link"
+    link.symlink_to(path)
+    write_private(link, b"other")
+    assert not link.is_symlink() and path.read_bytes() == b"secret"
 
 
 def test_nothing_is_left_of_a_file_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,8 +10,9 @@ def private(path: str | os.PathLike[str], flags: int) -> int:
 
 
 def write_private(path: Path, data: bytes) -> None:
-    """Write a file of mode 0600 that is on the disk when this returns; follows no link. Raises OSError."""
-    _write(private(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), data)
+    """Write a file as `write_new`, of mode 0600, in place of what is there; follows no link. Raises OSError."""
+    path.unlink(missing_ok=True)  # what a crash has left, or somebody else: its mode stays, and who has it open
+    write_new(path, data)
 
 
 def write_new(path: Path, data: bytes, *, mode: int = 0o600) -> None:

@@ -204,6 +204,17 @@ def test_certificates_beside_evidence_that_comes_without(run, tmp_path: Path) ->
     assert given.code == 1 and "refused: claims" in given.out  # the sample is no enclave of ours
 
 
+def test_misuse_of_nonce_and_kind_is_named(files: tuple[Path, Path], run) -> None:
+    made, policy = files
+    for nonce in ("", "zz", NONCE.upper(), NONCE + "00", "\udcff"):
+        outcome = run("attest", "verify", made, "--policy", policy, "--allow-simulation", "--nonce", nonce)
+        assert outcome.code == 2 and outcome.err.startswith("error: not a nonce")
+    for kind, name in (("tdx", "mrtd"), ("snp", "measurement")):
+        lines = run("attest", "measure", "--simulation", "--kind", kind).out.splitlines()
+        assert len(lines) == 2 and lines[1].startswith(f"{name} = ")
+    assert run("attest", "measure", "--simulation", "--kind", "sgx").code == 2
+
+
 def test_a_gpu_from_its_reference_to_the_verdict(platform: SimulatedPlatform, run, tmp_path: Path) -> None:
     gpu = SimulatedGpu.open(tmp_path / "gpu")
     claims = EnclaveClaims(ENCLAVE.public, TLS_KEY, NONCE, int(time.time()), "0.1.0")

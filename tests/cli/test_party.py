@@ -171,6 +171,19 @@ def test_a_folder_is_made_whole_or_not_at_all(
     assert done.code == 0 and Party.open(own).partner.name == "lab", done.err
 
 
+def test_a_policy_of_any_name_is_found_again_or_refused(tmp_path: Path, run: Run) -> None:
+    made = ("--role", "owner", "--enclave", ADDRESS)
+    for number, name in enumerate(('our "own" policy.toml', "back\\slash.toml", "größe.toml")):
+        policy = tmp_path / name
+        policy.write_text("any")
+        assert run("party", "init", "clinic", *made, "--folder", tmp_path / str(number), "--policy", policy).code == 0
+        assert Party.open(tmp_path / str(number)).policy_file.samefile(policy)
+    for name in ("two\nlines.toml", "\udcff.toml"):
+        (tmp_path / name).write_text("any")
+        done = run("party", "init", "clinic", *made, "--folder", tmp_path / "new", "--policy", tmp_path / name)
+        assert done.code == 2 and "cannot hold this name" in done.err and not (tmp_path / "new").exists()
+
+
 def test_a_folder_knows_its_party(folders: tuple[Path, Path], run: Run) -> None:
     lab, clinic = map(Party.open, folders)
     assert lab.partner == clinic.identity.public and clinic.partner == lab.identity.public

@@ -3,13 +3,17 @@
 import base64
 import json
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from obfuscatune import durable
 from obfuscatune.errors import ConsentError, FormatError, ObfuscatuneError, SealError
+from obfuscatune.parties import known
 from obfuscatune.parties.canonical import encode
 from obfuscatune.parties.identity import Identity
 from obfuscatune.parties.membership import (
@@ -220,3 +224,30 @@ def test_a_flipped_bit_is_refused(line: int, at: int, bit: int) -> None:
 def test_signatures_of_a_wrong_form(signatures: Any) -> None:
     with pytest.raises(FormatError):
         SignedChange.from_bytes(encode({"change": json.loads(CHAIN[1])["change"], "signatures": signatures}))
+
+
+def test_commands_that_run_at_once_keep_the_same_membership(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`job run` and `connect` of one folder see a change at the same moment: neither fails, and nothing half stays."""
+    enclave = Identity.generate("enclave", "x25519").public
+    begin = found(enclave.fingerprint, [Member(LAB.public), Member(CLINIC.public)])
+    reply = {"changes": 1, "open": 0}, begin.to_bytes() + b"\n"
+    channel: Any = SimpleNamespace(enclave=enclave, members=(0, begin.change.digest), request=lambda fields: reply)
+
+    def rename(source: Path, target: Path) -> None:
+        monkeypatch.setattr(known, "rename", durable.rename)
+        known._compare(channel, tmp_path)  # another process, whom no lock of this one keeps out
+        durable.rename(source, target)
+
+    monkeypatch.setattr(known, "rename", rename)
+    known.compare(channel, tmp_path)
+    (kept,) = tmp_path.iterdir()
+    assert kept.read_bytes() == reply[1] and kept.name == f"members-{enclave.fingerprint[:16]}.jsonl"
+
+    def full(source: Path, target: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    kept.unlink()
+    monkeypatch.setattr(known, "rename", full)
+    with pytest.raises(ObfuscatuneError, match="cannot keep the membership"):
+        known.compare(channel, tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -135,7 +135,7 @@ def test_a_statement_of_a_clock_ahead_is_taken_when_its_time_has_come(
 def test_a_partner_until_a_day(folders: tuple[Party, Party]) -> None:
     lab, clinic = folders
     key, statement = str(clinic.identity_file), clinic.folder / "clinic.succession"
-    for day in ("soon", "1960-01-01"):
+    for day in ("soon", "1960-01-01", "2999-01-01T00:00+05:00"):  # days are of UTC
         assert main(["identity", "revoke", key, "--on", day]) == 2
     assert not statement.exists()
     assert main(["identity", "revoke", key, "--on", "2999-01-01"]) == 0

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import given, settings
@@ -194,6 +195,32 @@ def test_what_is_refused_hands_nothing_over(pair: Pair, hardware: Hardware, tmp_
             give(pair.old.book, signed.to_bytes(), encode(evidence), simulated=True)
         assert not pair.old.state.handed
         pair.old.submit(pair.old.signed_job(stored=False))  # it goes on
+
+
+def test_what_was_handed_over_is_given_again_after_the_statements_end(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new enclave may lack the log or the store until then, and no other statement fits any more."""
+    signed = pair.upgrade.sign(LAB).sign(CLINIC)
+    with open_enclave(pair.directory) as new, open_enclave(pair.directory.with_name("other")) as other:
+        pair.give(new, signed)
+        monkeypatch.setattr("obfuscatune.service.handover.time", Mock(time=lambda: signed.expires + 1.0))
+        with pytest.raises(ConsentError, match="expired"):
+            pair.give(other, signed)
+        again = pair.give(new, signed)
+        pair.copy()
+        pair.take(new, again)
+
+
+def test_no_file_of_a_statement_takes_the_place_of_its_policy(hardware: Hardware) -> None:
+    """What people read and sign is what the enclave judges by."""
+    upgrade = Upgrade.make("ab" * 32, hardware.policy)
+    other = hardware.policy.read_bytes().replace(NEW_CODE.hex().encode(), b"ee" * 48)
+    for name in ("policy.toml", "new-policy.toml"):
+        read = Upgrade.from_bytes(replace(upgrade, files={**upgrade.files, name: other}).to_bytes())
+        assert read.load_policy().measurements == {"mrtd": frozenset({NEW_CODE.hex()})}
+    with pytest.raises(FormatError, match="plain names"):
+        Upgrade.from_bytes(replace(upgrade, files={**upgrade.files, ".policy.toml": other}).to_bytes())
 
 
 _TDX = '[platform]\nkinds = ["tdx"]\n'

@@ -28,6 +28,7 @@ _UNVERIFIED = "# Of a quote that was not verified: use this only if you trust th
 QUOTE_PANEL = "A bare quote instead of EVIDENCE: judged, never accepted"
 
 Kind = Literal["sgx", "tdx", "snp", "nitro", "azure", "gpu"]
+_SIMULATED = {"tdx": "mrtd", "snp": "measurement"}  # what the simulator's quotes have the measurement in
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +60,12 @@ def verify(options: VerifyOptions) -> None:
 
 def _judge_evidence(path: Path, options: VerifyOptions) -> "Verdict":
     from obfuscatune.parties.attestation.verify import judge
+    from obfuscatune.parties.channel.handshake import is_nonce
 
     if options.policy is None:
         raise UsageError("no policy", expected="--policy FILE", hint="docs/attestation.md has one to start from")
+    if options.nonce is not None and not is_nonce(options.nonce):
+        raise UsageError("not a nonce", got=repr(options.nonce), expected="--nonce with 64 lower-case hex digits")
     if any((options.quote, options.kind)):
         raise UsageError("EVIDENCE together with options of a bare quote", hint="evidence holds its quote")
     policy = load_policy(options.policy, options.allow_simulation)
@@ -207,7 +211,7 @@ class MeasureOptions:
 
     event_log: Path | None = option("TDX event log (CCEL) of a boot that you trust", None)
     quote: Path | None = option("quote or report of a machine that you trust", None)
-    kind: Kind = option("of the quote", "tdx")
+    kind: Kind = option("of the quote, or of the simulator", "tdx")
     simulation: bool = option("of this program, as the simulator measures it", False)
 
 
@@ -236,7 +240,9 @@ def measure(options: MeasureOptions) -> None:
     if options.simulation:
         from obfuscatune.parties.attestation.measurement import measure_code
 
-        found |= dict.fromkeys(("mrtd", "measurement"), measure_code().hex())
+        if options.kind not in _SIMULATED:
+            raise UsageError("kind of the simulator", got=options.kind, expected=f"--kind {' or '.join(_SIMULATED)}")
+        found[_SIMULATED[options.kind]] = measure_code().hex()
     names = {name for kind in MEASUREMENTS.values() for name in kind}
     if not found:
         raise UsageError("nothing to measure", expected="--event_log, --quote or --simulation")

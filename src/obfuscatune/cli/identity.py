@@ -108,7 +108,8 @@ def revoke(options: RevokeOptions) -> None:
     check_new_file(path, "--output")
     if options.on is not None:
         try:
-            end = datetime.datetime.fromisoformat(options.on).replace(tzinfo=datetime.UTC).timestamp()
+            day = datetime.date.fromisoformat(options.on)  # a time of day would have a zone, which none asked for
+            end = datetime.datetime.combine(day, datetime.time.min, datetime.UTC).timestamp()
         except ValueError:
             raise UsageError("not a day", got=repr(options.on), expected="--on 2027-06-30") from None
     statement = succeed(Identity.load(options.file), None, now=end)

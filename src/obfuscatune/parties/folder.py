@@ -12,6 +12,7 @@
 Paths are relative to the folder. What a party does with it is in `party`.
 """
 
+import json
 import os
 import tomllib
 from dataclasses import dataclass, field
@@ -100,20 +101,20 @@ class Folder:
         rename(beside, self.folder / FILE)
 
     def to_toml(self) -> str:
-        """Return the text of party.toml."""
+        """Return the text of party.toml; raises UsageError for a path that it cannot hold."""
         lines = [
             "# Who this is, whom it trusts, which enclave it uses. Paths are relative to this folder.",
-            f'name = "{self.name}"',
-            f'role = "{self.role}"',
-            *[
-                f'{name} = "{os.path.relpath(getattr(self, f"{name}_file"), self.folder)}"'
-                for name in ("identity", "policy", "terms")
-            ],
-            f'enclave = "{self.enclave_address}"',
-            *([] if self.partner_file is None else [f'partner = "{os.path.relpath(self.partner_file, self.folder)}"']),
+            f"name = {_quoted(self.name)}",
+            f"role = {_quoted(self.role)}",
+            *[f"{name} = {self._place(getattr(self, f'{name}_file'))}" for name in ("identity", "policy", "terms")],
+            f"enclave = {_quoted(self.enclave_address)}",
+            *([] if self.partner_file is None else [f"partner = {self._place(self.partner_file)}"]),
             *(["allow_simulation = true  # it protects nothing"] if self.allow_simulation else []),
         ]
         return "\n".join(lines) + "\n"
+
+    def _place(self, path: Path) -> str:
+        return _quoted(os.path.relpath(path, self.folder))
 
     @property
     def identity(self) -> Identity:
@@ -147,3 +148,10 @@ class Folder:
     def terms(self) -> dict[str, Any]:
         """This party's terms, as they are sealed with its files."""
         return load_terms(self.terms_file)
+
+
+def _quoted(text: str) -> str:
+    """Return a string of TOML, which is JSON's where no control character and no broken UTF-8 is in it."""
+    if not text.isprintable():
+        raise UsageError(f"{FILE} cannot hold this name of a file", got=ascii(text), hint="give the file another name")
+    return json.dumps(text, ensure_ascii=False)

@@ -6,11 +6,12 @@ An enclave whose chain does not go on from the one that is kept was put back, or
 """
 
 import logging
+import secrets
 import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-from obfuscatune.durable import rename, write_private
+from obfuscatune.durable import rename, write_new
 from obfuscatune.errors import ConsentError, ObfuscatuneError, ProtocolError, RollbackError, SealError
 from obfuscatune.parties.channel.client import AttestedChannel
 from obfuscatune.parties.identity import read_small
@@ -78,11 +79,12 @@ def _compare(channel: AttestedChannel, folder: Path) -> None:
         ) from None
     if is_open or after is None or after.number < number:
         raise ProtocolError("enclave tells another membership than it is under")
-    beside = path.with_suffix(".new")
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(8)}")  # its own: other commands may keep the same now
     try:
-        write_private(beside, b"".join(line + b"\n" for line in [*known, *lines]))
+        write_new(beside, b"".join(line + b"\n" for line in [*known, *lines]))
         rename(beside, path)
     except OSError as error:
+        beside.unlink(missing_ok=True)
         raise ObfuscatuneError("cannot keep the membership", got=error.strerror, where=str(path)) from None
     for line in lines:
         change = SignedChange.from_bytes(line).change

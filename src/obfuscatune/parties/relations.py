@@ -25,7 +25,7 @@ _EVER = 1 << 49  # Unix seconds after all times of statements
 _POLICY = """# Which enclaves you accept. Fill in the measurements of an image that you have built or read.
 # docs/attestation.md has all keys.
 [platform]
-kinds = []            # some of "tdx", "snp", "sgx", "tpm"
+kinds = []            # some of "tdx", "snp", "sgx", "tpm", "nitro", "azure"
 [measurements]
 # mrtd = ["96 hex digits: obfuscatune attest measure"]
 """

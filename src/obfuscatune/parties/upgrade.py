@@ -93,7 +93,7 @@ class Upgrade:
                 hint = "put the files that it names beside the policy, and name them without a path"
                 raise FormatError("policy of an upgrade names a path", hint=hint)
         with tempfile.TemporaryDirectory(prefix="obfuscatune-policy.") as name:
-            path = Path(name) / "policy.toml"
+            path = Path(name) / ".policy.toml"  # as none of the files can be called: one would take its place
             path.write_text(self.policy, encoding="utf-8")
             for each, data in self.files.items():
                 (path.parent / each).write_bytes(data)

@@ -9,6 +9,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from obfuscatune.errors import AttestationError, FormatError
 from obfuscatune.parties.attestation import dcap as module
+from obfuscatune.parties.attestation import simulated_dcap
 from obfuscatune.parties.attestation.dcap_layout import body_of
 from obfuscatune.parties.attestation.evidence import Quote
 from obfuscatune.parties.attestation.policy import Policy
@@ -164,6 +165,15 @@ def test_peeking_needs_no_collateral_and_refuses_what_is_no_quote() -> None:
     assert module.peek(load("dcap/sgx_quote"))["mrenclave"].startswith("33d8736d")
     with pytest.raises(FormatError):
         module.peek(b"no quote")
+
+
+def test_tcb_info_of_another_pce_is_refused(simulated_tdx, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library lets it pass, though levels of TCB are numbered by the PCE."""
+    policy = replace(TDX_POLICY, allow_simulation=True, simulation_roots=(root(simulated_tdx),))
+    assert not failed(judge_quote(simulated_tdx.attester.quote(bytes(64)), policy))
+    monkeypatch.setattr(simulated_dcap, "_PCE_ID", b"\0\1")  # of the collateral alone: the PCK's was made before
+    found = judge_quote(simulated_tdx.attester.quote(bytes(64)), policy)
+    assert failed(found) == ["signature"] and "TCB info of another PCE" in str(found)
 
 
 # Version 5: the body's type and size come before it

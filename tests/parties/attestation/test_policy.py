@@ -65,6 +65,30 @@ def test_a_faulty_policy_is_refused_and_says_why(text: str | bytes, fault: str, 
         load(tmp_path, text)
 
 
+HASH, LONG = f'["{"00" * 32}"]', f'["{"00" * 48}"]'
+TCB = "min_tcb = { bootloader = 1, tee = 0, snp = 1, microcode = 1 }\n"
+SNP = f'[platform]\nkinds = ["snp"]\n{TCB}[measurements]\nmeasurement = {LONG}\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        (f"{TDX}pcr4 = {HASH}", "measurements.pcr4"),
+        (f"{TDX}measurement = {LONG}", "measurements.measurement"),
+        (f"{SNP}rtmr1 = {LONG}", "measurements.rtmr1"),
+        (f"{TDX}isv_svn = 3", "measurements.isv_svn"),
+        (f"{SNP}isv_prod_id = [1]", "measurements.isv_prod_id"),
+        (TDX.replace("[measurements]", f"{TCB}[measurements]"), "platform.min_tcb"),
+        (f"{TDX}[tpm]\nkeys = {HASH}", "tpm.keys"),
+    ],
+)
+def test_what_no_kind_is_judged_by_is_refused(text: str, name: str, tmp_path: Path) -> None:
+    """Such a rule would hold for nothing, and whoever wrote it would rely on it."""
+    with pytest.raises(UsageError, match=rf"{re.escape(name)} is judged of none of platform\.kinds"):
+        load(tmp_path, text)
+    assert load(tmp_path, SNP.replace('"snp"', '"snp", "tdx"') + f"mrtd = {LONG}\nrtmr1 = {LONG}\n")
+
+
 def test_all_faults_come_at_once(tmp_path: Path) -> None:
     with pytest.raises(UsageError) as caught:
         load(tmp_path, '[platform]\nkinds = ["abacus"]\nmax_vmpl = 9\n[tpm]\nkeys = "all"\n')

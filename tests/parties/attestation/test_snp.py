@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric.ec import SECP384R1, generate_private_key
 from cryptography.hazmat.primitives.asymmetric.padding import MGF1, PSS
 from cryptography.hazmat.primitives.hashes import SHA384
 from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 
 from obfuscatune.errors import FormatError
+from obfuscatune.parties.attestation import simulated_snp as simulated_snp_module
 from obfuscatune.parties.attestation import snp as module
 from obfuscatune.parties.attestation.certificates import Certificate, read_chain, to_pem
 from obfuscatune.parties.attestation.evidence import Quote
@@ -166,6 +168,33 @@ def test_turin_reads_its_own_layout_of_the_tcb() -> None:
     assert module._tcb(bytes(report), 0x180, "Milan") == milan
 
 
+def test_every_part_of_turins_tcb_is_judged(tmp_path: Path) -> None:
+    """Its first one too, which the other products do not have: a policy that says nothing of it accepts nothing."""
+    report = bytearray(module.REPORT_BYTES)
+    report[0x180:0x188] = report[0x1F0:0x1F8] = bytes([2, 1, 0, 3, 0, 0, 0, 4])
+    (tmp_path / "policy.toml").write_text(
+        f'''[platform]
+kinds = ["snp"]
+min_tcb = {{ fmc = 2, bootloader = 1, tee = 0, snp = 3, microcode = 4 }}
+[measurements]
+measurement = ["{"00" * 48}"]
+'''
+    )
+    enough = Policy.load(tmp_path / "policy.toml")
+    least = dict(enough.min_tcb or {})
+    without = {part: value for part, value in least.items() if part != "fmc"}
+    for minimum, failing in (
+        (least, []),
+        ({**least, "fmc": 3}, ["tcb", "launch tcb"]),
+        (without, ["tcb", "launch tcb"]),
+    ):
+        found = module._platform(bytes(report), replace(enough, min_tcb=minimum), "Turin")
+        assert [rule.name for rule in found if not rule.passed] == failing
+    assert found[-1].expected == "min_tcb fmc missing, bootloader 1, tee 0, snp 3, microcode 4"
+    report[0x180:0x188] = report[0x1F0:0x1F8] = bytes([1, 0, 0, 0, 0, 0, 3, 4])  # Milan has no such part
+    assert all(rule.passed for rule in module._platform(bytes(report), replace(enough, min_tcb=without), "Milan"))
+
+
 @pytest.mark.parametrize(
     ("at", "byte", "rule", "allowing"),
     [
@@ -235,6 +264,42 @@ measurement = ["{"00" * 48}"]
     assert Policy.load(tmp_path / "policy.toml").certificates == certificates
 
 
+def test_of_one_chips_vceks_the_one_that_has_signed_is_taken(simulated_snp) -> None:
+    """A chip has a VCEK for each TCB: around an update of a fleet's firmware a policy has both."""
+    ark, keys = hardware(simulated_snp)
+    chip, later = bytes(range(64)), {**keys, "vcek": generate_private_key(SECP384R1())}
+    old, new = (
+        SimulatedSnp(each, ark, bytes(48), chip, Flaws(outdated_tcb=outdated)).quote(bytes(64))
+        for each, outdated in ((keys, True), (later, False))
+    )
+    vceks = [to_pem(read_chain(each.extras["certificates"], "chain")[0].der) for each in (old, new)]
+    _, ask, root_ = read_chain(new.extras["certificates"], "chain")
+    for order in (vceks, vceks[::-1]):
+        fleet = policy(
+            simulated_snp, measurements={}, certificates=b"".join([*order, to_pem(ask.der), to_pem(root_.der)])
+        )
+        assert not judge_quote(Quote("snp", new.quote), fleet).failed
+        assert failed(judge_quote(Quote("snp", old.quote), fleet)) == ["tcb", "launch tcb"]
+
+
+@pytest.mark.parametrize(
+    ("product", "known"), [("Siena", True), ("Bergamo-A1", True), ("Genoa-B1", True), ("Rome", False)]
+)
+def test_products_under_the_authorities_of_genoa(
+    product: str, known: bool, simulated_snp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    issue = simulated_snp_module.issue
+    monkeypatch.setattr(simulated_snp_module, "PRODUCT", product)
+    monkeypatch.setattr(
+        simulated_snp_module,
+        "issue",
+        lambda title, *rest, **options: issue(title.replace("Milan", "Genoa"), *rest, **options),
+    )
+    ark, keys = hardware(simulated_snp)
+    quote = SimulatedSnp(keys, ark, bytes(48), bytes(range(64)), Flaws()).quote(bytes(64))
+    assert failed(judge_quote(quote, policy(simulated_snp, measurements={}))) == ([] if known else ["certificates"])
+
+
 # A provider's key in place of the chip's
 
 
@@ -295,7 +360,7 @@ def test_corruptions_of_a_report_by_a_vlek_are_refused(count: int, loaned: Simul
 # AMD's revocation list
 
 
-def revocation(simulated_snp, *, serials=(), days=(-1, 30), key="root") -> bytes:
+def revocation(simulated_snp, *, serials=(), days=(-1, 30), key="root", encoding=Encoding.PEM) -> bytes:
     ark, keys = hardware(simulated_snp)
     signer, now = keys[key], datetime.datetime.now(datetime.UTC)
     start, end = (now + datetime.timedelta(days=n) for n in days)
@@ -304,7 +369,7 @@ def revocation(simulated_snp, *, serials=(), days=(-1, 30), key="root") -> bytes
         revoked = x509.RevokedCertificateBuilder(serial, start).build()
         builder = builder.add_revoked_certificate(revoked)
     crl = builder.sign(signer, SHA384(), rsa_padding=PSS(MGF1(SHA384()), 48))
-    return crl.public_bytes(Encoding.PEM)
+    return crl.public_bytes(encoding)
 
 
 def test_amds_revocation_list_is_judged_where_the_policy_has_one(simulated_snp) -> None:
@@ -318,6 +383,24 @@ def test_amds_revocation_list_is_judged_where_the_policy_has_one(simulated_snp) 
     assert refused() == refused(serials=[serial + 1]) == []
     assert refused(serials=[serial]) == ["revocation"]
     assert refused(days=(1, 30)) == refused(days=(-30, -1)) == refused(key="ask") == ["revocation"]
+    assert refused(encoding=Encoding.DER) == [] and refused(encoding=Encoding.DER, serials=[serial]) == ["revocation"]
     crl = revocation(simulated_snp)
     broken = policy(simulated_snp, amd_crl=crl[:200])
     assert failed(judge(found, broken, nonce=NONCE, tls_key=TLS_KEY))[0] == "format"
+
+
+def test_a_policy_takes_the_revocation_list_as_amd_hands_it_out(simulated_snp, tmp_path: Path) -> None:
+    """In DER, which is no text."""
+    for encoding in (Encoding.DER, Encoding.PEM):
+        crl = revocation(simulated_snp, encoding=encoding)
+        (tmp_path / "crl").write_bytes(crl)
+        (tmp_path / "policy.toml").write_text(
+            f'''[platform]
+kinds = ["snp"]
+amd_crl = "crl"
+min_tcb = {{ bootloader = 0, tee = 0, snp = 0, microcode = 0 }}
+[measurements]
+measurement = ["{"00" * 48}"]
+'''
+        )
+        assert Policy.load(tmp_path / "policy.toml").amd_crl == crl

@@ -147,9 +147,13 @@ def _verify(raw: bytes, collateral: dict[str, str], root: bytes, now: float) -> 
         # claims_only: signatures, revocation and dates; the state of the platform is for our rules, which name it.
         policy = dcap_qvl.QuotePolicy.claims_only(second)
         claims = dcap_qvl.QuoteVerifier(root).verify_with_policy(raw, material, second, policy)
-        return json.loads(claims.to_json()), ""
+        found = json.loads(claims.to_json())
     except ValueError as error:
         return None, printable(error, most=_MAX_MESSAGE)
+    # Levels of TCB are numbered by the PCE: the library compares the platform's model alone, Intel's own both.
+    if bytes(found["platform"]["pck"]["pce_id"]).hex() != json.loads(collateral["tcb_info"])["pceId"].lower():
+        return None, "Verification failed: TCB info of another PCE"
+    return found, ""
 
 
 def _dates(text: str, now: float) -> Rule:

@@ -59,6 +59,7 @@ TCB_STATUSES = (
     "OutOfDateConfigurationNeeded",
 )
 TCB_PARTS = ("bootloader", "tee", "snp", "microcode")
+TURIN_PART = "fmc"  # of Turin alone, beside those
 MAX_COLLATERAL_BYTES = 256 * 1024
 _MAX_FILE_BYTES = 64 * 1024
 _MAX_AGE_SECONDS = 86_400
@@ -76,10 +77,11 @@ class Policy:
         max_age_seconds: of claims. collateral: JSON text of dcap-qvl, used instead of the evidence's.
         allow_dynamic_platform, allow_cached_keys, allow_smt: properties of a platform that Intel lets a verifier judge;
             the last one for SEV-SNP too.
-        certificates, amd_crl: of SEV-SNP platforms, PEM: VCEKs, ASK and ARK for evidence without them, and AMD's
-            revocation list.
+        certificates: of SEV-SNP platforms, PEM: VCEKs, ASK and ARK for evidence without them. amd_crl: AMD's
+            revocation list, DER or PEM.
         vlek_providers: of SEV-SNP, whose VLEKs may sign; a VLEK is a provider's for all its chips.
-        min_tcb: of SEV-SNP platforms, by ``TCB_PARTS``. max_vmpl: privilege level that a report may come from.
+        min_tcb: of SEV-SNP platforms, by ``TCB_PARTS``; those of Turin have ``fmc`` too, and are refused without it.
+        max_vmpl: privilege level that a report may come from.
         measurements: name to allowed values, lower-case hex. isv_prod_id: allowed numbers. isv_svn: least number.
         any_measurement: judge no measurement of simulated evidence.
         allow_simulation: accept evidence under ``simulation_roots`` (DER) or ``simulation_tpm_keys``, marked as such.
@@ -157,8 +159,8 @@ def _read(file: Table, folder: Path) -> dict[str, Any]:
         "max_age_seconds": platform.number("max_age_seconds", range(1, _MAX_AGE_SECONDS + 1), 600),
         "max_vmpl": platform.number("max_vmpl", range(4), 0),
         "collateral": platform.file("collateral", folder, MAX_COLLATERAL_BYTES),
-        "certificates": _bytes(platform.file("certificates", folder, MAX_CHAIN_BYTES)),
-        "amd_crl": _bytes(platform.file("amd_crl", folder, MAX_CHAIN_BYTES)),
+        "certificates": platform.data("certificates", folder, MAX_CHAIN_BYTES),
+        "amd_crl": platform.data("amd_crl", folder, MAX_CHAIN_BYTES),
         "any_measurement": measured.flag("any_measurement"),
         "allow_simulation": simulation.flag("allow"),
         "simulation_roots": _certificates(simulation, folder),
@@ -170,7 +172,8 @@ def _read(file: Table, folder: Path) -> dict[str, Any]:
         found[name] = platform.flag(name)
     if "min_tcb" in platform:
         parts = platform.table("min_tcb")
-        found["min_tcb"] = {part: parts.number(part, range(256)) for part in TCB_PARTS}
+        named = (*TCB_PARTS, *([TURIN_PART] if TURIN_PART in parts else []))
+        found["min_tcb"] = {part: parts.number(part, range(256)) for part in named}
         parts.end()
     sizes = {name: size for names in MEASUREMENTS.values() for name, size in names.items()}
     found["measurements"] = {name: measured.hexes(name, size) for name, size in sizes.items() if name in measured}
@@ -181,10 +184,6 @@ def _read(file: Table, folder: Path) -> dict[str, Any]:
     for table in (platform, measured, simulation, tpm, gpu, file):
         table.end()
     return found
-
-
-def _bytes(text: str | None) -> bytes | None:
-    return None if text is None else text.encode()
 
 
 def _gpu(gpu: Table, folder: Path) -> GpuReference | None:
@@ -207,12 +206,26 @@ def _certificates(simulation: Table, folder: Path) -> tuple[bytes, ...]:
     return ()
 
 
+def _idle(policy: Policy) -> list[str]:
+    """Return what the policy demands and no evidence of its kinds is asked for: whoever wrote it relies on it."""
+    kinds = set(policy.kinds)
+    judged = {name for kind in kinds for name in MEASUREMENTS[kind]}
+    idle = [f"measurements.{name}" for name in policy.measurements if name not in judged]
+    of_sgx = [name for name in ("isv_prod_id", "isv_svn") if getattr(policy, name) is not None]
+    idle += [f"measurements.{name}" for name in of_sgx if "sgx" not in kinds]
+    of_amd = [name for name in ("min_tcb", "amd_crl") if getattr(policy, name) is not None]
+    idle += [f"platform.{name}" for name in of_amd if not kinds & {"snp", "azure"}]
+    idle += ["tpm.keys"] if policy.tpm_keys and "tpm" not in kinds else []
+    return idle if kinds else []  # without any, that is what is wrong
+
+
 def _wanting(policy: Policy) -> list[str]:
     """Return what is missing in the policy as a whole."""
     faults = []
     if not policy.kinds:
         faults.append(f"platform.kinds is missing: expected some of {', '.join(KINDS)}")
     faults += [f"measurements.{name} allows no value" for name, values in policy.measurements.items() if not values]
+    faults += [f"{name} is judged of none of platform.kinds" for name in _idle(policy)]
     if policy.any_measurement and not policy.allow_simulation:
         faults.append("measurements.any_measurement is for simulation.allow = true only")
     for kind in policy.kinds:

@@ -11,6 +11,7 @@ report says how fresh it must be.
 """
 
 import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 from cryptography import x509
@@ -25,7 +26,7 @@ from obfuscatune.errors import FormatError, printable
 from obfuscatune.parties.attestation.certificates import Certificate, read_chain
 from obfuscatune.parties.attestation.evidence import Quote
 from obfuscatune.parties.attestation.fields import parsing
-from obfuscatune.parties.attestation.policy import TCB_PARTS, Policy
+from obfuscatune.parties.attestation.policy import Policy
 from obfuscatune.parties.attestation.roots import AMD_ROOTS
 from obfuscatune.parties.attestation.verdict import Checked, Rule
 
@@ -47,6 +48,8 @@ _TCB_LAYOUT = {
     "Genoa": {"bootloader": 0, "tee": 1, "snp": 6, "microcode": 7},
     "Turin": {"fmc": 0, "bootloader": 1, "tee": 2, "snp": 3, "microcode": 7},
 }
+# Products without authorities of their own: their VCEKs, and their TCB versions, are as those of another one (57230).
+_UNDER = {"Bergamo": "Genoa", "Siena": "Genoa"}
 _FMC_OID = f"{_OID}.3.9"
 _MEASUREMENTS = {
     **{"measurement": (0x90, 48), "host_data": (0xC0, 32), "id_key_digest": (0xE0, 48)},
@@ -64,7 +67,8 @@ def check(evidence_quote: Quote, policy: Policy, now: float) -> Checked:
     _check_form(report)
     chain = _chain(report, evidence_quote.extras.get("certificates", b""), policy)
     leaf, _, root = chain
-    product = _text(leaf, _PRODUCT_NAME).partition("-")[0]
+    product = _text(leaf, _PRODUCT_NAME).partition("-")[0]  # what may follow is the stepping
+    product = _UNDER.get(product, product)
     genuine = AMD_ROOTS.get(hashlib.sha256(root.der).hexdigest())
     simulation = genuine is None and policy.allow_simulation and root.der in policy.simulation_roots
     expected = "AMD's root" + (", or the policy's for simulation" if policy.allow_simulation else "")
@@ -113,6 +117,7 @@ def _chain(report: bytes, pem: bytes, policy: Policy) -> list[Certificate]:
         *leaves, ask, ark = read_chain(policy.certificates, "certificates of the policy")
         key, chip = _signing_key(report), report[_CHIP]
         own = [leaf for leaf in leaves if (_is_for(leaf, chip) if key == "VCEK" else _title(leaf) == f"SEV-{key}")]
+        own.sort(key=lambda leaf: not _signed_by(report, leaf))  # a chip has another VCEK for each TCB
         chain = [*(chain[:1] or own[:1] or leaves[:1]), ask, ark]
     if len(chain) != 3:
         hint = "the host hands out none: name them in the policy, platform.certificates"
@@ -229,10 +234,9 @@ def _platform(report: bytes, policy: Policy, product: str) -> list[Rule]:
     # The firmware that runs now signs; the one that started the guest has measured it.
     for name, at in (("tcb", 0x180), ("launch tcb", 0x1F0)):
         tcb = _tcb(report, at, product)
-        enough = minimum is not None and all(tcb[part] >= minimum[part] for part in TCB_PARTS)
-        rules.append(
-            Rule(name, enough, _tcb_text(tcb), "min_tcb " + (_tcb_text(minimum) if minimum else "in the policy"))
-        )
+        enough = minimum is not None and all(part in minimum and tcb[part] >= minimum[part] for part in tcb)
+        least = "in the policy" if minimum is None else _tcb_text({part: minimum.get(part, "missing") for part in tcb})
+        rules.append(Rule(name, enough, _tcb_text(tcb), f"min_tcb {least}"))
     return rules
 
 
@@ -240,8 +244,8 @@ def _tcb(report: bytes, at: int, product: str) -> dict[str, int]:
     return {part: report[at + offset] for part, offset in _TCB_LAYOUT[product].items()}
 
 
-def _tcb_text(tcb: Any) -> str:
-    return ", ".join(f"{part} {tcb[part]}" for part in TCB_PARTS)
+def _tcb_text(tcb: Mapping[str, Any]) -> str:
+    return ", ".join(f"{part} {value}" for part, value in tcb.items())
 
 
 def _measurements(report: bytes) -> dict[str, str]:

@@ -83,17 +83,24 @@ class Table:
         self._fault(name, f"expected a list of texts of {2 * size} hex digits")
         return frozenset()
 
-    def file(self, name: str, folder: Path, max_bytes: int) -> str | None:
-        """Return the text of a file that is named relative to ``folder``; None where none is."""
+    def data(self, name: str, folder: Path, max_bytes: int) -> bytes | None:
+        """Return the content of a file that is named relative to ``folder``; None where none is."""
         value = self._fields.pop(name, None)
         if value is None:
             return None
         try:
             if isinstance(value, str) and value and "\0" not in value:
-                return read_small(folder / value, max_bytes, "file").decode("utf-8")
+                return read_small(folder / value, max_bytes, "file")
             self._fault(name, "expected the name of a file")
         except UsageError as error:
             self._fault(name, f"{error.what} {value!r}")
+        return None
+
+    def file(self, name: str, folder: Path, max_bytes: int) -> str | None:
+        """Return the text of a file, as `data` its content."""
+        data = self.data(name, folder, max_bytes)
+        try:
+            return None if data is None else data.decode("utf-8")
         except UnicodeDecodeError:
             self._fault(name, "expected a file in UTF-8")
         return None
