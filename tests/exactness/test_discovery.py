@@ -32,6 +32,7 @@ from transformers import (
     OpenAIGPTConfig,
     OPTConfig,
     PhiConfig,
+    Qwen3_5Config,
     Qwen3_5TextConfig,
     RecurrentGemmaConfig,
 )
@@ -40,6 +41,7 @@ from obfuscatune import UnsupportedModelError
 from obfuscatune.cli import main
 from obfuscatune.enclave.families import layer_names
 from obfuscatune.enclave.remote.linear import RemoteLinear
+from obfuscatune.training.loading import load
 
 from .families import COMMON, SQUARE, adapted, randomize, wide
 from .models import error, gradients, scalar, tokens, worst
@@ -302,6 +304,31 @@ def test_the_language_model_of_a_model_of_pictures(protect: Any, profile: str) -
         with protect(model.eval(), profile=profile, **MONARCH) as run:
             got, expected = (m(input_ids=ids, attention_mask=mask).logits[mask.bool()] for m in (run.model, whole))
     assert error(got, expected) < EXACT
+
+
+def test_a_model_of_pictures_of_which_stock_loading_takes_the_texts(protect: Any, tmp_path: Path) -> None:
+    text = Qwen3_5TextConfig(
+        **NARROW,
+        **LINEAR,
+        head_dim=8,
+        linear_num_value_heads=4,
+        layer_types=["linear_attention", *["full_attention"] * 2],
+    ).to_dict()
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 48}
+    whole = (
+        AutoModelForImageTextToText.from_config(Qwen3_5Config(text_config=text, vision_config=vision)).double().eval()
+    )
+    randomize(whole).save_pretrained(tmp_path)
+    model = load(tmp_path, "float64", "strict")
+    with protect(model, profile="strict", **MONARCH) as run, torch.no_grad():
+        assert not any("visual" in name for name, _ in run.model.named_modules())
+        got, expected = (each(input_ids=tokens(2, 9)).logits for each in (run.model, whole))
+    assert error(got, expected) < EXACT
+    (tmp_path / "config.json").write_text(
+        json.dumps({**whole.config.to_dict(), "quantization_config": {"quant_method": "fp8"}})
+    )
+    with pytest.raises(UnsupportedModelError, match="quantized"):
+        load(tmp_path, profile="strict")
 
 
 def test_inspect_says_what_was_found(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -104,8 +104,8 @@ def _show(found: dict[str, Any]) -> None:
         if name not in ("calls", "profiles"):
             print(f"{name:<18}{value:,}" if type(value) is int else f"{name:<18}{value}")
     for kind in found["calls"]:
-        of = "of each block" if len(found["calls"]) == 1 else "of blocks " + ", ".join(map(str, kind["blocks"]))
-        print(f"{'calls':<18}{'; '.join(kind['calls'])} ({of})")
+        which = "each block" if len(found["calls"]) == 1 else "blocks " + ", ".join(map(str, kind["blocks"]))
+        print(f"calls of {which}: {'; '.join(kind['calls'])}")
     refused = [row for row in found["profiles"] if "refused" in row]
     rows = [
         (

@@ -20,20 +20,20 @@ _PAD_TOKENS = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad
 
 
 def load_config(name: str) -> Any:
-    """Return the configuration of a model.
+    """Return the configuration of a model; of one that takes pictures too, that of what stock loading makes of it.
 
     Raises:
         UsageError: nothing there that can be read. UnsupportedModelError: one that asks for code of attention by name.
     """
     from transformers import AutoConfig
 
-    from obfuscatune.enclave.families.empty import refuse_attention
+    from obfuscatune.enclave.families.empty import refuse_attention, text_alone
 
     if _is_path(name) and not Path(name).is_dir():
         raise UsageError("no such model directory", got=name, where="--model_name_or_path", hint=_path_hint(name))
     refuse_many_layers(Path(name) / "config.json")
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        config = text_alone(AutoConfig.from_pretrained(name, trust_remote_code=False))
     except Exception as error:  # a value that does not fit fails in many ways
         raise _unreadable("the model's configuration", name, error) from error
     refuse_attention(config)

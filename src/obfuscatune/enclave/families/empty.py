@@ -51,6 +51,24 @@ def refuse_attention(config: Any) -> None:
         )
 
 
+def text_alone(config: Any) -> Any:
+    """Return the configuration of the model that ``AutoModelForCausalLM`` makes of one.
+
+    Of some models that take pictures too, Qwen3.5 for one, it takes the part of texts and leaves out the rest. Others
+    it makes whole; their configuration is returned as it is.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING as KINDS
+
+    kind = KINDS.get(type(config), None)
+    text = config.sub_configs.get("text_config")
+    if text is None or getattr(kind, "config_class", None) is not text:
+        return config
+    found = config.get_text_config()
+    if getattr(config, "quantization_config", None) is not None:
+        found.quantization_config = config.quantization_config  # of the weights, and refused
+    return found
+
+
 def refuse_wrapper(config: Any) -> None:
     """Refuse the configuration of a model around a model of texts: one that takes pictures or sounds besides.
 
