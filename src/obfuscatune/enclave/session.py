@@ -137,7 +137,8 @@ class Session(Secret):
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Return memory for a tensor that will be sent: where the worker reads it without a copy, if there is room."""
         # A forked process has the first one's memory, where that one's requests lie.
-        found = None if self._shelf is None or self._is_copy() else self._shelf.take(shape, dtype)
+        shelf = self._shelf  # which another thread may take away, with the session's end
+        found = None if shelf is None or self._is_copy() else shelf.take(shape, dtype)
         return torch.empty(*shape, dtype=dtype) if found is None else found
 
     def drop(self, kind: str, number: int) -> None:
@@ -200,8 +201,9 @@ class Session(Secret):
                 dropped = {kind: taken for kind, ids in self._dropped.items() if (taken := _take(ids))}
                 if dropped:
                     message["drop"] = dropped
-                if self._shelf is not None and op in PLACED and is_large(tensors, expected):
-                    tensors, fields, pending.placed = self._shelf.place(tensors, expected or {})
+                shelf = self._shelf
+                if shelf is not None and op in PLACED and is_large(tensors, expected):
+                    tensors, fields, pending.placed = shelf.place(tensors, expected or {})
                     message |= fields
                     placed = pending.placed.bytes_sent
                 busy = bool(self._under_way)
@@ -327,6 +329,7 @@ class Session(Secret):
         if self._is_copy():  # to close the connection would end it for the first process too
             return
         self.connection.close()
+        self._shelf = None  # a model may be kept long after: its memory is the system's once no tensor lies there
         if self.process is not None and self.process.poll() is None:
             try:
                 self.process.wait(timeout=ENDING_SECONDS)  # it leaves by itself when the connection closes
