@@ -31,7 +31,7 @@ from obfuscatune.protocol.frames import PROTOCOL_VERSION
 # What the worker can be told to forget; of each so many with one request: a header holds some thousands of values.
 DROPPED = ("calls", "caches", "shared")
 _MAX_DROPS = 1000
-GREETING_SECONDS = 60.0  # six signs of life of a worker's queue
+GREETING_SECONDS = 60.0  # six signs of life of a worker's queue; without one, at most
 ENDING_SECONDS = 10.0  # for a spawned worker to leave by itself
 _LEAST_SECONDS = 0.001  # beyond a deadline: what has come is still read
 
@@ -264,6 +264,9 @@ class Session(Secret):
         if not self._queue:
             hint = "obfuscatune worker --max_sessions 2, or once it has a place"
             raise BusyError("the worker has no place for another session", where=self.worker, hint=hint)
+        # Signs of life are some seconds apart, however soon results are wanted. `hello` takes this back.
+        self._timeout = max(self._timeout, GREETING_SECONDS)
+        self.connection.settimeout(self._timeout)
         if type(ahead) is int and 0 < ahead < (self._ahead or 2**32):  # nobody jumps a queue
             self._ahead = ahead
             sessions = "1 session" if ahead == 1 else f"{ahead} sessions"
