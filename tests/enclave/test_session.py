@@ -191,6 +191,21 @@ def test_a_queue_is_told_once_for_each_place_and_prolongs_the_wait(capsys: pytes
         assert told == [f"waiting for the worker at w: {n} ahead" for n in ("2 sessions", "1 session")]
 
 
+def test_in_a_queue_signs_of_life_may_be_farther_apart_than_replies() -> None:
+    with session_and_peer(timeout=0.05) as (session, peer):
+        peer.sendall(frame({"id": 1, "queued": 1}))
+
+        def worker() -> None:
+            select.select([], [], [], 0.3)
+            peer.sendall(frame({"id": 1, "ok": True, "version": PROTOCOL_VERSION}))
+
+        thread = threading.Thread(target=worker)
+        thread.start()
+        assert session.hello()["version"] == PROTOCOL_VERSION
+        thread.join()
+        assert session.connection._timeout == session._timeout == 0.05
+
+
 def test_only_a_greeting_waits_in_a_queue() -> None:
     with session_and_peer() as (session, peer):
         peer.sendall(frame({"id": 1, "queued": 2}))

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -64,6 +65,24 @@ def is_empty(session: Session) -> bool:
     """Whether nobody has any of the arena."""
     shelf = session._shelf
     return shelf is not None and shelf.take((shelf.arena.size,), torch.int8) is not None
+
+
+def test_the_memory_is_given_back_with_the_end_of_the_session() -> None:
+    def arenas() -> int:
+        gc.collect()  # the worker's session, here in a thread, is of cycles
+        return sum("memfd:obfuscatune" in line for line in Path("/proc/self/maps").read_text().splitlines())
+
+    before = arenas()
+    with served(honest) as session:
+        linear(session)
+        call(session, "multiply", torch.randn(*SHAPE), transpose=False)
+        assert arenas() > before
+        x = session.empty(SHAPE, torch.float32)
+        session.close()
+        assert x.fill_(1.0).sum() == x.numel()  # which lives for as long as it is wanted
+        del x
+        assert session.empty(SHAPE, torch.float32).shape == SHAPE
+    assert arenas() == before
 
 
 @pytest.mark.parametrize(("budget", "mapped"), [(1 << 40, True), (1 << 20, False)])

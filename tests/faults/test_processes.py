@@ -224,3 +224,15 @@ def test_a_port_that_is_taken() -> None:
 def start_in_vain(address: str) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-m", "obfuscatune.worker", "--listen", address]
     return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)  # noqa: S603
+
+
+@pytest.mark.parametrize(
+    "option", ["--max_sessions 0", "--threads 0", "--threads 100000", "--memory_gb nan", "--memory_gb inf"]
+)
+def test_a_number_that_a_worker_cannot_have_is_misuse(option: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "obfuscatune.worker", "--listen", f"unix://{tmp_path}/w", *option.split()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)  # noqa: S603 - our own interpreter
+    name, _, number = option.partition(" ")
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: option of a worker: got {number}, expected ")
+    assert done.stderr.endswith(f" (at {name})\n")

@@ -1,5 +1,6 @@
 """A worker that lies in the middle of real work: one clear fault that names layer and call, and the session's end."""
 
+import threading
 import traceback
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import obfuscatune
 from obfuscatune.errors import NotFiniteError, UsageError, WorkerFault
 from obfuscatune.protocol.connection import Connection
 
-from .workers import Answer, Fields, Tensors, generate, loss_of, new_model, worker_in_a_thread
+from .workers import IDS, Answer, Fields, Tensors, generate, loss_of, new_model, worker_in_a_thread
 
 
 def lying(op: str, number: int, lie: Answer) -> Answer:
@@ -37,6 +38,14 @@ def change_tensors(how: Any) -> Answer:
     return lambda connection, request, reply, outputs: (
         connection.send(reply, {n: how(t) for n, t in outputs.items()}) and None
     )
+
+
+def not_finite_while(overflows: threading.Event) -> Answer:
+    def answer(connection: Connection, request: Fields, reply: Fields, outputs: Tensors) -> None:
+        how = torch.nan if overflows.is_set() and request["op"] == "forward" else 1.0
+        connection.send(reply, {name: tensor * how for name, tensor in outputs.items()})
+
+    return answer
 
 
 LIES: dict[str, tuple[Answer, str]] = {
@@ -94,6 +103,51 @@ def test_a_reply_that_is_not_finite_is_not_used_and_no_fault(op: str, how: Any, 
             loss_of(protected.model).backward()
         loss_of(protected.model).backward()
         assert protected.session.request("stats", "-", {}, {}, {})[0]["kept_calls"] == 0
+
+
+@pytest.mark.parametrize("profile", ["plain", "balanced", "stream"])
+def test_after_a_reply_that_was_not_used_each_adapter_has_its_own_factors(profile: str, tmp_path: Path) -> None:
+    """The worker has taken the factors of the call that failed, in the place of those that the enclave knew of."""
+    overflows = threading.Event()
+    model = new_model()
+    model.add_adapter("other", model.peft_config["default"])
+    model.eval()
+    with (
+        worker_in_a_thread(tmp_path, not_finite_while(overflows)) as address,
+        obfuscatune.protect(model, profile=profile, worker=address, timeout=60),
+        torch.no_grad(),
+    ):
+        before = loss_of(model)
+        model.set_adapter("other")
+        overflows.set()
+        with pytest.raises(NotFiniteError):
+            loss_of(model)
+        overflows.clear()
+        model.set_adapter("default")
+        assert torch.equal(loss_of(model), before)
+
+
+@pytest.mark.parametrize("profile", ["balanced", "stream"])
+def test_a_reply_that_was_not_used_leaves_no_mask(profile: str, tmp_path: Path) -> None:
+    overflows = threading.Event()
+    with (
+        worker_in_a_thread(tmp_path, not_finite_while(overflows)) as address,
+        obfuscatune.protect(new_model(), profile=profile, worker=address, timeout=60) as protected,
+        torch.no_grad(),
+    ):
+        mask = torch.ones_like(IDS)
+        mask[0, :2] = 0
+
+        def held() -> int:
+            return int(protected.session.request("stats", "-", {}, {}, {})[0]["held_bytes"])
+
+        protected.model(input_ids=IDS, attention_mask=mask)
+        before = held()
+        overflows.set()
+        for _ in range(3):
+            with pytest.raises(NotFiniteError):
+                protected.model(input_ids=IDS, attention_mask=mask)
+        assert held() == before
 
 
 def test_a_duplicate_reply_in_a_generation(tmp_path: Path) -> None:

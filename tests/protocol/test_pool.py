@@ -11,6 +11,7 @@ import torch
 
 from obfuscatune.protocol import pool
 from obfuscatune.protocol.pool import on_threads
+from obfuscatune.protocol.threads import threads_for
 
 
 def test_each_is_done_on_one_thread_of_torch() -> None:
@@ -20,6 +21,29 @@ def test_each_is_done_on_one_thread_of_torch() -> None:
     first, second = on_threads(lambda i: threading.current_thread(), 2)
     assert first is threading.current_thread() and second is not first
     assert torch.get_num_threads() == before
+
+
+def test_a_thread_that_comes_later_has_all_threads_of_torch() -> None:
+    may_end = threading.Event()
+
+    def work(i: int) -> None:
+        if i == 0:  # ends first
+            threading.Timer(0.05, may_end.set).start()
+        else:
+            assert may_end.wait(10)
+
+    before = torch.get_num_threads()
+    pool._pool.cache_clear()
+    torch.set_num_threads(3)
+    try:
+        barrier = threading.Barrier(3)
+        with threads_for(0):  # the pool's threads begin with one, as where the first is faster than they start
+            on_threads(lambda i: barrier.wait(10), 3)
+        on_threads(work, 3)
+        with ThreadPoolExecutor(1) as new:
+            assert new.submit(torch.get_num_threads).result() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_an_error_waits_for_the_others() -> None:

@@ -146,6 +146,24 @@ def test_a_peer_that_stops_within_a_frame(secured: Secured) -> None:
         a.receive()
 
 
+@pytest.mark.parametrize("tls", [True, False])
+def test_a_send_during_which_another_thread_closes_says_so(secured: Secured, tls: bool) -> None:
+    """It is between two looks at the socket, which has no descriptor any more."""
+    left, right = socket.socketpair()
+    plain = Connection(left, peer="w")
+    connection = secured[0] if tls else plain
+    connection.settimeout(20)
+
+    def close() -> bool:
+        connection.close()
+        return False
+
+    with closing(plain), closing(Connection(right, peer="w")) as other:
+        (secured[1] if tls else other).send({"id": 1})
+        with pytest.raises(ConnectionClosedError):
+            connection.send({"id": 2}, {"x": torch.zeros(16 * 1024**2)}, meanwhile=close)
+
+
 def test_a_peer_that_does_not_read(secured: Secured) -> None:
     a, _, _ = secured
     a.settimeout(0.05)

@@ -1,6 +1,8 @@
 """Whose turn it is: a model that writes down its rounds, and says who asked what under which adapter."""
 
 import asyncio
+import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,9 +14,13 @@ from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, Generat
 
 from obfuscatune import protect
 from obfuscatune.errors import NotFiniteError, UnsupportedModelError
+from obfuscatune.profiles import resolve
 from obfuscatune.serving.batcher import TURN_STEPS, Batcher
+from obfuscatune.serving.handlers import Generation
 from obfuscatune.serving.limits import Limits
 from obfuscatune.serving.metrics import Metrics
+from obfuscatune.serving.models import ServedModel, serve_model
+from obfuscatune.serving.refusal import Refusal
 from obfuscatune.serving.row import Row
 from obfuscatune.serving.sampling import Choosing, Settings
 from obfuscatune.serving.text import Text
@@ -114,6 +120,36 @@ def test_no_token_is_chosen_of_scores_that_are_no_numbers() -> None:
         scores[1, 2] = bad
         with pytest.raises(NotFiniteError, match="the logits of the model are not finite"):
             choosing(torch.zeros(2, 1), scores)
+
+
+def test_a_worker_that_stands_still_keeps_neither_a_client_nor_the_end_of_the_server(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("obfuscatune.enclave.session.ENDING_SECONDS", 0.1)
+    limits, metrics = Limits(seconds=0.5, drain_seconds=0), Metrics()
+    protection = {"profile": resolve("balanced"), "worker": "spawn", "threads": 1, "timeout": 600.0}
+
+    async def scene(served: ServedModel, batcher: Batcher) -> None:
+        first, second = (Generation(served, batcher, limits, metrics, "base", "prompt") for _ in range(2))
+        queue, _ = first.stream([5, 6], Settings(longest=3))
+        late = second.complete([5, 6], Settings(longest=3))
+        with pytest.raises(Refusal, match="the time of the request is over"):
+            await asyncio.wait_for(late, 20)
+        await asyncio.wait_for(queue.get(), 20)
+        assert first.failure is not None
+        assert first.failure.status == 504
+
+    with serve_model(str(model_dir), "float32", {}, protection, None) as served:
+        batcher = Batcher(served, limits, metrics)
+        batcher.start(on_fault=lambda: None)
+        process = served.protected.links[0].session.process
+        assert process is not None
+        process.send_signal(signal.SIGSTOP)
+        start = time.monotonic()
+        asyncio.run(scene(served, batcher))
+        batcher.close()
+        assert time.monotonic() - start < 60  # and not the worker's 600
+        assert str(batcher.fault).startswith("a worker does not answer: got nothing within 0 s of the server's end")
 
 
 @pytest.mark.parametrize("profile", ["enclave", "balanced", pytest.param("stream", marks=pytest.mark.slow)])

@@ -31,7 +31,7 @@ from obfuscatune.protocol.frames import PROTOCOL_VERSION
 # What the worker can be told to forget; of each so many with one request: a header holds some thousands of values.
 DROPPED = ("calls", "caches", "shared")
 _MAX_DROPS = 1000
-GREETING_SECONDS = 60.0  # six signs of life of a worker's queue
+GREETING_SECONDS = 60.0  # six signs of life of a worker's queue; without one, at most
 ENDING_SECONDS = 10.0  # for a spawned worker to leave by itself
 _LEAST_SECONDS = 0.001  # beyond a deadline: what has come is still read
 
@@ -137,7 +137,8 @@ class Session(Secret):
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Return memory for a tensor that will be sent: where the worker reads it without a copy, if there is room."""
         # A forked process has the first one's memory, where that one's requests lie.
-        found = None if self._shelf is None or self._is_copy() else self._shelf.take(shape, dtype)
+        shelf = self._shelf  # which another thread may take away, with the session's end
+        found = None if shelf is None or self._is_copy() else shelf.take(shape, dtype)
         return torch.empty(*shape, dtype=dtype) if found is None else found
 
     def drop(self, kind: str, number: int) -> None:
@@ -200,8 +201,9 @@ class Session(Secret):
                 dropped = {kind: taken for kind, ids in self._dropped.items() if (taken := _take(ids))}
                 if dropped:
                     message["drop"] = dropped
-                if self._shelf is not None and op in PLACED and is_large(tensors, expected):
-                    tensors, fields, pending.placed = self._shelf.place(tensors, expected or {})
+                shelf = self._shelf
+                if shelf is not None and op in PLACED and is_large(tensors, expected):
+                    tensors, fields, pending.placed = shelf.place(tensors, expected or {})
                     message |= fields
                     placed = pending.placed.bytes_sent
                 busy = bool(self._under_way)
@@ -262,6 +264,9 @@ class Session(Secret):
         if not self._queue:
             hint = "obfuscatune worker --max_sessions 2, or once it has a place"
             raise BusyError("the worker has no place for another session", where=self.worker, hint=hint)
+        # Signs of life are some seconds apart, however soon results are wanted. `hello` takes this back.
+        self._timeout = max(self._timeout, GREETING_SECONDS)
+        self.connection.settimeout(self._timeout)
         if type(ahead) is int and 0 < ahead < (self._ahead or 2**32):  # nobody jumps a queue
             self._ahead = ahead
             sessions = "1 session" if ahead == 1 else f"{ahead} sessions"
@@ -327,6 +332,7 @@ class Session(Secret):
         if self._is_copy():  # to close the connection would end it for the first process too
             return
         self.connection.close()
+        self._shelf = None  # a model may be kept long after: its memory is the system's once no tensor lies there
         if self.process is not None and self.process.poll() is None:
             try:
                 self.process.wait(timeout=ENDING_SECONDS)  # it leaves by itself when the connection closes

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
+import torch
+
 from obfuscatune.protocol.threads import threads_for
 
 T = TypeVar("T")
@@ -25,12 +27,15 @@ def on_threads(work: Callable[[int], T], threads: int) -> list[T]:
             return work(i)
 
     others: list[Future[T]] = []
+    before = torch.get_num_threads()
     try:
         for i in range(1, threads):
             others.append(_pool().submit(one, i))
         return [one(0), *(other.result() for other in others)]
     finally:
         wait(others)
+        # Torch gives a thread that computes for the first time the number that any thread has set last: 1, by these.
+        torch.set_num_threads(before)
 
 
 @functools.cache

@@ -242,7 +242,10 @@ def _gathered(views: Sequence[memoryview]) -> list[memoryview]:
 def _poll(sock: socket.socket, *, read: bool, write: bool, seconds: float) -> tuple[bool, bool]:
     asked = (select.POLLIN if read else 0) | (select.POLLOUT if write else 0)
     poll = select.poll()
-    poll.register(sock, asked)
+    try:
+        poll.register(sock, asked)
+    except ValueError:  # closed by another thread: the next step tells
+        return read, write
     milliseconds = None if seconds == float("inf") else max(1.0, seconds * 1000)
     found = poll.poll(milliseconds)
     events = found[0][1] if found else 0

@@ -16,7 +16,8 @@ _SMALL = 1 << 22  # multiply-adds, which take one thread about as long as waking
 class threads_for:  # noqa: N801  (a context manager, faster than one made by contextlib)
     """Within it torch computes on one thread if the work is small, and as before if not.
 
-    The number of threads is of the calling thread alone: others that run the model are not slowed down.
+    The number of threads is of the calling thread alone, and others that run the model are not slowed down. But one
+    that computes for the first time just then has one thread from then on: torch gives it the number set last.
 
     Args:
         multiply_adds: of the work.

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
+from obfuscatune.errors import ObfuscatuneError
 from obfuscatune.serving.limits import Limits
 from obfuscatune.serving.metrics import Metrics
 from obfuscatune.serving.models import ServedModel
@@ -91,10 +92,16 @@ class Batcher:
             row.fail(_unavailable())
 
     def close(self) -> None:
-        """As :meth:`stop`, and wait for the end of the step that is computed."""
+        """As :meth:`stop`, and wait for the end of the step that is computed; a worker is waited for no longer."""
         self.stop()
-        if self._thread.ident is not None:
+        if self._thread.ident is None:
+            return
+        self._thread.join(self._limits.drain_seconds)
+        if self._thread.is_alive() and self._model.give_up():
+            got = f"nothing within {self._limits.drain_seconds} s of the server's end"
             self._thread.join()
+            self.fault = ObfuscatuneError("a worker does not answer", got=got, hint="start it again if it is gone")
+        self._thread.join()
 
     def wants_turn(self, rows: Sequence[Row], steps: int, longest: int) -> bool:
         """Whether a round of so many steps shall end before its rows are done; ``longest``: tokens at its start."""

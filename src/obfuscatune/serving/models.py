@@ -77,6 +77,12 @@ class ServedModel:
         """Whether a session with a worker has ended: after a fault no later reply is used."""
         return any(link.session.has_ended for link in self.protected.links)
 
+    def give_up(self) -> bool:
+        """End the sessions, for whoever waits for a worker in another thread; returns whether there are any."""
+        for link in self.protected.links:
+            link.session.close()
+        return bool(self.protected.links)
+
     def try_settings(self) -> None:
         """Make one token, so that settings which transformers refuses are found before anybody asks.
 

@@ -3,7 +3,7 @@
 import asyncio
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from transformers.cli.serving.utils import _StreamError
@@ -57,6 +57,9 @@ class Row:
         self._text, self._streaming = text, streaming
         self._loop = asyncio.get_running_loop()
         self._ending = threading.Lock()
+        # The batcher looks between two steps only, and one for which a worker does not answer may take minutes.
+        left = max(0.0, self._deadline - time.monotonic())
+        self._timer = self._loop.call_later(left, lambda: self.fail(Refusal.late()))
 
     @property
     def total_tokens(self) -> int:
@@ -80,6 +83,7 @@ class Row:
     def cancel(self) -> None:
         """Nobody waits any more; it is dropped at the next token. From any thread."""
         self.cancelled = True
+        self._call(self._timer.cancel)
 
     def take(self, token: int, ends: frozenset[int]) -> None:
         """Add the next token; ``ends`` are those that end a completion."""
@@ -122,9 +126,14 @@ class Row:
                 return
             self.done, self.failure = True, failure
         self._put(last)
+        self._call(self._timer.cancel)
 
     def _put(self, item: Any) -> None:
-        try:  # as a function without arguments: asyncio's debug mode logs those of a call that takes long
-            self._loop.call_soon_threadsafe(lambda: self.queue.put_nowait(item))
+        self._call(lambda: self.queue.put_nowait(item))
+
+    def _call(self, function: Callable[[], None]) -> None:
+        """Have the event loop call it; without arguments: asyncio's debug mode logs those of a call that takes long."""
+        try:
+            self._loop.call_soon_threadsafe(function)
         except RuntimeError:  # the loop has ended, and with it whoever waited
             self.cancelled = True

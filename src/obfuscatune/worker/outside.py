@@ -77,9 +77,20 @@ def _without_sandbox(mode: sandbox.Mode, arguments: Sequence[str]) -> sandbox.Mo
 
 
 def arguments_of(threads: int | None, max_sessions: int, memory_gb: float | None) -> list[str]:
-    """Return the options of what a session gets, for the command line of the worker's own process."""
-    given = {"--threads": threads, "--max_sessions": max_sessions, "--memory_gb": memory_gb}
-    return [part for name, value in given.items() if value is not None for part in (name, str(value))]
+    """Return the options of what a session gets, for the command line of the worker's own process.
+
+    Raises:
+        UsageError: one that is out of its range.
+    """
+    given: dict[str, tuple[float | None, float, float]] = {
+        "--threads": (threads, 1, 4096),
+        "--max_sessions": (max_sessions, 1, 4096),
+        "--memory_gb": (memory_gb, 1e-3, 1e9),
+    }
+    for name, (value, least, most) in given.items():
+        if value is not None and not least <= value <= most:  # NaN is not either
+            raise UsageError("option of a worker", got=value, expected=f"{least:g} to {most:g}", where=name)
+    return [part for name, (value, *_) in given.items() if value is not None for part in (name, str(value))]
 
 
 def read_credentials(fd: int) -> Credentials:

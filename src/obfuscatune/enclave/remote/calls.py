@@ -62,8 +62,8 @@ class RemoteCall:
             worker does not have yet in this value.
         held: slots whose factors the worker holds, by slot name. trained: those of their factors (``a``, ``b``) that
             require a gradient, by slot name.
-        when_sent: what to do once the worker has answered. added: what the enclave adds to the un-keyed output
-            ``[..., out]``, from the reply's tensors and ``blind``.
+        when_sent: what to do once the worker has answered. brought: numbers of the shared tensors in ``extras``.
+        added: what the enclave adds to the un-keyed output ``[..., out]``, from the reply's tensors and ``blind``.
         blind: bool ``[1 or B, T, 1]``, rows that attend to nothing, whose heads give 0; None where there are none.
         looked_at: whether other rows attend to one of these.
         check: verifies ``y = x W``, and the backward's ``dx = dy W^T``, of a linear segment without a LoRA slot.
@@ -81,6 +81,7 @@ class RemoteCall:
     held: dict[str, Held] = field(default_factory=dict)
     trained: dict[str, tuple[str, ...]] = field(default_factory=dict)
     when_sent: list[Callable[[], None]] = field(default_factory=list)
+    brought: list[int] = field(default_factory=list)
     added: list[Callable[[dict[str, Tensor], Tensor | None], Tensor]] = field(default_factory=list)
     blind: Tensor | None = None
     looked_at: bool = False
@@ -125,7 +126,12 @@ class RemoteCall:
             **self.header,
         }
         expected = {name: (shape, self.dtype) for name, shape in self.shapes.items()}
-        reply, outputs = self.session.request("forward", self.layer, header, {**sent, **self.extras}, expected)
+        try:
+            reply, outputs = self.session.request("forward", self.layer, header, {**sent, **self.extras}, expected)
+        except BaseException:  # the worker may have them all the same, and no later call will name them
+            for number in self.brought:
+                self.session.drop("shared", number)
+            raise
         if self.check is not None:
             self.check.require(self.session, self.layer, sent["x"], outputs["y"])
         self.id = reply["id"]

@@ -201,6 +201,8 @@ class _Pushing(Slot):
             if changed:
                 call.push.add(wire)
         if changed:
+            # From here on the worker may have either value: one whose reply was not used has taken the new one.
+            self._sent.pop(name, None)
             now = _Sent(parameter, version_of(parameter), scale, parameter.detach().clone(), self._passes.number)
             # Until the worker has answered it is sent again.
             call.when_sent.append(lambda: self._sent.update({name: now}))

@@ -180,6 +180,7 @@ class Passes:
             shared[key] = sent
 
         sent = _Sent(weakref.ref(tensor, forget), version_of(tensor), self._body.number, number, mask)
+        call.brought.append(number)
         call.when_sent.append(remember)
         return sent
 
