@@ -17,6 +17,7 @@ from obfuscatune.errors import UsageError
 from obfuscatune.studies.bench.run import parse_profile
 from obfuscatune.studies.bundled import model_directory
 from obfuscatune.studies.bundled.records import ATTRIBUTES, company_records
+from obfuscatune.studies.device import check_device
 from obfuscatune.studies.reports.files import write_json_lines
 from obfuscatune.studies.reports.provenance import describe, digest_files
 from obfuscatune.studies.reproduce.accuracy_report import write_study
@@ -57,9 +58,10 @@ def run(
         memory_gb: of all cells together, what is free by default.
 
     Raises:
-        UsageError: options, data or a model that do not fit. ObfuscatuneError: a cell failed; the others are kept.
+        UsageError: options, data, device or a model do not fit. ObfuscatuneError: a cell failed; the others are kept.
     """
     require_harness()
+    check_device(device)
     chosen = choose(
         preset,
         models=tuple(models),

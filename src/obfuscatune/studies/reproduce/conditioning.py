@@ -22,6 +22,7 @@ import torch
 
 from obfuscatune.errors import UsageError
 from obfuscatune.studies.bundled import model_directory
+from obfuscatune.studies.device import check_device
 from obfuscatune.studies.reports.provenance import describe, digest_files
 from obfuscatune.studies.reproduce import conditioning_cells as compute
 from obfuscatune.studies.reproduce.cells import Cell, CellCache, run_cells
@@ -116,10 +117,11 @@ def run(
         device: of the one-process models and of the workers. workers: cells at a time.
 
     Raises:
-        UsageError: unknown preset, a model or text that cannot be read.
+        UsageError: unknown preset or device, a model or text that cannot be read.
     """
     if preset not in PRESETS:
         raise UsageError("unknown preset", got=preset, expected=", ".join(PRESETS))
+    check_device(device)
     settings = PRESETS[preset]
     name = model or settings.model or str(model_directory())
     plan = _Plan(settings, name, text_file, device)
