@@ -94,7 +94,7 @@ def plan(preset: Preset, output_dir: Path, data_dir: Path | None, device: str) -
         UsageError: a model or a data directory that is not there.
     """
     records = write_records(output_dir / RECORDS)
-    common: Row = {"versions": {package: version(package) for package in ("torch", "transformers", "peft", "lm-eval")}}
+    common: Row = {"versions": {"lm-eval": version("lm-eval")}}
     if torch.device(device).type == "cuda":
         common["accelerator"] = torch.cuda.get_device_name(device)
     digests: dict[Path, str] = {}

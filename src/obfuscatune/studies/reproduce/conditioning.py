@@ -185,7 +185,12 @@ class _Plan:
         directory = Path(model)
         self._places = {"model": model, "text_file": None if text_file is None else str(text_file)}
         files = [path for path in directory.iterdir() if path.is_file()] if directory.is_dir() else []
-        self._common = {"model": digest_files(files) if files else model, "device": device}
+        self._threads = torch.get_num_threads()
+        self._common = {
+            "model": digest_files(files) if files else f"{model}@{config._commit_hash}",
+            "device": device,
+            "threads": self._threads,
+        }
         if torch.device(device).type == "cuda":
             self._common["accelerator"] = torch.cuda.get_device_name(device)
         self._text = {
@@ -195,7 +200,8 @@ class _Plan:
         }
 
     def layer(self, keys: str) -> Cell:
-        inputs = {"keys": keys, "width": self._settings.width, "rows": self._settings.rows, "seed": 0}
+        inputs: Row = {"keys": keys, "width": self._settings.width, "rows": self._settings.rows, "seed": 0}
+        inputs["threads"] = self._threads
         return Cell(label=f"one layer, {keys}", compute=compute.layer, inputs=inputs)
 
     def inference(self, row: Row, adapter: str) -> Cell:
