@@ -118,12 +118,25 @@ def test_the_harness_own_command_line_gives_what_hf_gives(
         (["--model_args", "pretrained=x"], "no task"),
         (["--tasks", "sciq"], "no model"),
         (["--tasks", "sciq", "--model_args", "pretrained=x", "--log_samples"], "the harness refuses the options"),
+        (
+            ["--tasks", "sciq", "--num_fewshot", "25", "--model_args", "pretrained=x", "--data_dir", "DATA"],
+            "too few examples",
+        ),
+        (["--tasks", "webqs", "--num_fewshot", "1", "--model_args", "pretrained=x"], "webqs has no few-shot prompt"),
     ],
 )
-def test_what_lm_eval_cannot_do_is_one_line(run: Run, arguments: list[str], message: str) -> None:
-    outcome = run("lm-eval", *arguments)
+def test_what_lm_eval_cannot_do_is_one_line(run: Run, data_dir: Path, arguments: list[str], message: str) -> None:
+    outcome = run("lm-eval", *(str(data_dir) if word == "DATA" else word for word in arguments))
     assert (outcome.code, outcome.out) == (2, "")
     assert message in outcome.err and "Traceback" not in outcome.err
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quiet")
+def test_a_task_that_the_harness_has_not_is_one_line(run: Run) -> None:  # which takes it half a minute to find out
+    outcome = run("lm-eval", "--model_args", "pretrained=x", "--tasks", "sciq,nosuch")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "error: no such task: got nosuch (at --tasks)" in outcome.err
 
 
 def test_bad_options_write_nothing(run: Run, model_dir: Path, data_dir: Path, tmp_path: Path) -> None:
@@ -133,6 +146,7 @@ def test_bad_options_write_nothing(run: Run, model_dir: Path, data_dir: Path, tm
     for arguments, message in (
         (("--task", "hellaswag"), "unknown task"),
         (("--task", "sciq", "--per_item"), "nowhere to write the items"),
+        (("--task", "sciq", "--num_fewshot", 25), "too few examples for the prompt: got 24 training rows of sciq"),
         (("--task", "sciq", "--output_file", existing), "file is there already"),
         (("--task", "sciq", "--output_file", tmp_path / "no" / "file"), "no such directory"),
     ):

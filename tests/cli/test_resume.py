@@ -72,6 +72,44 @@ def test_what_is_allowed_by_name_may_differ(resume: list[object], tmp_path: Path
     assert outcome.code == 2 and "cannot be changed in a resumed run: got learning_rate" in outcome.err
 
 
+def test_a_run_that_is_complete_is_not_trained_any_further(
+    options: list[object], train_file: Path, tmp_path: Path, run
+) -> None:
+    # Its last step is in the middle of an epoch, and a constant rate would show one step more.
+    output = tmp_path / "out"
+    options = [*options, "--lr_scheduler_type", "constant", "--output_dir", output]
+    assert run(*options).code == 0
+    adapter = (output / "adapter_model.safetensors").read_bytes()
+    (output / "adapter_model.safetensors").unlink()  # as where the disk was full
+    outcome = run(*options, "--resume_from_checkpoint", "last")
+    assert outcome.code == 0, outcome.err
+    assert (output / "adapter_model.safetensors").read_bytes() == adapter
+    assert checkpoints(output)[-1].name == "checkpoint-4"
+    assert "train_loss" not in (output / "report.json").read_text()
+
+
+def test_a_checkpoint_with_more_steps_than_are_asked_for_is_no_success(
+    resume: list[object], tmp_path: Path, run
+) -> None:
+    outcome = run(*resume, "--max_steps", 1, "--allow_changed", "max_steps")
+    assert outcome.code == 2 and "more steps than are asked for: got 2, expected at most 1" in outcome.err
+    assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+def test_a_run_elsewhere_is_not_overwritten_by_one_that_resumes(
+    resume: list[object], checkpoint: Path, tmp_path: Path, run
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(checkpoint, other / "checkpoint-9")  # stands for a longer run of other settings
+    (other / "adapter_config.json").write_text("{}")
+    resume = [*resume, "--output_dir", other, "--resume_from_checkpoint", tmp_path / "out" / "checkpoint-2"]
+    outcome = run(*resume)
+    assert outcome.code == 2 and "output directory is not empty" in outcome.err
+    outcome = run(*resume, "--overwrite_output_dir")
+    assert outcome.code == 0, outcome.err
+    assert [path.name for path in checkpoints(other)] == ["checkpoint-4"]  # "last" finds no other run's
+
+
 def test_every_file_of_a_checkpoint_is_checked(resume: list[object], tmp_path: Path, run) -> None:
     directory = tmp_path / "out" / "checkpoint-2"
     names = {path.name for path in directory.iterdir()} - {"obfuscatune.json"}

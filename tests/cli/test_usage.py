@@ -230,3 +230,14 @@ def test_the_command_line_wins_over_the_config_file(tmp_path: Path, run) -> None
     outcome = run("finetune", "--config", path, "--output_dir", tmp_path / "taken")
     assert outcome.code == 2
     assert f"output directory is not empty (at {tmp_path / 'taken'})" in outcome.err
+
+
+def test_options_of_the_other_side_are_refused(run) -> None:
+    ask = ("generate", "--prompt", "a")
+    outcome = run(*ask, "--model_name_or_path", "x", "--enclave", "tls://a:1", "--policy", "p", "--allow-simulation")
+    assert outcome.code == 2
+    assert "options of a model in an enclave: got enclave, policy, allow_simulation" in outcome.err
+    outcome = run(*ask, "--job", "job.json", "--profile", "shared", "--mix_rows")
+    assert (
+        outcome.code == 2 and "options of a model here: got profile, mix_rows, expected those of --job" in outcome.err
+    )

@@ -98,7 +98,7 @@ def command(options: FinetuneOptions) -> None:
     ):
         if ranks.first:
             _make_output(options.output_dir)
-        if checkpoint is None and ranks.first:
+        if ranks.first and (checkpoint is None or not _is_in(checkpoint, options.output_dir)):
             remove_checkpoints(options.output_dir)  # of another run, under other keys: "last" must not find them
         data = [examples for examples, _ in encoded]
         trainer = ProtectedTrainer(
@@ -169,13 +169,19 @@ def _check_output(options: FinetuneOptions, ranks: Ranks) -> Path | None:
         from obfuscatune.training.checkpoints import find_checkpoint
 
         checkpoint = find_checkpoint(options.resume_from_checkpoint, directory)
-    elif not ranks.first:
-        return None  # what is in the directory may be the first process's own
-    elif not is_empty(directory, str(directory)) and not options.overwrite_output_dir:
+    if not ranks.first:
+        return checkpoint  # what is in the directory may be the first process's own
+    going_on = checkpoint is not None and _is_in(checkpoint, directory)
+    if not going_on and not is_empty(directory, str(directory)) and not options.overwrite_output_dir:
         hint = "--overwrite_output_dir, or --resume_from_checkpoint last to continue the run that is there"
         raise UsageError("output directory is not empty", where=str(directory), hint=hint)
     check_place(directory, str(directory))
     return checkpoint
+
+
+def _is_in(checkpoint: Path, directory: Path) -> bool:
+    """Whether a checkpoint is of the run in that directory; its results may come from another one's."""
+    return checkpoint.resolve().parent == directory.resolve()
 
 
 def _make_output(directory: Path) -> None:

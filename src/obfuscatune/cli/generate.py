@@ -2,6 +2,7 @@
 
 # ruff: noqa: RUF009 - option() makes a field, which is what the rule wants there
 
+import dataclasses
 import json
 import sys
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ EPILOG = CLAIMS + (
     "obfuscatune generate --job job.json --prompt '...'"
 )
 _GENERATION: dict[str, Any] = {"rich_help_panel": "Generation"}
+_OF_HERE = ("dtype", "profile", "worker", "insecure", "device", "threads")
+_OF_ENCLAVE = ("party", "enclave", "policy", "allow_simulation")
 _ENCLAVE: dict[str, Any] = {"rich_help_panel": "With the model of a job, in the enclave that has run it"}
 
 
@@ -64,6 +67,7 @@ def command(options: GenerateOptions) -> None:
     check_new_file(options.output_file)
     if (options.job is None) == (options.model_name_or_path is None):
         raise UsageError("which model", expected="--model_name_or_path, or --job of an enclave")
+    _check_side(options)
     prompts = _prompts(options)
     if options.model_name_or_path is None:
         completions = _ask_enclave(options, _texts(prompts))
@@ -74,6 +78,19 @@ def command(options: GenerateOptions) -> None:
 
         rows = zip((prompt for _, prompt in prompts), completions, strict=True)
         _write(options.output_file, [completed_row(prompt, text) for prompt, text in rows])
+
+
+def _check_side(options: GenerateOptions) -> None:
+    """Refuse options of a model here where it is in an enclave, and the other way round: they would have no effect."""
+    here = options.job is None
+    defaults = {field.name: field.default for field in dataclasses.fields(options)}
+    given = [name for name in (_OF_ENCLAVE if here else _OF_HERE) if getattr(options, name) != defaults[name]]
+    if not here:
+        given += [name for name, value in options.switches.items() if value is not None]
+    if given:
+        what = f"options of a model {'in an enclave' if here else 'here'}"
+        expected = f"those of {'--model_name_or_path' if here else '--job'}"
+        raise UsageError(what, got=", ".join(given), expected=expected)
 
 
 def _complete_here(options: GenerateOptions, name: str, prompts: "list[tuple[str, Prompt]]") -> list[str]:

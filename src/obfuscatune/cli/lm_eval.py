@@ -21,6 +21,7 @@ EPILOG = (
     "Examples:\n\nobfuscatune lm-eval --model_args pretrained=gpt2,peft=adapter,profile=balanced --tasks sciq,piqa "
     "--data_dir data --limit 100\n\npython -m lm_eval run --help"
 )
+_NO_TASK = "Tasks not found:"  # begins the harness' own message
 # The harness' options are not declared again here: all that is unknown goes to it, in its order.
 CONTEXT = {"ignore_unknown_options": True}
 
@@ -58,10 +59,16 @@ def command(options: LmEvalOptions) -> None:
             raise typer.Exit(end.code if isinstance(end.code, int) else 2) from None
         if configs is not None:
             _use_configs(arguments, configs)
-        _check(arguments)
+        _check(arguments, options.data_dir)
         if arguments.model == MODEL_NAME and arguments.device is None:
             arguments.device = "cpu"  # of the worker: the harness' own default is cuda:0, wherever it runs
-        harness.execute(arguments)
+        try:
+            harness.execute(arguments)
+        except ValueError as error:
+            # It is only here that it has looked for the tasks, among thousands of files.
+            if not str(error).startswith(_NO_TASK):
+                raise
+            raise UsageError("no such task", got=str(error).removeprefix(_NO_TASK).strip(), where="--tasks") from None
 
 
 @contextmanager
@@ -83,9 +90,11 @@ def _use_configs(arguments: Any, configs: Path) -> None:
     arguments.include_path = str(configs)
 
 
-def _check(arguments: Any) -> None:
+def _check(arguments: Any, data_dir: Path | None) -> None:
     """Raise what the harness would say with a traceback."""
     from lm_eval.config.evaluate_config import EvaluatorConfig
+
+    from obfuscatune.studies.tasks.catalogue import TASKS, check_examples
 
     try:
         config = EvaluatorConfig.from_cli(arguments)
@@ -95,3 +104,4 @@ def _check(arguments: Any) -> None:
         raise UsageError("no task", expected="--tasks NAME,NAME")
     if arguments.model == "obfuscatune" and "pretrained" not in config.model_args:
         raise UsageError("no model", expected="--model_args pretrained=DIR")
+    check_examples([name for name in config.tasks if name in TASKS], data_dir, config.num_fewshot or 0)

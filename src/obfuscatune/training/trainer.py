@@ -81,11 +81,27 @@ class ProtectedTrainer(Trainer):
             raise UsageError(what, got=", ".join(others[:3]), expected="weight_decay 0", hint=_STOCK)
 
     def train(self, *arguments: Any, **named: Any) -> Any:
-        """Train as the stock Trainer does; raises UsageError where the settings leave no step to be trained."""
+        """Train as the stock Trainer does.
+
+        Raises:
+            UsageError: the settings leave no step to be trained, or the checkpoint has more steps than they ask for.
+        """
         trained = super().train(*arguments, **named)
         if self.state.global_step == 0:
             raise UsageError("no step was trained", hint="max_steps, or num_train_epochs, above 0")
+        if self.state.global_step > self.state.max_steps:
+            raise UsageError(
+                "the checkpoint has more steps than are asked for",
+                got=self.state.global_step,
+                expected=f"at most {self.state.max_steps}",
+                hint="resume from an older checkpoint, or with a larger max_steps or num_train_epochs",
+            )
         return trained
+
+    def _run_epoch(self, *arguments: Any, **named: Any) -> None:
+        """Train the rest of an epoch if steps are left; to a run that is complete the stock Trainer adds a step."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*arguments, **named)  # type: ignore[no-untyped-call]
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Count the batch's tokens, padding apart; with overlap, run its halves at once."""
@@ -140,6 +156,8 @@ class ProtectedTrainer(Trainer):
         for name in ("eval_loss", *(f"eval_{each}_loss" for each in sets)):
             if name in logs:
                 check_loss(logs[name], "loss of the evaluation", self.state.global_step)
+        if "train_loss" in logs and self.state.global_step == self._initial_global_step:
+            del logs["train_loss"]  # of no step, it would be 0
         if "loss" in logs and self._last is not None:
             now = self._counts()
             seconds, tokens, calls, bytes_moved, waiting = (a - b for a, b in zip(now, self._last, strict=True))

@@ -220,6 +220,8 @@ def test_waiting_policies_reach_the_process(monkeypatch: pytest.MonkeyPatch) -> 
         ({"shape": Shape(0, 8, 3)}, "--batch_size 0: not at least 1"),
         ({"shape": Shape(2, 2000, 3)}, "--size small: holds 1024 tokens, not the 2000"),
         ({"shape": Shape(2, 8, 1020)}, "--size small: holds 1024 tokens, not the 1036"),
+        ({"device": "nosuch"}, "device not available: got nosuch (at --device)"),
+        ({"device": "cuda:99"}, "device not available: got cuda:99"),
         ({"profiles": ("bold",)}, "unknown profile: got 'bold'"),
         ({"profiles": ("balanced+mlp=moon",)}, "mlp is 'moon'"),
         ({"profiles": ("balanced+mlp",)}, "unknown profile switch: got mlp"),

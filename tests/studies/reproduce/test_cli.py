@@ -40,3 +40,12 @@ def test_bad_options_are_one_line(
     printed = capfd.readouterr()
     assert printed.out == "" and message in printed.err and "Traceback" not in printed.err
     assert not (tmp_path / "out" / "cells").exists()
+
+
+@pytest.mark.parametrize("study", ["accuracy", "conditioning", "cost"])
+def test_a_device_that_is_not_there_is_refused(study: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for device in ("nosuch", "cuda:99", "meta"):
+        given = ["reproduce", study, "--preset", "tiny", "--output_dir", str(tmp_path / "out"), "--device", device]
+        assert main(given) == 2
+        assert f"device not available: got {device}" in capfd.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig
@@ -26,6 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConf
 from obfuscatune.enclave.families import read_decoder
 from obfuscatune.errors import UsageError
 from obfuscatune.studies.bundled import model_directory
+from obfuscatune.studies.reports.files import write_bytes, write_text
 from obfuscatune.training.loading import load_config, load_tokenizer
 
 _CHARS = 4_000_000  # of documentation, at most; the standard library has about so much
@@ -119,7 +120,7 @@ def build(settings: FixtureSettings, seed: int, cache: Path, text: str) -> Fixtu
             _train(name, model, parts[part], steps, rate, settings.batch_size, seed)
             model.config.save_pretrained(directory)
             tensors = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
-            save_file(tensors, directory / "model.safetensors")
+            write_bytes(directory / "model.safetensors", save(tensors))  # whole, or an interrupted run leaves none
         return _with_outliers(_load(directory)).eval()
 
     steps, rate = settings.base_steps, settings.learning_rate
@@ -237,8 +238,7 @@ def _tokens(text: str, cache: Path) -> Tensor:
     if not path.is_file():
         directory = str(model_directory())
         tokenizer = load_tokenizer(directory, load_config(directory))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(tokenizer(text, verbose=False)["input_ids"]), encoding="utf-8")
+        write_text(path, json.dumps(tokenizer(text, verbose=False)["input_ids"]))
     return torch.tensor(json.loads(path.read_text(encoding="utf-8")))
 
 

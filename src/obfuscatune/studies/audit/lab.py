@@ -4,7 +4,7 @@ import copy
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Self
@@ -86,7 +86,7 @@ def record(fixtures: Fixtures, profile: str, seed: int, budgets: Sequence[int]) 
             Recording(watched, Path(name), operator=seed) as recording,
         ):
             view, keys = _inference(fixtures.private, recording, [target, *batches])
-            pooled = recording.pooled([batch.shape[1] for batch in (target, *batches)])
+            pooled = recording.pooled([_shape(batch) for batch in (target, *batches)])
             chosen = fixtures.text["corpus"][: TARGET_ROWS * 8].split(TARGET_ROWS)  # type: ignore[no-untyped-call]
             customer = Customer(_inference(fixtures.private, recording, chosen)[0], chosen)
             training, trained = _training(fixtures.private, recording, rest, seed)
@@ -184,27 +184,28 @@ class Recording:
             self._counts = counts
             yield protected
 
-    def view(self, lengths: Sequence[int]) -> WorkerView:
-        """What the curious workers have of the session that ended last. lengths: of the texts of each pass."""
+    def view(self, texts: Sequence[tuple[int, int]]) -> WorkerView:
+        """What the curious workers have of the session that ended last. texts: of each pass, number and length."""
         if self._scheme is not None:
-            return read_shares([self._paths[self._operator % len(self._paths)]], lengths)
+            return read_shares([self._paths[self._operator % len(self._paths)]], texts)
         chosen = self._watched.chosen(self._operator)
         first = self.run.start
         starts = [sum(self._counts[:number]) - first for number in chosen]
-        return pool([read_view(self._paths[number], start) for number, start in zip(chosen, starts, strict=True)])
+        views = [read_view(self._paths[number], start) for number, start in zip(chosen, starts, strict=True)]
+        return replace(pool(views), texts=tuple(texts))
 
     def keys(self, model: Any) -> dict[tuple[int, str], Tensor]:
         """The true keys of these blocks, dense, by block and stream."""
         run = self.run
         return {(block - run.start, name): key for (block, name), key in _keys(model).items() if block in run}
 
-    def pooled(self, lengths: Sequence[int]) -> WorkerView | None:
+    def pooled(self, texts: Sequence[tuple[int, int]]) -> WorkerView | None:
         """What one more workers than may collude have together: passes of all texts but the target's."""
         if self._scheme is None:
             return None
         first = self._operator % len(self._paths)
         together = [*self._paths[first:], *self._paths][: self._scheme.threshold + 1]
-        return read_shares(together, lengths).only(slice(1, None))
+        return read_shares(together, texts).only(slice(1, None))
 
 
 def _schedule(texts: Tensor, budgets: Sequence[int], length: int) -> tuple[list[Tensor], dict[int, int]]:
@@ -227,7 +228,11 @@ def _inference(
         for batch in batches:
             protected.model(input_ids=batch, use_cache=False)
         keys = recording.keys(protected.model)
-    return recording.view([batch.shape[1] for batch in batches]), keys
+    return recording.view([_shape(batch) for batch in batches]), keys
+
+
+def _shape(batch: Tensor) -> tuple[int, int]:
+    return batch.shape[0], batch.shape[1]
 
 
 def _training(model: Any, recording: Recording, texts: Tensor, seed: int) -> tuple[WorkerView, TrainingTruth]:
@@ -253,9 +258,8 @@ def _training(model: Any, recording: Recording, texts: Tensor, seed: int) -> tup
             shifted = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], _IGNORED)], dim=1)
             scored.append(shifted != _IGNORED)
         keys = recording.keys(protected.model)
-    return recording.view([ids.shape[1] for ids in batches for _ in range(2)]), TrainingTruth(
-        batches, scored, RANK, keys
-    )
+    shapes = [_shape(ids) for ids in batches for _ in range(2)]
+    return recording.view(shapes), TrainingTruth(batches, scored, RANK, keys)
 
 
 def _lora(model: Any) -> LoraConfig:

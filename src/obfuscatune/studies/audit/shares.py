@@ -67,11 +67,11 @@ def lift(planes: Sequence[Tensor], primes: Sequence[int]) -> Tensor:
     return torch.where(total > modulus // 2, total - modulus, total).double() / modulus
 
 
-def read_shares(paths: Sequence[Path], lengths: Sequence[int]) -> WorkerView:
+def read_shares(paths: Sequence[Path], texts: Sequence[tuple[int, int]]) -> WorkerView:
     """Decode the recordings of one worker, or of a coalition that has all of them.
 
     Args:
-        lengths: tokens of a text, for each pass. Rows cross without the texts' bounds; an attacker is told them.
+        texts: number and length, for each pass. Rows cross without the texts' bounds; an attacker is told them.
     """
     coalition = _Coalition()
     calls: list[Call] = []
@@ -88,8 +88,9 @@ def read_shares(paths: Sequence[Path], lengths: Sequence[int]) -> WorkerView:
         if before is None or before.backward != call.backward or _goes_back(before, call):
             passes.append([])
         passes[-1].append(call)
-    texts = zip(passes, lengths, strict=True)
-    return WorkerView(coalition.segments, tuple(tuple(_by_text(c, length) for c in calls) for calls, length in texts))
+    pairs = zip(passes, texts, strict=True)
+    split = tuple(tuple(_by_text(c, length) for c in calls) for calls, (_, length) in pairs)
+    return WorkerView(coalition.segments, split, texts=tuple(texts))
 
 
 def _pairs(path: Path) -> Iterator[tuple[Frame, Frame]]:

@@ -1,7 +1,8 @@
 """From rows to tokens: what attacks on text share.
 
 The first block's rows depend on token and position alone, so whoever has embeddings has a table of all of them. Shapes
-show positions; where rows are mixed they show nothing, and a row is taken for the token that it would be unmixed.
+show positions; where rows are mixed they show nothing, and a row is taken for the token that it would be unmixed: were
+there no mixing, these attacks would succeed.
 """
 
 from collections.abc import Callable
@@ -10,8 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from obfuscatune.enclave.keys.rows import mixed_rows
-from obfuscatune.enclave.mixing import padded_rows
 from obfuscatune.studies.audit.attack import Knowledge
 from obfuscatune.studies.audit.view import STREAMS_OF, WorkerView
 
@@ -19,11 +18,41 @@ FIRST = (0, "attention in")
 FIRST_WEIGHT = (0, "qkv")
 
 
-def positions(view: WorkerView, stream: str, length: int) -> Tensor:
-    """Return the position of each row ``[n]`` of a stream; length: of the texts, where shapes do not show it."""
-    role = next(role for role, names in STREAMS_OF.items() if stream in names)
-    shapes = [call.inputs["x"].shape for call in view.calls(0, role)]
-    return torch.cat([torch.arange(s[1]) % length if view.mixed else torch.arange(s[1]).repeat(s[0]) for s in shapes])
+def positions(view: WorkerView, stream: str) -> Tensor:
+    """Return the position of each row ``[n]`` of `token_rows` of a stream."""
+    return torch.cat([torch.arange(length).repeat(texts) for texts, length in _texts(view, 0, stream)])
+
+
+def length_of(view: WorkerView) -> int:
+    """Return how long the texts of a view's first pass are."""
+    return _texts(view, *FIRST)[0][1]
+
+
+def token_rows(view: WorkerView, block: int, stream: str) -> Tensor:
+    """Return a stream's rows ``[n, width]``, one for each token: where they are mixed, a call has more of them."""
+    if not view.mixed:
+        return view.rows(block, stream)
+    calls = zip(view.calls(block, _role(stream)), _texts(view, block, stream), strict=True)
+    return torch.cat([call.streams()[stream][: texts * length] for call, (texts, length) in calls])
+
+
+def tokens_of_calls(view: WorkerView) -> list[int]:
+    """Return how many tokens each pass has."""
+    return [texts * length for texts, length in _texts(view, *FIRST)]
+
+
+def _texts(view: WorkerView, block: int, stream: str) -> list[tuple[int, int]]:
+    """Number and length of the texts of each forward pass: shapes show them, and are padded where rows are mixed."""
+    if view.mixed:
+        pairs = zip(view.passes, view.texts, strict=True)
+        return [texts for calls, texts in pairs if not calls[0].backward]
+    shapes = [call.inputs["x"].shape for call in view.calls(block, _role(stream))]
+    return [(shape[0], shape[1]) for shape in shapes]
+
+
+def _role(stream: str) -> str:
+    """The role whose segment a stream enters or leaves."""
+    return next(role for role, names in STREAMS_OF.items() if stream in names)
 
 
 def table(knowledge: Knowledge, first_rows: Callable[[Tensor, Tensor], Tensor], name: str) -> Tensor:
@@ -43,26 +72,3 @@ def look_up(rows: Tensor, places: Tensor, tables: Tensor) -> Tensor:
         here = places == place
         tokens[here] = (rows[here].float() @ normalize(tables[place], dim=1).mT).argmax(dim=1)
     return tokens
-
-
-def tokens_of_calls(view: WorkerView, total: int) -> list[int]:
-    """Return how many tokens each pass has, of a text of known length.
-
-    Mixed calls have padded sizes with noise rows; of the sizes that fit, those that add up to the total are taken.
-    """
-    shapes = [call.inputs["x"].shape for call in view.calls(*FIRST_WEIGHT)]
-    if not view.mixed:
-        return [shape[0] * shape[1] for shape in shapes]
-    sizes = [size for size in range(8, max(shape[1] for shape in shapes) + 1) if padded_rows(size) == size]
-    fitting = [[size for size in sizes if mixed_rows(size + shape[2]) == shape[1]] for shape in shapes]
-    counts = [found[-1] for found in fitting]
-    for i, found in enumerate(fitting):
-        counts[i] = next(size for size in found if sum(counts) - counts[i] + size >= min(total, sum(counts)))
-    return counts
-
-
-def rows_of_calls(view: WorkerView, block: int, stream: str, counts: list[int]) -> Tensor:
-    """Return so many rows of each call ``[sum, width]``, where a mixed call has more of them than tokens."""
-    role = next(role for role, names in STREAMS_OF.items() if stream in names)
-    calls = view.calls(block, role)
-    return torch.cat([call.streams()[stream][:count] for call, count in zip(calls, counts, strict=False)])

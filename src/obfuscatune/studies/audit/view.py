@@ -7,7 +7,8 @@ Streams of a block, by name; ``gradient of NAME`` for those that cross in a back
 ``qkv`` is ``q | k | v`` before rotation by position, ``hidden`` is ``up``, or ``gate | up``. Where attention or MLP are
 whole on the worker, it computes ``qkv``, ``heads``, ``hidden`` and ``activations`` itself; so does the view, by the
 worker's own segments in float64. A call of mixed rows is read as if its rows were tokens, tiles side by side: an
-attack that assumes so finds out whether it may. `audit.reader` makes a view of a recording.
+attack that assumes so finds out whether it may. How many tokens a call has, which padding and noise rows hide, attacks
+are told. `audit.reader` makes a view of a recording.
 """
 
 from collections.abc import Iterator
@@ -144,11 +145,14 @@ class WorkerView:
         segments: by name. passes: calls of each pass, in order.
         held: keyed LoRA factors ``(a, b)`` that the worker was given to train, by block, first role of their segment,
             and slot; as they came.
+        texts: how many each pass has, and how long they are. Where rows are mixed, nothing that crosses shows it; an
+            attacker is told, so that what an attack does not find is not hidden by the padding alone.
     """
 
     segments: dict[str, Segment]
     passes: tuple[tuple[Call, ...], ...]
     held: dict[tuple[int, str, str], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    texts: tuple[tuple[int, int], ...] = ()
     _cache: dict[tuple[int, str], Tensor] = field(default_factory=dict)
 
     @property
@@ -163,7 +167,7 @@ class WorkerView:
 
     def only(self, passes: slice) -> "WorkerView":
         """The same session with some of its passes."""
-        return replace(self, passes=self.passes[passes], _cache={})
+        return replace(self, passes=self.passes[passes], texts=self.texts[passes], _cache={})
 
     def segment(self, block: int, role: str) -> Segment:
         """Where a block's weight of that role is."""

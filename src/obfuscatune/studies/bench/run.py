@@ -25,6 +25,7 @@ from obfuscatune.studies.bench.process import ContenderProcess, WaitPolicy
 from obfuscatune.studies.bench.shapes import is_shape, known_names, layers_of, shape_config
 from obfuscatune.studies.bench.synthetic import write_random_model
 from obfuscatune.studies.bench.workloads import DTYPES, PROMPT_TOKENS, SIZES, WORKLOADS, Shape
+from obfuscatune.studies.device import check_device
 
 KEY = "key"  # the workload that only protects: seconds and peak memory, nothing timed against plain
 MEMORY = "memory"  # protects, and then prefills and decodes once, for the peaks; nothing timed either
@@ -83,6 +84,7 @@ class BenchOptions:
                 faults.append(f"--size {name}: holds {positions} tokens, not the {longest} asked for")
         if faults:
             raise UsageError("options of the benchmark", got="; ".join(faults))
+        check_device(self.device)
         for text in self.profiles:
             parse_profile(split_link(text)[0])
 

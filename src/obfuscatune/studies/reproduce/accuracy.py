@@ -17,6 +17,7 @@ from obfuscatune.errors import UsageError
 from obfuscatune.studies.bench.run import parse_profile
 from obfuscatune.studies.bundled import model_directory
 from obfuscatune.studies.bundled.records import ATTRIBUTES, company_records
+from obfuscatune.studies.device import check_device
 from obfuscatune.studies.reports.files import write_json_lines
 from obfuscatune.studies.reports.provenance import describe, digest_files
 from obfuscatune.studies.reproduce.accuracy_report import write_study
@@ -57,9 +58,10 @@ def run(
         memory_gb: of all cells together, what is free by default.
 
     Raises:
-        UsageError: options, data or a model that do not fit. ObfuscatuneError: a cell failed; the others are kept.
+        UsageError: options, data, device or a model do not fit. ObfuscatuneError: a cell failed; the others are kept.
     """
     require_harness()
+    check_device(device)
     chosen = choose(
         preset,
         models=tuple(models),
@@ -92,7 +94,7 @@ def plan(preset: Preset, output_dir: Path, data_dir: Path | None, device: str) -
         UsageError: a model or a data directory that is not there.
     """
     records = write_records(output_dir / RECORDS)
-    common: Row = {"versions": {package: version(package) for package in ("torch", "transformers", "peft", "lm-eval")}}
+    common: Row = {"versions": {"lm-eval": version("lm-eval")}}
     if torch.device(device).type == "cuda":
         common["accelerator"] = torch.cuda.get_device_name(device)
     digests: dict[Path, str] = {}

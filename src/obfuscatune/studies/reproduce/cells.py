@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from obfuscatune.studies.reports.files import write_text
 from obfuscatune.studies.reports.provenance import describe_commit
 
 Value = dict[str, Any]
+
+LIBRARIES = ("torch", "transformers", "peft")  # that compute; the report tells their versions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +46,10 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """SHA-256 of function, inputs and the package's version: 64 hex digits."""
+        """SHA-256 of function, inputs and the versions of the package and of `LIBRARIES`: 64 hex digits."""
         name = f"{self.compute.__module__}.{self.compute.__qualname__}"
-        decides = {"compute": name, "inputs": self.inputs, "version": __version__}
+        decides: Value = {"compute": name, "inputs": self.inputs, "version": __version__}
+        decides["libraries"] = {name: version(name) for name in LIBRARIES}
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
 

@@ -22,6 +22,7 @@ import torch
 
 from obfuscatune.errors import UsageError
 from obfuscatune.studies.bundled import model_directory
+from obfuscatune.studies.device import check_device
 from obfuscatune.studies.reports.provenance import describe, digest_files
 from obfuscatune.studies.reproduce import conditioning_cells as compute
 from obfuscatune.studies.reproduce.cells import Cell, CellCache, run_cells
@@ -116,10 +117,11 @@ def run(
         device: of the one-process models and of the workers. workers: cells at a time.
 
     Raises:
-        UsageError: unknown preset, a model or text that cannot be read.
+        UsageError: unknown preset or device, a model or text that cannot be read.
     """
     if preset not in PRESETS:
         raise UsageError("unknown preset", got=preset, expected=", ".join(PRESETS))
+    check_device(device)
     settings = PRESETS[preset]
     name = model or settings.model or str(model_directory())
     plan = _Plan(settings, name, text_file, device)
@@ -183,7 +185,12 @@ class _Plan:
         directory = Path(model)
         self._places = {"model": model, "text_file": None if text_file is None else str(text_file)}
         files = [path for path in directory.iterdir() if path.is_file()] if directory.is_dir() else []
-        self._common = {"model": digest_files(files) if files else model, "device": device}
+        self._threads = torch.get_num_threads()
+        self._common = {
+            "model": digest_files(files) if files else f"{model}@{config._commit_hash}",
+            "device": device,
+            "threads": self._threads,
+        }
         if torch.device(device).type == "cuda":
             self._common["accelerator"] = torch.cuda.get_device_name(device)
         self._text = {
@@ -193,7 +200,8 @@ class _Plan:
         }
 
     def layer(self, keys: str) -> Cell:
-        inputs = {"keys": keys, "width": self._settings.width, "rows": self._settings.rows, "seed": 0}
+        inputs: Row = {"keys": keys, "width": self._settings.width, "rows": self._settings.rows, "seed": 0}
+        inputs["threads"] = self._threads
         return Cell(label=f"one layer, {keys}", compute=compute.layer, inputs=inputs)
 
     def inference(self, row: Row, adapter: str) -> Cell:

@@ -21,6 +21,7 @@ from obfuscatune.errors import UsageError
 from obfuscatune.studies.bench.estimate import Estimate, estimate
 from obfuscatune.studies.bench.run import parse_profile
 from obfuscatune.studies.bench.workloads import DTYPES, SIZES, WORKLOADS, Shape
+from obfuscatune.studies.device import check_device
 from obfuscatune.studies.reports.provenance import describe
 from obfuscatune.studies.reproduce import cost_cells as compute
 from obfuscatune.studies.reproduce.cells import Cell, CellCache, Value, run_cells
@@ -98,12 +99,13 @@ def run(
         dtype: of weights and wire. threads: of each process. seconds: no new measurement begins later than that.
 
     Raises:
-        UsageError: unknown preset, size or dtype. ObfuscatuneError: a measurement failed.
+        UsageError: unknown preset, size, dtype or device. ObfuscatuneError: a measurement failed.
     """
     if preset not in PRESETS:
         raise UsageError("unknown preset", got=preset, expected=", ".join(PRESETS))
     if dtype not in DTYPES:
         raise UsageError("unknown dtype", got=dtype, expected=", ".join(DTYPES))
+    check_device(device)
     chosen = PRESETS[preset]
     known = [part.size for part in chosen.parts]
     unknown = sorted(set(sizes) - set(known))

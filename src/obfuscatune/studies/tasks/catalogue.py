@@ -75,6 +75,28 @@ def check_tasks(names: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+def check_examples(names: Sequence[str], data_dir: str | Path | None, count: int) -> None:
+    """Refuse so many examples in the prompt of each task where the harness has not as many.
+
+    Raises:
+        UsageError: too few training rows; or webqs, whose several right answers the harness cannot write there.
+    """
+    if count and "webqs" in names:
+        raise UsageError("webqs has no few-shot prompt in the harness", got=f"num_fewshot={count}", expected="0")
+    if not count or data_dir is None:
+        return
+    for name in names:
+        found = len(read_splits(name, data_dir).training)
+        # Of a task without a test split the harness draws one more, in case that it draws the question itself.
+        needed = count + (name == "piqa")
+        if found < needed:
+            got, expected = f"{found} training rows of {name}", f"at least {needed}"
+            hint = "train.jsonl, or a smaller num_fewshot"
+            raise UsageError(
+                "too few examples for the prompt", got=got, expected=expected, where=str(data_dir), hint=hint
+            )
+
+
 def require_harness() -> None:
     """Raise UsageError where lm-evaluation-harness is not installed."""
     if importlib.util.find_spec("lm_eval") is None:

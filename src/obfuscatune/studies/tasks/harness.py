@@ -3,7 +3,7 @@
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from lm_eval import simple_evaluate
 from lm_eval.api.registry import register_model
-from lm_eval.models.huggingface import HFLM
+from lm_eval.models.huggingface import HFLM, get_dtype
 from lm_eval.tasks import TaskManager
 from transformers import LogitsProcessorList
 
@@ -21,7 +21,7 @@ from obfuscatune.enclave.protect import protect
 from obfuscatune.enclave.protected import Protected
 from obfuscatune.errors import UsageError
 from obfuscatune.profiles import SWITCHES
-from obfuscatune.studies.tasks.catalogue import check_tasks, packaged_configs, write_configs
+from obfuscatune.studies.tasks.catalogue import check_examples, check_tasks, packaged_configs, write_configs
 from obfuscatune.training.data import Row
 from obfuscatune.training.encoding import check_embedded, vocabulary_of
 from obfuscatune.training.finite import FiniteScores, check_logits
@@ -46,8 +46,8 @@ class ProtectedLM(HFLM):  # type: ignore[misc]
         options: switches of the profile, and arguments of ``hf`` that concern logits or texts only.
 
     Raises:
-        UsageError: an argument of ``hf`` that cannot be done here (placement, quantization, remote code, ...), or more
-            than one process.
+        UsageError: an argument of ``hf`` that cannot be done here (placement, quantization, remote code, ...), a value
+            that does not fit, or more than one process.
     """
 
     def __init__(
@@ -69,6 +69,7 @@ class ProtectedLM(HFLM):  # type: ignore[misc]
     ) -> None:
         switches = {name: options.pop(name) for name in SWITCHES if name in options}
         _refuse(options)
+        _check_values(timeout=timeout, batch_size=batch_size, **options)
         if isinstance(pretrained, Protected):
             self.protected = pretrained
         else:
@@ -186,12 +187,10 @@ def evaluate(
         data_dir: of local JSONL, see `read_splits`; the hub otherwise. limit: first documents of each task only.
 
     Raises:
-        UsageError: unknown task, no data, or examples in the prompt of ``webqs``, whose several right answers the
-            harness cannot write there.
+        UsageError: unknown task, no data, or examples in the prompt that `check_examples` refuses.
     """
     names = check_tasks(tasks)
-    if num_fewshot and "webqs" in names:
-        raise UsageError("webqs has no few-shot prompt in the harness", got=f"num_fewshot={num_fewshot}", expected="0")
+    check_examples(names, data_dir, num_fewshot)
     with _quiet():
         found = simple_evaluate(
             model=lm,
@@ -289,6 +288,26 @@ def _refuse(options: dict[str, Any]) -> None:
         raise UsageError("the protected model cannot do this", got=", ".join(unknown), expected=expected)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("one process evaluates one protected model", got="a distributed launch", hint="start it alone")
+
+
+def _check_values(**options: Any) -> None:
+    """Refuse values that the harness would meet with an exception of any kind: they come from a line of text."""
+    fits: dict[str, tuple[Callable[[Any], bool], str]] = {
+        "timeout": (lambda value: float(value) > 0, "seconds above 0"),
+        "batch_size": (lambda value: str(value).partition(":")[0] == "auto" or int(value) >= 0, "a number, or auto"),
+        "max_length": (lambda value: type(value) is int and value > 0, "a number of tokens"),
+        "max_batch_size": (lambda value: type(value) is int and value > 0, "a number of rows"),
+        "softmax_dtype": (lambda value: isinstance(get_dtype(value), torch.dtype), "a dtype of torch"),
+        "prefix_token_id": (lambda value: type(value) is int and value >= 0, "the number of a token"),
+    }
+    for name in (name for name in fits if options.get(name) is not None):
+        fit, expected = fits[name]
+        try:
+            fault = not fit(options[name])
+        except (ValueError, TypeError, AttributeError):
+            fault = True
+        if fault:
+            raise UsageError(f"value of {name}", got=ascii(options[name])[:40], expected=expected)
 
 
 def _dtype(name: str, dtype: str) -> str:

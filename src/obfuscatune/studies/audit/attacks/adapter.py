@@ -30,7 +30,7 @@ from obfuscatune.studies.audit.attack import (
     Truth,
     area_under_curve,
 )
-from obfuscatune.studies.audit.text import FIRST, FIRST_WEIGHT
+from obfuscatune.studies.audit.text import FIRST, FIRST_WEIGHT, length_of, token_rows
 from obfuscatune.studies.audit.view import WorkerView
 
 _ONE_SIDED = 1e-2  # relative error up to which one relative key explains both sessions' weights
@@ -65,15 +65,14 @@ def _rank(factor: Tensor) -> int:
 
 
 def _texts(view: WorkerView, length: int, start: int = 0) -> Tensor:
-    """Rows from ``start`` on of every text ``[texts, length, d]``; consecutive rows where texts are not told apart."""
+    """Rows from ``start`` on of every text ``[texts, length, d]``."""
     found = []
     for number, calls in enumerate(view.passes):
         if calls[0].backward:
             continue
-        rows = view.only(slice(number, number + 1)).rows(*FIRST)
-        whole = start + length if view.mixed else calls[0].inputs["x"].shape[1]
-        texts = rows[: len(rows) // whole * whole].view(-1, whole, rows.shape[1])
-        found.append(texts[:, start : start + length])
+        one = view.only(slice(number, number + 1))
+        rows = token_rows(one, *FIRST)
+        found.append(rows.view(-1, length_of(one), rows.shape[1])[:, start : start + length])
     return torch.cat(found)
 
 

@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 from obfuscatune.studies.audit.algebra import procrustes
 from obfuscatune.studies.audit.attack import Attack, Knowledge, NotApplicableError, Sample, top1
 from obfuscatune.studies.audit.attacks.covariance import Known, match_moments
-from obfuscatune.studies.audit.text import FIRST, look_up, positions, table
+from obfuscatune.studies.audit.text import FIRST, look_up, positions, table, token_rows
 
 _SHARPNESS = [5.0 * 1.2**step for step in range(24)]
 _SINKHORN = 3
@@ -44,8 +44,8 @@ def _run(sample: Sample, knowledge: Knowledge) -> Tensor:
     tables = knowledge.embeddings
     if tables is None:
         raise NotApplicableError("no embeddings")
-    view, target, length = sample.view, sample.target, knowledge.corpus.shape[1]
-    everything, places = view.rows(*FIRST)[:_ROWS], positions(view, FIRST[1], length)[:_ROWS]
+    view, target = sample.view, sample.target
+    everything, places = token_rows(view, *FIRST)[:_ROWS], positions(view, FIRST[1])[:_ROWS]
     embedded = knowledge.design.embedded_positions
     if not embedded:  # rows of all positions are one cloud
         places = torch.zeros_like(places)
@@ -58,7 +58,7 @@ def _run(sample: Sample, knowledge: Knowledge) -> Tensor:
     corpus = knowledge.corpus[:, :used] if embedded else knowledge.corpus
     public = torch.cat([tables.first_rows(part, torch.arange(len(part))) for part in corpus]).float()
     key = lay_on(rows, known, match_moments(torch.cov(everything.float().mT), rows, known, public))
-    return look_up(target.rows(*FIRST).float() @ key.mT, positions(target, FIRST[1], length), first_rows)
+    return look_up(token_rows(target, *FIRST).float() @ key.mT, positions(target, FIRST[1]), first_rows)
 
 
 ATTACK = Attack(

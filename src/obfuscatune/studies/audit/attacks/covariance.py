@@ -25,6 +25,7 @@ from torch.nn.functional import normalize
 from obfuscatune.studies.audit.algebra import centred, polar, procrustes
 from obfuscatune.studies.audit.attack import Attack, Knowledge, NotApplicableError, Sample, Score, Truth, top1
 from obfuscatune.studies.audit.reference import Reference
+from obfuscatune.studies.audit.text import length_of, token_rows
 from obfuscatune.studies.audit.view import STREAMS_OF, WorkerView
 
 STREAMS = ("attention in", "mlp in")
@@ -75,10 +76,12 @@ def _skewness(x: Tensor) -> Tensor:
     return (centred(x) / x.std(dim=0).clamp_min(1e-30)).pow(3).mean(dim=0)
 
 
-def _seconds(view: WorkerView, place: Place, rows: Tensor) -> Iterator[Tensor]:
+def _seconds(view: WorkerView, place: Place) -> Iterator[Tensor]:
     """The second moments to try."""
+    rows = view.rows(*place)
     yield torch.cov(rows.T)
     if view.mixed:
+        yield torch.cov(token_rows(view, *place).T)
         yield rows.mT @ (rows * rows.square().sum(dim=1, keepdim=True))
         role = next(role for role, streams in STREAMS_OF.items() if place[1] in streams)
         parts = [call.streams()[place[1]] for call in view.calls(place[0], role)]
@@ -111,17 +114,12 @@ def _fit(key: Tensor, rows: Tensor, normalized: Tensor) -> float:
 
 def _match(view: WorkerView, place: Place, rows: Tensor, base: Tensor, known: Known) -> tuple[Tensor, float]:
     """The key of a stream, and its fit; rows ``[P, n, d]`` as in `refine`, base ``[n, d]``."""
-    seconds = [second.to(rows.dtype) for second in _seconds(view, place, view.rows(*place))]
+    seconds = [second.to(rows.dtype) for second in _seconds(view, place)]
     keys = [match_moments(second, rows, known, base.to(rows.dtype)) for second in seconds]
     if len(keys) > 1:
         normalized = normalize(known.tables, dim=2)
         keys.sort(key=lambda key: _fit(key, rows, normalized), reverse=True)
     return refine(keys[0], rows, known)
-
-
-def _length(view: WorkerView, knowledge: Knowledge) -> int:
-    """Tokens a text: shapes show them, unless rows are mixed."""
-    return knowledge.corpus.shape[1] if view.mixed else view.passes[0][0].inputs["x"].shape[1]
 
 
 def _by_position(rows: Tensor, length: int, most: int | None = None) -> Tensor:
@@ -154,17 +152,17 @@ def _run(sample: Sample, knowledge: Knowledge) -> Matched:
         raise NotApplicableError("no base")
     streams, table = knowledge.base_streams(), _table(knowledge, base)
     first, *others = [(block, stream) for block in range(view.blocks) for stream in STREAMS]
-    rows = _by_position(view.rows(*first), _length(view, knowledge), _ROWS)
+    rows = _by_position(token_rows(view, *first), length_of(view), _ROWS)
     key, fit = _match(view, first, rows, streams[first], Known(table.tables[: len(rows)], table.prior))
     keys = {first: key.double()}
-    tokens = _read(key, _by_position(sample.target.rows(*first), _length(sample.target, knowledge)), table).flatten()
+    tokens = _read(key, _by_position(token_rows(sample.target, *first), length_of(sample.target)), table).flatten()
     if fit > _TRUSTED:
         texts = _read(key, rows, table)
         plain = base.streams([texts], STREAMS)
-        keys |= {place: procrustes(view.rows(*place)[: texts.numel()], plain[place]) for place in others}
+        keys |= {place: procrustes(token_rows(view, *place)[: texts.numel()], plain[place]) for place in others}
         return Matched(keys, tokens)
     for place in others:
-        some, could_be = (_some(part, _ROWS // 2)[None].float() for part in (view.rows(*place), streams[place]))
+        some, could_be = (_some(part, _ROWS // 2)[None].float() for part in (token_rows(view, *place), streams[place]))
         known = Known(could_be, torch.zeros(could_be.shape[1]))
         keys[place] = _match(view, place, some, streams[place], known)[0].double()
     return Matched(keys, tokens)

@@ -14,7 +14,7 @@ from torch import Tensor
 from obfuscatune.studies.audit.algebra import centred, nearest
 from obfuscatune.studies.audit.attack import Attack, Customer, Knowledge, NotApplicableError, Sample, top1
 from obfuscatune.studies.audit.attacks.head_gauge import align, products
-from obfuscatune.studies.audit.text import FIRST, FIRST_WEIGHT, positions, rows_of_calls, tokens_of_calls
+from obfuscatune.studies.audit.text import FIRST, FIRST_WEIGHT, positions, token_rows
 from obfuscatune.studies.audit.view import WorkerView
 
 
@@ -24,7 +24,7 @@ def relative_key(first: WorkerView, second: WorkerView, knowledge: Knowledge) ->
     if knowledge.profile.attention == "worker" and knowledge.profile.head_keys:
         shape = knowledge.design.shape
         key = align(products(here, shape), products(there, shape))
-        means = [view.rows(*FIRST).mean(dim=0) for view in (first, second)]
+        means = [token_rows(view, *FIRST).mean(dim=0) for view in (first, second)]
         return key if means[0] @ key @ means[1] > 0 else -key
     if knowledge.profile.inner_keys == "identity":
         return here @ torch.linalg.pinv(there)  # type: ignore[no-any-return]
@@ -35,7 +35,7 @@ def relative_key(first: WorkerView, second: WorkerView, knowledge: Knowledge) ->
 
 def _odd(view: WorkerView, directions: Tensor) -> Tensor:
     """Means and third moments ``[2, d]`` of rows along directions, in units of their spread."""
-    along = view.rows(*FIRST) @ directions
+    along = token_rows(view, *FIRST) @ directions
     spread = along.std(dim=0).clamp_min(1e-30)
     return torch.stack([along.mean(dim=0) / spread, (centred(along) / spread).pow(3).mean(dim=0)])
 
@@ -44,9 +44,8 @@ def _run(sample: Sample, knowledge: Knowledge) -> Tensor:
     if knowledge.customer is None:
         raise NotApplicableError("no customer's session")
     length = knowledge.corpus.shape[1]
-    codebook, tokens, places = _codebook(knowledge.customer, length)
-    wanted = sample.target.rows(*FIRST)
-    at = positions(sample.target, FIRST[1], length)
+    codebook, tokens, places = _codebook(knowledge.customer)
+    wanted, at = token_rows(sample.target, *FIRST), positions(sample.target, FIRST[1])
     moved = codebook @ relative_key(knowledge.customer.view, sample.target, knowledge)
     # Rows of one position are alike whatever the token is: that part is taken away.
     means = torch.zeros(length, moved.shape[1], dtype=moved.dtype).index_add(0, places, moved)
@@ -54,11 +53,10 @@ def _run(sample: Sample, knowledge: Knowledge) -> Tensor:
     return tokens[nearest(wanted - means[at], moved - means[places])]
 
 
-def _codebook(customer: Customer, length: int) -> tuple[Tensor, Tensor, Tensor]:
+def _codebook(customer: Customer) -> tuple[Tensor, Tensor, Tensor]:
     """The customer's rows ``[n, d]``, their tokens and positions."""
     tokens = torch.cat([batch.flatten() for batch in customer.batches])
-    rows = rows_of_calls(customer.view, *FIRST, tokens_of_calls(customer.view, len(tokens)))
-    return rows, tokens[: len(rows)], torch.arange(len(rows)) % length
+    return token_rows(customer.view, *FIRST), tokens, positions(customer.view, FIRST[1])
 
 
 ATTACK = Attack(

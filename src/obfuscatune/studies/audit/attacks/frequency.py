@@ -29,7 +29,7 @@ from obfuscatune.studies.audit.attack import (
     area_under_curve,
     top1,
 )
-from obfuscatune.studies.audit.text import FIRST, positions
+from obfuscatune.studies.audit.text import FIRST, positions, token_rows
 
 _EQUAL = 0.8  # cosine from which two rows are one token
 _ROWS = 3072  # of the view that help; more only sharpen the means
@@ -63,12 +63,11 @@ def cluster(directions: Tensor) -> Tensor:
 
 
 def _run(sample: Sample, knowledge: Knowledge) -> Clusters:
-    target = sample.target.rows(*FIRST)
+    target = token_rows(sample.target, *FIRST)
     if not len(target):
         raise NotApplicableError("the first block's input does not cross")
-    length = knowledge.corpus.shape[1]
-    rows = torch.cat([target, sample.view.rows(*FIRST)[:_ROWS]])
-    places = torch.cat([positions(view, FIRST[1], length) for view in (sample.target, sample.view)])[: len(rows)]
+    rows = torch.cat([target, token_rows(sample.view, *FIRST)[:_ROWS]])
+    places = torch.cat([positions(view, FIRST[1]) for view in (sample.target, sample.view)])[: len(rows)]
     if not knowledge.design.embedded_positions:  # equal tokens have equal rows
         places = torch.zeros_like(places)
     directions = without_position(rows, places)

@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 
 from obfuscatune.studies.audit.algebra import procrustes
 from obfuscatune.studies.audit.attack import Attack, Knowledge, NotApplicableError, Sample, top1
-from obfuscatune.studies.audit.text import FIRST, look_up, positions, table
+from obfuscatune.studies.audit.text import FIRST, look_up, positions, table, token_rows
 
 _FIRSTS = 3  # rows that are tried as the first anchor
 _WITNESSES = 8
@@ -28,8 +28,7 @@ def _run(sample: Sample, knowledge: Knowledge) -> Tensor:
     if knowledge.embeddings is None:
         raise NotApplicableError("no embedding tables")
     tables = normalize(table(knowledge, knowledge.embeddings.first_rows, "first rows"), dim=2)
-    keyed = sample.target.rows(*FIRST)
-    places = positions(sample.target, FIRST[1], len(tables))
+    keyed, places = token_rows(sample.target, *FIRST), positions(sample.target, FIRST[1])
     rows = normalize(keyed, dim=1).float()
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
     _, first, token = min(_first_anchor(rows, places, tables, order.roll(i)) for i in range(_FIRSTS))

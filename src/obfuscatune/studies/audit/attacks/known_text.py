@@ -16,7 +16,7 @@ from torch import Tensor
 
 from obfuscatune.studies.audit.attack import Attack, Knowledge, NotApplicableError, Sample, Score, Truth
 from obfuscatune.studies.audit.attacks.linking import is_orthogonal
-from obfuscatune.studies.audit.text import rows_of_calls, tokens_of_calls
+from obfuscatune.studies.audit.text import token_rows
 
 STREAMS = ("attention in", "attention out", "mlp in", "mlp out")
 _ROUNDING = 1e-6  # relative size of a direction that pairs do not show
@@ -49,14 +49,14 @@ def fit_stream(sample: Sample, knowledge: Knowledge, block: int, stream: str) ->
     if knowledge.pairs is None:
         raise NotApplicableError("no known text")
     plain = knowledge.pairs[block, stream]
-    keyed = rows_of_calls(sample.view, block, stream, tokens_of_calls(sample.view, len(plain)))
+    keyed = token_rows(sample.view, block, stream)
     length = min(len(plain), len(keyed))
     return fit(plain[:length], keyed[:length], orthogonal=is_orthogonal(knowledge.profile))
 
 
 def _run(sample: Sample, knowledge: Knowledge) -> dict[tuple[int, str], Tensor]:
     places = [(block, stream) for block in range(sample.view.blocks) for stream in STREAMS]
-    return {place: fit_stream(sample, knowledge, *place).read(sample.target.rows(*place)) for place in places}
+    return {place: fit_stream(sample, knowledge, *place).read(token_rows(sample.target, *place)) for place in places}
 
 
 def _score(guess: dict[tuple[int, str], Tensor], truth: Truth) -> Score:

@@ -25,6 +25,7 @@ from torch import Tensor
 from obfuscatune.profiles import Profile
 from obfuscatune.studies.audit.algebra import polar
 from obfuscatune.studies.audit.attack import Attack, Knowledge, NotApplicableError, Sample, Score, Truth
+from obfuscatune.studies.audit.text import token_rows
 from obfuscatune.studies.audit.view import WorkerView
 
 Place = tuple[int, str]
@@ -75,7 +76,7 @@ def link_all(view: WorkerView, *, orthogonal: bool) -> list[Link]:
     """Link all streams of a session, junction after junction."""
     links = []
     for places in junctions(view.blocks):
-        rows = [view.rows(*place) for place in places]
+        rows = [token_rows(view, *place) for place in places]
         if any(not len(part) for part in rows):
             raise NotApplicableError("a stream of the residual does not cross")
         links.append(link(places, *rows, orthogonal=orthogonal))

@@ -10,15 +10,14 @@ Source: A8 in docs/security.md.
 from torch import Tensor
 
 from obfuscatune.studies.audit.attack import Attack, Knowledge, NotApplicableError, Sample, top1
-from obfuscatune.studies.audit.text import FIRST, positions, table
+from obfuscatune.studies.audit.text import FIRST, positions, table, token_rows
 
 
 def _run(sample: Sample, knowledge: Knowledge) -> Tensor:
     if knowledge.embeddings is None:
         raise NotApplicableError("no embedding tables")
     norms = table(knowledge, knowledge.embeddings.first_rows, "first rows").double().norm(dim=2)
-    rows = sample.target.rows(*FIRST).norm(dim=1)
-    places = positions(sample.target, FIRST[1], knowledge.corpus.shape[1])
+    rows, places = token_rows(sample.target, *FIRST).norm(dim=1), positions(sample.target, FIRST[1])
     return (norms[places] - rows[:, None]).abs().argmin(dim=1)  # type: ignore[no-any-return]
 
 

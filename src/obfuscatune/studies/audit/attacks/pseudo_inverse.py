@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 
 from obfuscatune.studies.audit.attack import Attack, Knowledge, NotApplicableError, Sample, top1
-from obfuscatune.studies.audit.text import look_up, positions, table
+from obfuscatune.studies.audit.text import look_up, positions, table, token_rows
 
 
 def _run(sample: Sample, knowledge: Knowledge) -> Tensor:
-    base, rows = knowledge.base, sample.target.rows(0, "qkv")
+    base, rows = knowledge.base, token_rows(sample.target, 0, "qkv")
     if base is None or not len(rows):
         raise NotApplicableError("q, k and v do not cross, and are not computed by the worker")
     if knowledge.profile.attention == "worker":  # else the bias is added in the enclave
         rows = rows - base.bias(0, "qkv")
     x = rows @ torch.linalg.pinv(base.weight(0, "qkv"))
-    places = positions(sample.target, "qkv", knowledge.corpus.shape[1])
+    places = positions(sample.target, "qkv")
     return look_up(x, places, table(knowledge, base.first_rows, "first rows of the base"))
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from obfuscatune.enclave.mixing import tile_starts
 from obfuscatune.studies.audit.algebra import centred, polar
 from obfuscatune.studies.audit.attack import Attack, Knowledge, NotApplicableError, Sample, Score, Truth
+from obfuscatune.studies.audit.text import tokens_of_calls
 from obfuscatune.studies.audit.view import WorkerView
 
 PLACE = (0, "activations")
@@ -92,8 +93,8 @@ def _pools(view: WorkerView) -> dict[int, list[Tensor]]:
         rows = view.rows(*PLACE)
         return {rows.shape[1]: [rows[None]]} if len(rows) else {}
     pools: dict[int, list[Tensor]] = {}
-    for call in view.calls(PLACE[0], "down"):
-        tiles = call.inputs["x"].double()
+    for call, tokens in zip(view.calls(PLACE[0], "down"), tokens_of_calls(view), strict=True):
+        tiles = call.inputs["x"][:, :tokens].double()
         pools.setdefault(tiles.shape[2], []).append(tiles)
     return pools
 

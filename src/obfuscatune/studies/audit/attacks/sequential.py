@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 from obfuscatune.studies.audit.attack import Attack, Knowledge, NotApplicableError, Sample, Score, Truth, top1
 from obfuscatune.studies.audit.attacks.known_text import fit_stream
 from obfuscatune.studies.audit.reference import Reference
-from obfuscatune.studies.audit.text import table
+from obfuscatune.studies.audit.text import length_of, table, token_rows
 from obfuscatune.worker.attention import rotate
 
 _PLACE = (0, "mlp in")
@@ -83,9 +83,8 @@ def _run(sample: Sample, knowledge: Knowledge) -> Tensor:
     base = knowledge.base
     if base is None:
         raise NotApplicableError("no base")
-    rows = fit_stream(sample, knowledge, *_PLACE).read(sample.target.rows(*_PLACE))
-    length = knowledge.corpus.shape[1] if sample.target.mixed else sample.target.passes[0][0].inputs["x"].shape[1]
-    texts = normalize(rows[: len(rows) // length * length], dim=1).float().view(-1, length, rows.shape[1])
+    rows = fit_stream(sample, knowledge, *_PLACE).read(token_rows(sample.target, *_PLACE))
+    texts = normalize(rows, dim=1).float().view(-1, length_of(sample.target), rows.shape[1])
     model, tokens = _FirstAttention(knowledge, base), []
     for wanted in texts.unbind(dim=1):
         candidates = model.shortlist(wanted)

@@ -112,7 +112,7 @@ def _run_rows(sample: Sample, knowledge: Knowledge) -> RowSpans:
 
 def _score_rows(guess: RowSpans, truth: Truth) -> Score:
     """Mean over streams: each by its first check, the one with the fewest rows for its width; mixed, by all."""
-    counts = torch.tensor([0, *tokens_of_calls(guess.view, len(truth.tokens))]).cumsum(dim=0).tolist()
+    counts = torch.tensor([0, *tokens_of_calls(guess.view)]).cumsum(dim=0).tolist()
     found: dict[Place, list[float]] = {}
     for (place, number), check in guess.checks.items():
         if place not in truth.keys:
