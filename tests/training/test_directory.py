@@ -87,26 +87,26 @@ def test_each_family_is_the_stock_model(tmp_path: Path, family: str) -> None:
 
 def test_a_causal_mask_in_an_old_file_is_passed_over_and_a_bias_of_another_model_is_not(tmp_path: Path) -> None:
     made = AutoConfig.for_model(
-        "gptj",
+        "gpt_neo",  # newer transformers pass over such names of other families, whatever they hold
         vocab_size=41,
-        n_embd=16,
-        n_layer=2,
-        n_head=2,
-        rotary_dim=4,
-        n_positions=32,
+        hidden_size=16,
+        num_layers=2,
+        num_heads=2,
+        attention_types=[[["global"], 2]],
+        max_position_embeddings=32,
         bos_token_id=0,
         eos_token_id=0,
     )
     AutoModelForCausalLM.from_config(made).save_pretrained(tmp_path)
     tensors = load_file(tmp_path / MODEL)
     for i in range(2):
-        tensors[f"transformer.h.{i}.attn.bias"] = torch.ones(1, 1, 32, 32, dtype=torch.bool).tril()
-        tensors[f"transformer.h.{i}.attn.masked_bias"] = torch.tensor(-1e9)
+        tensors[f"transformer.h.{i}.attn.attention.bias"] = torch.ones(1, 1, 32, 32, dtype=torch.bool).tril()
+        tensors[f"transformer.h.{i}.attn.attention.masked_bias"] = torch.tensor(-1e9)
     save_file(tensors, tmp_path / MODEL, {"format": "pt"})
     stock = AutoModelForCausalLM.from_pretrained(tmp_path)
     with obfuscatune.protect(obfuscatune.load(tmp_path), profile="enclave") as protected:
         assert torch.equal(logits(protected.model), logits(stock))
-    save_file({**tensors, "transformer.h.0.attn.bias": torch.ones(16)}, tmp_path / MODEL, {"format": "pt"})
+    save_file({**tensors, "transformer.h.0.attn.attention.bias": torch.ones(16)}, tmp_path / MODEL, {"format": "pt"})
     with pytest.raises(UsageError, match="not of this model"):
         obfuscatune.load(tmp_path)
 
