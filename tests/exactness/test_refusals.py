@@ -25,7 +25,7 @@ NO_WORKER = "unix:///nonexistent/worker.sock"  # connecting there fails with ano
 
 @pytest.mark.parametrize(
     "options",
-    [{"worker": None}, {"worker": []}, {"worker": [1, 2, 3]}, {"threads": 0}, {"threads": "2"}]
+    [{"worker": None}, {"worker": []}, {"worker": [1, 2, 3]}, {"threads": 0}, {"threads": 4097}, {"threads": "2"}]
     + [{"timeout": timeout} for timeout in ("1", 0, -1.0, float("nan"), float("inf"), True)],
     ids=str,
 )

@@ -17,7 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
 from obfuscatune.enclave.protect import protect
 from obfuscatune.errors import UsageError, WorkerFault
 from obfuscatune.training.encoding import IGNORED_LABEL
-from obfuscatune.training.overlap import halves_of
+from obfuscatune.training.overlap import halves_of, step
 from obfuscatune.training.trainer import ProtectedTrainer
 
 from ..exactness.conftest import listening
@@ -102,6 +102,24 @@ def test_both_halves_are_under_way_at_once(worker: str, monkeypatch: pytest.Monk
         with protect(new_model(), profile="balanced", worker=worker) as protected:
             gradients(protected, tmp_path, overlap=overlap)
     assert most == {False: 1, True: 2}
+
+
+def test_both_halves_compute_on_as_many_threads_as_the_caller() -> None:
+    """Torch gives a thread that begins the number that any thread has set last, which for small work is one."""
+    before = torch.get_num_threads()
+    other = threading.Thread(target=torch.set_num_threads, args=(1,))
+    other.start()
+    other.join()
+    parameter = torch.nn.Parameter(torch.ones(3))
+    found: list[int] = []
+
+    def loss_of(half: dict[str, Any]) -> torch.Tensor:
+        found.append(torch.get_num_threads())
+        return (parameter * half["inputs_embeds"]).sum()
+
+    step(loss_of, {"inputs_embeds": torch.ones(4, 2, 3)}, [parameter])
+    assert found == [before] * 2 and before > 1
+    assert parameter.grad is not None and torch.equal(parameter.grad, torch.full((3,), 8.0))
 
 
 def test_rows_are_split_and_nothing_else() -> None:

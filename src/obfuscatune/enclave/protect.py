@@ -252,8 +252,8 @@ def _check_options(worker: Any, threads: Any, timeout: Any) -> None:
     addresses = [worker] if isinstance(worker, str) or not isinstance(worker, Iterable) else list(worker)
     if not addresses or not all(isinstance(address, str) for address in addresses):
         raise UsageError("worker", got=ascii(worker)[:80], expected='"spawn", an address, or a list of addresses')
-    if threads is not None and (type(threads) is not int or threads < 1):
-        raise UsageError("threads of a worker", got=ascii(threads)[:40], expected="1 or more")
+    if threads is not None and (type(threads) is not int or not 1 <= threads <= 4096):
+        raise UsageError("threads of a worker", got=ascii(threads)[:40], expected="1 to 4096")
     if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout < math.inf:
         raise UsageError("timeout", got=ascii(timeout)[:40], expected="seconds, above 0")
 

@@ -66,7 +66,7 @@ def train(
     ]
     tokens = quotas.training_tokens(settings, 0 if rows is None else len(rows))
     quotas.require(terms, "max_training_tokens", tokens or 0)
-    found = sorted((ram / "run").glob("checkpoint-*"))
+    found = sorted((ram / "run").glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
     trainer = ProtectedTrainer(
         protected,
         kind=settings.optim,

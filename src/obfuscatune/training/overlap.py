@@ -98,7 +98,10 @@ def step(
     halves = halves_of(inputs)
     results: list[tuple[Tensor, tuple[Tensor | None, ...]] | BaseException] = [RuntimeError("not run")] * len(halves)
 
+    threads = torch.get_num_threads()
+
     def run(number: int) -> None:
+        torch.set_num_threads(threads)  # a new thread takes over what any thread has set last: 1, for small work
         try:
             loss = loss_of(halves[number])
             results[number] = loss.detach(), torch.autograd.grad(loss, parameters, allow_unused=True)

@@ -217,6 +217,7 @@ def test_waiting_policies_reach_the_process(monkeypatch: pytest.MonkeyPatch) -> 
         ({"sizes": ()}, "--size: none"),
         ({"repetitions": 0}, "--repetitions 0: not at least 1"),
         ({"threads": 0}, "--threads 0: not at least 1"),
+        ({"threads": 4097}, "--threads 4097: more than 4096"),
         ({"shape": Shape(0, 8, 3)}, "--batch_size 0: not at least 1"),
         ({"shape": Shape(2, 2000, 3)}, "--size small: holds 1024 tokens, not the 2000"),
         ({"shape": Shape(2, 8, 1020)}, "--size small: holds 1024 tokens, not the 1036"),

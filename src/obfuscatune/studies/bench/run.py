@@ -77,6 +77,8 @@ class BenchOptions:
         if self.threads is not None:
             counts["threads"] = self.threads
         faults += [f"--{name} {value}: not at least 1" for name, value in counts.items() if value < 1]
+        if self.threads is not None and self.threads > 4096:
+            faults.append(f"--threads {self.threads}: more than 4096")
         longest = max(self.shape.seq_length, PROMPT_TOKENS + self.shape.new_tokens)
         for name, config in configs.items():
             positions = getattr(config, "max_position_embeddings", longest)
