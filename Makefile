@@ -14,7 +14,7 @@ $(TESTS): export HF_HUB_OFFLINE := 1
 
 # Enclave and worker take turns, so one run of pytest leaves half of two cores idle: two run beside each other. These
 # are about half of the time, in both tiers; what is not named here is in the other half.
-HALF := $(addprefix tests/,docs enclave examples exactness faults parties protocol cli/test_ranks.py studies/reproduce/test_results.py)
+HALF := $(addprefix tests/,docs examples exactness faults parties protocol cli/test_ranks.py studies/reproduce/test_results.py)
 halves = $(MAKE) --no-print-directory --jobs=2 one-half other-half PYTEST='$(1)/python -m pytest -m "$(2)"'
 
 .DEFAULT_GOAL := help
