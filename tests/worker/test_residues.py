@@ -14,7 +14,13 @@ from obfuscatune.protocol.expand import drawn, expand
 from obfuscatune.protocol.residues import EXACT_TERMS, PRIMES, reduce
 from obfuscatune.worker import residues
 from obfuscatune.worker.few_rows import FEW, few_rows
-from obfuscatune.worker.residues import ResidueSegment, float_product, int8_product, int8_products_are_exact
+from obfuscatune.worker.residues import (
+    ResidueSegment,
+    float_product,
+    int8_product,
+    int8_products_are_exact,
+    parts_of,
+)
 from obfuscatune.worker.session import WorkerSession
 
 _NUMBERS = itertools.count()
@@ -52,6 +58,48 @@ def test_products(rows: int, inputs: int, outputs: int, path: str, monkeypatch: 
         for i, p in enumerate(PRIMES[:3]):
             w = weight[i].T if transpose else weight[i]
             assert ((x[i].double() @ w.double() - y[i]) % p == 0).all() and int(y[i].abs().max()) <= p // 2
+
+
+@given(st.integers(0, 7), st.integers(1, 1000), st.integers(1, 100))
+@example(6, 512, 16)
+@example(6, 512, 4)
+def test_parts_cover_every_row_once_and_give_all_threads_as_much(planes: int, rows: int, threads: int) -> None:
+    parts = parts_of(range(3, 3 + planes), rows, threads)
+    seen = [(plane, row) for plane, part in parts for row in range(part.start, part.stop)]
+    assert seen == [(plane, row) for plane in range(3, 3 + planes) for row in range(rows)]
+    assert all(part.stop - part.start >= min(rows, 64) for _, part in parts)
+    if rows >= 64 * threads and planes:
+        assert len(parts) % threads == 0
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 5, 16])
+def test_products_are_the_same_on_any_number_of_threads(threads: int) -> None:
+    weight, x = centred_residues(3, 40, 24), centred_residues(3, 200, 40, seed=1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        y = segment(weight).multiply(x, transpose=False)
+    finally:
+        torch.set_num_threads(before)
+    for i, p in enumerate(PRIMES[:3]):
+        assert ((x[i].double() @ weight[i].double() - y[i]) % p == 0).all()
+
+
+def test_a_process_of_a_group_that_has_no_plane_adds_nothing() -> None:
+    class Group:
+        """The second of two processes, and one prime."""
+
+        rank, size = 1, 2
+
+        def share(self, n: int) -> range:
+            return range(n, n)
+
+        def sum_(self, y: torch.Tensor) -> torch.Tensor:
+            return y
+
+    spec = {"primes": [PRIMES[0]], "point": 1, "sharing": number()}
+    served = ResidueSegment(spec, {"weight": centred_residues(1, 8, 8)}, {}, Group())  # type: ignore[arg-type]
+    assert not served.multiply(centred_residues(1, 40, 8), transpose=False).any()
 
 
 def _can_few_rows() -> bool:

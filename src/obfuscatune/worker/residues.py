@@ -4,6 +4,7 @@ A weight is ``[L, in, out]``, one plane for each of L primes; ``y_l = x_l w_l mo
 """
 
 import hashlib
+import math
 import mmap
 from collections.abc import Mapping
 from typing import Any
@@ -18,6 +19,7 @@ from obfuscatune.worker.few_rows import few_rows
 from obfuscatune.worker.parallel import ALONE, Group
 from obfuscatune.worker.segments import Segment
 
+_ROWS_OF_A_PIECE = 64  # with fewer, most of its time goes to reading the weight again
 _FEWEST_ROWS, _MULTIPLE = 17, 8  # what cuBLAS asks of an int8 product: more than 16 rows, widths in steps of 8
 
 
@@ -82,24 +84,34 @@ class ResidueSegment(Segment):
             y = torch.empty(shape, dtype=torch.int8, device=x.device) if out is None else out
             if not transpose and few_rows(x, self.weight["weight"], self.primes, y):
                 return y
-        planes = range(self.mine.start, self.mine.stop)
-        threads = min(torch.get_num_threads(), len(planes)) if x.is_cpu else 1
+        threads = torch.get_num_threads() if x.is_cpu else 1
+        parts = parts_of(range(self.mine.start, self.mine.stop), shape[1], threads)
+        threads = max(1, min(threads, len(parts)))  # of a large group some processes have no plane
 
-        def some(first: int) -> None:
-            """Every so many planes, on one thread: products that share their threads wait for each other's parts."""
-            sums = torch.empty(shape[1:], dtype=torch.int32, device=x.device)  # one for all: new memory costs faults
-            for i in planes[first::threads]:
-                plane = columns[i - self.mine.start]
+        def some(thread: int) -> None:
+            """One thread's parts, one after the other: products that share their threads wait for each other's."""
+            most = max((rows.stop - rows.start for _, rows in parts), default=0)
+            room = torch.empty(most, shape[2], dtype=torch.int32, device=x.device)  # for all: new memory costs faults
+            for i, rows in parts[len(parts) * thread // threads : len(parts) * (thread + 1) // threads]:
+                left, plane = x[i, rows], columns[i - self.mine.start]
+                sums = room[: len(left)]
                 if not self._exact or x.shape[2] == 1:  # torch 2.13 leaves the int8 product of one term unwritten
-                    sums = float_product(x[i], plane)
+                    sums = float_product(left, plane)
                 elif x.is_cpu:
-                    torch._int_mm(x[i], plane, out=sums)
+                    torch._int_mm(left, plane, out=sums)
                 else:
-                    sums = int8_product(x[i], plane)
-                reduce(sums, self.primes[i], out=y[i])
+                    sums = int8_product(left, plane)
+                reduce(sums, self.primes[i], out=y[i, rows])
 
         on_threads(some, threads)
         return y if self.group.size == 1 else self.group.sum_(y)
+
+
+def parts_of(planes: range, rows: int, threads: int) -> list[tuple[int, slice]]:
+    """Return parts of a product: planes, cut into so many pieces of their rows that all threads have as much to do."""
+    pieces = max(1, min(threads // math.gcd(threads, len(planes)), rows // _ROWS_OF_A_PIECE))
+    bounds = [rows * i // pieces for i in range(pieces + 1)]
+    return [(plane, slice(bounds[i], bounds[i + 1])) for plane in planes for i in range(pieces)]
 
 
 def refuse_second_point(sharing: Any, point: int) -> None:
