@@ -52,7 +52,7 @@ def configurations(draw: st.DrawFn) -> dict[str, Any]:
 
 @pytest.mark.parametrize("variant", EXACT)
 @given(config=configurations(), batch=st.integers(1, 3), length=st.integers(1, 6), lora=st.booleans())
-@settings(max_examples=5)
+@settings(max_examples=3)  # of each of the variants
 def test_float64_logits_and_all_gradients(
     protect: Any, variant: str, config: dict[str, Any], batch: int, length: int, lora: bool
 ) -> None:
@@ -84,7 +84,7 @@ def test_float64_logits_and_all_gradients(
 
 @pytest.mark.parametrize("variant", EXACT)
 @given(config=configurations(), batch=st.integers(1, 3), length=st.integers(1, 6))
-@settings(max_examples=4)
+@settings(max_examples=2)
 def test_float32_logits_and_greedy_tokens(
     protect: Any, variant: str, config: dict[str, Any], batch: int, length: int
 ) -> None:

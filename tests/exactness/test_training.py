@@ -101,7 +101,7 @@ def adapter(model: Any) -> dict[str, Tensor]:
     ("train", "switches"),
     [
         (by_trainer, {"key_block": 4}),
-        (by_trainer, {"mlp": "enclave"}),
+        pytest.param(by_trainer, {"mlp": "enclave"}, marks=pytest.mark.slow),
         (by_trainer, {"profile": "strict"}),
         (by_trainer, {"profile": "stream", "key_block": 4}),
         (by_hand, {}),

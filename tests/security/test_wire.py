@@ -132,8 +132,11 @@ CASES: dict[str, tuple[str, dict[str, Any], str, Table]] = {
 }
 
 
-# Where only linear layers leave, families differ in names alone: one in every run, the others in the slow tier.
+# Where only linear layers leave, families differ in names alone, and some others share a table: one of them in every
+# run, the others in the slow tier.
 _ALIKE = {f"{family}, {profile}" for family in OTHERS if family != "llama" for profile in ("paper", "strict")}
+_ALIKE |= {"mistral, balanced", "mistral, stream", "qwen2, stream", "phi3, stream", "gemma3, balanced"}
+_ALIKE |= {"strict, blocks of 8", "stream, blocks of 8"}
 
 
 @pytest.fixture(
