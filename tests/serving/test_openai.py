@@ -268,7 +268,8 @@ def test_unknown_models_routes_and_bodies(server: Running) -> None:
         assert "each field once" in reply.json()["error"]["message"]
     for path in ("/load_model", "/reset", "/docs", "/openapi.json", "/v1/responses", "/page.js/../../app.py"):
         assert server.get(path).status_code == 404, path
-    assert server.post("/health", {}).status_code == 405
+    wrong = server.post("/health", {})
+    assert wrong.status_code == 405 and "method" in wrong.json()["error"]["message"]
     assert server.get("/health", token=None).json() == {"status": "ok"}
 
 
@@ -497,6 +498,12 @@ def test_settings_that_transformers_refuses_are_found_before_anybody_asks(
         ({"begin_suppress_tokens": [5]}, "begin_suppress_tokens"),
         ({"exponential_decay_length_penalty": [2, 1.5]}, "exponential_decay_length_penalty"),
         ({"forced_eos_token_id": 5}, "forced_eos_token_id"),
+        ({"num_beams": 3}, "num_beams"),
+        ({"min_length": 9}, "min_length"),
+        ({"min_new_tokens": 9}, "min_new_tokens"),
+        ({"max_time": 0.5}, "max_time"),
+        ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens"),
+        ({"num_beams": 1, "min_length": 0, "max_length": 20, "use_mtp": False}, (0.0, 1.0, 0)),
     ],
 )
 def test_the_models_own_way_of_generating_is_taken_over_or_refused(

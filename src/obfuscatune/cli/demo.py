@@ -21,7 +21,7 @@ def command(
     ),
     family: Annotated[str, typer.Option("--family", help="which bundled model: gpt2 or llama")] = "gpt2",
     profile: Annotated[
-        str, typer.Option("--profile", help="plain, naive, paper, balanced, strict, stream or enclave")
+        str, typer.Option("--profile", help="plain, naive, paper, balanced, strict, stream, shared or enclave")
     ] = "balanced",
     worker: Annotated[str, typer.Option("--worker", help="spawn, unix://PATH or tcp://127.0.0.1:PORT")] = "spawn",
     max_steps: Annotated[int | None, typer.Option("--max_steps", min=1, help="fewer steps, for a quick look")] = None,

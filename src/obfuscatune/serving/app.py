@@ -90,7 +90,8 @@ def build_app(
 
     @app.exception_handler(HTTPException)
     async def unknown(request: Request, error: HTTPException) -> Response:
-        refusal = Refusal(error.status_code, "no such route" if error.status_code == 404 else "not done", code="route")
+        messages = {404: "no such route", 405: "this route does not take this method"}
+        refusal = Refusal(error.status_code, messages.get(error.status_code, "not done"), code="route")
         return JSONResponse(refusal.body(), refusal.status, {**(error.headers or {}), **refusal.headers()})
 
     @app.exception_handler(Exception)

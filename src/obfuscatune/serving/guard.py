@@ -127,7 +127,9 @@ class Guard:
             raise Refusal(415, "a body is JSON in UTF-8, and not packed", code="invalid_request")
         host = headers.get(b"host", [])
         if len(host) != 1 or _without_port(host[0].decode("latin-1")).lower() not in self._hosts:
-            raise Refusal(421, "this server has another name", code="wrong_host")
+            raise Refusal(
+                421, "the Host header names another server; --allowed_host of serve adds names", code="wrong_host"
+            )
         if scope["path"] not in self._open and not self._is_known(headers.get(b"authorization", [])):
             raise Refusal(401, "a valid token is needed: Authorization: Bearer TOKEN", code="invalid_api_key")
         length = headers.get(b"content-length", [b"0"])[0]

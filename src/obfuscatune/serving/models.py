@@ -17,11 +17,19 @@ from obfuscatune.training.completion import named_refusals, stop_tokens
 from obfuscatune.training.loading import load, load_adapters, load_config, load_tokenizer
 
 BASE = "base"
-# What each request decides, and what would bound or change a round, which is a part of a completion.
-_OF_REQUESTS = ("temperature", "top_p", "top_k", "max_length", "min_length", "min_new_tokens")
+# What each request decides; a length of the model's own would bound a round, which is a part of a completion.
+_OF_REQUESTS = ("temperature", "top_p", "top_k", "max_length")
 _TOP_K = 50  # of stock sampling, where the model's settings name none
-# What would choose otherwise than requests say, or anew in each round, with the value that changes nothing.
+# What would choose otherwise than requests say, or anew in each round, or make several tokens in one step, with the
+# value that changes nothing.
 _REFUSED = {
+    "num_beams": 1,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "max_time": None,
+    "prompt_lookup_num_tokens": None,
+    "assistant_early_exit": None,
+    "use_mtp": False,
     "min_p": 0.0,
     "typical_p": 1.0,
     "epsilon_cutoff": 0.0,

@@ -176,7 +176,7 @@ def _check_stream_options(value: Any, streams: bool) -> None:
     if value is None:
         return
     if not streams:
-        raise _wrong("stream_options", "stream: true beside it")
+        raise _wrong("stream_options", "it only together with stream: true")
     options = {name: option for name, option in value.items() if option is not None} if isinstance(value, dict) else {}
     asked = {name: option for name, option in options.items() if (name, option) != ("include_obfuscation", False)}
     if not isinstance(value, dict) or not all(k == "include_usage" and isinstance(v, bool) for k, v in asked.items()):

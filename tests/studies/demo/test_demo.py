@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from obfuscatune.cli import main
+from obfuscatune.profiles import resolve
 from obfuscatune.studies.bundled import BUNDLED_FAMILIES, demo_settings, model_directory
 from obfuscatune.studies.demo.run import run_demo
-from obfuscatune.studies.demo.story import html_page, summary
+from obfuscatune.studies.demo.story import html_page, summary, warning
 
 
 @pytest.fixture(scope="module", params=BUNDLED_FAMILIES)
@@ -65,6 +66,26 @@ def test_the_command_takes_the_family(tmp_path: Path, capsys: pytest.CaptureFixt
     assert '"model_type": "llama"' in (tmp_path / "model" / "config.json").read_text()
     assert main(["demo", "--family", "opt", "--output_dir", str(tmp_path)]) == 2
     assert "expected gpt2 or llama" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wrong", [["--profile", "none"], ["--worker", "none"]])
+def test_options_that_cannot_be_are_refused_before_the_work(
+    wrong: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["demo", *wrong, "--max_steps", "1", "--output_dir", str(tmp_path)]) == 2
+    assert "got 'none'" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("outcome", ["gpt2"], indirect=True)
+@pytest.mark.parametrize(
+    ("profile", "said", "unsaid"),
+    [("enclave", "in one process", "keys"), ("shared", "all the shares", "keys"), ("plain", "no keys", "hide")],
+)
+def test_what_is_not_shown_fits_the_profile(outcome, profile: str, said: str, unsaid: str) -> None:
+    report = dataclasses.replace(outcome.report, profile=resolve(profile))
+    shown = warning(dataclasses.replace(outcome, report=report))
+    assert said in shown and unsaid not in shown
 
 
 @pytest.mark.parametrize(

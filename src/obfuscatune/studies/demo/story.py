@@ -9,10 +9,20 @@ from obfuscatune.studies.reports.figures import new_figure, style
 from obfuscatune.studies.reports.page import Section, figure, page, paragraph, preformatted, table
 
 CLEAR, KEYED, GREY = "#5b6b82", "#c4572b", "#c9d0da"
-WARNING = (
-    "Both processes ran on this machine, so nothing was protected from its owner. The keys hide coordinates; they are "
-    "not a cryptographic boundary. docs/security.md says what each profile leaks."
-)
+_LEAKS = "docs/security.md says what each profile leaks."
+
+
+def warning(outcome: Outcome) -> str:
+    """Return what the demo does not show, by the profile."""
+    profile = outcome.report.profile
+    if not profile.remote:
+        return f"Everything ran in one process on this machine, so nothing was protected from its owner. {_LEAKS}"
+    if profile.shares:
+        return f"All processes ran on this machine, so its owner has all the shares, and with them everything. {_LEAKS}"
+    both = "Both processes ran on this machine, so nothing was protected from its owner."
+    if profile.keys == "identity":
+        return f"{both} This profile has no keys: the worker has the weights in the clear. {_LEAKS}"
+    return f"{both} The keys hide coordinates; they are not a cryptographic boundary. {_LEAKS}"
 
 
 def summary(outcome: Outcome) -> str:
@@ -36,7 +46,7 @@ def summary(outcome: Outcome) -> str:
         str(report),
         f"crossed the boundary: {calls:,} calls, {megabytes:,.0f} MB; keying took {outcome.keying_seconds:.1f} s",
         "",
-        *textwrap.wrap(WARNING, 118),
+        *textwrap.wrap(warning(outcome), 118),
         f"adapter (PEFT's format): {outcome.adapter}",
     ]
     return "\n".join(lines)
@@ -84,7 +94,7 @@ def html_page(outcome: Outcome) -> str:
             "Answers of the protected model",
             table(("prompt", "completion"), outcome.answers),
         ),
-        Section("What this does not show", paragraph(WARNING, note=True)),
+        Section("What this does not show", paragraph(warning(outcome), note=True)),
         Section("Report", preformatted(str(report))),
     ]
     return page(f"obfuscatune demo: profile {report.profile.name}", sections)
@@ -113,7 +123,7 @@ def _shares(outcome: Outcome) -> Figure:
     axis = plot.subplots()
     inside, outside = 100 * report.enclave_share, 100 * report.worker_parameters / report.total_parameters
     axis.barh(("parameters",), (inside,), color=CLEAR, label=f"enclave, in the clear: {inside:.1f} %")
-    axis.barh(("parameters",), (outside,), left=(inside,), color=KEYED, label=f"worker, keyed: {outside:.1f} %")
+    axis.barh(("parameters",), (outside,), left=(inside,), color=KEYED, label=f"worker: {outside:.1f} %")
     axis.set(xlabel="% of the model's parameters", xlim=(0, 101))
     plot.legend(loc="outside upper center", ncols=2)
     return plot
