@@ -44,13 +44,26 @@ def test_isometry_and_product(rows: int, width: int, decay: float, scale: float,
 def test_rows_of_zeros_look_like_all_others() -> None:
     mixed = mix(torch.zeros(3, 15, dtype=torch.float64), MIXER, 512)
     assert (mixed.sent.mT @ mixed.sent - torch.eye(15)).abs().max() < ISOMETRY[torch.float64]
-    assert mixed.restore(mixed.sent).abs().max() < 1e-14
+    assert not mixed.restore(mixed.sent).any()
+
+
+def test_a_row_of_zeros_gives_zeros_beside_others() -> None:
+    x = torch.ones(3, 15)
+    x[1] = 0
+    mixed = mix(x, MIXER, 512)
+    got = mixed.restore(mixed.sent).any(dim=1)
+    assert got.tolist() == [True, False, True]
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_rows_that_are_not_finite_are_refused(bad: float) -> None:
     with pytest.raises(NotFiniteError, match="not finite"):
         noise_rows(torch.full((1, 2, 3), bad))
+
+
+def test_rows_whose_bound_is_not_finite_are_refused() -> None:
+    with pytest.raises(NotFiniteError, match="not finite"):
+        noise_rows(torch.full((1, 8, 64), 3e153, dtype=torch.float64))
 
 
 def test_row_counts_are_few() -> None:

@@ -46,6 +46,17 @@ def pair(protect: Any) -> Iterator[tuple[Any, Any]]:
         yield reference, protected
 
 
+def test_another_norm_of_any_block_gets_another_rotation(protect: Any) -> None:
+    rotations = []
+    for scale in (1.0, 1.0, 1.5):
+        model = gpt2()
+        model.transformer.h[-1].ln_2.weight.data.mul_(scale)
+        with protect(model, profile="stream") as protected:
+            rotations.append(body_of(protected.model).placed.key_in.dense())
+    assert torch.equal(rotations[0], rotations[1])
+    assert not torch.allclose(rotations[1], rotations[2])
+
+
 def test_one_request_a_pass(pair: tuple[Any, Any]) -> None:
     protected = pair[1]
     counts = []

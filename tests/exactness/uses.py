@@ -27,6 +27,8 @@ from peft.helpers import rescale_adapter_scale
 from peft.tuners.lora import LoraLayer
 from peft.utils.hotswap import hotswap_adapter
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrize
 from transformers import DataCollatorWithFlattening, DynamicCache, Trainer, TrainingArguments
@@ -165,6 +167,15 @@ def functional_gradient(model: Any) -> Tensor:
         return scalar(torch.func.functional_call(model, values, (tokens(2, 6),)).logits)
 
     return torch.cat([gradient.flatten() for gradient in torch.func.grad(loss)(values).values()])
+
+
+@use(ALL, reading=True)
+def forward_mode(model: Any) -> Tensor:
+    rows = base_of(model).get_input_embeddings()(tokens(2, 6)).detach()
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
+        found = model(inputs_embeds=forward_ad.make_dual(rows, rows.cos()), use_cache=False).logits
+        tangent: Tensor = forward_ad.unpack_dual(found).tangent
+    return tangent
 
 
 def called_alone(name: str, find: Callable[[Any], nn.Module], refused: frozenset[str]) -> None:

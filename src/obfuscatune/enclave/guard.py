@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from obfuscatune.enclave.families.empty import refuse_attention
 from obfuscatune.enclave.families.options import refuse_options
@@ -78,6 +79,12 @@ class Guard:
                 "a protected model within a transform of torch.func (grad, vmap, jvp)",
                 where=self._model.path,
                 hint="torch.autograd.grad, and batches in the place of vmap",
+            )
+        if forward_ad._current_level >= 0:  # what crosses has no tangent, and the result would lack it without a word
+            raise UnsupportedModelError(
+                "derivatives in forward mode (torch.autograd.forward_ad) of a protected model",
+                where=self._model.path,
+                hint="torch.autograd.grad",
             )
         if has_hooks_on_all():
             raise UnsupportedModelError(

@@ -71,7 +71,7 @@ def noise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     x = x.double()
     gram = torch.bmm(x.mT, x)
     if not torch.isfinite(gram).all():
-        raise NotFiniteError("rows that are not finite cannot be mixed", hint="a training run that diverged")
+        raise _not_finite()
     # The largest eigenvalue, from below; a start of all ones would be orthogonal to it for some x, a trace cannot be.
     probe = gram / gram.abs().amax(dim=(1, 2), keepdim=True).clamp_min(1e-300)
     probe = probe[:, :, : min(8, gram.shape[1])] + 1e-3
@@ -81,6 +81,8 @@ def noise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     estimate = torch.bmm(gram, probe).norm(dim=1).amax(dim=1)
     least = gram.diagonal(dim1=1, dim2=2).amax(dim=1)
     scale = torch.maximum(estimate, least) * _MARGIN
+    if not torch.isfinite(scale).all():
+        raise _not_finite()
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # all rows zero: then Z is noise alone
     identity = torch.eye(gram.shape[1], dtype=gram.dtype)
     while True:
@@ -89,6 +91,10 @@ def noise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
         if not failed.any():
             return lower.mT, scale
         scale = torch.where(failed, 2 * scale, scale)
+
+
+def _not_finite() -> NotFiniteError:
+    return NotFiniteError("rows that are not finite cannot be mixed", hint="a training run that diverged")
 
 
 @dataclass(frozen=True, slots=True, repr=False)  # a repr would show the scales
@@ -102,11 +108,15 @@ class Mixed(Secret):
     sent: Tensor
     _mixing: RowMixing
     _scale: Tensor
-    _rows: int
+    _zero: Tensor
 
     def restore(self, y: Tensor) -> Tensor:
-        """Return ``X W`` ``[n, out]`` from ``Y W_t`` ``[tiles, m, out]``."""
-        return self._mixing.unmix(y, self._scale, self._rows)
+        """Return ``X W`` ``[n, out]`` from ``Y W_t`` ``[tiles, m, out]``; exactly 0 of a row of zeros.
+
+        Rounding would make noise of it, and an optimizer like Adam a step as large as any of the noise in a gradient.
+        """
+        rows = self._mixing.unmix(y, self._scale, len(self._zero))
+        return rows.masked_fill_(self._zero[:, None], 0)
 
 
 def mix(x: Tensor, mixer: RowMixer, largest_tile: int) -> Mixed:
@@ -124,4 +134,4 @@ def mix(x: Tensor, mixer: RowMixer, largest_tile: int) -> Mixed:
     mixing = mixer.draw(len(tiles), total)
     # In float64, and rounded once: of Y, which depends on no data. The rounding errors of float32 arithmetic depend on
     # what it is done with: 400 calls of 128 rows showed the rows' strongest direction by them, at 12 deviations.
-    return Mixed(mixing.mix(z, x.dtype), mixing, root, len(x))
+    return Mixed(mixing.mix(z, x.dtype), mixing, root, ~x.any(dim=1))

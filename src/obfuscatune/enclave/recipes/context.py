@@ -130,13 +130,15 @@ class Keying:
 
     # secrets
 
-    def streams(self, path: str, *layers: Layer) -> Streams:
-        """Randomness by name for some layers; their weights' digest is in the label: no other model gets these keys."""
-        digest = hashlib.sha256()
-        for layer in layers:
-            # numpy's view of the bytes: hashing needs no copy of a contiguous weight.
-            digest.update(layer.base.weight.detach().contiguous().view(torch.uint8).numpy().data)
-        model, switches = digest.hexdigest(), json.dumps(self.profile.switches(), sort_keys=True)
+    def streams(self, path: str, *layers: Layer, norm: Norm | None) -> Streams:
+        """Randomness by name for some layers; its label has a digest of what is keyed: no other model gets these keys.
+
+        A norm that is folded into a weight is part of that. One weight under equal keys, but with another gain, would
+        give the worker ``R^-1 diag(g / g') R``, whose eigenvectors are the key's.
+        """
+        folded = [] if norm is None or not self.profile.fold_norms else [norm.gain, norm.shift]
+        model = digest_of(*(t for layer in layers for t in (layer.base.weight, layer.base.bias)), *folded)
+        switches = json.dumps(self.profile.switches(), sort_keys=True)
         return lambda name: self.secret.stream(model, switches, path, name)
 
     def key(self, stream: Streams, name: str, size: int, *, inner: bool = False) -> Key:
@@ -196,6 +198,16 @@ class Keying:
             )
         for replace in self.replacements:
             replace()
+
+
+def digest_of(*tensors: Tensor | None) -> str:
+    """Return the SHA-256 of the bytes of those that are there."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        if tensor is not None:
+            # numpy's view of the bytes: hashing needs no copy of a contiguous weight.
+            digest.update(tensor.detach().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def rank_keys(stream: Streams, slot: str) -> Callable[[int], Key]:

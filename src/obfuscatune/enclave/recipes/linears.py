@@ -23,7 +23,7 @@ def key_group(keying: Keying, group: Group) -> None:
     profile, layers = keying.profile, group.layers
     keying.open(*layers)
     path = layers[0].path if len(layers) == 1 else ", ".join(layer.path for layer in layers)
-    stream = keying.streams(path, *layers)
+    stream = keying.streams(path, *layers, norm=group.norm)
     width, dtype = layers[0].shape[0], layers[0].weight.dtype
     key_in = keying.key(stream, group.reads, width, inner=group.inner_in)
     names = [group.writes if len(layers) == 1 else f"{group.writes} {i}" for i in range(len(layers))]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from obfuscatune.enclave.families import Block, Decoder, Layer
 from obfuscatune.enclave.folding import centre
 from obfuscatune.enclave.keys import Key
-from obfuscatune.enclave.recipes.context import Keying, Streams, rank_keys
+from obfuscatune.enclave.recipes.context import Keying, Streams, digest_of, rank_keys
 from obfuscatune.enclave.recipes.whole import LAST, Around, Shipped, ship_attention, ship_mlp
 from obfuscatune.enclave.remote.body import PassedBlock, Remaining, RemoteBody, adopt
 from obfuscatune.enclave.remote.layers import replace_part, standins
@@ -28,16 +28,21 @@ from obfuscatune.errors import UnsupportedModelError
 
 
 class Rotated(Around):
-    """One rotation around all parts. It comes from the randomness of the first weights that are keyed."""
+    """One rotation around all parts. It comes from the randomness of the first weights that are keyed.
 
-    def __init__(self, centred: bool) -> None:
-        self.centred = centred
+    Args:
+        centred: whether the stream is. label: of what else the rotation is to depend on: the norms of all blocks,
+            because two gains of one weight under one rotation give it away (`Keying.streams`).
+    """
+
+    def __init__(self, centred: bool, label: str) -> None:
+        self.centred, self._label = centred, label
         self._rotation: Key | None = None
 
     def keys(self, keying: Keying, stream: Streams, part: str, width: int) -> tuple[Key, Key]:
         """Return R twice."""
         if self._rotation is None:
-            self._rotation = keying.key(stream, "residual stream", width)
+            self._rotation = keying.key(stream, f"residual stream {self._label}", width)
         return self._rotation, self._rotation
 
     def read(self, columns: Tensor) -> Tensor:
@@ -58,7 +63,9 @@ class StreamRecipe:
 
     def __init__(self, keying: Keying, decoder: Decoder) -> None:
         self._keying, self._decoder = keying, decoder
-        self._around = Rotated(decoder.norm == "layernorm")
+        norms = [part.norm for block in decoder.blocks[keying.profile.enclave_blocks :] for part in block.parts]
+        folded = (tensor for norm in norms for tensor in (norm.gain, norm.shift))
+        self._around = Rotated(decoder.norm == "layernorm", digest_of(*folded))
         self._shipped: list[Shipped] = []
         self._slots: list[Slot] = []
         self._blocks: list[Block] = []

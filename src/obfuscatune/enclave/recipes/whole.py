@@ -108,7 +108,7 @@ def ship_attention(keying: Keying, attention: Attention, around: Around) -> Ship
             hint='attention="enclave"',
         )
     keying.open(*attention.layers)
-    stream = keying.streams(attention.path, *attention.layers)
+    stream = keying.streams(attention.path, *attention.layers, norm=attention.norm)
     key_in, key_out = around.keys(keying, stream, "attention", attention.width)
     heads = _head_keys(keying, attention, stream)
     # Held LoRA of the output layer sees the heads' output as it is on the worker, so it must be the true one.
@@ -171,7 +171,7 @@ def ship_mlp(keying: Keying, mlp: Mlp, around: Around) -> Shipped:
             "the worker does not know the activation", got=mlp.activation, expected=expected, hint='mlp="enclave"'
         )
     keying.open(*mlp.layers)
-    stream = keying.streams(mlp.path, *mlp.layers)
+    stream = keying.streams(mlp.path, *mlp.layers, norm=mlp.norm)
     key_in, key_out = around.keys(keying, stream, "mlp", mlp.width)
     hidden = mlp.last.shape[0]
     by_piece: dict[str, Key]
