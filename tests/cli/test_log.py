@@ -27,8 +27,8 @@ def public(tmp_path: Path) -> Path:
     return write(tmp_path / "enclave.pub", encode(ENCLAVE.public.to_dict()) + b"\n")
 
 
-def copy(log: AuditLog, path: Path) -> Path:
-    return write(path, join_copy(log.lines(0), log.signed_head(ENCLAVE)))
+def copy(log: AuditLog, path: Path, signer: Identity = ENCLAVE) -> Path:
+    return write(path, join_copy(log.lines(0), log.signed_head(signer)))
 
 
 def write(path: Path, data: bytes) -> Path:
@@ -78,6 +78,20 @@ def test_a_fork_exits_with_1(log: AuditLog, public: Path, tmp_path: Path, run: R
     outcome = run("log", "check", tuesday, "--earlier", monday, "--enclave", public)
     assert outcome.code == 1 and "differs from your earlier copy" in outcome.err and "entry 2" in outcome.err
     assert run("log", "check", tuesday, "--enclave", public).code == 0
+
+
+def test_after_a_hand_over_the_earlier_copy_is_signed_by_the_enclave_before(
+    log: AuditLog, public: Path, tmp_path: Path, run: Run
+) -> None:
+    monday = copy(log, tmp_path / "monday.log", Identity.generate("enclave"))
+    log.append("handed-over", to=ENCLAVE.public.fingerprint)
+    tuesday = copy(log, tmp_path / "tuesday.log")
+    outcome = run("log", "check", tuesday, "--earlier", monday, "--enclave", public)
+    assert outcome.code == 0, outcome.err
+    assert "1 new" in outcome.out
+    write(monday, monday.read_bytes()[:-5])  # no whole copy says less than it seems to
+    outcome = run("log", "check", tuesday, "--earlier", monday, "--enclave", public)
+    assert outcome.code == 1 and f"BROKEN: {monday}" in outcome.err
 
 
 def test_misuse_exits_with_2(log: AuditLog, tmp_path: Path, run: Run) -> None:
