@@ -155,7 +155,7 @@ PROFILES: dict[str, Profile] = {
         Profile(
             name="stream",
             summary="all blocks on the worker in one call: it gets the working body in one unknown rotation",
-            audience="as balanced, but faster; if the worker may run all blocks by itself, under a secret rotation",
+            audience="as balanced, but faster: the worker runs all blocks by itself, under one secret rotation",
             claim="embeddings and head withheld; nothing on data",
             keys="monarch",
             inner_keys="monarch",
