@@ -518,6 +518,19 @@ def test_the_models_own_way_of_generating_is_taken_over_or_refused(
         assert (taken.temperature, taken.top_p, taken.top_k) == defaults
 
 
+def test_a_way_of_generating_is_refused_before_weights_are_keyed(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = shutil.copytree(model_dir, tmp_path / "model")
+    GenerationConfig(num_beams=3).save_pretrained(asked)
+    monkeypatch.setattr("obfuscatune.serving.models.protect", lambda *arguments, **named: pytest.fail("it is keyed"))
+    with (
+        pytest.raises(UsageError, match="^num_beams in the model's"),
+        serve_model(str(asked), "float32", {}, {"profile": resolve("balanced"), "worker": ["spawn"]}, None),
+    ):
+        pass
+
+
 def test_a_failed_worker_is_told_and_ends_the_server(model_dir) -> None:
     protection = {"profile": resolve("balanced"), "worker": ["spawn"], "threads": 1, "timeout": 60.0}
     with (

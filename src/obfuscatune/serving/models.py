@@ -71,14 +71,14 @@ class ServedModel:
 
     config, generation_config = NO_FAMILY, None
 
-    def __init__(self, protected: Protected, tokenizer: Any, adapters: Mapping[str, str]) -> None:
+    def __init__(self, protected: Protected, tokenizer: Any, adapters: Mapping[str, str], defaults: Defaults) -> None:
         self.protected, self.tokenizer = protected, tokenizer
         self.model: Any = protected.model
         self.names = (BASE, *adapters)
         self._has_adapters = bool(adapters)
         self.ends = frozenset(stop_tokens(self.model, tokenizer))
         self.positions: int | None = getattr(self.model.config, "max_position_embeddings", None)
-        self.defaults = _take_defaults(self.model)
+        self.defaults = defaults
 
     @property
     def has_ended(self) -> bool:
@@ -137,10 +137,11 @@ def serve_model(
         tokenizer.chat_template = chat_template
     check_template(tokenizer)
     model = load(name, dtype, profile)
+    defaults = _take_defaults(model)  # refused before the work of keying
     if adapters:
         model = load_adapters(model, adapters)
     with protect(model.eval(), **protection, progress=True) as protected:
-        served = ServedModel(protected, tokenizer, adapters)
+        served = ServedModel(protected, tokenizer, adapters, defaults)
         served.try_settings()
         yield served
 
