@@ -525,7 +525,7 @@ def test_a_way_of_generating_is_refused_before_weights_are_keyed(
     GenerationConfig(num_beams=3).save_pretrained(asked)
     monkeypatch.setattr("obfuscatune.serving.models.protect", lambda *arguments, **named: pytest.fail("it is keyed"))
     with (
-        pytest.raises(UsageError, match="^num_beams in the model's"),
+        pytest.raises(UsageError, match=r"^num_beams in the model's"),
         serve_model(str(asked), "float32", {}, {"profile": resolve("balanced"), "worker": ["spawn"]}, None),
     ):
         pass
