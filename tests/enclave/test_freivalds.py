@@ -105,6 +105,21 @@ def test_rows_whose_squares_have_no_room(part: float, rows: int, dtype: torch.dt
         assert not check.holds(x, one_off(y))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 8, 64])
+@pytest.mark.parametrize("gain", [1e2, 1e8])
+def test_numbers_that_are_not_normal_may_be_taken_as_zero(gain: float, rows: int, dtype: torch.dtype) -> None:
+    """Hardware products in bfloat16 do so, and large weights make normal numbers of what is missing."""
+    weight = (torch.randn(96, 40, generator=GENERATOR) * gain).to(dtype)
+    check = Check(weight, MasterSecret.from_insecure_test_seed(5).stream("check"))
+    tiny = torch.finfo(dtype).tiny
+    x = (torch.randn(rows, 96, generator=GENERATOR).double() * tiny).to(dtype)
+    assert check.holds(x, x @ weight)
+    assert check.holds(x, torch.where(x.abs() < tiny, 0, x) @ weight)
+    x = (x.double() * 4096).to(dtype)
+    assert check.holds(x, x @ weight) and not check.holds(x, one_off(x @ weight))
+
+
 def numbers(rows: int, width: int) -> Tensor:
     return torch.randn(rows, width, generator=GENERATOR, dtype=torch.float64).clamp(-1, 1)
 
