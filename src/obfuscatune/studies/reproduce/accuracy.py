@@ -30,7 +30,7 @@ from obfuscatune.training.loading import load_config
 Row = dict[str, Any]
 
 _FACTS = 32
-_MODEL_FILES = ("*.safetensors", "*.json", "*.txt")
+_MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja")
 
 
 def run(
