@@ -1,0 +1,67 @@
+"""The hooks on a protected model: what begins a pass, looks at what it is asked, and refuses what is not there."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from obfuscatune.enclave.frozen import refuse_training_of_all
+from obfuscatune.enclave.guard import Guard
+from obfuscatune.enclave.guarded import guard_class
+from obfuscatune.enclave.hooks import forget_adapters_of_rows
+from obfuscatune.enclave.inputs import Inputs
+from obfuscatune.enclave.links import Link
+from obfuscatune.enclave.remote.body import RemoteBody
+from obfuscatune.enclave.remote.head import use_fast_head
+from obfuscatune.enclave.remote.withdrawn import Standin
+from obfuscatune.errors import UnsupportedModelError
+from obfuscatune.profiles import Profile
+
+
+def watch(causal_lm: Any, profile: Profile, links: Sequence[Link], *, frozen: bool) -> None:
+    """Hook a model whose blocks have left, and seal what stands in the places of their weights.
+
+    Args:
+        causal_lm: with its remote modules installed. profile: as it was fitted to the model. frozen: whether nothing
+            that has left was to be trained.
+    """
+    eager = getattr(causal_lm.config, "_attn_implementation", None) == "eager"
+    for link in links:
+        link.passes.eager = eager
+        causal_lm.base_model.register_forward_pre_hook(link.passes.begin, with_kwargs=True)
+    causal_lm.base_model.register_forward_pre_hook(Inputs(causal_lm), with_kwargs=True)
+    causal_lm.base_model.register_forward_pre_hook(Guard(causal_lm, profile, links[0].passes))
+    if profile.attention == "worker":
+        # Blocks that stay in the enclave would look at other positions than the worker's where a row sees none.
+        if getattr(causal_lm, "_supports_sdpa", False) and not (eager and profile.enclave_blocks):
+            causal_lm.set_attn_implementation("sdpa")  # its masks say only what is allowed, and None for causal
+        _refuse_output(causal_lm, "output_attentions", 'attention weights stay on the worker: attention="enclave"')
+    if profile.rotate_stream:
+        what = "the blocks' outputs stay on the worker: rotate_stream=False. The last hidden state is there"
+        _refuse_output(causal_lm, "output_hidden_states", what)
+        for body in causal_lm.modules():
+            if isinstance(body, RemoteBody) and body.blind is not None:
+                causal_lm.register_forward_hook(body.blind.check_labels, with_kwargs=True)
+    use_fast_head(causal_lm)
+    refuse_training_of_all(causal_lm, frozen=frozen)
+    causal_lm.register_forward_hook(forget_adapters_of_rows, always_call=True)
+    guard_class(causal_lm)
+    for standin in causal_lm.modules():
+        if isinstance(standin, Standin):
+            standin.seal()
+
+
+def _refuse_output(model: Any, name: str, why: str) -> None:
+    """Refuse a forward that asks for an output which is on the worker, by its argument or by the configuration."""
+    reason, _, hint = why.partition(": ")
+
+    def check(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        wanted = kwargs.get(name)
+        if wanted is None:
+            wanted = getattr(model.config, name, None)
+        if wanted is not None and wanted is not False:  # a number may choose one of several, 0 the first
+            where = type(module).__name__
+            raise UnsupportedModelError(f"{name}: {reason}", where=where, hint=f"protect with {hint}")
+
+    for each in (model, model.base_model):  # the one without the head can be called alone
+        each.register_forward_pre_hook(check, with_kwargs=True)
