@@ -49,7 +49,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
         return made
 
     monkeypatch.setattr("obfuscatune.worker.transfer.pins", lambda device: True)
-    monkeypatch.setattr("obfuscatune.worker.session.pins", lambda device: True)
+    monkeypatch.setattr("obfuscatune.worker.shelf.pins", lambda device: True)
     monkeypatch.setattr("obfuscatune.worker.server.pins", lambda device: True)
     monkeypatch.setattr(torch, "empty", noting)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: found)

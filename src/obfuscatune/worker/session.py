@@ -5,7 +5,6 @@ with a message of names and shapes, which the server sends back; the session goe
 """
 
 import math
-import os
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -14,11 +13,11 @@ import torch
 from torch import Tensor
 
 from obfuscatune.errors import ProtocolError
-from obfuscatune.protocol.arena import PLACED, Arena, own
+from obfuscatune.protocol.arena import PLACED
 from obfuscatune.protocol.bits import unpack_mask
 from obfuscatune.protocol.connection import Connection
 from obfuscatune.protocol.expand import tensors_drawn
-from obfuscatune.protocol.frames import PROTOCOL_VERSION, TensorSpec
+from obfuscatune.protocol.frames import PROTOCOL_VERSION
 from obfuscatune.protocol.limits import Limits
 from obfuscatune.protocol.memory import peak_memory_bytes
 from obfuscatune.worker.adapters import HeldFactors, SlotInputs, factors_named
@@ -30,9 +29,8 @@ from obfuscatune.worker.optimizer import HeldOptimizer
 from obfuscatune.worker.parallel import ALONE, Group, ends_the_group
 from obfuscatune.worker.residues import ResidueSegment
 from obfuscatune.worker.segments import Call, LinearSegment, MlpSegment, Segment
-from obfuscatune.worker.transfer import pins, to_device, to_host
-
-Reply = tuple[dict[str, Any], dict[str, Tensor]]
+from obfuscatune.worker.shelf import Reply, Shelf
+from obfuscatune.worker.transfer import to_device, to_host
 
 SEGMENTS: dict[str, type[Segment]] = {
     "linear": LinearSegment,
@@ -63,10 +61,8 @@ class WorkerSession:
         passing: Connection | None = None,
     ) -> None:
         self.device, self.ledger, self.group = device, Ledger(budget), group
-        self._passing = passing if group.size == 1 else None  # another process of a group has not the arena
-        self._arena: Arena | None = None
-        if self._passing is not None:
-            self._passing.expect_descriptor()
+        # Another process of a group has not the arena.
+        self._shelf = Shelf(passing if group.size == 1 else None, self.ledger, self.device)
         self._segments: dict[str, Segment] = {}
         self._pushed: dict[str, dict[str, Tensor]] = {}
         self._calls: dict[int, tuple[Segment, dict[str, Tensor], dict[str, Tensor]]] = {}
@@ -76,7 +72,7 @@ class WorkerSession:
         self._busy_seconds = 0.0
         self._operations = {
             "hello": self._hello,
-            "arena": self._take_arena,
+            "arena": self._shelf.take,
             "define": self._define,
             "hold": self._hold,
             "forward": self._forward,
@@ -127,76 +123,17 @@ class WorkerSession:
         if ("placed" in header or "places" in header) and header["op"] not in PLACED:
             raise ProtocolError("placed tensors", got=header["op"], expected=" or ".join(PLACED))
         if "placed" in header:
-            tensors = {**tensors, **self._placed(header, tensors)}
+            tensors = {**tensors, **self._shelf.read(header, tensors)}
         reply, outputs = operation(header, to_device(tensors, self.device))
         outputs = to_host(outputs, self.device)
-        return self._place(header, reply, outputs) if "places" in header else (reply, outputs)
-
-    # memory that an enclave of this machine shares
-
-    def _take_arena(self, header: dict[str, Any], tensors: dict[str, Tensor]) -> Reply:
-        """Map the enclave's arena; say that it did not come where something between the two passes bytes alone."""
-        descriptor = None if self._passing is None else self._passing.take_descriptor()
-        if descriptor is None:
-            return {"mapped": False}, {}
-        if self._arena is not None:
-            os.close(descriptor)
-            raise ProtocolError("a second arena", expected="one for a session")
-        arena = Arena.received(descriptor, header.get("bytes"))
-        if arena is not None and (self.ledger.budget is None or arena.size <= self.ledger.budget):
-            self._arena = arena
-        return {"mapped": self._arena is not None}, {}
-
-    def _mapped(self) -> Arena:
-        if self._arena is None:
-            raise ProtocolError("placed tensors", expected="an arena that was passed before")
-        return self._arena
-
-    def _placed(self, header: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The request's tensors in the arena: copies, unless the operation is done with them when it answers.
-
-        A product and a backward are, and a forward that keeps nothing is with its rows.
-        """
-        views = self._mapped().read(header["placed"])
-        if not views.keys().isdisjoint(tensors):
-            raise ProtocolError("placed tensors", got=sorted(views), expected="others than those that are sent")
-        in_place = header["op"] != "forward" or not header.get("keep")
-        read = {
-            name: tensor
-            for name, tensor in views.items()
-            if in_place and tensor.dtype is not torch.bool and (header["op"] != "forward" or name[:2] in ("x", "u."))
-        }
-        kept = {name: tensor for name, tensor in views.items() if name not in read}
-        return {**read, **own(kept, pin_memory=pins(self.device))}
-
-    def _place(self, header: dict[str, Any], reply: dict[str, Any], outputs: dict[str, Tensor]) -> Reply:
-        """Put the reply's tensors where the enclave wants them; what has another size than it expects is sent."""
-        arena, sent, rows = self._mapped(), {}, []
-        for name, tensor in outputs.items():
-            place = self._place_of(header, name, tensor.dtype, tuple(tensor.shape))
-            if place is None:
-                sent[name] = tensor
-                continue
-            if place.data_ptr() != tensor.data_ptr():
-                place.copy_(tensor)
-            rows.append(arena.row(name, place))
-        return {**reply, "placed": rows}, sent
-
-    def _place_of(self, header: dict[str, Any], name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor | None:
-        """Where the enclave wants a tensor of the reply; None where it says nothing of it, or of another size."""
-        places = header.get("places", {})
-        if not isinstance(places, dict) or not all(type(p) is list and len(p) == 2 for p in places.values()):
-            raise ProtocolError("places of a reply", expected="[offset, bytes] by name")
-        spec = TensorSpec(name, dtype, shape)
-        offset, length = places.get(name, (None, None))
-        return self._mapped().view(spec, offset) if length == spec.nbytes else None
+        return self._shelf.place(header, reply, outputs) if "places" in header else (reply, outputs)
 
     def _hello(self, header: dict[str, Any], tensors: dict[str, Tensor]) -> Reply:
         threads = torch.get_num_threads()
         memory = free_bytes(self.device) if self.ledger.budget is None else self.ledger.budget
         memory *= self.group.size  # each process has its part of the weights
         told = {"version": PROTOCOL_VERSION, "device": str(self.device), "threads": threads, "memory_bytes": memory}
-        told["arena"] = self._passing is not None
+        told["arena"] = self._shelf.is_offered
         return told, {}
 
     def _define(self, header: dict[str, Any], tensors: dict[str, Tensor]) -> Reply:
@@ -325,7 +262,7 @@ class WorkerSession:
         if isinstance(segment, ResidueSegment):
             x = tensors["x"]
             shape = segment.shape_of_product(x, transpose=transpose)
-            place = self._place_of(header, "y", torch.int8, shape) if x.is_cpu else None
+            place = self._shelf.place_of(header, "y", torch.int8, shape) if x.is_cpu else None
             y = segment.multiply(x, transpose=transpose, out=place)
         else:
             y = segment.multiply(tensors["x"], transpose=transpose)
