@@ -211,7 +211,7 @@ def template(role: Role, partners: Sequence[str] = (), today: datetime.date | No
             f"# Terms of {whose}: what an enclave may do with what is sealed with them.",
             "# What is not given here is refused, whatever anybody signs.",
             f"version = {VERSION}",
-            'profiles = ["enclave", "shared"]  # these show the operator of a worker nothing',
+            'profiles = ["enclave", "shared"]  # by these no worker\'s operator alone learns anything of model or data',
             'adapter_to = ["owner"]',
             'generations_to = ["owner"]',
             'queries_by = ["owner"]',
