@@ -56,7 +56,7 @@ class Relations(Folder):
         simulation: Path | str | None = None,
         passphrase: str | None = None,
     ) -> Self:
-        """Make a folder: a new identity, party.toml, a policy, and terms that show a worker nothing.
+        """Make a folder: a new identity, party.toml, a policy, and terms that protect from any one worker.
 
         Args:
             name, role: who this is. enclave: its address. folder: must have none of the files yet. partner: the other
