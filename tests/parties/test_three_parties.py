@@ -114,7 +114,7 @@ def test_the_walk_is_short_and_copies_nothing_by_hand():
 
 
 def test_who_follows_the_defaults_gives_no_worker_anything(walked):
-    """What was signed and sealed: profiles that protect from any one worker, results for the owner of the data alone."""
+    """What was signed and sealed: profiles that protect from any one worker, results for the data owner alone."""
     machines, outputs = walked
     for text in (_output(outputs, "job sign ../owner/job.json"), _output(outputs, "job propose")):
         assert re.search(r"profile +enclave\n", text) and "no worker takes part" in text

@@ -36,7 +36,7 @@ class InitOptions:
 
 @takes(InitOptions)
 def init(options: InitOptions) -> None:
-    """Make a folder: your identity, party.toml, a policy, and terms that protect from any one worker. Read these two."""
+    """Make a folder: identity, party.toml, policy, and terms that protect from any one worker. Read these two."""
     from obfuscatune.parties.party import Party
     from obfuscatune.parties.passphrase import new_passphrase
 

@@ -197,7 +197,7 @@ def load_terms(path: Path) -> dict[str, Any]:
 
 
 def template(role: Role, partners: Sequence[str] = (), today: datetime.date | None = None) -> str:
-    """Return terms to fill, as TOML: profiles that protect from any one worker, results for the owner of the data alone.
+    """Return terms to fill, in TOML: profiles that protect from any one worker, results for the data owner alone.
 
     Args:
         role: whose terms. partners: fingerprints of who the other party may be. today: by the clock, if not given.
