@@ -90,6 +90,28 @@ def test_who_leaves_gives_the_place_back_and_the_channel_up() -> None:
     asyncio.run(scene())
 
 
+def test_a_place_is_given_back_where_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    enclave = enclave_of(lambda _: iter([(REPLY, b"text")]))
+
+    def none_left(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    async def scene() -> None:
+        with monkeypatch.context() as without:
+            without.setattr(threading.Thread, "start", none_left)
+            for _ in range(PARALLEL + 1):
+                with pytest.raises(Refusal, match="no more threads") as refused:
+                    await asyncio.wait_for(enclave.complete(question()), 10)
+                assert refused.value.status == 503 and enclave.load() == (0, 0)
+            with pytest.raises(Refusal, match="no more threads"):
+                await enclave.progress()
+        one = question()
+        await enclave.complete(one)
+        assert one.text == "text"
+
+    asyncio.run(scene())
+
+
 def test_a_question_waits_until_the_enclave_has_seen_that_another_client_left(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("obfuscatune.serving.relay._PAUSE", 0.0)
     tries = list[int]()

@@ -6,11 +6,17 @@ import threading
 from collections.abc import Callable
 from typing import TypeVar
 
+from obfuscatune.errors import BusyError
+
 Result = TypeVar("Result")
 
 
 def in_thread(work: Callable[[], Result]) -> "asyncio.Future[Result]":
-    """Return what a thread of its own will return; one that stalls keeps neither another one nor the process's end."""
+    """Return what a thread of its own will return; one that stalls keeps neither another one nor the process's end.
+
+    Where the machine gives no thread, that is a BusyError of what is returned: whoever holds a place until it is done
+    gives it back then, too.
+    """
     loop = asyncio.get_running_loop()
     future: asyncio.Future[Result] = loop.create_future()
 
@@ -27,5 +33,8 @@ def in_thread(work: Callable[[], Result]) -> "asyncio.Future[Result]":
         with contextlib.suppress(RuntimeError):  # the loop has ended, and with it whoever waited
             loop.call_soon_threadsafe(lambda: settle(result, failed))  # no arguments, which asyncio might log
 
-    threading.Thread(target=run, name="asking", daemon=True).start()
+    try:
+        threading.Thread(target=run, name="asking", daemon=True).start()
+    except RuntimeError:
+        future.set_exception(BusyError("this machine gives no more threads", hint="ask again when others have ended"))
     return future
