@@ -141,6 +141,12 @@ def test_a_member_is_succeeded_by_its_own_word() -> None:
         now.after(signed(now, "succession", succeed(CLINIC, NEW, now=1 << 40)))
     with pytest.raises(ConsentError, match="successor is a member already"):
         now.after(signed(now, "succession", succeed(CLINIC, LAB)))
+    alias = replace(LAB, public=replace(LAB.public, name="lab-too"))  # LAB's signing key under another fingerprint
+    with pytest.raises(ConsentError, match="another name of one: got lab-too"):
+        now.after(signed(now, "succession", succeed(CLINIC, alias)))
+    with pytest.raises(ConsentError, match="successor is a member already"):  # by way of one that NEW has succeeded
+        three = after.after(signed(after, "admit", Member(THIRD.public), LAB, NEW))
+        three.after(signed(three, "succession", succeed(THIRD, CLINIC)))
     removed = after.after(signed(after, "remove", NEW.public.fingerprint, NEW))
     assert names(removed) == ["lab"] and removed.left == {CLINIC.public.fingerprint, NEW.public.fingerprint}
 

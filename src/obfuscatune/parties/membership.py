@@ -296,8 +296,12 @@ class Membership:
             raise ConsentError("a statement that changes nothing here", got=found.identity.fingerprint[:16])
         if found.time > when:
             raise ConsentError("a statement whose time has not come", got=found.identity.fingerprint[:16])
-        if found.successor is not None and found.successor in {m.identity for m in before}:
-            raise ConsentError("the successor is a member already", got=found.successor.fingerprint[:16])
+        # By its signing key: another name makes another fingerprint. Nor may one be it whom the successor has named.
+        others = {m.identity.signing_key for m in before if m.identity != found.identity}
+        for heir in (found.successor, resolve(found.identity, ends)):
+            if heir is not None and heir.signing_key in others:
+                what = "the successor is a member already, or another name of one"
+                raise ConsentError(what, got=f"{heir.name} {heir.fingerprint[:16]}")
         if len(_lineage(found.identity, ends)) > MAX_SUCCESSIONS:
             raise FormatError("too many successions of one member", expected=f"at most {MAX_SUCCESSIONS}")
         return ends
