@@ -85,6 +85,23 @@ def test_a_result_of_the_enclave_is_opened(job: Job, monkeypatch: pytest.MonkeyP
     assert Path("results/output/generations.jsonl").read_bytes() == b"{}\n"
 
 
+def test_a_successor_is_told_how_to_open_what_its_former_identity_gets(
+    job: Job, monkeypatch: pytest.MonkeyPatch, run: Run
+) -> None:
+    channel = Channel(*seal("true"))
+    monkeypatch.setattr(Enclave, "connect", lambda *_: channel)
+    Path("clinic.key").rename("old.key")
+    Path("clinic.key").write_bytes(Identity.generate("clinic-2", "x25519").to_bytes())
+    Path("clinic.key").chmod(0o600)
+    verb = ("job", "fetch", "job.json", "--output_dir", "results", *CONNECT)
+    done = run(*verb)
+    assert done.code == 2 and "sealed to the identity that the job names: got clinic-2" in done.err
+    assert "job fetch --keep_sealed, then sealed open" in done.err and not Path("results").exists()
+    assert run(*verb, "--keep_sealed").code == 0
+    opened = run("sealed", "open", "results/output.sealed", "--identity", "old.key", "--output_dir", "results/output")
+    assert opened.code == 0 and Path("results/output/generations.jsonl").read_bytes() == b"{}\n"
+
+
 def party_folder() -> None:
     """Make the directory of now the clinic's folder."""
     Path("terms.toml").touch()

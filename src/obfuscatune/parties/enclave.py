@@ -181,6 +181,11 @@ class Enclave(Reached):
             results = {kind: digest for kind, digest in status.results.items() if kind in RESULTS}
             if not results:
                 raise UsageError("the job gives you no results", hint="obfuscatune job review")
+            # A successor's: they were sealed to the identity that the job names, whose key need not be here any more.
+            if not keep_sealed and signed.job.role_of(self.identity.public.fingerprint) is None:
+                got = f"{self.identity.public.name} {self.identity.public.fingerprint[:16]}, which succeeds it"
+                hint = "obfuscatune job fetch --keep_sealed, then sealed open FILE --identity OLD.key --output_dir DIR"
+                raise UsageError("the results are sealed to the identity that the job names", got=got, hint=hint)
             # Others came before an interruption, or with an earlier call.
             lacking = [kind for kind, digest in results.items() if not _came(directory / f"{kind}.sealed", digest)]
             check_free(directory, lacking)
