@@ -337,6 +337,13 @@ def test_an_enclave_is_no_partner(folders: tuple[Path, Path], tmp_path: Path, ru
     done = run("party", "verify", "--party", folders[0], "--partner", enclave)
     assert done.code == 2 and "this is the enclave's identity" in done.err
     assert (folders[0] / "party.toml").read_bytes() == before and not (folders[0] / "enclave.pub").exists()
+    made = ("--role", "owner", "--enclave", ADDRESS, "--folder", tmp_path / "new")
+    done = run("party", "init", "ward", *made, "--partner", enclave)  # before anybody asks the enclave who it is
+    assert done.code == 2 and "this is an enclave's identity, not a partner's" in done.err
+    for verb in (("init", "enclave", *made), ("rotate", "enclave", "--party", folders[0])):
+        done = run("party", *verb)
+        assert done.code == 2 and "enclaves have this name" in done.err
+    assert not (tmp_path / "new").exists() and not (folders[0] / "enclave.key").exists()
 
 
 def test_a_job_beyond_terms_is_neither_proposed_nor_signed(sealed: tuple[Path, Path], run: Run) -> None:

@@ -39,6 +39,7 @@ from obfuscatune.parties.passphrase import known_passphrase, lock, unlock
 SuiteName = Literal["mlkem768-x25519", "x25519"]
 SUITES: tuple[SuiteName, ...] = ("mlkem768-x25519", "x25519")
 FORMAT = "obfuscatune identity 1"
+ENCLAVE = "enclave"  # the name of each enclave's own identity: a party of this name would be taken for one
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _MAX_BYTES = 16_384
 _PUBLIC_BYTES = {"mlkem768-x25519": 1184 + 32, "x25519": 32}

@@ -14,7 +14,7 @@ from obfuscatune.parties.attestation.measurement import measure_code
 from obfuscatune.parties.canonical import encode
 from obfuscatune.parties.channel.address import TlsAddress
 from obfuscatune.parties.folder import FILE, Folder
-from obfuscatune.parties.identity import Identity, PublicIdentity, read_small
+from obfuscatune.parties.identity import ENCLAVE, Identity, PublicIdentity, read_small
 from obfuscatune.parties.succession import MAX_BYTES, SUFFIX, load_successions, read_succession, succeed, successors
 from obfuscatune.parties.terms import Terms, load_terms, template
 from obfuscatune.parties.vocabulary import ROLES, Role, Worker
@@ -65,12 +65,13 @@ class Relations(Folder):
                 without one its file is open to whoever can read it.
 
         Raises:
-            UsageError: a file is there already, an unknown role, or an address that is none.
+            UsageError: a file is there already, an unknown role, an address that is none, or an enclave as partner.
         """
         root = Path(folder)
         if role not in ROLES:
             raise UsageError("role of a party", got=repr(role), expected=" or ".join(ROLES))
         TlsAddress.parse(enclave)
+        _check_name(name)
         if policy is not None and simulation is not None:
             raise UsageError("a policy of your own, or the one of a simulator", expected="one of the two")
         identity = Identity.generate(name)
@@ -137,7 +138,7 @@ class Relations(Folder):
         well, or, where it was revoked, there is none. One whose time is still to come is kept until then.
 
         Raises:
-            UsageError, FormatError: no public identity; or another one of the same name is there.
+            UsageError, FormatError: no public identity, or an enclave's; or another one of the same name is there.
             ConsentError: an identity that has ended. SealError: a statement that is not signed as it must be.
         """
         source = Path(path)
@@ -153,13 +154,16 @@ class Relations(Folder):
         """Return where a new partner's identity is kept.
 
         Raises:
-            ConsentError: it has ended. UsageError: another one of this name is there.
+            ConsentError: it has ended. UsageError: another one of this name is there, or it is an enclave's.
         """
         if any(each.identity == public for each in load_successions(self.folder)):
             raise ConsentError("this identity has ended", got=f"{public.name} {public.fingerprint[:16]}")
         return self._file_of(public)
 
     def _file_of(self, public: PublicIdentity) -> Path:
+        if public.name == ENCLAVE:
+            hint = "the NAME.pub that your partner's party init made"
+            raise UsageError("this is an enclave's identity, not a partner's", got=public.fingerprint[:16], hint=hint)
         target = self.folder / f"{public.name}.pub"
         if target.exists() and PublicIdentity.load(target) != public:
             raise UsageError("another identity of this name is there already", where=str(target))
@@ -244,6 +248,7 @@ class Relations(Folder):
 
         What is sealed and signed under the old one stays as it is: seal and propose anew.
         """
+        _check_name(name)
         old, new = self.identity, Identity.generate(name)
         key, public = self.folder / f"{name}.key", self.folder / f"{name}.pub"
         statement = self.folder / f"{self.name}{SUFFIX}"
@@ -283,6 +288,11 @@ class Relations(Folder):
         except OSError as error:
             raise ObfuscatuneError("cannot write the folder", got=error.strerror, where=str(self.folder)) from None
         return party
+
+
+def _check_name(name: str) -> None:
+    if name == ENCLAVE:
+        raise UsageError("enclaves have this name", got=name, hint="take another name for yourself")
 
 
 def _is(path: Path, data: bytes) -> bool:

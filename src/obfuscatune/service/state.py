@@ -40,7 +40,7 @@ from obfuscatune.durable import private, rename, write_private
 from obfuscatune.errors import FormatError, RollbackError, SealError, StorageError, UsageError
 from obfuscatune.parties.attestation.platform import Platform
 from obfuscatune.parties.canonical import decode, encode
-from obfuscatune.parties.identity import Identity, read_small
+from obfuscatune.parties.identity import ENCLAVE, Identity, read_small
 from obfuscatune.service.entries import NO_ENTRIES
 
 FORMAT = "obfuscatune enclave state 4"
@@ -180,7 +180,7 @@ class State:
                 # A TPM's new counter begins above zero. Jobs that were used up stay used up: they name an identity that
                 # is gone.
                 self._version = self._counter.read()
-            self.identity = Identity.generate("enclave")
+            self.identity = Identity.generate(ENCLAVE)
         self.commit()
 
     def _read(self) -> None:
