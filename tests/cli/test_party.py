@@ -295,7 +295,8 @@ def test_what_replaces_a_file_is_on_the_disk_before(
     assert propose(lab, clinic, run, "--max_steps", 1).code == 0
     assert run("job", "sign", "--party", clinic, "--yes").code == 0
     assert run("party", "trust", lab / "lab.pub", "--operator", "A", "--party", clinic).code == 0
-    assert run("party", "rotate", "clinic-2", "--party", clinic).code == 0
+    done = run("party", "rotate", "clinic-2", "--party", clinic)
+    assert done.code == 0 and f"party agree {clinic}/clinic.succession --identity {clinic}/clinic.key" in done.out
     assert {Path(target).name for _, target in replaced} == {"party.toml", "terms.toml", "job.json"}
     assert {source for source, _ in replaced} <= synced and str(clinic) in synced
 

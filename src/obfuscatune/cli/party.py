@@ -178,9 +178,12 @@ def rotate(options: RotateOptions) -> None:
     from obfuscatune.parties.passphrase import new_passphrase
 
     passphrase = new_passphrase(f"{options.name}.key") if options.passphrase else None
-    party, statement = open_party(options.party).rotate(options.name, passphrase=passphrase)
+    before = open_party(options.party)
+    party, statement = before.rotate(options.name, passphrase=passphrase)
     print(f"you      {party.name}  {party.identity.public.fingerprint}")
     print(f"give     {statement} to your partner (party verify --partner) and to the operator (parties/)")
+    # The enclave does not know the new identity yet, which is the one that commands use now.
+    print(f"or hand it in yourself: party agree {statement} --identity {before.identity_file}")
 
 
 def _show_partner(name: str, fingerprint: str) -> None:
