@@ -1,7 +1,9 @@
 """What training code does with a model and its adapters, and what is refused because it cannot be exact."""
 
 import copy
+import gc
 import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from transformers import GPT2Config, GPT2LMHeadModel, OlmoConfig, OlmoForCausalLM
 
 from obfuscatune import UnsupportedModelError
@@ -334,3 +337,15 @@ def test_an_adapter_that_needs_a_weight_which_left(protect: Any, tmp_path: Path,
             way(protected.model, tmp_path)
         protected.model.set_adapter("default")
         assert error(loss(protected.model), loss(reference)) < 1e-4  # the session goes on
+
+
+@pytest.mark.parametrize("profile", ["balanced", "paper", "strict", "stream"])
+def test_no_plain_weight_stays_in_memory(protect: Any, profile: str) -> None:
+    model = with_lora(gpt2())
+    layers = [module.base_layer for module in model.modules() if isinstance(module, LoraLayer)]
+    weights = [weakref.ref(layer.weight) for layer in layers]
+    del layers
+    with protect(model, profile=profile):
+        gc.collect()
+        assert len(weights) == 8
+        assert [weight() for weight in weights] == [None] * len(weights)

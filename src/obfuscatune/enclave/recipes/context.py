@@ -198,6 +198,7 @@ class Keying:
             )
         for replace in self.replacements:
             replace()
+        self.replacements.clear()  # what makes LoRA's keys keeps this object, and they hold the plain weights
 
 
 def digest_of(*tensors: Tensor | None) -> str:

@@ -123,7 +123,7 @@ class StreamRecipe:
         replace_part(self._list(), str(block.index), shell, tuple(block.layers))
         for slot in self._slots:
             for part in block.parts:
-                if any(slot.layer is layer for layer in part.layers):
+                if any(slot.lora is layer.lora for layer in part.layers):
                     slot.holder = shell.get_submodule(part.name)
 
     def _standing(self) -> Standing:

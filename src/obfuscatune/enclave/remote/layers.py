@@ -25,15 +25,19 @@ def standins(part: Part) -> dict[str, nn.Module]:
     return {name: standing[name] for name in part.module._modules if name in standing}
 
 
-def _refuse_merge(layer: Layer) -> None:
+def _replace_base(layer: Layer, remote: nn.Module) -> None:
+    """Put ``remote`` under PEFT's layer, and refuse what needs the weight."""
+    # A closure over the layer itself would keep its plain weight in memory.
+    path = layer.path
+
     def merge(*args: Any, **kwargs: Any) -> None:
         raise UnsupportedModelError(
             "the adapter cannot be merged: the weight is on the worker",
-            where=layer.path,
+            where=path,
             hint="save_pretrained the adapter, and merge it into the original model",
         )
 
-    layer.lora.merge = merge
+    layer.lora.base_layer, layer.lora.merge = remote, merge
 
 
 def replace_linear(layer: Layer, remote: nn.Module, *, with_lora: bool) -> None:
@@ -41,8 +45,7 @@ def replace_linear(layer: Layer, remote: nn.Module, *, with_lora: bool) -> None:
     if layer.lora is None:
         setattr(layer.parent, layer.name, remote)
         return
-    layer.lora.base_layer = remote
-    _refuse_merge(layer)
+    _replace_base(layer, remote)
     if with_lora:
         # PEFT's layer stays, with its parameters, names and switches; only what it computes is done in one remote call.
         layer.lora.forward = remote.forward
@@ -52,6 +55,5 @@ def replace_part(parent: nn.Module, name: str, remote: nn.Module, layers: tuple[
     """Put ``remote`` in the place of the child ``name`` of ``parent``, whose linear layers are ``layers``."""
     for layer in layers:
         if layer.lora is not None:
-            layer.lora.base_layer = Withdrawn(layer.path)
-            _refuse_merge(layer)
+            _replace_base(layer, Withdrawn(layer.path))
     setattr(parent, name, remote)

@@ -18,7 +18,7 @@ plain PEFT.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -53,7 +53,8 @@ class Slot(ABC):
     calls_dropout = False
 
     def __init__(self, name: str, layer: Layer) -> None:
-        self.name, self.layer = name, layer
+        # Without the plain weight, which would be in memory as long as the model, and was sent away.
+        self.name, self.layer = name, replace(layer, base=None)
         self.lora: Any = layer.lora
         self.holder: nn.Module = layer.parent
         # Those of an adapter that is there by now are switched off with a warning where they are not called.
