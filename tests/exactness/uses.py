@@ -651,7 +651,6 @@ def hot_swapped(model: Any) -> Tensor:
 def second_adapter(name: str, refused: frozenset[str], **options: Any) -> None:
     def added(model: Any) -> Tensor:
         model.add_adapter("second", lora(model, **options))
-        model.to(next(model.parameters()).dtype)
         randomize_lora(model, seed=9, adapter="second")
         for path, parameter in model.named_parameters():
             if ".second." in path and path.endswith("bias"):
@@ -681,7 +680,6 @@ second_adapter("a copy of an MLP", ALL, modules_to_save=["mlp"])
 def adapter_with_trained_norms(model: Any) -> Tensor:
     name = "ln_1" if is_gpt2(model) else "input_layernorm"
     model.add_adapter("second", lora(model, modules_to_save=[name]))
-    model.to(next(model.parameters()).dtype)
     randomize_lora(model, seed=9, adapter="second")
     model.set_adapter("second")
     for path, parameter in model.named_parameters():
@@ -693,7 +691,6 @@ def adapter_with_trained_norms(model: Any) -> Tensor:
 @use(WHOLE | HELD)
 def two_adapters_at_once(model: Any) -> Tensor:
     model.add_adapter("second", lora(model))
-    model.to(next(model.parameters()).dtype)
     randomize_lora(model, seed=9, adapter="second")
     model.base_model.set_adapter(["default", "second"])
     return logits(model)
@@ -702,7 +699,6 @@ def two_adapters_at_once(model: Any) -> Tensor:
 @use(HELD)
 def adapters_joined(model: Any) -> Tensor:
     model.add_adapter("second", lora(model, r=3, target_modules="all-linear"))
-    model.to(next(model.parameters()).dtype)
     randomize_lora(model, seed=9, adapter="second")
     model.add_weighted_adapter(["default", "second"], [0.5, 0.7], "joined", combination_type="linear")
     model.set_adapter("joined")
@@ -712,7 +708,6 @@ def adapters_joined(model: Any) -> Tensor:
 @use(HELD)
 def adapter_deleted(model: Any) -> Tensor:
     model.add_adapter("second", lora(model))
-    model.to(next(model.parameters()).dtype)
     randomize_lora(model, seed=9, adapter="second")
     model.set_adapter("second")
     model.delete_adapter("default")

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from obfuscatune.enclave.families import Layer, Part
@@ -26,9 +27,9 @@ def standins(part: Part) -> dict[str, nn.Module]:
 
 
 def _replace_base(layer: Layer, remote: nn.Module) -> None:
-    """Put ``remote`` under PEFT's layer, and refuse what needs the weight."""
-    # A closure over the layer itself would keep its plain weight in memory.
-    path = layer.path
+    """Put ``remote`` under PEFT's layer, which asks the base layer's weight for what is not here any more."""
+    # Closures over the layer itself would keep its plain weight in memory.
+    path, here, dtype = layer.path, torch.device("cpu"), layer.base.weight.dtype
 
     def merge(*args: Any, **kwargs: Any) -> None:
         raise UnsupportedModelError(
@@ -38,6 +39,8 @@ def _replace_base(layer: Layer, remote: nn.Module) -> None:
         )
 
     layer.lora.base_layer, layer.lora.merge = remote, merge
+    # Of an adapter that is added later; without a weight to go by, PEFT would leave it in float32.
+    layer.lora._get_base_layer_device_and_dtype = lambda _: (here, dtype)
 
 
 def replace_linear(layer: Layer, remote: nn.Module, *, with_lora: bool) -> None:
