@@ -41,8 +41,15 @@ class Guarded(Fixed):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate, as ever; what the worker has a copy of is compared by value once, at the first step."""
-        with one_generation():
-            return super().generate(*args, **kwargs)  # type: ignore[misc]
+        config: Any = self.config
+        blocks = getattr(config, "num_hidden_layers", None)
+        try:
+            with one_generation():
+                return super().generate(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            if blocks is not None and config.num_hidden_layers != blocks:
+                # `assistant_early_exit` lowers it, and a refusal leaves it so: later calls would skip blocks.
+                config.num_hidden_layers = blocks
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse at once what transformers would refuse request by request, each with an empty answer."""
