@@ -183,6 +183,7 @@ def test_a_completion_ends_before_its_stop_string(server: Running, expect) -> No
         *(("logprobs", 0), ("echo", 0), ("logit_bias", False)),  # 0 is not false, nor false an empty object
         *(("stream", 0), ("stream", ""), ("stop", 0), ("stop", {}), ("user", {}), ("user", 7), ("prompt", [])),
         *(("safety_identifier", 7), ("prompt_cache_key", [])),
+        *(("top_logprobs", 1), ("top_logprobs", False), ("parallel_tool_calls", 1), ("tool_choice", "required")),
         *(("stream_options", {"include_usage": True}), ("prompt", [["a"]]), ("prompt", [7])),
         *(("stream", "yes"), ("prompt", ["a", "b"]), ("prompt", [1, 2]), ("prompt", ""), ("model", None)),
     ],
@@ -201,6 +202,20 @@ def test_values_that_ask_for_nothing_are_taken(server: Running, expect) -> None:
     neutral |= {"safety_identifier": "me", "prompt_cache_key": "mine"}
     body = {"model": "base", "prompt": "hello", "max_tokens": 4, **neutral}
     assert server.post("/v1/completions", body).json()["choices"][0]["text"] == expect("base", "hello", 4)
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+def test_settings_of_tools_ask_for_nothing_where_there_are_none(server: Running, expect, parallel: bool) -> None:
+    """Nor does how many likely tokens are told of each, where none are; agents and their libraries send them always."""
+    neutral = {"tools": [], "tool_choice": "auto", "parallel_tool_calls": parallel, "logprobs": False}
+    neutral |= {"functions": [], "function_call": "auto", "top_logprobs": 0}
+    messages = [{"role": "user", "content": "hello"}]
+    body = {"model": "base", "messages": messages, "max_tokens": 4, **neutral}
+    reply = server.post("/v1/chat/completions", body)
+    assert reply.status_code == 200, reply.text
+    assert reply.json()["choices"][0]["message"]["content"] == expect("base", messages, 4)
+    reply = server.post("/v1/chat/completions", {**body, "tools": [{"type": "function", "function": {"name": "f"}}]})
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "tools")
 
 
 @pytest.mark.parametrize(
