@@ -49,6 +49,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "suffix": ("",),
 }
 _MESSAGE_FIELDS = ("name", "refusal", "tool_calls", "tool_call_id", "function_call", "audio", "annotations")
+_EMPTY = ("tool_calls", "annotations")  # lists that other servers put beside an answer which has none
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -194,7 +195,9 @@ def _check_messages(value: Any) -> None:
         if not isinstance(message, dict) or message.get("role") not in ROLES:
             raise _wrong(where, f"a message of role {', '.join(ROLES)}")
         # An answer of the official client, given back to it as history, has all of OpenAI's fields, most of them null.
-        others = [name for name, item in message.items() if name not in ("role", "content") and item is not None]
+        empty = _EMPTY if message["role"] == "assistant" else ()
+        said = {name: item for name, item in message.items() if item is not None and not (name in empty and item == [])}
+        others = said.keys() - {"role", "content"}
         if others:
             name = next((name for name in _MESSAGE_FIELDS if name in others), None)
             raise _wrong(f"{where}.{name}" if name else where, "role and content, and nothing else")
