@@ -117,6 +117,17 @@ def test_a_chat_and_its_stream(server: Running, expect) -> None:
     assert reply.choices[0].message.content == expect("base", messages, 5)
 
 
+@pytest.mark.parametrize("kind", ["chat/completions", "completions"])
+def test_each_chunk_says_whether_it_is_the_last(server: Running, kind: str) -> None:
+    """As OpenAI's do: who reads JSON without a client library looks the field up in each of them."""
+    asked = {"prompt": "hello"} if kind == "completions" else {"messages": [{"role": "user", "content": "hello"}]}
+    reply = server.post(f"/v1/{kind}", {"model": "base", "max_tokens": 4, "stream": True, **asked})
+    *chunks, done = [line for line in reply.text.split("\n") if line]
+    assert done == "data: [DONE]"
+    reasons = [json.loads(chunk.removeprefix("data: "))["choices"][0]["finish_reason"] for chunk in chunks]
+    assert len(reasons) > 1 and reasons == [*[None] * (len(reasons) - 1), "length"]
+
+
 def test_a_developers_message_is_the_systems_where_the_template_has_no_developer(server: Running, expect) -> None:
     """Many templates have a branch for each role that they know, and leave out the message of another one."""
     messages = [{"role": "developer", "content": "be brief"}, {"role": "user", "content": "zebra?"}]

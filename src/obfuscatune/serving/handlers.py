@@ -270,6 +270,14 @@ class _Ours:
         settings: Settings = body[_SETTINGS]
         return settings
 
+    @staticmethod
+    def chunk_to_sse(chunk: Any) -> str:
+        """As the handlers' own, which leaves out all that is null; OpenAI's chunks have a `finish_reason` always."""
+        content = chunk.model_dump(exclude_none=True)
+        for choice in content["choices"]:
+            choice.setdefault("finish_reason", None)
+        return _event(content)
+
     def _streaming(self, *args: Any, gen_manager: Manager, **more: Any) -> StreamingResponse:
         response: StreamingResponse = super()._streaming(*args, gen_manager=gen_manager, **more)  # type: ignore[misc]
         settings: Settings = args[5]
