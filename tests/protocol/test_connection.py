@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from obfuscatune.errors import ConnectionClosedError, ProtocolError, UsageError
-from obfuscatune.protocol.connection import Connection
+from obfuscatune.protocol.connection import Connection, Frame
 from obfuscatune.protocol.frames import DTYPES, PREFIX, TensorSpec, decode_frame, encode_head
 from obfuscatune.protocol.limits import Limits
 
@@ -110,6 +110,10 @@ def test_each_tensor_has_its_own_memory() -> None:
     got["x"].zero_()
     assert got["y"].tolist() == [1, 1, 1]
     assert got["x"].untyped_storage().nbytes() == 12
+
+
+def test_no_activation_is_in_a_repr() -> None:
+    assert repr(Frame({"secret": 1}, {"x": torch.ones(3)}, 300)) == "Frame(300 bytes)"
 
 
 def test_the_default_device_is_not_asked() -> None:

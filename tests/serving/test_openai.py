@@ -21,10 +21,11 @@ from transformers.cli.serving.utils import _StreamError
 
 from obfuscatune.errors import UsageError
 from obfuscatune.profiles import resolve
-from obfuscatune.serving.handlers import ChatHandler, Manager, Prompts, TextHandler
+from obfuscatune.serving.handlers import ChatHandler, Manager, Prompts, Ready, TextHandler
 from obfuscatune.serving.limits import Limits
 from obfuscatune.serving.models import ServedModel, _take_defaults, serve_model
 from obfuscatune.serving.refusal import Refusal
+from obfuscatune.serving.sampling import Settings
 
 from .conftest import ADAPTERS, TOKEN, Running, serving
 
@@ -141,6 +142,10 @@ def test_a_developer_that_the_template_knows_is_kept(tokenizer: Any, known: str,
     one = copy.deepcopy(tokenizer)
     one.chat_template = f"{{% for m in messages %}}{{{{ m.role }}}} {{{{ m.content }}}} {{# {known} #}}{{% endfor %}}"
     assert one.decode(Prompts(one).chat([{"role": "developer", "content": "brief"}])).strip() == f"{seen} brief"
+
+
+def test_no_words_of_a_client_are_in_a_repr() -> None:
+    assert "quokka" not in repr(Settings(longest=1, stop=("quokka",))) + repr(Ready(["quokka"]))
 
 
 def test_a_seed_gives_the_same_sample_whoever_else_is_in_the_batch(server: Running) -> None:

@@ -30,6 +30,10 @@ class Frame(NamedTuple):
     tensors: dict[str, torch.Tensor]
     size: int
 
+    def __repr__(self) -> str:
+        """Its size alone: what it holds are activations."""
+        return f"Frame({self.size} bytes)"
+
 
 class Connection:
     """One end of a session. One thread may send while another one receives; `close` is for any thread, at any time.

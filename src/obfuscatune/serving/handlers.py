@@ -85,7 +85,7 @@ class Prompts:
         raise Refusal(400, text, code="chat_template", param="messages")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)  # a repr would show the prompt
 class Ready:
     """Stands in for transformers' processor, where the tokens of a request are made already."""
 

@@ -39,7 +39,7 @@ class Settings:
     top_p: float = 1.0
     top_k: int = 0
     seed: int | None = None
-    stop: tuple[str, ...] = ()
+    stop: tuple[str, ...] = field(default=(), repr=False)  # the client's own words
     stopped: bool = False
     usage: bool = False
     again: bool = False
