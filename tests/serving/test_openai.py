@@ -339,6 +339,15 @@ def test_clients_that_leave_free_their_places(held: Held) -> None:
         assert metric(server, "completion_tokens_total") == 0  # of 270
 
 
+def test_a_client_that_leaves_within_its_body_is_no_fault_of_the_server(open_served) -> None:
+    with serving(open_served("balanced"), Limits()) as server:
+        with server.connect() as client:
+            head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {TOKEN}\r\n"
+            client.sendall(f'{head}Content-Length: 50\r\n\r\n{{"model"'.encode())
+        wait_until(lambda: "/v1/completions" in server.get("/metrics").text)
+        assert 'path="/v1/completions",status="499"} 1' in server.get("/metrics").text
+
+
 def test_one_that_ends_with_the_context_and_a_longer_one_share_a_batch(
     held: Held, expect, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp
 
 from obfuscatune.serving.guard import Guard
@@ -104,7 +105,10 @@ def build_app(
 
 async def _handle(request: Request, handler: ChatHandler | TextHandler, prefix: str) -> Response:
     """Answer, or stop when the client leaves before the answer begins."""
-    body = parse(await request.body())
+    try:
+        body = parse(await request.body())
+    except ClientDisconnect:  # FastAPI would answer 500, which the metrics would count
+        raise _gone() from None
     count = request.headers.get("x-stainless-retry-count", "")  # of OpenAI's clients
     work = handler.answer(body, f"{prefix}-{secrets.token_hex(12)}", again=count.isdecimal() and count.strip("0") != "")
     answering = asyncio.ensure_future(work)
@@ -112,12 +116,17 @@ async def _handle(request: Request, handler: ChatHandler | TextHandler, prefix: 
     try:
         await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if not answering.done():
-            raise Refusal(499, "the client left", code="cancelled")
+            raise _gone()
         return await answering
     finally:
         for task in (answering, leaving):
             task.cancel()
         await asyncio.gather(leaving, answering, return_exceptions=True)
+
+
+def _gone() -> Refusal:
+    """Return what nobody reads: the metrics count it."""
+    return Refusal(499, "the client left", code="cancelled")
 
 
 async def _left(request: Request) -> None:

@@ -88,7 +88,7 @@ class Guard:
             return
         except Refusal as error:
             refusal = error
-        except ClientDisconnect:  # before all of its body was there
+        except ClientDisconnect:  # in the middle of its answer
             return
         except Exception as error:
             place = traceback.extract_tb(error.__traceback__)[-1]
