@@ -16,7 +16,7 @@ from obfuscatune import protect
 from obfuscatune.errors import NotFiniteError, UnsupportedModelError
 from obfuscatune.profiles import resolve
 from obfuscatune.serving.batcher import TURN_STEPS, Batcher
-from obfuscatune.serving.handlers import Generation
+from obfuscatune.serving.generation import Generation
 from obfuscatune.serving.limits import Limits
 from obfuscatune.serving.metrics import Metrics
 from obfuscatune.serving.models import ServedModel, serve_model

@@ -21,9 +21,11 @@ from transformers.cli.serving.utils import _StreamError
 
 from obfuscatune.errors import UsageError
 from obfuscatune.profiles import resolve
-from obfuscatune.serving.handlers import ChatHandler, Manager, Prompts, Ready, TextHandler
+from obfuscatune.serving.generation import Manager, Ready
+from obfuscatune.serving.handlers import ChatHandler, TextHandler
 from obfuscatune.serving.limits import Limits
 from obfuscatune.serving.models import ServedModel, _take_defaults, serve_model
+from obfuscatune.serving.prompts import Prompts
 from obfuscatune.serving.refusal import Refusal
 from obfuscatune.serving.sampling import Settings
 
@@ -479,6 +481,7 @@ def test_what_is_not_done_when_the_server_ends_is_told(held: Held) -> None:
         for thread in threads:
             thread.join(30)
         go.set()
+        server.batcher._thread.join(30)  # else the end, which waits 0 s, closes the session that other tests have too
     assert sorted(outcomes) == ["503 unavailable"] * 2 + ["stream unavailable"] * 2
 
 
@@ -590,7 +593,7 @@ def test_a_token_that_the_model_has_no_embedding_of_is_refused_by_name(
 ) -> None:
     """As of a tokenizer with a token of pictures beside a model of texts."""
     server.openai.completions.create(model="base", prompt="zebra", max_tokens=1)
-    monkeypatch.setattr("obfuscatune.serving.handlers.vocabulary_of", lambda _: 80)  # below the token of z
+    monkeypatch.setattr("obfuscatune.serving.generation.vocabulary_of", lambda _: 80)  # below the token of z
     with pytest.raises(openai.BadRequestError, match="spells a special token that the model has no embedding of") as e:
         server.openai.completions.create(model="base", prompt="zebra", max_tokens=1)
     assert "zebra" not in str(e.value)

@@ -9,7 +9,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from obfuscatune.errors import DataError, UsageError
-from obfuscatune.serving.handlers import Prompts
+from obfuscatune.serving.prompts import Prompts
 from obfuscatune.training.completion import complete, prompt_ids, stop_tokens
 from obfuscatune.training.data import Row
 from obfuscatune.training.encoding import encode_rows

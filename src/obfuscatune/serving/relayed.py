@@ -11,7 +11,8 @@ from typing import Any
 
 from transformers.cli.serving.utils import _StreamError
 
-from obfuscatune.serving.handlers import ChatHandler, Manager, Offer, TextHandler
+from obfuscatune.serving.generation import Manager
+from obfuscatune.serving.handlers import ChatHandler, Offer, TextHandler
 from obfuscatune.serving.limits import Limits
 from obfuscatune.serving.metrics import Metrics
 from obfuscatune.serving.question import Question
