@@ -15,18 +15,9 @@ from obfuscatune import durable
 from obfuscatune.errors import ConsentError, FormatError, ObfuscatuneError, SealError
 from obfuscatune.parties import known
 from obfuscatune.parties.canonical import encode
+from obfuscatune.parties.change import MAX_MEMBERS, Change, Member, SignedChange
 from obfuscatune.parties.identity import Identity
-from obfuscatune.parties.membership import (
-    MAX_MEMBERS,
-    MAX_SUCCESSIONS,
-    Change,
-    Member,
-    Membership,
-    SignedChange,
-    follow,
-    found,
-    founded,
-)
+from obfuscatune.parties.membership import MAX_SUCCESSIONS, Membership, follow, found, founded
 from obfuscatune.parties.succession import succeed
 
 HERE, ELSEWHERE = "ee" * 32, "dd" * 32

@@ -16,9 +16,9 @@ from obfuscatune.errors import ConsentError, FormatError, ObfuscatuneError, Seal
 from obfuscatune.parties.attestation.policy import Policy
 from obfuscatune.parties.attestation.simulator import SimulatedPlatform
 from obfuscatune.parties.canonical import encode
+from obfuscatune.parties.change import Member
 from obfuscatune.parties.enclave import Enclave as Client
 from obfuscatune.parties.identity import Identity
-from obfuscatune.parties.membership import Member
 from obfuscatune.parties.succession import succeed
 from obfuscatune.parties.upgrade import SHARE_BYTES, goes_on, share_info
 from obfuscatune.service.escrow import FILE, Escrow, Recovery

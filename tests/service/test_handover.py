@@ -28,9 +28,9 @@ from obfuscatune.errors import (
 from obfuscatune.parties.attestation.policy import Policy
 from obfuscatune.parties.attestation.simulator import SimulatedPlatform
 from obfuscatune.parties.canonical import encode
+from obfuscatune.parties.change import Member
 from obfuscatune.parties.channel.certificate import fresh_evidence
 from obfuscatune.parties.identity import Identity
-from obfuscatune.parties.membership import Member
 from obfuscatune.parties.reached import NotTakenError
 from obfuscatune.parties.succession import succeed
 from obfuscatune.parties.upgrade import Upgrade, certify, goes_on, read_certificate

@@ -24,11 +24,11 @@ from obfuscatune.errors import (
 from obfuscatune.parties.attestation.policy import Policy
 from obfuscatune.parties.attestation.simulator import SimulatedPlatform
 from obfuscatune.parties.canonical import encode
+from obfuscatune.parties.change import Member, SignedChange
 from obfuscatune.parties.channel import AttestedServer
 from obfuscatune.parties.enclave import Enclave as Client
 from obfuscatune.parties.identity import Identity
 from obfuscatune.parties.job import SignedJob
-from obfuscatune.parties.membership import Member, SignedChange
 from obfuscatune.parties.succession import succeed
 from obfuscatune.service.book import Book
 from obfuscatune.service.members import Members

@@ -167,7 +167,8 @@ def succession(scratch: Path) -> Target:
 
 def membership(scratch: Path) -> Target:
     """A chain of two memberships, of which the second line is the input: signed by both members."""
-    from obfuscatune.parties.membership import Member, SignedChange, follow, found, founded
+    from obfuscatune.parties.change import Member, SignedChange
+    from obfuscatune.parties.membership import follow, found, founded
 
     provider, owner, enclave = _identities()
     first = found("ee" * 32, [Member(provider.public), Member(owner.public)], now=5)
@@ -197,7 +198,8 @@ def hand_over(scratch: Path) -> Target:
 
 def escrow(scratch: Path) -> Target:
     """The state that an enclave has left on the disk for its parties to release, with the shares of all."""
-    from obfuscatune.parties.membership import Member, found
+    from obfuscatune.parties.change import Member
+    from obfuscatune.parties.membership import found
     from obfuscatune.service.escrow import FILE, Escrow, Recovery
 
     provider, _, enclave = _identities()

@@ -15,8 +15,8 @@ from obfuscatune.cli.output import check_parent
 from obfuscatune.errors import ConsentError, ObfuscatuneError, UsageError
 
 if TYPE_CHECKING:
+    from obfuscatune.parties.change import SignedChange
     from obfuscatune.parties.enclave import Enclave
-    from obfuscatune.parties.membership import SignedChange
 
 YES = "sign without being asked"
 
@@ -50,8 +50,8 @@ def admit(options: AdmitOptions) -> None:
 
     More than half of the members must sign it (`party agree`), the operator among them if there is one.
     """
+    from obfuscatune.parties.change import Member
     from obfuscatune.parties.identity import PublicIdentity
-    from obfuscatune.parties.membership import Member
 
     _check_output(options.output, "--output")
     enclave = options.client()
@@ -99,8 +99,8 @@ class AgreeOptions(EnclaveOptions):
 @takes(AgreeOptions)
 def agree(options: AgreeOptions) -> None:
     """Sign a membership change that somebody else has signed, and submit it once enough have signed."""
+    from obfuscatune.parties.change import MAX_CHANGE_BYTES, SignedChange
     from obfuscatune.parties.identity import read_small
-    from obfuscatune.parties.membership import MAX_CHANGE_BYTES, SignedChange
     from obfuscatune.parties.succession import SUFFIX
 
     data, enclave = read_small(options.file, MAX_CHANGE_BYTES, "change of membership"), options.client()

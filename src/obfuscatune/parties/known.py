@@ -13,9 +13,10 @@ from pathlib import Path
 
 from obfuscatune.durable import rename, write_new
 from obfuscatune.errors import ConsentError, ObfuscatuneError, ProtocolError, RollbackError, SealError
+from obfuscatune.parties.change import SignedChange
 from obfuscatune.parties.channel.client import AttestedChannel
 from obfuscatune.parties.identity import read_small
-from obfuscatune.parties.membership import MAX_CHAIN_BYTES, Membership, SignedChange, follow
+from obfuscatune.parties.membership import MAX_CHAIN_BYTES, Membership, follow
 
 logger = logging.getLogger(__name__)
 _HINT = "keep the file: the enclave's state was put back, or there are two of it; talk to the others"

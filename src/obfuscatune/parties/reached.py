@@ -18,11 +18,12 @@ from obfuscatune.errors import (
 from obfuscatune.parties.attestation.policy import Policy
 from obfuscatune.parties.attestation.verdict import Verdict
 from obfuscatune.parties.attestation.verify import judge
+from obfuscatune.parties.change import Act, Member, SignedChange
 from obfuscatune.parties.channel.client import AttestedChannel, connect_attested, fetch_evidence
 from obfuscatune.parties.channel.transfer import download, upload
 from obfuscatune.parties.identity import Identity
 from obfuscatune.parties.known import Members, compare, members_of
-from obfuscatune.parties.membership import Act, Member, Membership, SignedChange
+from obfuscatune.parties.membership import Membership
 from obfuscatune.parties.upgrade import Upgrade, goes_on, read_certificate, share_info
 from obfuscatune.parties.vocabulary import is_digest
 

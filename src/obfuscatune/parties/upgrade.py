@@ -30,8 +30,9 @@ from typing import Any
 from obfuscatune.errors import ConsentError, FormatError, SealError, UsageError
 from obfuscatune.parties.attestation.policy import Policy
 from obfuscatune.parties.canonical import decode, encode, unbase64
+from obfuscatune.parties.change import MAX_MEMBERS
 from obfuscatune.parties.identity import Identity, PublicIdentity, read_small
-from obfuscatune.parties.membership import MAX_MEMBERS, Membership, resolve
+from obfuscatune.parties.membership import Membership, resolve
 from obfuscatune.parties.vocabulary import is_digest
 
 FORMAT = "obfuscatune upgrade 1"

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 from obfuscatune.errors import ConsentError, ObfuscatuneError, ProtocolError, UsageError
+from obfuscatune.parties.change import MAX_CHANGE_BYTES
 from obfuscatune.parties.channel.server import Parts, Reply
 from obfuscatune.parties.channel.transfer import serve_piece
 from obfuscatune.parties.identity import PublicIdentity
 from obfuscatune.parties.job import SignedJob
-from obfuscatune.parties.membership import MAX_CHANGE_BYTES
 from obfuscatune.service.book import Book
 from obfuscatune.service.handover import give
 from obfuscatune.service.members import Members
