@@ -29,11 +29,13 @@ class Channel:
     def __init__(self, path: Path, digest: str) -> None:
         self.data, self.digest = path.read_bytes(), digest
         self.states: list[str] = []  # of the job, one a question
+        self.asked: list[dict[str, Any]] = []  # the queries
 
     def request(self, fields: dict[str, Any], payload: bytes = b"", **_: Any) -> tuple[dict[str, Any], bytes]:
         if fields["op"] == "download":
             return {"size": len(self.data)}, self.data[fields["offset"] :]
         if fields["op"] == "generate":
+            self.asked.append(fields)
             return {}, json.dumps(["red"] * len(json.loads(payload))).encode()
         if fields["op"] == "list":
             return {}, json.dumps([self.told("done")]).encode()
@@ -100,6 +102,17 @@ def test_a_successor_is_told_how_to_open_what_its_former_identity_gets(
     assert run(*verb, "--keep_sealed").code == 0
     opened = run("sealed", "open", "results/output.sealed", "--identity", "old.key", "--output_dir", "results/output")
     assert opened.code == 0 and Path("results/output/generations.jsonl").read_bytes() == b"{}\n"
+
+
+@pytest.mark.parametrize(("allowed", "given", "asked"), [(8, (), 8), (64, (), 32), (8, ("--max_new_tokens", 9), 9)])
+def test_a_query_asks_for_no_more_tokens_than_the_job_allows_unless_it_says_so(
+    job: Job, monkeypatch: pytest.MonkeyPatch, run: Run, allowed: int, given: tuple[object, ...], asked: int
+) -> None:
+    Path("job.json").write_bytes(SignedJob(replace(job, max_new_tokens=allowed)).sign(LAB).sign(CLINIC).to_bytes())
+    channel = Channel(*seal("true"))
+    monkeypatch.setattr("obfuscatune.parties.reached.connect_attested", lambda *_, **__: channel)
+    done = run("generate", "--job", "job.json", "--prompt", "x", *given, *CONNECT)
+    assert (done.code, done.out) == (0, "red\n") and [fields["max_new_tokens"] for fields in channel.asked] == [asked]
 
 
 def party_folder() -> None:

@@ -24,6 +24,7 @@ EPILOG = CLAIMS + (
     "obfuscatune generate --model_name_or_path DIR --chat --prompt 'Who wrote this letter?'\n\n"
     "obfuscatune generate --job job.json --prompt '...'"
 )
+_LONGEST = 32
 _GENERATION: dict[str, Any] = {"rich_help_panel": "Generation"}
 _OF_HERE = ("dtype", "profile", "worker", "insecure", "device", "threads")
 _OF_ENCLAVE = ("party", "enclave", "policy", "allow_simulation")
@@ -46,7 +47,9 @@ class GenerateOptions(ProtectionOptions, ConfigOptions):
     chat: bool = option("treat text prompts as a user's messages, in the model's chat template", False, flag="--chat")
     output_file: Path | None = option("new JSONL file of prompts and completions, mode 0600", None)
     batch_size: int = option("prompts completed together", 8, min=1)
-    max_new_tokens: int = option("longest completion", 32, min=1, **_GENERATION)
+    max_new_tokens: int | None = option(
+        f"longest completion; {_LONGEST} if not given, or what the job allows", None, min=1, **_GENERATION
+    )
     do_sample: bool = option("sample instead of taking the likeliest", False, flag="--do_sample", **_GENERATION)
     temperature: float | None = option("of sampling, above 0", None, min=1e-6, ceiling=1e6, **_GENERATION)
     top_p: float | None = option("of sampling, above 0 and at most 1", None, min=1e-6, ceiling=1, **_GENERATION)
@@ -105,16 +108,15 @@ def _complete_here(options: GenerateOptions, name: str, prompts: "list[tuple[str
     model = load(name, options.dtype, protection["profile"])
     tokenizer = load_tokenizer(name, model.config)
     tokenizer.padding_side = "left"  # completions continue the last position of every row
-    prompt_ids(model.config, tokenizer, prompts, options.max_new_tokens)  # a bad prompt is refused before any is done
+    longest = options.max_new_tokens or _LONGEST
+    prompt_ids(model.config, tokenizer, prompts, longest)  # a bad prompt is refused before any is done
     if options.adapter_name_or_path is not None:
         model = load_adapter(model, options.adapter_name_or_path)
     set_seed(options.seed)
     with protect(model.eval(), **protection, progress=True) as protected:
         for start in range(0, len(prompts), options.batch_size):
             batch = prompts[start : start + options.batch_size]
-            for text in complete(
-                protected.model, tokenizer, batch, max_new_tokens=options.max_new_tokens, **_sampling(options)
-            ):
+            for text in complete(protected.model, tokenizer, batch, max_new_tokens=longest, **_sampling(options)):
                 completions.append(text)
                 print(text, flush=True)
         print(protected.report(), file=sys.stderr)
@@ -141,7 +143,8 @@ def _ask_enclave(options: GenerateOptions, prompts: list[str]) -> list[str]:
     with connecting.connect(job.enclave) as channel:
         for start in range(0, len(prompts), options.batch_size):
             batch = json.dumps(prompts[start : start + options.batch_size]).encode()
-            fields = {"op": "generate", "job": job.digest, "max_new_tokens": options.max_new_tokens}
+            longest = options.max_new_tokens or min(_LONGEST, job.max_new_tokens)
+            fields = {"op": "generate", "job": job.digest, "max_new_tokens": longest}
             fields["wait"] = options.timeout
             _, payload = channel.request(fields, batch)
             for text in _completions(payload, len(prompts[start : start + options.batch_size])):
