@@ -54,7 +54,7 @@ def test_the_readme_shows_lines_that_the_demo_prints(outcome) -> None:
     shown = readme.split("## What the demo prints")[1].split("```")[1].strip().splitlines()
 
     def form(line: str) -> str:
-        return re.sub(r"[\d.,]+(e-\d+)?", "#", " ".join(line.split()))
+        return re.sub(r"[\d.,]+(e[-+]\d+)?", "#", " ".join(line.split()))
 
     printed = {form(line) for line in summary(outcome).splitlines()}
     assert len(shown) > 8
