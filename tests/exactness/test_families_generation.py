@@ -138,3 +138,12 @@ def test_attention_weights_are_refused_or_those_of_the_plain_model(protect: Any,
             protected.model(input_ids=ids, output_attentions=True)
         with pytest.raises(UnsupportedModelError, match="output_attentions"):
             protected.model.get_base_model().base_model(input_ids=ids, output_attentions=True)
+
+
+@pytest.mark.parametrize(("family", "profile"), [("gemma2", "balanced"), ("llama", "stream")])
+def test_a_refused_early_exit_leaves_the_model_as_it_was(protect: Any, family: str, profile: str) -> None:
+    with protect(model_of(family), profile=profile) as protected, torch.no_grad():
+        before = protected.model(tokens(1, 6)).logits
+        with pytest.raises(UnsupportedModelError):
+            protected.model.generate(tokens(1, 7), max_new_tokens=6, assistant_early_exit=1)
+        assert torch.equal(protected.model(tokens(1, 6)).logits, before)

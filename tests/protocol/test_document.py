@@ -54,7 +54,7 @@ def test_the_link_of_the_document() -> None:
     bounds = Bounds()
     told = f"{bounds.max_greeting} connections that have not greeted, {bounds.max_greeting_each} of them"
     assert told in TEXT
-    assert f"and {bounds.max_waiting} that wait" in TEXT
+    assert f"At most {bounds.max_waiting} that have greeted wait in the queue" in TEXT
     assert f"| {bounds.greeting_seconds:g} |" in TEXT
 
 
