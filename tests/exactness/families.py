@@ -1,6 +1,8 @@
 """Tiny random models of every family, and of some without a record, with nothing trivial in them."""
 
 import copy
+import sys
+import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -152,6 +154,11 @@ def twins_of(name: str, **options: Any) -> tuple[Any, Any]:
     return copy.deepcopy(model), model
 
 
+def _stock(forward: Any, kind: type[nn.Module]) -> Any:
+    """That code as if it were written beside the class: `protect` refuses what another package has put there."""
+    return types.FunctionType(forward.__code__, vars(sys.modules[kind.__module__]))
+
+
 @contextmanager
 def wide() -> Iterator[None]:
     """Let stock norms, and the softmax of stock eager attention, compute in the dtype of what they get.
@@ -177,8 +184,8 @@ def wide() -> Iterator[None]:
     softmax = nn.functional.softmax
     with pytest.MonkeyPatch.context() as patch:
         for kind in (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm, Phi3RMSNorm):
-            patch.setattr(kind, "forward", norm)
+            patch.setattr(kind, "forward", _stock(norm, kind))
         for kind in (Gemma2RMSNorm, Gemma3RMSNorm):
-            patch.setattr(kind, "forward", norm_of_gemma)
+            patch.setattr(kind, "forward", _stock(norm_of_gemma, kind))
         patch.setattr(nn.functional, "softmax", lambda x, dim=-1, dtype=None, **more: softmax(x, dim=dim))
         yield

@@ -2,13 +2,14 @@
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
 
 from obfuscatune import UnsupportedModelError
 
@@ -16,6 +17,7 @@ from .families import model_of, twins_of, wide
 from .models import error, scalar, tokens
 
 EXACT = 1e-9  # measured 2.5e-14
+FLOAT32 = 1e-5  # of which stock norms are, measured 2e-7
 CHANGED = 1e-3  # what each change does to the logits of the plain model; measured 0.17 and more
 WHOLE = ("balanced", "stream")
 LINEAR = ("paper", "strict")
@@ -227,6 +229,38 @@ def test_a_class_of_its_own_is_named(protect: Any) -> None:
     model.get_base_model().transformer.h[1].mlp.__class__ = Sparse
     with pytest.raises(UnsupportedModelError, match=r"a class of its own.*Sparse.*transformer\.h\.1\.mlp"):
         protect(model)
+
+
+@pytest.mark.parametrize(
+    ("kind", "profiles"),
+    [
+        (LlamaAttention, WHOLE),
+        (LlamaMLP, WHOLE),
+        (LlamaRMSNorm, WHOLE),
+        (LlamaDecoderLayer, ("stream",)),
+        (torch.nn.Linear, (*WHOLE, *LINEAR)),
+    ],
+)
+def test_a_forward_set_on_a_class(
+    protect: Any, monkeypatch: pytest.MonkeyPatch, kind: type[torch.nn.Module], profiles: tuple[str, ...]
+) -> None:
+    """As libraries of kernels do it; a decorator would keep the name of the module that the method is from."""
+    reference, model = twins_of("llama", dtype=torch.float32)
+    ids, own = tokens(2, 6), kind.forward
+
+    @functools.wraps(own)
+    def doubled(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found = own(self, *args, **kwargs)
+        return (2 * found[0], *found[1:]) if isinstance(found, tuple) else 2 * found
+
+    monkeypatch.setattr(kind, "forward", doubled)
+    for profile in (*WHOLE, *LINEAR):
+        if profile in profiles:
+            with pytest.raises(UnsupportedModelError, match=rf"set on {kind.__name__}.*test_changed_code.*layers\.0"):
+                protect(copy.deepcopy(model), profile=profile)
+            continue
+        with protect(copy.deepcopy(model), profile=profile) as protected, torch.no_grad():
+            assert error(protected.model(input_ids=ids).logits, reference(input_ids=ids).logits) < FLOAT32
 
 
 @pytest.mark.parametrize("profile", ["balanced", "stream", "strict"])

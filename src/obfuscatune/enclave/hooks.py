@@ -18,6 +18,18 @@ def own_code(module: nn.Module) -> str | None:
     return "a hook" if has_hooks(module) else None
 
 
+_LIBRARIES = frozenset({"torch", "transformers", "peft"})  # whose decorators wrap the forward of each other's classes
+
+
+def set_on_class(kind: type[nn.Module]) -> str | None:
+    """Return where the forward of a class is from, if another package has put it there; None where it is its own."""
+    home = next(each for each in kind.__mro__ if "forward" in each.__dict__)
+    forward = home.__dict__["forward"]
+    # Not its __module__, which `functools.wraps` copies.
+    source = str(getattr(forward, "__globals__", {}).get("__name__", repr(forward)))
+    return None if source.split(".")[0] in {*_LIBRARIES, home.__module__.split(".")[0]} else source
+
+
 def has_hooks(module: nn.Module, *, after: bool = False) -> bool:
     """Whether anybody's hook is on a module; ``after``: one that sees or changes what comes out of it."""
     own = module.__dict__  # a decode step looks at some hundred modules: no loop, no lookup by nn.Module

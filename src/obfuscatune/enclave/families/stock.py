@@ -1,8 +1,8 @@
 """Whether what leaves for the worker is stock code: the worker computes that, and never a change made to a module.
 
-A subclass under a known ``model_type``, a ``forward`` set on an instance, or a hook would be lost without a word when
-its module is replaced. Code that stays in the enclave may be changed at will. Other values of a stock module's
-attributes are the matter of `made`.
+A subclass under a known ``model_type``, a ``forward`` set on an instance or on a class of a library, or a hook would be
+lost without a word when its module is replaced. Code that stays in the enclave may be changed at will. Other values of
+a stock module's attributes are the matter of `made`.
 """
 
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from obfuscatune.enclave.families.form import Block, Part
-from obfuscatune.enclave.hooks import own_code
+from obfuscatune.enclave.hooks import own_code, set_on_class
 from obfuscatune.errors import UnsupportedModelError
 from obfuscatune.profiles import Profile
 
@@ -22,7 +22,8 @@ def refuse_changed(blocks: list[Block], profile: Profile) -> None:
         blocks: those that leave. profile: as it is run on this model.
 
     Raises:
-        UnsupportedModelError: a class of its own, a forward of one instance or a hook, with the module's path.
+        UnsupportedModelError: a class of its own, a forward of one instance or set on a class, or a hook, with the
+            module's path.
     """
     for block in blocks:
         for module, path, replaced in _leaving(block, profile):
@@ -31,6 +32,8 @@ def refuse_changed(blocks: list[Block], profile: Profile) -> None:
                 raise _changed("a class of its own", path, got)
             if (own := own_code(module)) is not None:
                 raise _changed(own, path)
+            if (source := set_on_class(type(module))) is not None:
+                raise _changed(f"a forward that was set on {type(module).__qualname__}", path, source)
             if getattr(module, "is_causal", True) is not True:
                 raise _changed("attention in both directions (is_causal=False)", path)
 
