@@ -48,7 +48,7 @@ class GenerateOptions(ProtectionOptions, ConfigOptions):
     output_file: Path | None = option("new JSONL file of prompts and completions, mode 0600", None)
     batch_size: int = option("prompts completed together", 8, min=1)
     max_new_tokens: int | None = option(
-        f"longest completion; {_LONGEST} if not given, or what the job allows", None, min=1, **_GENERATION
+        f"longest completion; {_LONGEST} if not given, or fewer where the job allows fewer", None, min=1, **_GENERATION
     )
     do_sample: bool = option("sample instead of taking the likeliest", False, flag="--do_sample", **_GENERATION)
     temperature: float | None = option("of sampling, above 0", None, min=1e-6, ceiling=1e6, **_GENERATION)
