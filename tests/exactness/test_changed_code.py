@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
+from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
 
 from obfuscatune import UnsupportedModelError
@@ -261,6 +262,32 @@ def test_a_forward_set_on_a_class(
             continue
         with protect(copy.deepcopy(model), profile=profile) as protected, torch.no_grad():
             assert error(protected.model(input_ids=ids).logits, reference(input_ids=ids).logits) < FLOAT32
+
+
+@pytest.mark.parametrize("name", ["apply_rotary_pos_emb", "rotate_half", "eager_attention_forward"])
+def test_a_function_that_was_replaced(protect: Any, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """As libraries of kernels do it too; the forward calls it, or calls what calls it."""
+    reference, model = twins_of("llama", dtype=torch.float32)
+    for each in (reference, model):
+        each.set_attn_implementation("eager")
+    ids, own = tokens(2, 6), getattr(modeling_llama, name)
+    unchanged = reference(input_ids=ids).logits
+
+    @functools.wraps(own)
+    def doubled(*args: Any, **kwargs: Any) -> Any:
+        found = own(*args, **kwargs)
+        return (2 * found[0], *found[1:]) if isinstance(found, tuple) else 2 * found
+
+    monkeypatch.setattr(modeling_llama, name, doubled)
+    with torch.no_grad():
+        expected = reference(input_ids=ids).logits
+        assert error(unchanged, expected) > CHANGED
+        for profile in WHOLE:
+            with pytest.raises(UnsupportedModelError, match=rf"replaced, {name}.*test_changed_code.*layers\.0"):
+                protect(copy.deepcopy(model), profile=profile)
+        for profile in LINEAR:
+            with protect(copy.deepcopy(model), profile=profile) as protected:
+                assert error(protected.model(input_ids=ids).logits, expected) < FLOAT32
 
 
 @pytest.mark.parametrize("profile", ["balanced", "stream", "strict"])

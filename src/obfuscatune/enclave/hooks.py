@@ -1,6 +1,10 @@
 """Hooks, and forwards set on an instance: code that is lost where a module is not called any more."""
 
+import inspect
+import sys
 from functools import partial
+from types import FunctionType
+from typing import Any
 
 from torch import nn
 from torch.nn.modules import module as torch_module
@@ -18,16 +22,46 @@ def own_code(module: nn.Module) -> str | None:
     return "a hook" if has_hooks(module) else None
 
 
-_LIBRARIES = frozenset({"torch", "transformers", "peft"})  # whose decorators wrap the forward of each other's classes
+# Whose decorators wrap each other's functions.
+_LIBRARIES = frozenset({"torch", "transformers", "peft", "kernels"})
 
 
 def set_on_class(kind: type[nn.Module]) -> str | None:
     """Return where the forward of a class is from, if another package has put it there; None where it is its own."""
     home = next(each for each in kind.__mro__ if "forward" in each.__dict__)
-    forward = home.__dict__["forward"]
+    return _foreign(home.__dict__["forward"], home.__module__)
+
+
+def replaced_function(kind: type[nn.Module]) -> tuple[str, str] | None:
+    """Return the name of a function that the forward of a class calls, and where it is from, if that was replaced.
+
+    Looks at functions of the class's module by their global names, and at those that they call in turn.
+    """
+    home = next(each for each in kind.__mro__ if "forward" in each.__dict__)
+    seen: set[Any] = set()
+    left = [inspect.unwrap(home.__dict__["forward"])]
+    while left:
+        function = left.pop()
+        if function in seen or not isinstance(function, FunctionType):
+            continue
+        seen.add(function)
+        for name in function.__code__.co_names:
+            called = function.__globals__.get(name)
+            if not isinstance(called, FunctionType):
+                continue
+            source = _foreign(called, home.__module__)
+            if source is not None and source.split(".")[0] not in sys.stdlib_module_names:
+                return name, source
+            if called.__module__ == home.__module__:
+                left.append(inspect.unwrap(called))
+    return None
+
+
+def _foreign(function: Any, home: str) -> str | None:
+    """The module that a function was written in, if that is of another package than ``home`` and the libraries."""
     # Not its __module__, which `functools.wraps` copies.
-    source = str(getattr(forward, "__globals__", {}).get("__name__", repr(forward)))
-    return None if source.split(".")[0] in {*_LIBRARIES, home.__module__.split(".")[0]} else source
+    source = str(getattr(function, "__globals__", {}).get("__name__", repr(function)))
+    return None if source.split(".")[0] in {*_LIBRARIES, home.split(".")[0]} else source
 
 
 def has_hooks(module: nn.Module, *, after: bool = False) -> bool:

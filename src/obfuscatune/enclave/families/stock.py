@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from obfuscatune.enclave.families.form import Block, Part
-from obfuscatune.enclave.hooks import own_code, set_on_class
+from obfuscatune.enclave.hooks import own_code, replaced_function, set_on_class
 from obfuscatune.errors import UnsupportedModelError
 from obfuscatune.profiles import Profile
 
@@ -34,6 +34,8 @@ def refuse_changed(blocks: list[Block], profile: Profile) -> None:
                 raise _changed(own, path)
             if (source := set_on_class(type(module))) is not None:
                 raise _changed(f"a forward that was set on {type(module).__qualname__}", path, source)
+            if (found := replaced_function(type(module))) is not None:
+                raise _changed(f"a function that was replaced, {found[0]}", path, found[1])
             if getattr(module, "is_causal", True) is not True:
                 raise _changed("attention in both directions (is_causal=False)", path)
 
