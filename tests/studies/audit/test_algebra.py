@@ -35,8 +35,9 @@ def test_no_other_rotation_is_nearer() -> None:
 
 def test_success_of_a_key() -> None:
     key, other = polar(draw(64, 64)), polar(draw(64, 64, seed=1))
-    assert key_success(key, key) == 1
+    assert key_success(key, key) == pytest.approx(1)
     assert key_success(other, key) < 0.1
+    assert key_success(0.9 * other, key) == pytest.approx(key_success(other, key))
 
 
 def test_nearest_by_cosine() -> None:

@@ -47,5 +47,9 @@ def matching(scores: Tensor) -> Tensor:
 
 
 def key_success(guess: Tensor, key: Tensor) -> float:
-    """Return how near a guessed key is: 1 where equal, 0 where as far as a random one, ``|G - R| = sqrt(2) |R|``."""
+    """Return how near a guessed key is: 1 where equal, 0 where as far as a random one, ``|G - R| = sqrt(2) |R|``.
+
+    The guess is brought to the key's size first: a smaller one would be nearer without being any better.
+    """
+    guess = guess * (key.norm() / guess.norm().clamp_min(1e-300))
     return max(0.0, 1.0 - relative_error(guess, key) / 2**0.5)

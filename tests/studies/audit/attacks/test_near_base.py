@@ -64,7 +64,7 @@ def test_a_near_base_gives_both_keys_and_most_of_the_difference() -> None:
 @pytest.mark.slow
 def test_an_unrelated_base_gives_nothing() -> None:
     one, two, share = found_keys(draw(9), draw(1))
-    assert max(one, two) < 0.1
+    assert max(one, two) < 0.02  # traces of two unrelated keys are of the order of 1, of d = 256; measured 0.0005
     assert share < 0.1
 
 
