@@ -263,3 +263,19 @@ def test_all_faults_come_in_one_message() -> None:
 def test_values_of_the_wrong_kind(switch: str, value: Any) -> None:
     with pytest.raises(UsageError, match=switch):
         resolve("balanced", **{switch: value})
+
+
+def test_a_sharing_says_what_its_own_switches_hide() -> None:
+    openly, two, spare = (
+        resolve("shared", **switches) for switches in ({"weights": "open"}, {"threshold": 2}, {"spares": 1})
+    )
+    assert "weights in the clear" in openly.summary and "the weights from nobody" in openly.audience
+    assert openly.claim.startswith("nothing on weights") and "on 2 workers" in openly.summary
+    assert "any 2 operators together see" in two.claim and "any 3 together have everything" in two.claim
+    assert "on 4 workers" in spare.summary and "any 2 together have everything" in spare.claim
+    for same in (resolve("shared"), resolve("shared", primes=3), resolve("shared", verify=True)):
+        assert (same.summary, same.audience, same.claim) == (
+            PROFILES["shared"].summary,
+            PROFILES["shared"].audience,
+            PROFILES["shared"].claim,
+        )

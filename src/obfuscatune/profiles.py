@@ -241,7 +241,31 @@ def resolve(profile: str | Profile, **switches: Any) -> Profile:
         warnings.warn("; ".join(idle.values()), stacklevel=3)
         changed = {name: value for name, value in changed.items() if name not in idle}
     names = [f"{n}={getattr(profile, n)}" for n in SWITCHES if n in changed and getattr(profile, n) != getattr(base, n)]
+    if profile.shares and changed.keys() & {"weights", "threshold", "spares"}:
+        profile = _with_words_of_shares(profile)
     return dataclasses.replace(profile, name="+".join([base.name, *names]))
+
+
+def _with_words_of_shares(profile: Profile) -> Profile:
+    """Return a sharing with what its switches, which say who sees what, make of the named profile's words."""
+    if (profile.weights, profile.threshold, profile.spares) == ("shared", 1, 0):
+        return profile
+    workers, t = profile.share_workers, profile.threshold
+    alone, sees = ("one operator alone", "sees") if t == 1 else (f"any {t} operators together", "see")
+    where, several = f"where no {t + 1} of {workers} operators collude", f"any {t + 1} together have everything"
+    if profile.weights == "open":
+        return dataclasses.replace(
+            profile,
+            summary=f"rows as secret shares on {workers} workers: {alone} {sees} noise of them; weights in the clear",
+            audience=f"{where}: data is hidden from {alone}, the weights from nobody",
+            claim=f"nothing on weights; of data {alone} {sees} uniformly random numbers, proved; {several}",
+        )
+    return dataclasses.replace(
+        profile,
+        summary=f"weights and rows as secret shares on {workers} workers: {alone} {sees} noise",
+        audience=f"{where}: weights and data are hidden from {alone}",
+        claim=f"{alone} {sees} uniformly random numbers, proved; {several}",
+    )
 
 
 def _without_effect(profile: Profile, changed: dict[str, Any]) -> dict[str, str]:

@@ -21,6 +21,7 @@ from transformers.cli.serving.utils import _StreamError
 
 from obfuscatune.errors import UsageError
 from obfuscatune.profiles import resolve
+from obfuscatune.serving.claims import describe
 from obfuscatune.serving.generation import Manager, Ready
 from obfuscatune.serving.handlers import ChatHandler, TextHandler
 from obfuscatune.serving.limits import Limits
@@ -586,6 +587,48 @@ def test_a_failed_worker_is_told_and_ends_the_server(model_dir) -> None:
             server.openai.completions.create(model="base", prompt="x")
         assert caught.value.status_code == 503
         assert server.batcher.fault is not None
+
+
+@pytest.mark.filterwarnings("ignore:4 workers on one machine:UserWarning", "ignore:a worker is lost:UserWarning")
+def test_a_worker_for_whom_a_spare_stands_in_ends_nothing(
+    model_dir: Path, expect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even where a batch fails afterwards by itself; and the page says what such workers protect."""
+    protection = {"profile": resolve("shared", spares=1), "worker": ["spawn"], "threads": 1, "timeout": 60.0}
+    with (
+        serve_model(str(model_dir), "float32", {}, protection, None) as served,
+        serving(served, Limits()) as server,
+    ):
+        shown = server.get("/v1/protection").json()["shown"]
+        assert any("4 workers on one machine protect nothing" in text for text in shown)
+        served.protected.links[1].session.close()
+        assert not served.has_ended
+        with monkeypatch.context() as patch:
+            patch.setattr(served.model, "generate", lambda **more: 1 / 0)
+            with pytest.raises(openai.InternalServerError) as caught:
+                server.openai.completions.create(model="base", prompt="x", max_tokens=4)
+            assert caught.value.status_code == 500
+        answer = server.openai.completions.create(model="base", prompt="y", max_tokens=4)
+        assert answer.choices[0].text == expect("base", "y", 4)
+        served.protected.links[2].session.close()
+        assert served.has_ended
+
+
+@pytest.mark.parametrize(
+    ("name", "switches", "hidden", "shown"),
+    [
+        ("shared", {}, "weights and activations, from each operator alone", "everything, to any 2 operators"),
+        ("shared", {"threshold": 2}, "from any 2 operators together", "everything, to any 3 operators"),
+        ("shared", {"weights": "open"}, "activations, from each operator alone", "the weights, to every operator"),
+        ("strict", {"mix_rows": False}, "rows of activations", "with mix_rows=False perhaps more"),
+    ],
+)
+def test_the_page_says_what_the_switches_of_a_profile_hide(
+    name: str, switches: dict[str, Any], hidden: str, shown: str
+) -> None:
+    said = describe(resolve(name, **switches))
+    assert any(hidden in text for text in said["hidden"]) and any(shown in text for text in said["shown"])
+    assert any("weights and" in text for text in said["hidden"]) == (name == "shared" and "weights" not in switches)
 
 
 def test_a_token_that_the_model_has_no_embedding_of_is_refused_by_name(

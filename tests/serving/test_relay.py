@@ -181,6 +181,30 @@ def test_who_leaves_before_a_stream_begins_is_given_up() -> None:
     asyncio.run(scene())
 
 
+def test_who_leaves_before_anything_of_a_stream_is_sent_is_given_up() -> None:
+    """As one that reads nothing of its earlier answers: then the first bytes of this one wait."""
+    left = threading.Event()
+
+    def answer(channel: Channel) -> Parts:
+        yield {"tokens": 1}, b"a"
+        left.set() if channel.closed.wait(30) else None
+        raise ConnectionClosedError("connection is closed")
+
+    async def disconnect() -> dict[str, Any]:
+        return {"type": "http.disconnect"}
+
+    async def stuck(message: Any) -> None:
+        await asyncio.sleep(60)
+
+    async def scene() -> None:
+        offered = offer(enclave_of(answer), Limits(max_new_tokens=5), Metrics())
+        reply = await offered.text.answer({"model": "job", "prompt": "x", "stream": True}, "id", again=False)
+        await reply({"type": "http", "asgi": {"spec_version": "2.3"}}, disconnect, stuck)
+        assert await asyncio.to_thread(left.wait, 10)
+
+    asyncio.run(scene())
+
+
 @pytest.mark.parametrize(
     ("counts", "payload"),
     [

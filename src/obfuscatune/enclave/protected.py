@@ -13,6 +13,7 @@ from obfuscatune.enclave.remote.held import HeldAdapter
 from obfuscatune.enclave.remote.optimizer import OPTIMIZERS, RemoteOptimizer
 from obfuscatune.enclave.report import Report, make_report
 from obfuscatune.enclave.session import Session
+from obfuscatune.enclave.sharing.statement import describe
 from obfuscatune.enclave.sharing.workers import Workers
 from obfuscatune.errors import NotFiniteError, UsageError, WorkerFault
 from obfuscatune.profiles import Profile
@@ -60,6 +61,16 @@ class Protected:
     def session(self) -> Session | None:
         """The session with the first worker; None where there is none."""
         return self.links[0].session if self.links else None
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether a worker is lost that cannot be done without: nothing can be computed any more."""
+        lost = sum(link.session.has_ended for link in self.links)
+        return lost > (0 if self._sharing is None else self._sharing[0].scheme.spares)
+
+    def warnings(self) -> list[str]:
+        """Return what makes the profile's claim void here, as far as addresses tell: shares on one machine."""
+        return [] if self._sharing is None else describe(*self._sharing).warnings()
 
     def __enter__(self) -> Self:
         return self
@@ -116,7 +127,7 @@ class Protected:
             NotFiniteError: the factors that it trained are not finite; the sessions have ended.
         """
         sessions = [link.session for link in self.links]
-        if self._final_report is not None or not sessions or any(session.has_ended for session in sessions):
+        if self._final_report is not None or not sessions or self.has_ended:
             # A fault was raised where it happened; what the workers had is lost since then.
             for session in sessions:
                 session.close()

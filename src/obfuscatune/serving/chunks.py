@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from obfuscatune.serving.generation import Manager
 from obfuscatune.serving.refusal import Refusal
@@ -25,6 +26,13 @@ class Stream(StreamingResponse):
         except BaseException:  # the client has left, too
             self._manager.end()
             raise
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it; the request is over then, also where the client left before a first chunk was asked for."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._manager.end()
 
 
 def event(content: dict[str, Any]) -> str:

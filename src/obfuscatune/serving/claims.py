@@ -22,18 +22,18 @@ _CLAIMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         (_TEXTS, "rows of activations, mixed with noise by secrets used once"),
         ("counts of rows, timing, singular values of weights", "weights that have a near public base"),
     ),
-    "shared": (
-        (_TEXTS, "weights and activations, from each operator alone"),
-        ("everything, to two operators together", "shapes and timing"),
-    ),
     "enclave": (("everything: nothing leaves the enclave",), ()),
 }
 
 
 def describe(profile: Profile) -> dict[str, Any]:
     """Return what the page says of a profile."""
-    base = profile.name.partition("+")[0]
+    base, *switches = profile.name.split("+")
     hidden, shown = _CLAIMS.get(base, ((), ("a profile of your own: see docs/security.md",)))
+    if profile.shares:
+        hidden, shown = _of_shares(profile)
+    elif profile.remote and switches:
+        shown = (*shown, f"with {', '.join(switches)} perhaps more")
     return {
         "profile": profile.name,
         "summary": profile.summary,
@@ -41,3 +41,11 @@ def describe(profile: Profile) -> dict[str, Any]:
         "hidden": list(hidden),
         "shown": list(shown),
     }
+
+
+def _of_shares(profile: Profile) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    alone = "each operator alone" if profile.threshold == 1 else f"any {profile.threshold} operators together"
+    more = f"everything, to any {profile.threshold + 1} operators together"
+    if profile.weights == "open":
+        return (_TEXTS, f"activations, from {alone}"), ("the weights, to every operator", more, "shapes and timing")
+    return (_TEXTS, f"weights and activations, from {alone}"), (more, "shapes and timing")

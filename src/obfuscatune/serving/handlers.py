@@ -164,7 +164,9 @@ def offer(served: ServedModel, batcher: Batcher, limits: Limits, metrics: Metric
     def about() -> dict[str, Any]:
         workers = [link.session.worker for link in served.protected.links]
         more = {"workers": workers, "models": list(served.names), "default": served.names[-1], "attested": None}
-        return {**describe(served.protected.profile), **more, "chat": bool(served.tokenizer.chat_template)}
+        about = describe(served.protected.profile)
+        about["shown"] += served.protected.warnings()
+        return {**about, **more, "chat": bool(served.tokenizer.chat_template)}
 
     prompts = Prompts(served.tokenizer)
     chat = ChatHandler(served, limits, prompts, generation)

@@ -82,8 +82,8 @@ class ServedModel:
 
     @property
     def has_ended(self) -> bool:
-        """Whether a session with a worker has ended: after a fault no later reply is used."""
-        return any(link.session.has_ended for link in self.protected.links)
+        """Whether too many sessions with workers have ended: after a fault no later reply is used."""
+        return self.protected.has_ended
 
     def give_up(self) -> bool:
         """End the sessions, for whoever waits for a worker in another thread; returns whether there are any."""
