@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,12 +17,14 @@ import pytest
 import torch
 
 import obfuscatune
+from obfuscatune.enclave.keys import MasterSecret
 from obfuscatune.enclave.sharing import coding
 from obfuscatune.enclave.sharing.waiting import Waiting
 from obfuscatune.errors import UsageError, WorkerFault
 from obfuscatune.protocol.connection import Connection
 from obfuscatune.protocol.frames import TensorSpec
 
+from .test_replies import lying as lying_once
 from .workers import IDS, Answer, Fields, Tensors, honest, loss_of, new_model, worker_in_a_thread
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*protect nothing:UserWarning")
@@ -96,6 +98,44 @@ def test_a_liar_is_caught(tmp_path: Path, transpose: bool, liar: int) -> None:
         assert "spares=1" in str(caught.value)
         with pytest.raises(UsageError):  # and it is over
             step(protected.model)
+
+
+LIES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {  # as in test_malicious.py, of residues [L, rows, out]
+    "zeros": torch.zeros_like,
+    "other weights": lambda y: y.flip(-1),
+    "noise": lambda y: y + torch.randint(-1, 2, y.shape, dtype=torch.int8),
+    "rows swapped": lambda y: y.flip(-2),
+    "one row": lambda y: y[:, -1:].expand_as(y).contiguous(),
+    "primes swapped": lambda y: y.flip(0),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+@pytest.mark.parametrize("number", [1, 6, 8, 9, 14])  # 8 forward products, then 8 backward
+def test_a_wrong_product_in_a_training_step(number: int, lie: str, tmp_path: Path) -> None:
+    def answer(connection: Connection, request: Fields, reply: Fields, outputs: Tensors) -> None:
+        connection.send(reply, {"y": LIES[lie](outputs["y"])})
+
+    with protected_by(tmp_path, [honest, lying_once("multiply", number, answer), honest]) as (protected, _):
+        before = protected.session._last_id
+        with pytest.raises(WorkerFault, match="a product is wrong") as caught:
+            step(protected.model)
+        assert caught.value.call == before + number
+        with pytest.raises(UsageError):
+            step(protected.model)
+
+
+def test_an_earlier_reply_for_the_same_input(tmp_path: Path) -> None:
+    """The same tokens again are another call: what was right for the first one is wrong for the second."""
+    replies: dict[str, Tensors] = {}
+
+    def replay(connection: Connection, request: Fields, reply: Fields, outputs: Tensors) -> None:
+        connection.send(reply, replies.setdefault(request["segment"], outputs) if "transpose" in request else outputs)
+
+    with protected_by(tmp_path, [honest, replay, honest]) as (protected, _), torch.no_grad():
+        loss_of(protected.model)
+        with pytest.raises(WorkerFault, match="a product is wrong"):
+            loss_of(protected.model)
 
 
 @pytest.mark.parametrize("liar", [0, 1, 2, 3])
@@ -281,6 +321,38 @@ def test_one_share_of_a_call_goes_to_one_worker_once(tmp_path: Path) -> None:
     assert len({share for share, _ in sent}) == len(sent)  # no share was sent twice, to whomever
     points = {(i, field) for i, calls in enumerate(seen) for _, text in calls for field in _points(text)}
     assert points == {(i, i + 1) for i in range(4)}  # each worker has one point
+
+
+def test_a_session_that_is_resumed_shares_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the same master secret, to the same workers in another order: a share, seed or number that came again would
+    give one of them two points.
+    """
+    crossed: list[list[Any]] = []
+    send = Connection.send
+
+    def recorded(self: Connection, fields: Fields, tensors: Tensors = {}, **options: Any) -> Any:  # noqa: B006
+        if fields.get("op") in ("define", "multiply"):
+            crossed[-1] += [tensor.numpy().tobytes() for tensor in tensors.values()]
+            crossed[-1] += [entry["seed"] for entry in fields.get("drawn", {}).values()]
+        if fields.get("op") == "define":
+            numbers[-1].add(fields["spec"]["sharing"])
+        return send(self, fields, tensors, **options)
+
+    monkeypatch.setattr(Connection, "send", recorded)
+    numbers: list[set[str]] = []
+    secret = MasterSecret.generate()
+    with contextlib.ExitStack() as stack:
+        for name in "abc":
+            (tmp_path / name).mkdir()
+        addresses = [stack.enter_context(worker_in_a_thread(tmp_path / name, sessions=2)) for name in "abc"]
+        for order in (addresses, addresses[::-1]):
+            crossed.append([])
+            numbers.append(set())
+            with obfuscatune.protect(new_model(), profile="shared", worker=order, timeout=20.0, secret=secret) as found:
+                step(found.model)
+    both = [*crossed[0], *crossed[1]]
+    assert len(crossed[0]) == len(crossed[1]) > 50 and len(set(both)) == len(both)
+    assert [len(number) for number in numbers] == [1, 1] and numbers[0] != numbers[1]
 
 
 def _points(text: bytes) -> list[int]:
