@@ -1,7 +1,6 @@
 """What is where, what crossed the boundary, and what it cost: counted, not estimated."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -160,5 +159,5 @@ def _told(session: Session) -> tuple[int | None, float | None]:
     peak, busy = reply.get("peak_memory_bytes"), reply.get("busy_seconds")
     return (
         peak if isinstance(peak, int) and peak > 0 else None,
-        busy if isinstance(busy, float) and 0 <= busy < math.inf else None,
+        busy if isinstance(busy, float) and busy >= 0 else None,
     )
