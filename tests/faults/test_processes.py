@@ -7,6 +7,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
@@ -149,6 +151,34 @@ def test_close_does_not_hang_on_a_worker_that_stands_still(profile: str, monkeyp
         protected.close()
     assert process.poll() == -signal.SIGKILL
     protected.close()
+
+
+@pytest.mark.parametrize("waits_for", ["a reply", "room for its bytes"])
+def test_close_does_not_wait_for_a_thread_that_waits_for_such_a_worker(
+    waits_for: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("obfuscatune.enclave.protected.CLOSING_SECONDS", 0.2)
+    monkeypatch.setattr("obfuscatune.enclave.session.ENDING_SECONDS", 0.2)
+    protected = obfuscatune.protect(new_model(), worker="spawn", timeout=20)
+    session, told = protected.session, []
+    lock = session._receiving if waits_for == "a reply" else session._sending
+
+    def run() -> None:
+        rows = {} if waits_for == "a reply" else {"x": torch.zeros(2**24)}  # beyond what the sockets hold
+        with pytest.raises((UsageError, WorkerFault)) as caught:
+            session.request("stats", "-", {}, rows, {})
+        told.append(str(caught.value))
+
+    os.kill(session.process.pid, signal.SIGSTOP)
+    waiting = threading.Thread(target=run)
+    waiting.start()
+    while waiting.is_alive() and lock.acquire(blocking=False):
+        lock.release()
+        time.sleep(0.01)
+    protected.close()
+    waiting.join()
+    assert told[0].startswith("the worker's session ended by an earlier fault (no reply within 0.2 s)")
+    assert session.process.poll() == -signal.SIGKILL
 
 
 def test_a_fault_at_the_end_does_not_hide_the_first_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,13 +7,14 @@ is closed for good, so that a late reply can never be taken for a later one. A r
 not used either; an honest worker's may have one, so it is no fault.
 """
 
+import contextlib
 import os
 import subprocess
 import sys
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -146,13 +147,27 @@ class Session(Secret):
         self._dropped[kind].append(number)
 
     def limit(self, seconds: float) -> None:
-        """Wait this long at most from now on, for all replies together: for the last requests of a session."""
+        """Wait this long at most from now on, for all replies together: for the last requests of a session.
+
+        Another thread that waits already goes on waiting; it is not waited for any longer than that.
+        """
         self._timeout = min(self._timeout, seconds)
         self._deadline = time.monotonic() + seconds
 
     def _bound_wait(self) -> None:
         if self._deadline is not None:
             self.connection.settimeout(max(_LEAST_SECONDS, min(self._timeout, self._deadline - time.monotonic())))
+
+    @contextlib.contextmanager
+    def _turn(self, lock: "threading.RLock", layer: str) -> Iterator[None]:
+        """Hold a lock. Beyond the deadline, whoever has it waits for a worker that is silent, and the session ends."""
+        seconds = -1 if self._deadline is None else max(_LEAST_SECONDS, self._deadline - time.monotonic())
+        if not lock.acquire(timeout=seconds):
+            raise self.fault(f"no reply within {self._timeout:g} s", layer)
+        try:
+            yield
+        finally:
+            lock.release()
 
     def request(
         self, op: str, layer: str, header: dict[str, Any], tensors: Mapping[str, Tensor], expected: Expected | None
@@ -189,7 +204,7 @@ class Session(Secret):
         *,
         descriptor: int | None = None,
     ) -> Pending:
-        with self._sending:
+        with self._turn(self._sending, layer):
             self._refuse_ended(layer)
             self._last_id += 1
             pending = Pending(self, op, layer, self._last_id, expected)
@@ -226,7 +241,7 @@ class Session(Secret):
     def await_reply(self, pending: Pending) -> None:
         """Read replies, in their order, up to the one of ``pending``."""
         started = time.perf_counter()
-        with self._receiving:
+        with self._turn(self._receiving, pending.layer):
             while not pending.has_come:
                 self._refuse_ended(pending.layer)
                 try:
