@@ -167,6 +167,27 @@ def test_packed_rows_with_positions_of_their_own(protect: Any, family: str) -> N
     assert error(alone, expected) > BROKEN
 
 
+@pytest.mark.parametrize(("family", "profile"), [("gemma2", "balanced"), ("llama", "balanced"), ("llama", "stream")])
+def test_a_mask_of_the_callers_is_heeded_as_eager_attention_does_or_refused(
+    protect: Any, family: str, profile: str
+) -> None:
+    """Eager attention adds the mask to its logits: of bools it forbids nothing."""
+    texts = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 1])
+    allowed = (texts == texts[:, None]).tril().view(1, 1, 9, 9)
+    added = torch.zeros(allowed.shape, dtype=torch.float64).masked_fill(~allowed, torch.finfo(torch.float64).min)
+    with wide():
+        reference, model = twins_of(family)
+        for each in (reference, model):
+            each.get_base_model().set_attn_implementation("eager")
+        with protect(model, profile=profile, **MONARCH) as protected, torch.no_grad():
+            expected, of_bools = (reference(tokens(1, 9), attention_mask=mask).logits for mask in (added, allowed))
+            for _ in range(2):  # the session goes on
+                assert error(protected.model(tokens(1, 9), attention_mask=added).logits, expected) < EXACT
+                with pytest.raises(UnsupportedModelError, match="a mask of bools for eager attention"):
+                    protected.model(tokens(1, 9), attention_mask=allowed)
+    assert error(of_bools, expected) > BROKEN
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("profile", ["balanced", "stream", "strict"])
 def test_gradient_checkpointing(protect: Any, profile: str, reentrant: bool) -> None:

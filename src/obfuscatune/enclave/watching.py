@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from obfuscatune.enclave.frozen import refuse_training_of_all
 from obfuscatune.enclave.guard import Guard
@@ -35,6 +36,8 @@ def watch(causal_lm: Any, profile: Profile, links: Sequence[Link], *, frozen: bo
         # Blocks that stay in the enclave would look at other positions than the worker's where a row sees none.
         if getattr(causal_lm, "_supports_sdpa", False) and not (eager and profile.enclave_blocks):
             causal_lm.set_attn_implementation("sdpa")  # its masks say only what is allowed, and None for causal
+        if eager:
+            causal_lm.base_model.register_forward_pre_hook(_refuse_masks_of_bools, with_kwargs=True)
         _refuse_output(causal_lm, "output_attentions", 'attention weights stay on the worker: attention="enclave"')
     if profile.rotate_stream:
         what = "the blocks' outputs stay on the worker: rotate_stream=False. The last hidden state is there"
@@ -49,6 +52,22 @@ def watch(causal_lm: Any, profile: Profile, links: Sequence[Link], *, frozen: bo
     for standin in causal_lm.modules():
         if isinstance(standin, Standin):
             standin.seal()
+
+
+def _refuse_masks_of_bools(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    """Refuse what eager attention adds to its logits as zeros and ones, and the worker would take as forbidden or not.
+
+    The masks that transformers makes of one ``[rows, keys]`` are not here yet.
+    """
+    given = kwargs.get("attention_mask")
+    for mask in given.values() if isinstance(given, dict) else (given,):
+        if isinstance(mask, Tensor) and mask.ndim == 4 and mask.dtype == torch.bool:
+            raise UnsupportedModelError(
+                "a mask of bools for eager attention, which adds it as a number",
+                where=type(module).__name__,
+                expected="0 where attention is allowed, and the dtype's least value elsewhere",
+                hint='or attn_implementation="sdpa", where the model has it',
+            )
 
 
 def _refuse_output(model: Any, name: str, why: str) -> None:
