@@ -46,9 +46,7 @@ def _adapted(decoder: Decoder, profile: Profile, chosen: Collection[str]) -> Pro
         return profile
     if profile.rotate_stream:
         _refuse_rotation(decoder)
-    if profile.attention == "worker" and any(
-        b.attention is not None and b.attention.shape.head_norms for b in decoder.blocks
-    ):
+    if profile.attention == "worker" and _has_head_norms(decoder):
         what = "q and k are normalized in each head, and no key commutes with that"
         if "attention" in chosen:
             raise UnsupportedModelError(
