@@ -60,7 +60,7 @@ def _refuse_masks_of_bools(module: nn.Module, args: Any, kwargs: dict[str, Any])
     The masks that transformers makes of one ``[rows, keys]`` are not here yet.
     """
     given = kwargs.get("attention_mask")
-    for mask in given.values() if isinstance(given, dict) else (given,):
+    for mask in (*args, *(given.values() if isinstance(given, dict) else (given,))):
         if isinstance(mask, Tensor) and mask.ndim == 4 and mask.dtype == torch.bool:
             raise UnsupportedModelError(
                 "a mask of bools for eager attention, which adds it as a number",
