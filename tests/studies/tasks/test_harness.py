@@ -11,9 +11,10 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFast
 
 from obfuscatune.errors import NotFiniteError, UsageError
+from obfuscatune.studies.bundled import model_directory
 from obfuscatune.studies.tasks.catalogue import TASKS
 from obfuscatune.studies.tasks.harness import ProtectedLM, TaskResult, evaluate, load_tasks, training_rows
 from obfuscatune.training.encoding import IGNORED_LABEL, encode_rows
@@ -52,17 +53,12 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def _save(directory: Path, tokenizer: PreTrainedTokenizerFast, seed: int, architecture: str = "gpt2") -> Path:
+def _save(directory: Path, tokenizer: PreTrainedTokenizerFast, seed: int) -> Path:
     torch.manual_seed(seed)
     ends = {"bos_token_id": 257, "eos_token_id": 256, "initializer_range": 0.3}
-    config: Any = GPT2Config(
+    config = GPT2Config(
         **{"vocab_size": 258, "n_embd": 24, "n_layer": 2, "n_head": 3, "n_positions": 192, "attn_pdrop": 0.0, **ends}
     )
-    if architecture == "llama":
-        config = LlamaConfig(
-            **{"vocab_size": 258, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2},
-            **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 192, **ends},
-        )
     AutoModelForCausalLM.from_config(config).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
@@ -135,10 +131,8 @@ def test_parity_with_hf_on_invented_rows(
 
 
 @pytest.mark.parametrize("profile", ["balanced", "strict"])
-def test_parity_with_hf_on_a_llama(
-    profile: str, data_dir: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
-    model = _save(tmp_path / "llama", tokenizer, seed=3, architecture="llama")
+def test_parity_with_hf_on_a_trained_llama(profile: str, data_dir: Path) -> None:
+    model = model_directory("llama")
     with ProtectedLM(str(model), profile=profile, batch_size=4, threads=1) as ours:
         check_parity(ours, hf(model), data_dir, limit=3)
 
