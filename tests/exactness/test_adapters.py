@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import AdaLoraConfig, AdaptionPromptConfig, LoraConfig, PrefixTuningConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from transformers import GPT2Config, GPT2LMHeadModel, OlmoConfig, OlmoForCausalLM
 
@@ -251,10 +251,41 @@ def unknown_activation() -> Any:
     return gpt2(activation_function="mish")
 
 
+def adalora() -> Any:
+    return get_peft_model(gpt2(), AdaLoraConfig(total_step=5, target_modules=["c_attn"], fan_in_fan_out=True))
+
+
+def adaption_prompt() -> Any:
+    return get_peft_model(gpt2(), AdaptionPromptConfig(adapter_len=3, adapter_layers=1, task_type="CAUSAL_LM"))
+
+
+def another_part() -> Any:
+    model = gpt2()
+    model.transformer.h[1].mlp = torch.nn.Identity()
+    return model
+
+
+def no_part() -> Any:
+    model = gpt2()
+    model.transformer.h[1].attn = None
+    return model
+
+
+def another_block() -> Any:
+    model = gpt2()
+    model.transformer.h[1] = torch.nn.Identity()
+    return model
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (cross_attention, "cross"),
+        (adalora, r"(?s)kind of adapter: got AdaLoraConfig, expected LoraConfig.*at adapter default.*hint: profile="),
+        (adaption_prompt, r"replaced.*got AdaptedAttentionGPT without c_attn.*at transformer\.h\.1\.attn"),
+        (another_part, r"replaced.*got Identity without c_fc.*at transformer\.h\.1\.mlp"),
+        (no_part, r"replaced.*got GPT2Block without attn.*at transformer\.h\.1\)"),
+        (another_block, r"replaced.*got Identity without attn.*at transformer\.h\.1\)"),
         (dora, "DoRA"),
         (lora_bias, "lora_bias"),
         (merged, "unmerge_adapter"),
@@ -298,6 +329,18 @@ def test_other_kinds_of_adapters_are_refused(protect: Any) -> None:
     )
     with pytest.raises(UnsupportedModelError, match="layer of a kind that cannot be keyed"):
         protect(model)
+
+
+def test_prefix_tuning_is_told_where_it_runs(protect: Any) -> None:
+    config = PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    reference = get_peft_model(gpt2(), config).to(torch.float64).eval()
+    model, another = copy.deepcopy(reference), copy.deepcopy(reference)
+    with protect(model) as protected, pytest.raises(UnsupportedModelError, match=r'prefix tuning.*attention="enclave"'):
+        loss(protected.model)
+    with protect(another, attention="enclave") as protected:
+        for each in (reference, protected.model):
+            loss(each).backward()
+        assert worst(gradients(protected.model), gradients(reference)) < EXACT
 
 
 # Adapters that come after, on layers that had none

@@ -132,6 +132,24 @@ class Layer:
         return canonical if self.columns is None else canonical.index_select(-1, self.columns.argsort())
 
 
+def find_module(parent: nn.Module, name: str, where: str) -> nn.Module:
+    """Return the module ``name`` of ``parent``, whose path is ``where``.
+
+    Raises:
+        UnsupportedModelError: the caller, or PEFT, has put something in ``parent``'s place that has no such module.
+    """
+    try:
+        return parent.get_submodule(name)
+    except AttributeError:  # torch says so of what is None too
+        raise UnsupportedModelError(
+            "a module of the model's blocks was replaced by one of another kind",
+            got=f"{type(parent).__name__} without {name}",
+            expected="the modules that the family has",
+            where=where,
+            hint=ONLY_INSIDE,
+        ) from None
+
+
 def find_layer(parent: nn.Module, name: str, where: str, columns: Tensor | None = None) -> Layer:
     """Return the layer ``name`` of ``parent``, whose path is ``where``.
 
@@ -139,7 +157,7 @@ def find_layer(parent: nn.Module, name: str, where: str, columns: Tensor | None 
         UnsupportedModelError: a layer, or an adapter around one, of a kind that cannot be run exactly.
     """
     path = f"{where}.{name}"
-    module: Any = parent.get_submodule(name)
+    module: Any = find_module(parent, name, where)
     lora = module if isinstance(module, LoraLinear) else None
     base = module if lora is None else lora.get_base_layer()
     if type(base) not in (nn.Linear, Conv1D):

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields
 from typing import Any
 
-from peft import LoraConfig
+from peft import LoraConfig, PeftType
 
-from obfuscatune.errors import UnsupportedModelError
+from obfuscatune.errors import ONLY_INSIDE, UnsupportedModelError
 
 # Of LoraConfig and its bases. That these are equal to plain PEFT, or refused, is for tests/exactness/test_options.py.
 KNOWN = {
@@ -30,9 +30,17 @@ def refuse_options(configurations: Mapping[str, Any]) -> None:
         configurations: PEFT's, by name of the adapter; other kinds of adapters are known by their layers.
 
     Raises:
-        UnsupportedModelError: naming adapter and options.
+        UnsupportedModelError: naming adapter and options, or the kind of an adapter that builds upon LoRA.
     """
     for name, config in configurations.items():
+        if isinstance(config, LoraConfig) and config.peft_type != PeftType.LORA:  # AdaLoRA, whose options are its own
+            raise UnsupportedModelError(
+                "kind of adapter",
+                got=type(config).__name__,
+                expected="LoraConfig",
+                where=f"adapter {name}",
+                hint=ONLY_INSIDE,
+            )
         if isinstance(config, LoraConfig) and (options := unknown_options(config)):
             raise UnsupportedModelError(
                 "options of LoRA that cannot be run exactly, or that are not known",

@@ -21,6 +21,7 @@ from obfuscatune.enclave.families.form import (
     Norm,
     NormKind,
     find_layer,
+    find_module,
 )
 from obfuscatune.errors import ONLY_INSIDE, OWN_CONFIG, UnsupportedModelError
 
@@ -104,11 +105,11 @@ class FamilySpec:
             Group(mlp.first, mlp.norm, "mlp in", "hidden", inner_in=False, inner_out=True),
             Group((mlp.last,), None, "activations", "mlp out", inner_in=True, inner_out=False),
         )
-        dropouts = tuple(block.get_submodule(name) for name in self.block_dropouts)
+        dropouts = tuple(find_module(block, name, path) for name in self.block_dropouts)
         return Block(index, path, block, groups, attention, mlp, self.parallel(config), dropouts)
 
     def _attention(self, config: Any, index: int, path: str, block: nn.Module) -> Attention:
-        module, where = block.get_submodule(self.attention), f"{path}.{self.attention}"
+        module, where = find_module(block, self.attention, path), f"{path}.{self.attention}"
         columns = None if self.columns is None else self.columns(config)
         first = tuple(find_layer(module, name, where, columns) for name in self.first)
         return Attention(
@@ -120,7 +121,7 @@ class FamilySpec:
             first=first,
             covers=_covers("qkv", first),
             last=find_layer(module, self.out, where),
-            dropout=None if self.dropout is None else module.get_submodule(self.dropout),
+            dropout=None if self.dropout is None else find_module(module, self.dropout, where),
             norm_after=self.attention_norm_after,
             shape=self.attention_shape(config, index),
             dropout_field=self.attention_dropout,
@@ -128,7 +129,7 @@ class FamilySpec:
         )
 
     def _mlp(self, config: Any, path: str, block: nn.Module) -> Mlp:
-        module, where = block.get_submodule(self.mlp), f"{path}.{self.mlp}"
+        module, where = find_module(block, self.mlp, path), f"{path}.{self.mlp}"
         first = tuple(find_layer(module, name, where) for name in self.up)
         return Mlp(
             name=self.mlp,
@@ -139,14 +140,14 @@ class FamilySpec:
             first=first,
             covers=_covers("gu" if self.gated else "u", first),
             last=find_layer(module, self.down, where),
-            dropout=None if self.mlp_dropout is None else module.get_submodule(self.mlp_dropout),
+            dropout=None if self.mlp_dropout is None else find_module(module, self.mlp_dropout, where),
             norm_after=self.mlp_norm_after,
             gated=self.gated,
             activation=self.activation(config),
         )
 
     def _norm(self, block: nn.Module, name: str, path: str) -> Norm:
-        module = block.get_submodule(name)
+        module = find_module(block, name, path)
         norm = Norm(self.norm, block, name, f"{path}.{name}", module)
         of_kind = type(module) is nn.LayerNorm if self.norm == "layernorm" else _is_rms_norm(module)
         if not of_kind or getattr(module, "weight", None) is None:

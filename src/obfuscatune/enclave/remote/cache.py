@@ -76,7 +76,7 @@ class CacheMirror:
                 raise UnsupportedModelError(
                     "a KV cache that this model did not fill, or a copy of one",
                     where=layer,
-                    hint="pass the cache itself",
+                    hint='pass the cache itself; of prefix tuning, which makes its own, attention="enclave"',
                 )
             if not continued:
                 raise UnsupportedModelError(
