@@ -3,6 +3,7 @@
 import base64
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from obfuscatune.cli import main
 from obfuscatune.errors import FormatError, SealError, UsageError
 from obfuscatune.parties.canonical import encode
 from obfuscatune.parties.identity import Identity
-from obfuscatune.parties.passphrase import VARIABLE, lock, unlock
+from obfuscatune.parties.passphrase import VARIABLE, lock, new_passphrase, unlock
 
 PASSPHRASE = "correct horse battery"
 ALICE = Identity.generate("alice", "x25519")
@@ -43,7 +44,7 @@ def test_it_opens_by_the_passphrase_alone() -> None:
     secret = ALICE._secret
     for form in (secret, secret.hex().encode(), base64.b64encode(secret)):
         assert form not in encode(fields)
-    with pytest.raises(SealError, match="another passphrase, or it was changed"):
+    with pytest.raises(SealError, match=r"another passphrase, or it was changed(.|\n)*enter it again"):
         unlock(fields, "another passphrase", "key")
     assert locked()["box"] != fields["box"]
 
@@ -126,3 +127,13 @@ def test_no_open_key_stays_under_another_name(tmp_path: Path, passphrase: Path) 
     assert main(["identity", "lock", str(link)]) == 0
     assert link.is_symlink()
     assert json.loads(key.read_bytes())["format"].endswith("locked") and Identity.load(link).public == ALICE.public
+
+
+def test_a_new_one_is_asked_for_twice_where_the_variable_is_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty variable names no file: a passphrase that was mistyped once would lose the key."""
+    typed = iter([PASSPHRASE, f"{PASSPHRASE} mistyped"])
+    monkeypatch.setenv(VARIABLE, "")
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr("getpass.getpass", lambda _: next(typed))
+    with pytest.raises(UsageError, match="differ"):
+        new_passphrase("alice.key")

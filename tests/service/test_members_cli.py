@@ -84,12 +84,16 @@ def test_members_come_and_go(serving: Serving, run: Run, tmp_path: Path) -> None
     code, said = run(STRANGER, "members")
     assert code == 0 and "closed" in said and "signed by" in said and "admit stranger" in said
     code, said = run(OPERATOR, "agree", "membership-1.change")  # once more: it is not the next any more
-    assert code == 1 and "not the next change" in said
+    assert code == 1 and "not the next change" in said and "in force already" in said and "anew" not in said
+    code, said = run(CLINIC, "remove", "lab")
+    assert code == 0 and (tmp_path / "membership-2.change").exists()
     code, said = run(LAB, "remove", "nobody")
     assert code == 2 and "expected one of the members" in said
     code, said = run(STRANGER, "remove", "stranger")
     assert code == 0 and "done     membership 2" in said
     assert run(STRANGER, "members")[0] == 1
+    code, said = run(OPERATOR, "agree", "membership-2.change")  # another change has come in between
+    assert code == 1 and "not the next change" in said and "make the change anew" in said
     (tmp_path / "broken.change").write_text("{}")
     assert run(LAB, "agree", "broken.change")[0] == 2
 
@@ -182,10 +186,14 @@ def test_a_release(serving: Serving, run: Run, tmp_path: Path, simulated: tuple[
         thread = threading.Thread(target=wait_for_hand_over, args=(new.state, tmp_path / "new", memory), kwargs=more)
         thread.start()
         assert waits.wait(30)
+        code, said = run(LAB, "members", "--enclave", addresses[0])
+        assert code == 1 and "waits for a hand-over" in said and "party hand-over" in said
         code, said = run(LAB, "release", "--enclave", addresses[0])
         assert code == 2 and "copies escrow.sealed" in said
         for name in ("escrow.sealed", "log.jsonl"):
             (tmp_path / "new" / name).write_bytes((tmp_path / "state" / name).read_bytes())
+        code, said = run(LAB, "members", "--enclave", addresses[0])
+        assert code == 1 and "until all parties have released" in said and "party release" in said
         assert run(LAB, "release", "--enclave", addresses[0], answer="n")[0] == 2
         code, said = run(LAB, "release", "--enclave", addresses[0])
         assert code == 0 and "shares of 1 more are needed" in said and serving.enclave.fingerprint in said
@@ -193,3 +201,9 @@ def test_a_release(serving: Serving, run: Run, tmp_path: Path, simulated: tuple[
         assert code == 0 and "the enclave goes on" in said
         thread.join(30)
         assert not thread.is_alive() and len(new.state.former) == 1
+        # Released once more, to the enclave that serves by now: the reply of the last release may have been lost.
+        with serve(new, members_of(new, tmp_path / "parties", None), simulated) as serves:
+            code, said = run(CLINIC, "release", "--enclave", serves.server.address, "--yes")
+            assert code == 2 and "no state waits to be released" in said and "nothing is left to release" in said
+    code, said = run(CLINIC, "release", "--yes")  # at the address of an enclave that never waited
+    assert code == 2 and "no state waits to be released" in said and "--take_over" in said

@@ -412,3 +412,19 @@ def test_the_page_shows_what_was_verified_and_how_far_the_job_is(browser: Any, s
         assert not by_id(browser, "verified").is_displayed()
         browser.get("about:blank")  # else its connection is waited for
     assert codes == [1] and not other.asked
+
+
+def test_the_page_finds_an_enclave_again_that_was_away(browser: Any, start: Start, files: list[str]) -> None:
+    """The enclave is restarted while its job runs: the page goes on telling the steps, and nobody has to ask for it."""
+    address, model = start(ENCLAVE)
+    model.job = {"status": "running", "step": 20, "steps": 60}
+    with connected(address, files) as (url, token, _, _):
+        browser.get(f"{url.removesuffix('v1')}#token={token}")
+        wait(browser, lambda: by_id(browser, "bar").get_property("value") == 20)
+        model.stop()  # type: ignore[attr-defined]
+        wait(browser, lambda: "no enclave answers" in by_id(browser, "status").text)
+        _, again = start(ENCLAVE, address)
+        again.job = {"status": "running", "step": 40, "steps": 60}
+        wait(browser, lambda: by_id(browser, "bar").get_property("value") == 40)
+        assert by_id(browser, "status").text == f"running, 0 of {QUOTA} queries used"
+        browser.get("about:blank")  # else its connection is waited for

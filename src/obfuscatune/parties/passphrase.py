@@ -68,7 +68,7 @@ def unlock(fields: dict[str, Any], passphrase: str, what: str) -> bytes:
     try:
         return AESGCM(_key(passphrase, salt, fields["log2_n"])).decrypt(nonce, box, encode(record))
     except InvalidTag:
-        hint = "nobody can restore a lost passphrase: make a new identity, and have the members remove this one"
+        hint = "enter it again; a lost one nobody can restore: make a new identity, and have the members remove this one"
         problem = SealError(f"{what} does not open", got="another passphrase, or it was changed", hint=hint)
     raise problem
 
@@ -100,7 +100,7 @@ def known_passphrase(what: str) -> str:
 def new_passphrase(what: str) -> str:
     """Return a new passphrase: from the file of the environment, or asked twice; raises as `known_passphrase`."""
     first = known_passphrase(what)
-    if VARIABLE not in os.environ and _ask("again: ") != first:
+    if not os.environ.get(VARIABLE) and _ask("again: ") != first:
         raise UsageError("the two passphrases differ")
     return first
 

@@ -98,9 +98,16 @@ class Reached:
         """Return a change with this party's signature, if it is the next one of the membership of now.
 
         Raises:
-            ConsentError: it is of another enclave, or not the next change any more.
+            ConsentError: it is of another enclave, or not the next change any more; perhaps it is in force already.
         """
-        self._membership().applied(signed.change)
+        known = self._members()
+        try:
+            known.membership.applied(signed.change)
+        except ConsentError as error:
+            if signed.change not in [each.change for each in known.chain]:
+                raise
+            hint = "it is in force already, and nothing is left to sign: obfuscatune party members"
+            raise ConsentError(error.what, got=error.got, expected=error.expected, hint=hint) from None
         return signed.sign(self.identity)
 
     def lacking(self, signed: SignedChange) -> str:
@@ -177,11 +184,14 @@ class Reached:
         return len(lacking)
 
     def _membership(self) -> Membership:
+        return self._members().membership
+
+    def _members(self) -> Members:
         members = self.members()
         if members.is_open:
             hint = "until the first job the operator's directory says who is in: give him the NAME.pub"
             raise ConsentError("the membership is not closed yet", hint=hint)
-        return members.membership
+        return members
 
 
 def verify_at(address: str, policy: Policy, timeout: float = 60.0) -> Verdict:

@@ -109,6 +109,11 @@ class Recovery:
         self._released: dict[str, bytes] = {}
         self._file: bytes = b""
 
+    @property
+    def waits(self) -> bool:
+        """Whether there is a state to be released."""
+        return self._path.is_file()
+
     def share(self, party: PublicIdentity) -> tuple[dict[str, Any], bytes]:
         """Return the enclave of the state, and a party's share as it is sealed to it.
 
@@ -167,7 +172,7 @@ class Recovery:
 
     def _read(self) -> dict[str, Any]:
         """Return the record of the file; shares of another file are forgotten, since the host may exchange it."""
-        if not self._path.is_file():
+        if not self.waits:
             hint = f"the operator copies {FILE}, log.jsonl and store/ of the old enclave into the new one's directory"
             raise UsageError("there is no state to be released here", hint=hint)
         data = read_small(self._path, 2 * MAX_BYTES, "escrow")

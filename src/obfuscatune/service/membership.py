@@ -39,6 +39,8 @@ class MemberRequests:
             "former": lambda party, fields, payload: certificates(book.state),
             "hand_over": self._hand_over,
             "bundle": self._piece,
+            "share": self._nothing_waits,
+            "release": self._nothing_waits,
         }
 
     def handle(self, party: PublicIdentity, fields: dict[str, Any], payload: bytes) -> Reply | Parts:
@@ -92,6 +94,13 @@ class MemberRequests:
         if not bundle:
             raise UsageError("nothing was handed over", hint="obfuscatune party hand-over")
         return serve_piece(fields, io.BytesIO(bundle), len(bundle))
+
+    def _nothing_waits(self, party: PublicIdentity, fields: dict[str, Any], payload: bytes) -> Reply:
+        """Refuse what is for an enclave that waits: a party may ask again whose last reply was lost."""
+        goes_on = bool(self._book.state.former)
+        got = "it goes on for an earlier one already" if goes_on else "it began without an earlier one's state"
+        hint = "nothing is left to release" if goes_on else "is this the address of the enclave with --take_over"
+        raise UsageError("no state waits to be released at this enclave", got=got, hint=hint)
 
 
 def _short(payload: bytes) -> bytes:

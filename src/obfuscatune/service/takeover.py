@@ -50,7 +50,11 @@ class TakeOver:
             if fields.get("op") == "release":
                 return self._release(party, payload)
             if fields.get("op") != "take_over":
-                raise ConsentError("this enclave waits for a hand-over", hint="obfuscatune party hand-over")
+                if self._recovery.waits:
+                    what, verb = "this enclave waits until all parties have released a state", "release"
+                else:
+                    what, verb = "this enclave waits for a hand-over", "hand-over"
+                raise ConsentError(what, hint=f"obfuscatune party {verb}")
             piece = Piece.of(fields, payload, max_bytes=MAX_BUNDLE_BYTES)
             data = self._add(party.fingerprint, piece)
             if piece.is_last:

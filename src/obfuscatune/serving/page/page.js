@@ -49,13 +49,18 @@ async function watch() {
   const response = await fetch("v1/job", { headers: headers() }).catch(() => null);
   if (!response || response.status === 404) return;
   $("progress").hidden = false;
-  if (!response.ok) { $("status").textContent = await failure(response); return; }
-  const job = await response.json();
-  $("status").textContent = `${job.status}, ${job.queries} of ${job.max_queries} queries used`;
-  $("bar").max = job.steps || 1;
-  $("bar").value = job.step;
-  $("bar").textContent = `${job.step} of ${job.steps} steps`;
-  if (!["done", "failed", "refused"].includes(job.status)) watching = setTimeout(watch, 2000);
+  if (response.ok) {
+    const job = await response.json();
+    $("status").textContent = `${job.status}, ${job.queries} of ${job.max_queries} queries used`;
+    $("bar").max = job.steps || 1;
+    $("bar").value = job.step;
+    $("bar").textContent = `${job.step} of ${job.steps} steps`;
+    if (["done", "failed", "refused"].includes(job.status)) return;
+  } else { // an enclave that is away may come back, and a job that it does not know may still be handed in
+    $("status").textContent = await failure(response);
+  }
+  clearTimeout(watching); // of another look, which began while this one waited
+  watching = setTimeout(watch, 2000);
 }
 
 async function open() {
