@@ -280,6 +280,15 @@ def test_from_sealing_to_both_signatures(sealed: tuple[Path, Path], run: Run, mo
     signed = SignedJob.load(lab / "job.json")
     assert signed.missing() == [] and signed.job == job
     assert [path.name for path in Party.open(clinic).inputs_of(signed)] == ["data.sealed", "prompts.sealed"]
+    (clinic / "another.sealed").write_bytes(b"cut")  # a damaged file of another job does not stop this one
+    assert [path.name for path in Party.open(clinic).inputs_of(signed)] == ["data.sealed", "prompts.sealed"]
+    (clinic / "data.sealed").rename(clinic / "data.elsewhere")
+    with pytest.raises(FormatError, match=r"another\.sealed"):  # now it may be the one
+        Party.open(clinic).inputs_of(signed)
+    (clinic / "another.sealed").unlink()
+    with pytest.raises(UsageError, match="not in the folder: expected data"):
+        Party.open(clinic).inputs_of(signed)
+    (clinic / "data.elsewhere").rename(clinic / "data.sealed")
     assert propose(lab, clinic, run).code == 2  # nothing is overwritten
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from obfuscatune.durable import write_new
-from obfuscatune.errors import ConsentError, ObfuscatuneError, UsageError
+from obfuscatune.errors import ConsentError, FormatError, ObfuscatuneError, UsageError
 from obfuscatune.parties.attestation.verdict import Verdict
 from obfuscatune.parties.enclave import Enclave
 from obfuscatune.parties.job import Job, SignedJob
@@ -171,12 +171,24 @@ class Party(Relations):
         return signed.sign(identity)
 
     def inputs_of(self, signed: SignedJob) -> list[Path]:
-        """Return this party's sealed inputs of a job, from the folder; raises UsageError where one lacks."""
+        """Return this party's sealed inputs of a job, from the folder.
+
+        Raises:
+            UsageError: one lacks. FormatError: one lacks, and here is a file that cannot be read: it may be the one.
+        """
         wanted = {kind: digest for kind, digest in signed.job.inputs.items() if kind in KINDS[self.role]}
-        here = {read_header(path).digest: path for path in sorted(self.folder.glob("*.sealed"))}
+        here, unreadable = dict[str, Path](), list[ObfuscatuneError]()
+        for path in sorted(self.folder.glob("*.sealed")):
+            try:
+                here[read_header(path).digest] = path
+            except (FormatError, UsageError) as error:  # of another job, perhaps: that is no fault of this one
+                unreadable.append(error)
         lacking = [kind for kind, digest in wanted.items() if digest not in here]
+        if lacking and unreadable:
+            raise unreadable[0]
         if lacking:
-            raise UsageError("sealed input of the job is not in the folder", expected=", ".join(lacking))
+            what = "sealed input of the job is not in the folder"
+            raise UsageError(what, expected=", ".join(lacking), where=str(self.folder))
         return [here[digest] for digest in wanted.values()]
 
 

@@ -68,7 +68,7 @@ def unlock(fields: dict[str, Any], passphrase: str, what: str) -> bytes:
     try:
         return AESGCM(_key(passphrase, salt, fields["log2_n"])).decrypt(nonce, box, encode(record))
     except InvalidTag:
-        hint = "enter it again; a lost one nobody can restore: make a new identity, and have the members remove this one"
+        hint = "enter it again; if it is lost, nobody can restore it: make a new identity, have the members remove this"
         problem = SealError(f"{what} does not open", got="another passphrase, or it was changed", hint=hint)
     raise problem
 
