@@ -137,3 +137,11 @@ def test_a_new_one_is_asked_for_twice_where_the_variable_is_empty(monkeypatch: p
     monkeypatch.setattr("getpass.getpass", lambda _: next(typed))
     with pytest.raises(UsageError, match="differ"):
         new_passphrase("alice.key")
+
+
+def test_a_key_without_a_passphrase_yet_is_not_called_locked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: False))
+    with pytest.raises(UsageError, match=r"no terminal to ask for the passphrase of alice\.key") as error:
+        new_passphrase("alice.key")
+    assert VARIABLE in str(error.value) and "is locked" not in str(error.value)

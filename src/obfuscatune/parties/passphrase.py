@@ -68,7 +68,10 @@ def unlock(fields: dict[str, Any], passphrase: str, what: str) -> bytes:
     try:
         return AESGCM(_key(passphrase, salt, fields["log2_n"])).decrypt(nonce, box, encode(record))
     except InvalidTag:
-        hint = "enter it again; if it is lost, nobody can restore it: make a new identity, have the members remove this"
+        hint = (
+            "enter it again; if it is lost, nobody can restore it: make a new identity, and have the members remove "
+            "this one"
+        )
         problem = SealError(f"{what} does not open", got="another passphrase, or it was changed", hint=hint)
     raise problem
 
@@ -93,7 +96,7 @@ def known_passphrase(what: str) -> str:
         raise problem
     if not sys.stdin.isatty():
         hint = f"{VARIABLE}=FILE names a file of mode 0600 with the passphrase"
-        raise UsageError(f"{what} is locked, and there is no terminal to ask at", hint=hint)
+        raise UsageError(f"no terminal to ask for the passphrase of {what}", hint=hint)
     return _ask(f"passphrase of {what}: ")
 
 
