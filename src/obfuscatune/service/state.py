@@ -54,8 +54,8 @@ _HEADER_BYTES = len(_MAGIC) + 8
 _NONCE_BYTES = 12
 
 IN_MEMORY = (
-    "this platform has no sealing key: the enclave's identity, its jobs and its log last until it ends, and what is "
-    "sealed to it cannot be opened after that"
+    "this platform has no sealing key: without --escrow the enclave's identity, its jobs and its log last until it "
+    "ends, and what is sealed to it cannot be opened after that"
 )
 NO_COUNTER = (
     "this platform has no monotonic counter: the enclave cannot tell that an old copy of its state was put back; only "
