@@ -104,14 +104,19 @@ def test_a_successor_is_told_how_to_open_what_its_former_identity_gets(
     assert opened.code == 0 and Path("results/output/generations.jsonl").read_bytes() == b"{}\n"
 
 
-@pytest.mark.parametrize(("allowed", "given", "asked"), [(8, (), 8), (64, (), 32), (8, ("--max_new_tokens", 9), 9)])
-def test_a_query_asks_for_no_more_tokens_than_the_job_allows_unless_it_says_so(
-    job: Job, monkeypatch: pytest.MonkeyPatch, run: Run, allowed: int, given: tuple[object, ...], asked: int
+@pytest.mark.parametrize(("allowed", "given", "asked"), [(8, (), 8), (64, (), 32), (64, (40,), 40), (8, (9,), None)])
+def test_a_query_asks_for_no_more_tokens_than_the_job_allows(
+    job: Job, monkeypatch: pytest.MonkeyPatch, run: Run, allowed: int, given: tuple[int, ...], asked: int | None
 ) -> None:
     Path("job.json").write_bytes(SignedJob(replace(job, max_new_tokens=allowed)).sign(LAB).sign(CLINIC).to_bytes())
     channel = Channel(*seal("true"))
     monkeypatch.setattr("obfuscatune.parties.reached.connect_attested", lambda *_, **__: channel)
-    done = run("generate", "--job", "job.json", "--prompt", "x", *given, *CONNECT)
+    more = ("--max_new_tokens", *given) if given else ()
+    done = run("generate", "--job", "job.json", "--prompt", "x", *more, *CONNECT)
+    if asked is None:
+        assert (done.code, channel.asked) == (2, [])
+        assert "got 9, expected at most 8, as the job says (at --max_new_tokens)" in " ".join(done.err.split())
+        return
     assert (done.code, done.out) == (0, "red\n") and [fields["max_new_tokens"] for fields in channel.asked] == [asked]
 
 

@@ -247,6 +247,10 @@ def no_model() -> Any:
     return torch.nn.Linear(2, 2)
 
 
+def mixed() -> Any:
+    return get_peft_model(gpt2(), LoraConfig(task_type="CAUSAL_LM", fan_in_fan_out=True), mixed=True)
+
+
 def unknown_activation() -> Any:
     return gpt2(activation_function="mish")
 
@@ -292,6 +296,7 @@ def another_block() -> Any:
         (another_family, "needs a record of the model family.*model_type 'olmo'"),
         (on_meta, "meta"),
         (no_model, "not a transformers model"),
+        (mixed, r"(?s)adapters of mixed kinds: got PeftMixedModel.*without mixed=True"),
         (unknown_activation, "mish"),
     ],
 )

@@ -139,11 +139,14 @@ def _ask_enclave(options: GenerateOptions, prompts: list[str]) -> list[str]:
         timeout=options.timeout,
     )
     job = SignedJob.load(options.job or Path()).job
+    longest = options.max_new_tokens or min(_LONGEST, job.max_new_tokens)
+    if longest > job.max_new_tokens:
+        expected = f"at most {job.max_new_tokens}, as the job says"
+        raise UsageError("longest completion", got=longest, expected=expected, where="--max_new_tokens")
     completions: list[str] = []
     with connecting.connect(job.enclave) as channel:
         for start in range(0, len(prompts), options.batch_size):
             batch = json.dumps(prompts[start : start + options.batch_size]).encode()
-            longest = options.max_new_tokens or min(_LONGEST, job.max_new_tokens)
             fields = {"op": "generate", "job": job.digest, "max_new_tokens": longest}
             fields["wait"] = options.timeout
             _, payload = channel.request(fields, batch)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftMixedModel, PeftModel
 from torch import nn
 
 from obfuscatune.enclave.families import Block, Decoder
@@ -77,6 +77,13 @@ def causal_lm_of(model: nn.Module) -> Any:
             hint="take it out of what wraps it",
         )
     return base
+
+
+def refuse_mixed(model: nn.Module) -> None:
+    """Refuse PEFT's model of adapters of several kinds, whose modules have other paths."""
+    if isinstance(model, PeftMixedModel):
+        hint = "get_peft_model(model, config) without mixed=True"
+        raise UnsupportedModelError("adapters of mixed kinds", got="PeftMixedModel", expected="PeftModel", hint=hint)
 
 
 def refuse_protected(causal_lm: nn.Module) -> None:

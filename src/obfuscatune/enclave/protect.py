@@ -17,6 +17,7 @@ from obfuscatune.enclave.arguments import (
     count_parameters,
     leaving,
     master_secret,
+    refuse_mixed,
     refuse_protected,
     warn_of_spinning,
 )
@@ -116,6 +117,7 @@ def protect(
             weights.finish()
         causal_lm.base_model.register_forward_pre_hook(Inputs(causal_lm), with_kwargs=True)
         return Protected(model, resolved, [], None, keys, total_parameters=total)
+    refuse_mixed(model)
     decoder = read_decoder(causal_lm)
     asked = resolved
     resolved = fit(decoder, resolved, {name for name, value in switches.items() if value is not None})

@@ -146,7 +146,8 @@ class Membership:
         if len(members) >= MAX_MEMBERS:
             raise FormatError("too many members", expected=f"at most {MAX_MEMBERS}")
         if any(member.identity.signing_key == identity.signing_key for member in members):
-            raise ConsentError("already a member, or another name of one", got=identity.fingerprint[:16])
+            what, hint = "already a member, or another name of one", "obfuscatune party members lists them"
+            raise ConsentError(what, got=identity.fingerprint[:16], hint=hint)
         if any(identity == each.identity for each in self.ends):
             raise ConsentError("this identity has ended", got=identity.fingerprint[:16])
 
