@@ -143,7 +143,7 @@ def test_close_does_not_hang_on_a_worker_that_stands_still(profile: str, monkeyp
     loss_of(protected.model).backward()
     protected.create_optimizer(lr=1e-3).step()
     os.kill(process.pid, signal.SIGSTOP)
-    monkeypatch.setattr("obfuscatune.enclave.session.ENDING_SECONDS", 0.2)
+    monkeypatch.setattr("obfuscatune.enclave.lifetime.ENDING_SECONDS", 0.2)
     if profile == "paper":  # the step's factors
         with pytest.raises(WorkerFault, match=r"no reply within 0\.2 s"):
             protected.close()
@@ -158,7 +158,7 @@ def test_close_does_not_wait_for_a_thread_that_waits_for_such_a_worker(
     waits_for: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("obfuscatune.enclave.protected.CLOSING_SECONDS", 0.2)
-    monkeypatch.setattr("obfuscatune.enclave.session.ENDING_SECONDS", 0.2)
+    monkeypatch.setattr("obfuscatune.enclave.lifetime.ENDING_SECONDS", 0.2)
     protected = obfuscatune.protect(new_model(), worker="spawn", timeout=20)
     session, told = protected.session, []
     lock = session._receiving if waits_for == "a reply" else session._sending

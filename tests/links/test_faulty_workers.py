@@ -223,7 +223,7 @@ def test_a_worker_of_its_own(
         return submit(self, op, layer, *arguments)
 
     monkeypatch.setattr(Session, "submit", faulty)
-    monkeypatch.setattr("obfuscatune.enclave.session.ENDING_SECONDS", 0.2)
+    monkeypatch.setattr("obfuscatune.enclave.lifetime.ENDING_SECONDS", 0.2)
     command = [*options, "--threads", 1, "--output_dir", output, "--resume_from_checkpoint", "last"]
     outcome = run(*command)
     pid, when = struck[0]

@@ -125,7 +125,7 @@ def test_no_token_is_chosen_of_scores_that_are_no_numbers() -> None:
 def test_a_worker_that_stands_still_keeps_neither_a_client_nor_the_end_of_the_server(
     model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("obfuscatune.enclave.session.ENDING_SECONDS", 0.1)
+    monkeypatch.setattr("obfuscatune.enclave.lifetime.ENDING_SECONDS", 0.1)
     limits, metrics = Limits(seconds=0.5, drain_seconds=0), Metrics()
     protection = {"profile": resolve("balanced"), "worker": "spawn", "threads": 1, "timeout": 600.0}
 

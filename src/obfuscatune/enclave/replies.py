@@ -87,7 +87,7 @@ class Pending(Secret):
         except ProtocolError as error:
             details = {"got": error.what, "expected": error.expected}
             raise self._session.fault("the reply breaks the protocol", self.layer, call=self.id, **details) from error
-        self._session.count(self.op, bytes_received=sum(tensor.nbytes for tensor in found.values()))
+        self._session.traffic.add(self.op, bytes_received=sum(tensor.nbytes for tensor in found.values()))
         return {**found, **frame.tensors}
 
 

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from obfuscatune.enclave.links import Link
-from obfuscatune.enclave.session import Session, Traffic
+from obfuscatune.enclave.session import Session
 from obfuscatune.enclave.sharing.statement import Sharing, describe
 from obfuscatune.enclave.sharing.workers import Workers
+from obfuscatune.enclave.traffic import Traffic
 from obfuscatune.errors import UsageError, WorkerFault
 from obfuscatune.profiles import Profile
 from obfuscatune.protocol.memory import peak_memory_bytes

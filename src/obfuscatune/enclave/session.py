@@ -7,24 +7,23 @@ is closed for good, so that a late reply can never be taken for a later one. A r
 not used either; an honest worker's may have one, so it is no fault.
 """
 
-import contextlib
 import os
 import subprocess
 import sys
 import threading
 import time
-from collections import defaultdict, deque
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from obfuscatune.enclave.keys.source import Secret
+from obfuscatune.enclave.lifetime import Lifetime
 from obfuscatune.enclave.replies import Pending, refuse_not_finite
 from obfuscatune.enclave.shelf import Expected, Shelf, is_large
-from obfuscatune.errors import BusyError, ConnectionClosedError, ProtocolError, UsageError, WorkerFault
+from obfuscatune.enclave.traffic import Counts
+from obfuscatune.errors import BusyError, UsageError
 from obfuscatune.protocol.arena import PLACED, Arena
 from obfuscatune.protocol.connection import Connection, Frame
 from obfuscatune.protocol.frames import PROTOCOL_VERSION
@@ -33,39 +32,16 @@ from obfuscatune.protocol.frames import PROTOCOL_VERSION
 DROPPED = ("calls", "caches", "shared")
 _MAX_DROPS = 1000
 GREETING_SECONDS = 60.0  # six signs of life of a worker's queue; without one, at most
-ENDING_SECONDS = 10.0  # for a spawned worker to leave by itself
-_LEAST_SECONDS = 0.001  # beyond a deadline: what has come is still read
 
 
-@dataclass(slots=True)
-class Traffic:
-    """Counts of one kind of request: calls, bytes in both directions, seconds spent waiting for replies."""
-
-    calls: int = 0
-    bytes_sent: int = 0
-    bytes_received: int = 0
-    seconds: float = 0.0
-
-    def __add__(self, other: "Traffic") -> "Traffic":
-        return Traffic(
-            self.calls + other.calls,
-            self.bytes_sent + other.bytes_sent,
-            self.bytes_received + other.bytes_received,
-            self.seconds + other.seconds,
-        )
-
-
-class Session(Secret):
+class Session(Lifetime):
     """Requests to one worker over one connection. Refuses to be copied or pickled, and so does a model around it.
 
     For any number of threads. Replies are read by whoever waits for one, and by whoever sends while the worker takes
     no more bytes, which may be because it is sending itself.
 
     Args:
-        connection: connected, nothing sent yet.
-        worker: how messages name the worker: its address, or ``spawned process N``.
-        timeout: seconds to wait for one reply.
-        process: the worker's process where this enclave started it.
+        connection, worker, timeout, process: see `Lifetime`.
         queue: whether to wait where the worker's places are taken.
     """
 
@@ -78,24 +54,13 @@ class Session(Secret):
         process: "subprocess.Popen[bytes] | None" = None,
         queue: bool = True,
     ) -> None:
-        self.connection, self.worker, self.process = connection, worker, process
-        self.traffic: defaultdict[str, Traffic] = defaultdict(Traffic)
-        self._timeout, self._queue = timeout, queue
-        self._deadline: float | None = None
-        self._last_id = 0
+        super().__init__(connection, worker=worker, timeout=timeout, process=process)
+        self.traffic, self._queue = Counts(), queue
         self._dropped: dict[str, list[int]] = {kind: [] for kind in DROPPED}
         self._under_way: deque[Pending] = deque()
-        self._sending, self._receiving, self._counting = threading.RLock(), threading.RLock(), threading.Lock()
-        self._ended: str | None = None
-        self._process_id = os.getpid()
+        self._sending, self._receiving = threading.RLock(), threading.RLock()
         self._shelf: Shelf | None = None
         self._ahead: int | None = None  # sessions before this one in the worker's queue
-        connection.settimeout(timeout)
-
-    @property
-    def has_ended(self) -> bool:
-        """Whether it was closed, or ended by a fault."""
-        return self._ended is not None
 
     @property
     def shares_memory(self) -> bool:
@@ -145,29 +110,6 @@ class Session(Secret):
     def drop(self, kind: str, number: int) -> None:
         """Let the worker forget a call, a KV cache or a shared tensor, with the next request; for finalizers too."""
         self._dropped[kind].append(number)
-
-    def limit(self, seconds: float) -> None:
-        """Wait this long at most from now on, for all replies together: for the last requests of a session.
-
-        Another thread that waits already goes on waiting; it is not waited for any longer than that.
-        """
-        self._timeout = min(self._timeout, seconds)
-        self._deadline = time.monotonic() + seconds
-
-    def _bound_wait(self) -> None:
-        if self._deadline is not None:
-            self.connection.settimeout(max(_LEAST_SECONDS, min(self._timeout, self._deadline - time.monotonic())))
-
-    @contextlib.contextmanager
-    def _turn(self, lock: "threading.RLock", layer: str) -> Iterator[None]:
-        """Hold a lock. Beyond the deadline, whoever has it waits for a worker that is silent, and the session ends."""
-        seconds = -1 if self._deadline is None else max(_LEAST_SECONDS, self._deadline - time.monotonic())
-        if not lock.acquire(timeout=seconds):
-            raise self.fault(f"no reply within {self._timeout:g} s", layer)
-        try:
-            yield
-        finally:
-            lock.release()
 
     def request(
         self, op: str, layer: str, header: dict[str, Any], tensors: Mapping[str, Tensor], expected: Expected | None
@@ -235,7 +177,7 @@ class Session(Secret):
             except BaseException as error:
                 self._break(error, layer)
                 raise
-            self.count(op, calls=1, bytes_sent=sent + placed, seconds=time.perf_counter() - started)
+            self.traffic.add(op, calls=1, bytes_sent=sent + placed, seconds=time.perf_counter() - started)
             return pending
 
     def await_reply(self, pending: Pending) -> None:
@@ -250,7 +192,7 @@ class Session(Secret):
                 except BaseException as error:
                     self._break(error, pending.layer)
                     raise
-        self.count(pending.op, seconds=time.perf_counter() - started)
+        self.traffic.add(pending.op, seconds=time.perf_counter() - started)
 
     def _read_meanwhile(self) -> bool:
         """Read what has come of the next reply; False where another thread waits for it."""
@@ -272,7 +214,7 @@ class Session(Secret):
             return
         pending = self._under_way.popleft()
         pending.take(frame)
-        self.count(pending.op, bytes_received=frame.size)
+        self.traffic.add(pending.op, bytes_received=frame.size)
 
     def _say_queued(self, ahead: object) -> None:
         """The worker has no place yet, and says so again and again: the wait for a reply starts anew each time."""
@@ -287,80 +229,10 @@ class Session(Secret):
             sessions = "1 session" if ahead == 1 else f"{ahead} sessions"
             print(f"waiting for the worker at {self.worker}: {sessions} ahead", file=sys.stderr, flush=True)
 
-    def count(self, op: str, **counts: float) -> None:
-        """Add to the traffic of one kind of request."""
-        with self._counting:
-            traffic = self.traffic[op]
-            for name, count in counts.items():
-                setattr(traffic, name, getattr(traffic, name) + count)
-
-    def _is_copy(self) -> bool:
-        """Whether this is the copy in a process that was forked: the connection is not its own."""
-        return os.getpid() != self._process_id
-
-    def _refuse_ended(self, layer: str) -> None:
-        if self._is_copy():
-            hint = "protect the model in the process that runs it; the session of the first process goes on"
-            raise UsageError("a protected model in a process that was forked", where=layer, hint=hint)
-        if self._ended is not None:
-            hint = (
-                "load the model again and protect that, with a worker that runs; an adapter in the enclave can be saved"
-            )
-            raise UsageError(self._ended, where=layer, hint=hint)
-
-    def _break(self, error: BaseException, layer: str) -> None:
-        """End the session after an error on the connection, and raise the one that tells it; or return, to raise it."""
-        if isinstance(error, ConnectionClosedError):
-            self._refuse_ended(layer)  # closed here, by another thread
-            status = self._exit_status()
-            if status == "exit status 2" and self._last_id <= 1:
-                self._end("the worker has not started")
-                raise UsageError("the worker that was started here refuses its options", hint="it says why, above")
-            raise self.fault("the worker is gone", layer, got=status) from error
-        if isinstance(error, TimeoutError):
-            raise self.fault(f"no reply within {self._timeout:g} s", layer) from error
-        if isinstance(error, ProtocolError):
-            raise self.fault("the reply breaks the protocol", layer, got=error.what) from error
-        # An interrupt between two bytes: the connection cannot be used again.
-        self._end("the session was interrupted in the middle of a request")
-
-    def _exit_status(self) -> str | None:
-        if self.process is None:
-            return None
-        try:
-            code = self.process.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            return "a closed connection, from a process that still runs"
-        return f"exit status {code}" if code >= 0 else f"killed by signal {-code}"
-
-    def fault(self, what: str, layer: str, *, call: int | None = None, **details: Any) -> WorkerFault:
-        """End the session and return the error to raise; ``what`` was wrong with the reply to ``call``, or the last."""
-        if self._last_id <= 1:  # the greeting
-            own, other = "its own words are above", "is an obfuscatune worker of this version what listens there"
-            details.setdefault("hint", other if self.process is None else own)
-        fault = WorkerFault(what, worker=self.worker, layer=layer, call=call or self._last_id, **details)
-        self._end(f"the worker's session ended by an earlier fault ({what})")
-        return fault
-
     def _end(self, reason: str) -> None:
-        self._ended = self._ended or reason
-        if self._is_copy():  # to close the connection would end it for the first process too
-            return
-        self.connection.close()
-        self._shelf = None  # a model may be kept long after: its memory is the system's once no tensor lies there
-        if self.process is not None and self.process.poll() is None:
-            try:
-                self.process.wait(timeout=ENDING_SECONDS)  # it leaves by itself when the connection closes
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
-
-    def close(self) -> None:
-        """End the session; a worker that this enclave started ends with it. May be called again, by any thread.
-
-        Requests that are under way in other threads end with an error.
-        """
-        self._end("the protected model was closed")
+        super()._end(reason)
+        if not self._is_copy():
+            self._shelf = None  # a model may be kept long after: its memory is the system's once no tensor lies there
 
 
 def _take(ids: list[int]) -> list[int]:
