@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft.tuners.lora import Linear as LoraLinear
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
@@ -288,6 +289,14 @@ def test_a_function_that_was_replaced(protect: Any, monkeypatch: pytest.MonkeyPa
         for profile in LINEAR:
             with protect(copy.deepcopy(model), profile=profile) as protected:
                 assert error(protected.model(input_ids=ids).logits, expected) < FLOAT32
+
+
+def test_a_method_that_was_replaced(protect: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of PEFT's layer here: stock attention and MLPs have none but their forward."""
+    model = model_of("llama", dtype=torch.float32)
+    monkeypatch.setattr(LoraLinear, "_check_forward_args", lambda self, *args, **kwargs: None)
+    with pytest.raises(UnsupportedModelError, match=r"replaced, _check_forward_args.*test_changed_code.*layers\.0"):
+        protect(model, profile="balanced")
 
 
 @pytest.mark.parametrize("profile", ["balanced", "stream", "strict"])

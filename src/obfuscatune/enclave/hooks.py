@@ -23,7 +23,7 @@ def own_code(module: nn.Module) -> str | None:
 
 
 # Whose decorators wrap each other's functions.
-_LIBRARIES = frozenset({"torch", "transformers", "peft", "kernels"})
+_LIBRARIES = frozenset({"torch", "transformers", "peft", "accelerate", "kernels"})
 
 
 def set_on_class(kind: type[nn.Module]) -> str | None:
@@ -35,7 +35,7 @@ def set_on_class(kind: type[nn.Module]) -> str | None:
 def replaced_function(kind: type[nn.Module]) -> tuple[str, str] | None:
     """Return the name of a function that the forward of a class calls, and where it is from, if that was replaced.
 
-    Looks at functions of the class's module by their global names, and at those that they call in turn.
+    Looks at functions of the class's module by their global names, at methods, and at those that they call in turn.
     """
     home = next(each for each in kind.__mro__ if "forward" in each.__dict__)
     seen: set[Any] = set()
@@ -45,8 +45,9 @@ def replaced_function(kind: type[nn.Module]) -> tuple[str, str] | None:
         if function in seen or not isinstance(function, FunctionType):
             continue
         seen.add(function)
-        for name in function.__code__.co_names:
-            called = function.__globals__.get(name)
+        names = function.__code__.co_names  # of what it reads: global names, attributes of whatever it has
+        found = [(n, f) for n in names for f in (function.__globals__.get(n), inspect.getattr_static(kind, n, None))]
+        for name, called in found:
             if not isinstance(called, FunctionType):
                 continue
             source = _foreign(called, home.__module__)
