@@ -142,9 +142,9 @@ WAYS: list[dict[str, Any]] = [
 
 
 @pytest.fixture(scope="module")
-def balanced(second_worker: str) -> Iterator[tuple[Any, Any]]:
+def balanced() -> Iterator[tuple[Any, Any]]:
     reference, model = twins()
-    with obfuscatune.protect(model, profile="balanced", worker=second_worker, timeout=20.0) as protected:
+    with obfuscatune.protect(model, profile="balanced", worker="spawn", timeout=20.0) as protected:
         yield reference, protected.model
 
 
