@@ -14,12 +14,14 @@ from obfuscatune.protocol.expand import drawn, expand
 from obfuscatune.protocol.residues import EXACT_TERMS, PRIMES, reduce
 from obfuscatune.worker import residues
 from obfuscatune.worker.few_rows import FEW, few_rows
+from obfuscatune.worker.pairs import pairs_product
 from obfuscatune.worker.residues import (
     ResidueSegment,
     float_product,
     int8_product,
     int8_products_are_exact,
     parts_of,
+    uses_int8_products,
 )
 from obfuscatune.worker.session import WorkerSession
 
@@ -40,14 +42,16 @@ def centred_residues(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(-44, 45, shape, generator=generator).to(torch.int8)
 
 
-@pytest.mark.parametrize("path", ["few rows", "int8", "float"])
+@pytest.mark.parametrize("path", ["few rows", "pairs", "int8", "float"])
 @pytest.mark.parametrize(
     ("rows", "inputs", "outputs"), [(1, 8, 16), (5, 33, 17), (40, 64, 24), (40, 33, 1), (40, 1, 9)]
 )
 def test_products(rows: int, inputs: int, outputs: int, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if path != "few rows":
         monkeypatch.setattr(residues, "few_rows", lambda *arguments: False)
-    monkeypatch.setattr(residues, "int8_products_are_exact", lambda device: path != "float")
+    monkeypatch.setattr(residues, "uses_int8_products", lambda device: path in ("few rows", "int8"))
+    if path == "float":
+        monkeypatch.setattr(residues, "pairs_product", lambda *arguments: False)
     weight = centred_residues(3, inputs, outputs)
     served = segment(weight)
     for transpose in (False, True):
@@ -131,6 +135,38 @@ def test_few_rows_have_the_bits_of_many(rows: int, inputs: int, outputs: int, pl
     assert torch.equal(found, expected)
 
 
+def _can_pairs() -> bool:
+    x, w, out = centred_residues(1, 4), centred_residues(4, 4), torch.empty(1, 4, dtype=torch.int8)
+    return pairs_product(x, w, 251, out)
+
+
+@pytest.mark.skipif(not _can_pairs(), reason="the kernel of pairs needs a CPU with AVX2, and a C compiler")
+@given(st.integers(1, 100), st.integers(1, 300), st.integers(1, 200), st.booleans(), st.booleans())
+@example(17, 3072, 768, True, False)  # as long as GPT-2 small's down product, all residues at their largest
+@example(16, 129, 65, False, False)  # few rows, one column and one term more than a block
+@example(17, 129, 65, False, True)
+@example(1, 1, 1, False, True)
+def test_pairs_have_the_bits_of_the_reference(
+    rows: int, inputs: int, outputs: int, extreme: bool, turned: bool
+) -> None:
+    x, w = (torch.randint(-125, 126, shape).to(torch.int8) for shape in ((rows, inputs), (inputs, outputs)))
+    if extreme:
+        x, w = torch.full_like(x, 125), torch.full_like(w, -125)
+    if turned:  # as a backward product reads it
+        w = w.T.contiguous().T
+    for p in (PRIMES[0], PRIMES[-1]):
+        found = torch.full((rows, outputs), 99, dtype=torch.int8)
+        assert pairs_product(x, w, p, found)
+        assert torch.equal(found, reduce((x.double() @ w.double()).int(), p, torch.empty_like(found)))
+
+
+def test_what_the_kernel_of_pairs_leaves_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, w, out = centred_residues(8, 6), centred_residues(8, 4), torch.zeros(6, 4, dtype=torch.int8)
+    assert not pairs_product(x.T, w, 251, out)  # rows that do not lie one after the other
+    monkeypatch.setattr("obfuscatune.worker.pairs.kernel", lambda: None)
+    assert not pairs_product(x.T.contiguous(), w, 251, out) and not out.any()
+
+
 def test_what_the_kernel_of_few_rows_leaves_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = centred_residues(7, 512, 2048)  # large enough for two threads
     x, out = centred_residues(7, 3, 512), torch.zeros(7, 3, 2048, dtype=torch.int8)
@@ -159,10 +195,26 @@ def test_the_fallback_is_exact_beyond_what_one_float32_product_holds() -> None:
 
 def test_the_self_test_passes_here_and_sees_a_product_that_saturates(monkeypatch: pytest.MonkeyPatch) -> None:
     assert int8_products_are_exact(torch.device("cpu"))
-    monkeypatch.setattr(residues, "_EXACT", {})
     # Two neighbouring products added in 16 bits, as CPUs without VNNI do it.
     monkeypatch.setattr(residues, "int8_product", lambda x, w: float_product(x, w).clamp(max=2**15 - 1))
     assert not int8_products_are_exact(torch.device("cpu"))
+
+
+def test_int8_products_that_are_slow_or_wrong_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fresh() -> bool:
+        uses_int8_products.cache_clear()
+        return uses_int8_products(torch.device("cpu"))
+
+    before = residues.float_product
+    monkeypatch.setattr(residues, "float_product", lambda x, w: [torch._int_mm(x, w) for _ in range(9)])
+    assert fresh()  # nine times as fast
+    monkeypatch.setattr(residues, "int8_product", lambda x, w: before(x, w).clamp(max=2**15 - 1))
+    assert not fresh()
+    monkeypatch.undo()
+    monkeypatch.setattr(residues, "int8_products_are_exact", lambda device: True)
+    monkeypatch.setattr(residues, "float_product", lambda x, w: None)  # as if float32 took no time
+    assert not fresh()
+    uses_int8_products.cache_clear()
 
 
 def test_a_reduction_is_exact_on_all_of_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:

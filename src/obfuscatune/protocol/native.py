@@ -13,7 +13,7 @@ def kernel() -> ctypes.CDLL | None:
     for path in sorted((Path(__file__).parent / "c").glob("kernel*.so")):
         try:
             found = ctypes.CDLL(str(path))
-            for name in ("encode", "decode", "reduce", "expand", "few_rows"):
+            for name in ("encode", "decode", "reduce", "expand", "few_rows", "pairs_product"):
                 getattr(found, name).restype = ctypes.c_int64
         except (OSError, AttributeError):  # of another machine, or of another version
             continue

@@ -2,8 +2,8 @@
 
 Shares are residues modulo the largest primes below 256, so that a residue is a byte. Six carry 47 bits, which of primes
 below 128 would take seven. A last, small one brings 54, the most that a float64 holds. Int8 products of CPUs without
-VNNI may saturate on such numbers; a worker finds that out, and uses float32 products, of which one of up to
-`EXACT_TERMS` terms is exact.
+VNNI may saturate on such numbers, or be slow; a worker finds that out, and uses a kernel of its own, or float32
+products, of which one of up to `EXACT_TERMS` terms is exact.
 """
 
 import ctypes

@@ -3,9 +3,11 @@
 A weight is ``[L, in, out]``, one plane for each of L primes; ``y_l = x_l w_l mod p_l``. Nothing is kept of a call.
 """
 
+import functools
 import hashlib
 import math
 import mmap
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +18,7 @@ from obfuscatune.errors import ProtocolError
 from obfuscatune.protocol.pool import on_threads
 from obfuscatune.protocol.residues import EXACT_TERMS, LARGEST, MOST_TERMS, PRIMES, reduce
 from obfuscatune.worker.few_rows import few_rows
+from obfuscatune.worker.pairs import pairs_product
 from obfuscatune.worker.parallel import ALONE, Group
 from obfuscatune.worker.segments import Segment
 
@@ -59,7 +62,7 @@ class ResidueSegment(Segment):
         self.weight, self.held = {"weight": weight}, {}
         # An accelerator's int8 product wants its right factor column by column, in both directions.
         self._turned = weight.mT.contiguous() if not weight.is_cpu else weight.mT
-        self._exact = int8_products_are_exact(weight.device)
+        self._int8 = uses_int8_products(weight.device)
 
     def shape_of_product(self, x: Tensor, *, transpose: bool) -> tuple[int, ...]:
         """Return the shape of `multiply`'s result. Raises ProtocolError where the weight does not fit to x."""
@@ -95,7 +98,9 @@ class ResidueSegment(Segment):
             for i, rows in parts[len(parts) * thread // threads : len(parts) * (thread + 1) // threads]:
                 left, plane = x[i, rows], columns[i - self.mine.start]
                 sums = room[: len(left)]
-                if not self._exact or x.shape[2] == 1:  # torch 2.13 leaves the int8 product of one term unwritten
+                if not self._int8 and pairs_product(left, plane, self.primes[i], y[i, rows]):
+                    continue
+                if not self._int8 or x.shape[2] == 1:  # torch 2.13 leaves the int8 product of one term unwritten
                     sums = float_product(left, plane)
                 elif x.is_cpu:
                     torch._int_mm(left, plane, out=sums)
@@ -157,20 +162,31 @@ def float_product(x: Tensor, w: Tensor) -> Tensor:
     return y
 
 
+@functools.cache
+def uses_int8_products(device: torch.device) -> bool:
+    """Say whether products of shares are int8 products there: if they are exact, and not slower than float32's.
+
+    All ways give the same bits, so that a wrong guess costs time alone.
+    """
+    return (device.type != "cpu" or _int8_products_are_fast()) and int8_products_are_exact(device)
+
+
+def _int8_products_are_fast() -> bool:
+    """Compare a small product with `float_product`: with VNNI it takes a fifth of the time, without it forty times."""
+    x, w = torch.ones(32, 256, dtype=torch.int8), torch.ones(256, 256, dtype=torch.int8)
+    least = dict.fromkeys((torch._int_mm, float_product), math.inf)
+    for product in 5 * tuple(least):  # in turn, of which the best counts: other programs may hold up one or the other
+        start = time.perf_counter()
+        product(x, w)
+        least[product] = min(least[product], time.perf_counter() - start)
+    return least[torch._int_mm] <= least[float_product]
+
+
 def int8_products_are_exact(device: torch.device) -> bool:
     """Say whether the device's int8 product is right on the extreme residues; some have none, some saturate in silence.
 
     Source: oneDNN's notes on int8 for CPUs without VNNI; pytorch#136746, pytorch#187094.
     """
-    if device not in _EXACT:
-        _EXACT[device] = _try_products(device)
-    return _EXACT[device]
-
-
-_EXACT: dict[torch.device, bool] = {}
-
-
-def _try_products(device: torch.device) -> bool:
     signs = torch.tensor([1, -1], dtype=torch.int8)
     for rows, terms, columns in ((1, 64, 64), (4, 768, 64), (32, 4096, 72)):
         pattern = torch.arange(rows * terms).view(rows, terms)

@@ -52,7 +52,7 @@ INLINE int16_t centred(uint16_t v, uint16_t m, uint16_t p) {
 INLINE int16_t centred_wide(uint16_t v, uint16_t m, uint16_t p) {
     uint16_t k = (uint16_t)(((uint32_t)v * m) >> 16) >> 6;
     int16_t c = (int16_t)(v - k * p - p / 2);
-    return c > p / 2 ? c - (int16_t)p : c;
+    return (int16_t)(c - (p & ((p / 2 - c) >> 15))); /* without a comparison too, of which a compiler may make a branch */
 }
 
 INLINE uint16_t rounded_up(uint16_t p) { return (uint16_t)(((1 << 22) + p - 1) / p); }
@@ -313,10 +313,10 @@ INLINE int32_t mask_of(int32_t prime) { return prime < 128 ? 127 : 255; }
 INLINE int64_t keep_one_by_one(const uint8_t *bytes, int64_t n, int32_t prime, int8_t *out, int64_t wanted) {
     int64_t kept = 0;
     const int32_t half = prime / 2, mask = mask_of(prime);
-    for (int64_t j = 0; j < n && kept < wanted; j++) { /* without a branch on the byte */
+    for (int64_t j = 0; j < n && kept < wanted; j++) { /* without a comparison, of which gcc 12 makes a branch */
         int32_t b = bytes[j] & mask;
-        out[kept] = (int8_t)(b > half ? b - prime : b);
-        kept += b < prime;
+        out[kept] = (int8_t)(b - (prime & ((half - b) >> 31)));
+        kept += (uint32_t)(b - prime) >> 31;
     }
     return kept;
 }
@@ -337,12 +337,40 @@ __attribute__((target("avx512f,avx512bw,avx512vbmi2"))) static int64_t keep_by_6
     }
     return kept + keep_one_by_one(bytes + j, n - j, prime, out + kept, wanted - kept);
 }
+
+/* Which of eight bytes a pattern of bits keeps, in order. The pattern is of those that are thrown away, which says nothing
+ * of those that are kept: reading the table at a place that depends on it tells no secret. */
+static uint8_t kept_of[256][8];
+
+__attribute__((constructor)) static void fill_kept_of(void) {
+    for (int pattern = 0; pattern < 256; pattern++)
+        for (int bit = 0, kept = 0; bit < 8; bit++)
+            if (pattern >> bit & 1) kept_of[pattern][kept++] = (uint8_t)bit;
+}
+
+MIDDLE static int64_t keep_by_16(const uint8_t *bytes, int64_t n, int32_t prime, int8_t *out, int64_t wanted) {
+    int64_t kept = 0, j = 0;
+    const __m128i p = _mm_set1_epi8((char)prime), last = _mm_set1_epi8((char)(prime - 1)),
+                  upper = _mm_set1_epi8((char)(prime / 2 + 1)), mask = _mm_set1_epi8((char)mask_of(prime));
+    for (; j + 16 <= n && kept + 16 <= wanted; j += 16) {
+        __m128i b = _mm_and_si128(_mm_loadu_si128((const __m128i *)(bytes + j)), mask);
+        const unsigned good = (unsigned)_mm_movemask_epi8(_mm_cmpeq_epi8(_mm_min_epu8(b, last), b));
+        b = _mm_sub_epi8(b, _mm_and_si128(_mm_cmpeq_epi8(_mm_max_epu8(b, upper), b), p));
+        for (unsigned pattern = good, eight = 0; eight < 2; eight++, pattern >>= 8, b = _mm_srli_si128(b, 8)) {
+            const __m128i order = _mm_loadl_epi64((const __m128i *)kept_of[pattern & 255]);
+            _mm_storel_epi64((__m128i *)(out + kept), _mm_shuffle_epi8(b, order));
+            kept += __builtin_popcount(pattern & 255);
+        }
+    }
+    return kept + keep_one_by_one(bytes + j, n - j, prime, out + kept, wanted - kept);
+}
 #endif
 
 static int64_t keep_below(const uint8_t *bytes, int64_t n, int32_t prime, int8_t *out, int64_t wanted) {
 #if defined(__x86_64__) && defined(__GNUC__)
     if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vbmi2"))
         return keep_by_64(bytes, n, prime, out, wanted);
+    if (__builtin_cpu_supports("avx2")) return keep_by_16(bytes, n, prime, out, wanted);
 #endif
     return keep_one_by_one(bytes, n, prime, out, wanted);
 }
