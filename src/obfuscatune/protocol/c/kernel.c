@@ -3,7 +3,8 @@
  *
  * Residues are centred: |r| <= (p - 1) / 2, one byte. Compiled without -ffast-math and without contraction, so that
  * every float64 operation rounds as IEEE 754 says; sums are of integers, so that their order is nothing to the result.
- * No function keeps anything, or branches on a residue but by what it is given openly: lengths, primes, counts.
+ * No function keeps anything, or takes a time that depends on numbers that are secret: none chooses a branch or a place
+ * in memory by them, except in lines marked OPEN BRANCH and OPEN PLACE (tests/protocol/test_constant_time.py).
  */
 
 #include <stdint.h>
@@ -110,7 +111,7 @@ INLINE double quantize(const float *x, const double *column, int64_t width, doub
         t[j] = value;
     }
     int64_t exponent = top >> 52;
-    if (exponent == 2047) {
+    if (exponent == 2047) { /* OPEN BRANCH: that a row is not finite */
         memset(q, 0, (size_t)width * sizeof *q);
         return NAN;
     }
@@ -118,7 +119,7 @@ INLINE double quantize(const float *x, const double *column, int64_t width, doub
         for (int64_t j = 0; j < width; j++) q[j] = low_bits(t[j] + ROUND);
         return 1;
     }
-    if (exponent < 18) { /* zeros, or so small that they are */
+    if (exponent < 18) { /* zeros, or so small that they are: OPEN BRANCH */
         memset(q, 0, (size_t)width * sizeof *q);
         return 1;
     }
@@ -277,7 +278,8 @@ INLINE int64_t decode_any(const struct decoding *e, int64_t begin, int64_t end) 
                 int32_t sums[TILE];
                 dot_tile(r, width, count, e->vectors + (l * checks + k) * width, sums);
                 for (int64_t i = 0; i < count; i++)
-                    if (e->images[((first + i) * L + l) * checks + k] != residue(sums[i], p, m, inverse)) goto end;
+                    if (e->images[((first + i) * L + l) * checks + k] != residue(sums[i], p, m, inverse)) /* OPEN BRANCH */
+                        goto end;
             }
         }
         for (int64_t i = 0; i < count; i++) {
@@ -313,9 +315,10 @@ INLINE int32_t mask_of(int32_t prime) { return prime < 128 ? 127 : 255; }
 INLINE int64_t keep_one_by_one(const uint8_t *bytes, int64_t n, int32_t prime, int8_t *out, int64_t wanted) {
     int64_t kept = 0;
     const int32_t half = prime / 2, mask = mask_of(prime);
-    for (int64_t j = 0; j < n && kept < wanted; j++) { /* without a comparison, of which gcc 12 makes a branch */
+    for (int64_t j = 0; j < n && kept < wanted; j++) { /* OPEN BRANCH: how many are kept says nothing of those */
         int32_t b = bytes[j] & mask;
-        out[kept] = (int8_t)(b - (prime & ((half - b) >> 31)));
+        /* Of a comparison gcc 12 makes a branch. */
+        out[kept] = (int8_t)(b - (prime & ((half - b) >> 31))); /* OPEN PLACE */
         kept += (uint32_t)(b - prime) >> 31;
     }
     return kept;
@@ -328,18 +331,18 @@ __attribute__((target("avx512f,avx512bw,avx512vbmi2"))) static int64_t keep_by_6
     int64_t kept = 0, j = 0;
     const __m512i p = _mm512_set1_epi8((char)prime), half = _mm512_set1_epi8((char)(prime / 2)),
                   mask = _mm512_set1_epi8((char)mask_of(prime));
-    for (; j + 64 <= n && kept + 64 <= wanted; j += 64) {
+    for (; j + 64 <= n && kept + 64 <= wanted; j += 64) { /* OPEN BRANCH */
         __m512i b = _mm512_and_si512(_mm512_loadu_si512(bytes + j), mask);
         __mmask64 good = _mm512_cmplt_epu8_mask(b, p);
         b = _mm512_mask_sub_epi8(b, _mm512_cmpgt_epu8_mask(b, half), b, p);
-        _mm512_storeu_si512(out + kept, _mm512_maskz_compress_epi8(good, b));
+        _mm512_storeu_si512(out + kept, _mm512_maskz_compress_epi8(good, b)); /* OPEN PLACE */
         kept += __builtin_popcountll(good);
     }
     return kept + keep_one_by_one(bytes + j, n - j, prime, out + kept, wanted - kept);
 }
 
-/* Which of eight bytes a pattern of bits keeps, in order. The pattern is of those that are thrown away, which says nothing
- * of those that are kept: reading the table at a place that depends on it tells no secret. */
+/* Which of eight bytes a pattern of bits keeps, in order. The pattern says which bytes are thrown away, and so nothing of
+ * those that are kept. */
 static uint8_t kept_of[256][8];
 
 __attribute__((constructor)) static void fill_kept_of(void) {
@@ -352,13 +355,13 @@ MIDDLE static int64_t keep_by_16(const uint8_t *bytes, int64_t n, int32_t prime,
     int64_t kept = 0, j = 0;
     const __m128i p = _mm_set1_epi8((char)prime), last = _mm_set1_epi8((char)(prime - 1)),
                   upper = _mm_set1_epi8((char)(prime / 2 + 1)), mask = _mm_set1_epi8((char)mask_of(prime));
-    for (; j + 16 <= n && kept + 16 <= wanted; j += 16) {
+    for (; j + 16 <= n && kept + 16 <= wanted; j += 16) { /* OPEN BRANCH */
         __m128i b = _mm_and_si128(_mm_loadu_si128((const __m128i *)(bytes + j)), mask);
         const unsigned good = (unsigned)_mm_movemask_epi8(_mm_cmpeq_epi8(_mm_min_epu8(b, last), b));
         b = _mm_sub_epi8(b, _mm_and_si128(_mm_cmpeq_epi8(_mm_max_epu8(b, upper), b), p));
         for (unsigned pattern = good, eight = 0; eight < 2; eight++, pattern >>= 8, b = _mm_srli_si128(b, 8)) {
-            const __m128i order = _mm_loadl_epi64((const __m128i *)kept_of[pattern & 255]);
-            _mm_storel_epi64((__m128i *)(out + kept), _mm_shuffle_epi8(b, order));
+            const __m128i order = _mm_loadl_epi64((const __m128i *)kept_of[pattern & 255]); /* OPEN PLACE */
+            _mm_storel_epi64((__m128i *)(out + kept), _mm_shuffle_epi8(b, order));          /* OPEN PLACE */
             kept += __builtin_popcount(pattern & 255);
         }
     }
@@ -395,7 +398,7 @@ INLINE int64_t expand_any(const uint8_t *seed, uint32_t nonce, int32_t prime, in
     start[13] = nonce;
     for (int i = 0; i < 16; i++) x[i] = start[i] + (lanes){0};
     x[12] = counters;
-    for (int64_t kept = 0; kept < wanted; x[12] += LANES) {
+    for (int64_t kept = 0; kept < wanted; x[12] += LANES) { /* OPEN BRANCH */
         for (int i = 0; i < 16; i++) y[i] = x[i];
         for (int round = 0; round < 10; round++) {
             QUARTER(y[0], y[4], y[8], y[12]), QUARTER(y[1], y[5], y[9], y[13]);
