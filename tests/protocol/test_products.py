@@ -1,11 +1,14 @@
 """The few-rows product against the stock one."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from hypothesis import given
 from hypothesis import strategies as st
 
+from obfuscatune.protocol import halves
 from obfuscatune.protocol.products import FEW_ROWS, linear
 
 EXACT = 1e-12  # float64, absolute, sums of at most 40 terms of size 1; measured 3e-15
@@ -45,3 +48,41 @@ def test_lower_precision_keeps_its_dtype(rows: int, dtype: torch.dtype) -> None:
     assert torch.allclose(
         ours.double(), x.double() @ weight.double().T, rtol=2e-2, atol=2e-1 if dtype.itemsize == 2 else 1e-4
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(("rows", "inside", "out"), [(4, 8, 8), (5, 33, 70), (40, 64, 17), (4, 5, 1)])
+def test_a_cpu_without_half_products_rounds_once(
+    rows: int, inside: int, out: int, biased: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("obfuscatune.protocol.products.has_products", lambda dtype: False)
+    monkeypatch.setattr(halves, "_SLAB", 5 * inside)  # slabs of five rows, and a shorter one
+    generator = torch.Generator().manual_seed(rows + out)
+    shapes = [(rows, inside), (out, inside), *([(out,)] if biased else [])]
+    tensors = [torch.randn(*shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
+    ideal = [tensor.detach().double().requires_grad_() for tensor in tensors]
+    ours, theirs = linear(*tensors), F.linear(*ideal)
+    dy = torch.randn(rows, out, generator=generator).to(dtype)
+    ours.backward(dy), theirs.backward(dy.double())
+    half = torch.finfo(dtype).eps / 2  # of rounding once; and of float32's sums, beside
+    for found, true in ((ours, theirs), *((a.grad, b.grad) for a, b in zip(tensors, ideal, strict=True))):
+        assert found is not None and true is not None and found.dtype == dtype
+        assert torch.allclose(found.double(), true, rtol=half, atol=1e-5)
+        assert not torch.allclose(found.double() * (1 + 4 * half), true, rtol=half, atol=1e-5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # which rounds to bfloat16 what it is given
+        assert torch.equal(linear(*tensors), ours)
+
+
+def test_a_cpu_without_half_products_keeps_no_wide_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("obfuscatune.protocol.products.has_products", lambda dtype: False)
+    x, weight = torch.randn(4, 8).bfloat16().requires_grad_(), torch.randn(6, 8).bfloat16()
+
+    def kept(product: Callable[[], torch.Tensor]) -> set[torch.dtype]:
+        dtypes = set()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: dtypes.add(t.dtype) or t, lambda t: t):
+            product()
+        return dtypes
+
+    assert kept(lambda: linear(x, weight)) == {torch.bfloat16}
+    assert torch.float32 in kept(lambda: F.linear(x.float(), weight.float()))  # the control

@@ -14,12 +14,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from obfuscatune.enclave.keys import MasterSecret, build
 from obfuscatune.enclave.remote.head import FastHead
+from obfuscatune.protocol import halves
 from obfuscatune.worker.session import WorkerSession
 
 BATCH, PROMPT, D, HEADS, HIDDEN = 2, 3, 128, 4, 256
 SMALLEST = D * D  # of all weights; all rows of a call together are smaller
 DTYPES = [torch.float32, torch.bfloat16]
 PARTS = ["attention", "grouped attention", "plain mlp", "gated mlp"]
+
+
+@pytest.fixture(autouse=True)
+def _slabs_smaller_than_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they are in a model, where the CPU multiplies no bfloat16."""
+    monkeypatch.setattr(halves, "_SLAB", SMALLEST // 2)
 
 
 class LargeResults(TorchDispatchMode):

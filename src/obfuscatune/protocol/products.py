@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from obfuscatune.protocol.halves import FEWEST_ROWS, has_products, widened_linear
 from obfuscatune.protocol.threads import threads_for
 
 # Up to so many rows a product costs the reading of the weight alone, and a CPU reads a tall float32 one faster as the
@@ -30,6 +31,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             few = flat if rows > 1 else flat.expand(2, -1)  # one row alone would get the slower matrix-vector kernel
             y = weight @ few.T if bias is None else torch.addmm(bias.unsqueeze(1), weight, few.T)
             return y.T[:rows].reshape(shape).contiguous()
+        if rows >= FEWEST_ROWS and weight.is_cpu and flat.dtype == weight.dtype and not has_products(weight.dtype):
+            return widened_linear(flat, weight, bias).view(shape)
         return F.linear(flat, weight, bias).view(shape)
 
 

@@ -17,6 +17,7 @@ from obfuscatune.enclave.keys.base import Factors, OrthogonalKey, check_orthogon
 from obfuscatune.enclave.keys.orthogonal import HaarKey, haar, haar_blocks
 from obfuscatune.enclave.keys.source import Stream
 from obfuscatune.errors import UsageError
+from obfuscatune.protocol.halves import has_products
 
 # Up to so many rows two row-major rounds are faster: a batched product from the right takes 9 us there, and one from
 # the left 30. For 4 rows of 768 a product takes 28 us so, else 61; from 16 rows on 60 (AMD EPYC, 1 thread, torch 2.13).
@@ -51,8 +52,8 @@ class MonarchKey(OrthogonalKey):
         )
 
     def _compute_dtype(self, rows: Tensor) -> torch.dtype:
-        """As every key, but many bfloat16 rows in bfloat16: see `_by_features`."""
-        if rows.dtype == torch.bfloat16 and len(rows) > FEW_ROWS:
+        """As every key, but many bfloat16 rows in bfloat16 where that is faster: see `_by_features`."""
+        if rows.dtype == torch.bfloat16 and len(rows) > FEW_ROWS and (not rows.is_cpu or has_products(rows.dtype)):
             return torch.bfloat16
         return super()._compute_dtype(rows)
 
