@@ -83,6 +83,14 @@ def test_doctor_prints_lines_and_json(run) -> None:
     assert found["verdict"] in run("doctor").out
 
 
+def test_doctor_says_which_products_a_cpu_is_slow_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    for has, word in ((True, "fast"), (False, "slow")):
+        monkeypatch.setattr("obfuscatune.protocol.halves.has_products", lambda dtype, has=has: has)
+        monkeypatch.setattr("obfuscatune.worker.residues.uses_int8_products", lambda device, has=has: has)
+        found = examine()
+        assert found["bfloat16_products"].startswith(word) and found["int8_products"].startswith(word)
+
+
 def test_only_a_device_inside_a_tee_changes_the_verdict(tmp_path: Path) -> None:
     (tmp_path / "dev").mkdir()
     assert examine(tmp_path)["verdict"] == NO_TEE

@@ -27,6 +27,9 @@ _INSIDE_A_TEE = ("/dev/attestation", "/dev/tdx_guest", "/dev/sev-guest")
 NO_TEE = "no TEE found: this process protects nothing from the machine's owner; for development only"
 TEE = "a TEE was found; that it is genuine, and runs this program, only attestation can tell, which is not checked here"
 
+_NO_BFLOAT16 = "slow: use float32; in bfloat16 only what is protected multiplies in float32"
+_NO_INT8 = "slow: workers of `shared` use others, which cost two to three times as much"
+
 
 @dataclass(frozen=True, kw_only=True)
 class DoctorOptions:
@@ -55,7 +58,9 @@ def examine(root: Path = Path("/")) -> dict[str, Any]:
     """Return the findings as plain values. ``root``: where device files are looked for."""
     import torch
 
+    from obfuscatune.protocol.halves import has_products
     from obfuscatune.protocol.native import BUILD_HINT, kernel
+    from obfuscatune.worker.residues import uses_int8_products
 
     devices = {path: any(root.glob(path[1:])) for path in TEE_PATHS}
     inside = any(devices[path] for path in _INSIDE_A_TEE)
@@ -67,6 +72,8 @@ def examine(root: Path = Path("/")) -> dict[str, Any]:
         "cpu_cores": len(os.sched_getaffinity(0)),
         **{name: os.environ.get(name, "not set: enclave and worker spin for each other's cores") for name in WAITING},
         "cuda_devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "bfloat16_products": "fast" if has_products(torch.bfloat16) else _NO_BFLOAT16,
+        "int8_products": "fast" if uses_int8_products(torch.device("cpu")) else _NO_INT8,
         "kernel_of_shares": "built" if kernel() is not None else f"not built; {BUILD_HINT}",
         "core_dumps": "off" if core == 0 else "on: a crash may write keys and prompts to the disk (ulimit -c 0)",
         "tee_devices": devices,
