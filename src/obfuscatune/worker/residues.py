@@ -43,8 +43,8 @@ class ResidueSegment(Segment):
     ) -> None:
         self.group = group
         primes, point = spec.get("primes"), spec.get("point")
-        if not isinstance(primes, list) or not 1 <= len(primes) <= len(PRIMES) or not set(primes) <= set(PRIMES):
-            raise ProtocolError("primes", got=ascii(primes)[:40], expected=f"some of {PRIMES}")
+        if not isinstance(primes, list) or not 1 <= len(primes) <= len(PRIMES) or not _are_different_primes(primes):
+            raise ProtocolError("primes", got=ascii(primes)[:40], expected=f"some of {PRIMES}, each once")
         if type(point) is not int or not 0 < point < min(PRIMES):
             raise ProtocolError("point of a share", got=ascii(point)[:20], expected=f"1 to {min(PRIMES) - 1}")
         weight = tensors.get("weight")
@@ -110,6 +110,10 @@ class ResidueSegment(Segment):
 
         on_threads(some, threads)
         return y if self.group.size == 1 else self.group.sum_(y)
+
+
+def _are_different_primes(primes: list[Any]) -> bool:
+    return all(type(p) is int and p in PRIMES and primes.count(p) == 1 for p in primes)
 
 
 def parts_of(planes: range, rows: int, threads: int) -> list[tuple[int, slice]]:
