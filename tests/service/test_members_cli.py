@@ -76,7 +76,8 @@ def test_members_come_and_go(serving: Serving, run: Run, tmp_path: Path) -> None
     serving.members.found()
     code, said = run(LAB, "admit", "stranger.pub")
     assert code == 0 and "2 of 3" in said and (tmp_path / "membership-1.change").exists()
-    assert run(CLINIC, "agree", "membership-1.change", answer="n")[0] == 2  # asked, and not signed
+    code, said = run(CLINIC, "agree", "membership-1.change", answer="n")
+    assert code == 2 and "sign this? [y/N]" in said  # asked, and not signed
     code, said = run(CLINIC, "agree", "membership-1.change")
     assert code == 0 and "needs    a member who is the operator" in said
     code, said = run(OPERATOR, "agree", "membership-1.change")
@@ -194,7 +195,8 @@ def test_a_release(serving: Serving, run: Run, tmp_path: Path, simulated: tuple[
             (tmp_path / "new" / name).write_bytes((tmp_path / "state" / name).read_bytes())
         code, said = run(LAB, "members", "--enclave", addresses[0])
         assert code == 1 and "until all parties have released" in said and "party release" in said
-        assert run(LAB, "release", "--enclave", addresses[0], answer="n")[0] == 2
+        code, said = run(LAB, "release", "--enclave", addresses[0], answer="n")
+        assert code == 2 and "release this? [y/N]" in said
         code, said = run(LAB, "release", "--enclave", addresses[0])
         assert code == 0 and "shares of 1 more are needed" in said and serving.enclave.fingerprint in said
         code, said = run(CLINIC, "release", "--enclave", addresses[0], "--yes")

@@ -7,7 +7,7 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from obfuscatune.cli.connecting import EnclaveOptions
 from obfuscatune.cli.options import argument, option, takes
@@ -226,7 +226,7 @@ def release(options: ReleaseOptions) -> None:
     """
     enclave = options.client()
     of, share = enclave.share()
-    _ask(f"release your share of the state of the enclave {of}, which must have stopped", options.yes)
+    _ask(f"release your share of the state of the enclave {of}, which must have stopped", options.yes, "release")
     lacking = enclave.release(share)
     print(f"released; shares of {lacking} more are needed" if lacking else "released; the enclave goes on")
 
@@ -264,14 +264,15 @@ def _pass_on(enclave: "Enclave", signed: "SignedChange", path: Path) -> None:
     print(f"give     {path} to another member: obfuscatune party agree {path.name}")
 
 
-def _ask(what: str, yes: bool) -> None:
+def _ask(what: str, yes: bool, deed: Literal["sign", "release"] = "sign") -> None:
     print(what)
     if yes:
         return
-    print("sign this? [y/N] ", end="", file=sys.stderr, flush=True)
+    print(f"{deed} this? [y/N] ", end="", file=sys.stderr, flush=True)
     answer = sys.stdin.readline().strip().lower()
     if answer not in ("y", "yes"):
-        raise UsageError("not signed", got=answer[:10] or "no answer", hint="--yes signs without being asked")
+        hint = "--yes does it without being asked"
+        raise UsageError(f"answer to `{deed} this?`", got=answer[:10] or "none", expected="y", hint=hint)
 
 
 COMMANDS = {
