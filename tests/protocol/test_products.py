@@ -70,8 +70,22 @@ def test_a_cpu_without_half_products_rounds_once(
         assert found is not None and true is not None and found.dtype == dtype
         assert torch.allclose(found.double(), true, rtol=half, atol=1e-5)
         assert not torch.allclose(found.double() * (1 + 4 * half), true, rtol=half, atol=1e-5)
-    with torch.autocast("cpu", dtype=torch.bfloat16):  # which rounds to bfloat16 what it is given
+    with torch.autocast("cpu", dtype=dtype):
         assert torch.equal(linear(*tensors), ours)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert linear(*tensors).dtype == torch.bfloat16  # as the stock product
+
+
+@pytest.mark.parametrize("trained", [0, 1, 2])
+def test_a_cpu_without_half_products_gives_each_gradient_alone(trained: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("obfuscatune.protocol.products.has_products", lambda dtype: False)
+    tensors = [torch.randn(*shape).bfloat16() for shape in ((4, 8), (6, 8), (6,))]
+    tensors[trained].requires_grad_()
+    y = linear(*tensors)
+    if trained == 2:
+        tensors[1].add_(1)  # which the gradient of the bias does not need
+    y.sum().backward()
+    assert [tensor.grad is not None for tensor in tensors] == [i == trained for i in range(3)]
 
 
 def test_a_cpu_without_half_products_keeps_no_wide_weight(monkeypatch: pytest.MonkeyPatch) -> None:

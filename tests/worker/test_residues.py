@@ -2,7 +2,9 @@
 
 import itertools
 import os
+from collections.abc import Callable, Iterator
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 
 from obfuscatune.errors import ProtocolError
 from obfuscatune.protocol.expand import drawn, expand
+from obfuscatune.protocol.native import kernel
 from obfuscatune.protocol.residues import EXACT_TERMS, PRIMES, reduce
 from obfuscatune.worker import residues
 from obfuscatune.worker.few_rows import FEW, few_rows
@@ -26,6 +29,7 @@ from obfuscatune.worker.residues import (
 from obfuscatune.worker.session import WorkerSession
 
 _NUMBERS = itertools.count()
+HAS_PAIRS = kernel() is not None and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
 
 def number() -> str:
@@ -50,8 +54,13 @@ def test_products(rows: int, inputs: int, outputs: int, path: str, monkeypatch: 
     if path != "few rows":
         monkeypatch.setattr(residues, "few_rows", lambda *arguments: False)
     monkeypatch.setattr(residues, "uses_int8_products", lambda device: path in ("few rows", "int8"))
-    if path == "float":
-        monkeypatch.setattr(residues, "pairs_product", lambda *arguments: False)
+    done = []
+
+    def pairs(*arguments: Any) -> bool:
+        done.append(path == "pairs" and pairs_product(*arguments))
+        return done[-1]
+
+    monkeypatch.setattr(residues, "pairs_product", pairs)
     weight = centred_residues(3, inputs, outputs)
     served = segment(weight)
     for transpose in (False, True):
@@ -62,6 +71,8 @@ def test_products(rows: int, inputs: int, outputs: int, path: str, monkeypatch: 
         for i, p in enumerate(PRIMES[:3]):
             w = weight[i].T if transpose else weight[i]
             assert ((x[i].double() @ w.double() - y[i]) % p == 0).all() and int(y[i].abs().max()) <= p // 2
+    ways = {"pairs": [HAS_PAIRS], "float": [False]}.get(path, [])
+    assert done == 6 * ways
 
 
 @given(st.integers(0, 7), st.integers(1, 1000), st.integers(1, 100))
@@ -135,21 +146,22 @@ def test_few_rows_have_the_bits_of_many(rows: int, inputs: int, outputs: int, pl
     assert torch.equal(found, expected)
 
 
-def _can_pairs() -> bool:
-    x, w, out = centred_residues(1, 4), centred_residues(4, 4), torch.empty(1, 4, dtype=torch.int8)
-    return pairs_product(x, w, 251, out)
-
-
-@pytest.mark.skipif(not _can_pairs(), reason="the kernel of pairs needs a CPU with AVX2, and a C compiler")
-@given(st.integers(1, 100), st.integers(1, 300), st.integers(1, 200), st.booleans(), st.booleans())
-@example(17, 3072, 768, True, False)  # as long as GPT-2 small's down product, all residues at their largest
-@example(16, 129, 65, False, False)  # few rows, one column and one term more than a block
-@example(17, 129, 65, False, True)
-@example(1, 1, 1, False, True)
+@pytest.mark.skipif(not HAS_PAIRS, reason="the kernel of pairs needs a CPU with AVX2, and a C compiler")
+@given(st.integers(1, 100), st.integers(1, 300), st.integers(1, 200), st.booleans(), st.booleans(), st.integers(0, 99))
+@example(17, 3072, 768, True, False, 0)  # as long as GPT-2 small's down product, all residues at their largest
+@example(16, 129, 65, False, False, 0)  # few rows, one column and one term more than a block
+@example(17, 129, 65, False, True, 0)
+@example(17, 128, 128, False, True, 0)  # whole blocks, which are turned by vectors
+@example(1025, 64, 66, False, False, 0)  # one row more than are multiplied at a time
+@example(1, 1, 1, False, True, 0)
 def test_pairs_have_the_bits_of_the_reference(
-    rows: int, inputs: int, outputs: int, extreme: bool, turned: bool
+    rows: int, inputs: int, outputs: int, extreme: bool, turned: bool, seed: int
 ) -> None:
-    x, w = (torch.randint(-125, 126, shape).to(torch.int8) for shape in ((rows, inputs), (inputs, outputs)))
+    generator = torch.Generator().manual_seed(seed)
+    x, w = (
+        torch.randint(-125, 126, shape, generator=generator).to(torch.int8)
+        for shape in ((rows, inputs), (inputs, outputs))
+    )
     if extreme:
         x, w = torch.full_like(x, 125), torch.full_like(w, -125)
     if turned:  # as a backward product reads it
@@ -200,21 +212,30 @@ def test_the_self_test_passes_here_and_sees_a_product_that_saturates(monkeypatch
     assert not int8_products_are_exact(torch.device("cpu"))
 
 
-def test_int8_products_that_are_slow_or_wrong_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fresh() -> bool:
+@pytest.fixture
+def fresh_choice() -> Iterator[Callable[[], bool]]:
+    def choose() -> bool:
         uses_int8_products.cache_clear()
         return uses_int8_products(torch.device("cpu"))
 
-    before = residues.float_product
-    monkeypatch.setattr(residues, "float_product", lambda x, w: [torch._int_mm(x, w) for _ in range(9)])
-    assert fresh()  # nine times as fast
-    monkeypatch.setattr(residues, "int8_product", lambda x, w: before(x, w).clamp(max=2**15 - 1))
-    assert not fresh()
-    monkeypatch.undo()
-    monkeypatch.setattr(residues, "int8_products_are_exact", lambda device: True)
-    monkeypatch.setattr(residues, "float_product", lambda x, w: None)  # as if float32 took no time
-    assert not fresh()
+    yield choose
     uses_int8_products.cache_clear()
+
+
+def test_int8_products_that_are_slow_wrong_or_missing_are_not_used(
+    fresh_choice: Callable[[], bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exact = residues.float_product
+    monkeypatch.setattr(residues, "float_product", lambda x, w: [torch._int_mm(x, w) for _ in range(9)])
+    assert fresh_choice()  # nine times as fast
+    monkeypatch.setattr(residues, "int8_product", lambda x, w: exact(x, w).clamp(max=2**15 - 1))
+    assert not fresh_choice()
+    monkeypatch.setattr(residues, "int8_products_are_exact", lambda device: True)
+    assert fresh_choice()
+    monkeypatch.setattr(residues, "float_product", lambda x, w: None)  # as if float32 took no time
+    assert not fresh_choice()
+    monkeypatch.setattr(torch, "_int_mm", missing := Mock(side_effect=RuntimeError("not implemented")))
+    assert not fresh_choice() and missing.called
 
 
 def test_a_reduction_is_exact_on_all_of_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,8 +27,8 @@ _INSIDE_A_TEE = ("/dev/attestation", "/dev/tdx_guest", "/dev/sev-guest")
 NO_TEE = "no TEE found: this process protects nothing from the machine's owner; for development only"
 TEE = "a TEE was found; that it is genuine, and runs this program, only attestation can tell, which is not checked here"
 
-_NO_BFLOAT16 = "slow: use float32; in bfloat16 only what is protected multiplies in float32"
-_NO_INT8 = "slow: workers of `shared` use others, which cost two to three times as much"
+_FAST, _SLOW = "fast", "slow: load models in float32, or protected, so that most products are computed in float32"
+_SLOW_INT8 = "slow: a worker of `shared` multiplies 16-bit integers or float32 instead, at 2 to 3 times the cost"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +72,9 @@ def examine(root: Path = Path("/")) -> dict[str, Any]:
         "cpu_cores": len(os.sched_getaffinity(0)),
         **{name: os.environ.get(name, "not set: enclave and worker spin for each other's cores") for name in WAITING},
         "cuda_devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "bfloat16_products": "fast" if has_products(torch.bfloat16) else _NO_BFLOAT16,
-        "int8_products": "fast" if uses_int8_products(torch.device("cpu")) else _NO_INT8,
+        "bfloat16_products": _FAST if has_products(torch.bfloat16) else _SLOW,
+        "float16_products": _FAST if has_products(torch.float16) else _SLOW,
+        "int8_products": _FAST if uses_int8_products(torch.device("cpu")) else _SLOW_INT8,
         "kernel_of_shares": "built" if kernel() is not None else f"not built; {BUILD_HINT}",
         "core_dumps": "off" if core == 0 else "on: a crash may write keys and prompts to the disk (ulimit -c 0)",
         "tee_devices": devices,

@@ -1,8 +1,8 @@
-"""Products in bfloat16 and float16 on CPUs that have no instructions for them: in float32, rounded once.
+"""Products in bfloat16 and float16 on CPUs on which torch has no fast ones: in float32, rounded once.
 
-There torch's own product of half dtypes takes eight times as long as float32's: 512 rows by [3072, 768] in bfloat16
-245 ms, in float32 29, and widened here 40 (AMD Zen 3, 1 thread, torch 2.13). The sums are float32 either way. A weight
-is widened slab by slab, in the CPU's cache.
+There torch's own take many times as long as float32's: 512 rows by a weight [3072, 768] in bfloat16 245 ms, in float32
+29, and widened here 40 (AMD Zen 3, 1 thread, torch 2.13). The sums are float32 either way. A weight is widened slab by
+slab, in the CPU's cache.
 """
 
 from functools import cache
@@ -13,16 +13,23 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-FEWEST_ROWS = 4  # for which it is worth it: they take 1.4 ms and 1.9 by torch; two rows 1.1 and 1.0
+FEWEST_ROWS = 4  # by that weight they take 1.4 ms widened and 1.9 by torch, two rows 1.1 and 1.0
 _SLAB = 1 << 18  # weights that are widened at a time: 1 MiB of float32
 
 
 @cache
 def has_products(dtype: torch.dtype) -> bool:
-    """Say whether this CPU multiplies in that dtype as fast as in float32."""
-    if dtype == torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return dtype != torch.float16 or bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    """Say whether torch multiplies in that dtype on this CPU without a slow detour; True for all but half dtypes.
+
+    On x86 it has fast products in bfloat16 with AVX-512, and in float16 with AVX512-FP16 (Intel from Sapphire Rapids
+    on). On others it has ways of its own, which nobody has compared with these.
+    """
+    if dtype.itemsize > 2 or torch.cpu.get_capabilities().get("architecture") != "x86_64":
+        return True
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    half = torch.ops.mkldnn
+    return bool(half._is_mkldnn_bf16_supported() if dtype == torch.bfloat16 else half._is_mkldnn_fp16_supported())
 
 
 def widened_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -32,14 +39,15 @@ def widened_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class _Widened(torch.autograd.Function):
-    """Keeps the weight for the gradient as it is; torch would keep the widened one."""
+    """Keeps the weight for the gradient as it is, where torch would keep the widened one."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        of_x, of_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if of_weight else None, weight if of_x else None)
         wide, y = x.float(), x.new_empty(x.shape[0], weight.shape[0])
-        with torch.autocast("cpu", enabled=False):  # which would narrow them again
-            for part in _slabs(weight):
+        with _no_autocast():
+            for part in _slabs(weight.shape):
                 y[:, part] = F.linear(wide, weight[part].float(), None if bias is None else bias[part].float())
         return y
 
@@ -48,19 +56,27 @@ class _Widened(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         wide, dx, dw, db = dy.float(), None, None, None
-        if ctx.needs_input_grad[0]:
-            total = wide.new_zeros(dy.shape[0], weight.shape[1])
-            for part in _slabs(weight):
-                total.addmm_(wide[:, part], weight[part].float())
-            dx = total.to(dy.dtype)
-        if ctx.needs_input_grad[1]:
-            dw = (wide.T @ x.float()).to(weight.dtype)
-        if ctx.needs_input_grad[2]:
-            db = wide.sum(0).to(dy.dtype)
+        with _no_autocast():
+            if weight is not None:
+                total = wide.new_zeros(dy.shape[0], weight.shape[1])
+                for part in _slabs(weight.shape):
+                    total.addmm_(wide[:, part], weight[part].float())
+                dx = total.to(dy.dtype)
+            if x is not None:
+                dw, of_x = dy.new_empty(dy.shape[1], x.shape[1]), x.float()
+                for part in _slabs(dw.shape):
+                    dw[part] = wide[:, part].T @ of_x
+            if ctx.needs_input_grad[2]:
+                db = wide.sum(0).to(dy.dtype)
         return dx, dw, db
 
 
-def _slabs(weight: Tensor) -> list[slice]:
-    """Ranges of the weight's rows."""
-    step = max(1, _SLAB // max(1, weight.shape[1]))
-    return [slice(start, start + step) for start in range(0, weight.shape[0], step)]
+def _no_autocast() -> torch.autocast:
+    """It would narrow what is widened here."""
+    return torch.autocast("cpu", enabled=False)
+
+
+def _slabs(shape: torch.Size) -> list[slice]:
+    """Ranges of a weight's rows."""
+    step = max(1, _SLAB // max(1, shape[1]))
+    return [slice(start, start + step) for start in range(0, shape[0], step)]

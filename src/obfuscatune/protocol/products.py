@@ -31,7 +31,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             few = flat if rows > 1 else flat.expand(2, -1)  # one row alone would get the slower matrix-vector kernel
             y = weight @ few.T if bias is None else torch.addmm(bias.unsqueeze(1), weight, few.T)
             return y.T[:rows].reshape(shape).contiguous()
-        if rows >= FEWEST_ROWS and weight.is_cpu and flat.dtype == weight.dtype and not has_products(weight.dtype):
+        if rows >= FEWEST_ROWS and _is_slow(flat, weight):
             return widened_linear(flat, weight, bias).view(shape)
         return F.linear(flat, weight, bias).view(shape)
 
@@ -40,3 +40,10 @@ def _left_factor(weight: Tensor, rows: int) -> bool:
     """Whether the weight is faster as the left factor of so many rows; see `FEW_ROWS`."""
     tall = weight.shape[0] >= weight.shape[1]
     return tall and 0 < rows <= FEW_ROWS and weight.is_cpu and weight.dtype.itemsize > 2
+
+
+def _is_slow(x: Tensor, weight: Tensor) -> bool:
+    """Whether both are of one half dtype in which this CPU has no products, and autocast asks for no other."""
+    if has_products(weight.dtype) or not weight.is_cpu or x.dtype != weight.dtype:
+        return False
+    return not torch.is_autocast_enabled("cpu") or torch.get_autocast_dtype("cpu") == weight.dtype

@@ -1,6 +1,6 @@
-"""Products of residues on CPUs with AVX2 and without int8 instructions (AMD before Zen 4, Intel before 2019).
+"""Products of residues on CPUs with AVX2 and without int8 instructions (AMD before Zen 4, Intel before Cascade Lake).
 
-There oneDNN's int8 product takes 40 times as long as a float32 product (torch 2.13, AMD Zen 3). The kernel takes 0.7
+There torch's int8 product takes 40 times as long as a float32 product (torch 2.13, AMD Zen 3). The kernel takes 0.7
 times as long for many rows, and 0.3 times for four; `float_product`, which converts every weight, takes 1.2 times.
 """
 

@@ -94,15 +94,16 @@ class ResidueSegment(Segment):
         def some(thread: int) -> None:
             """One thread's parts, one after the other: products that share their threads wait for each other's."""
             most = max((rows.stop - rows.start for _, rows in parts), default=0)
-            room = torch.empty(most, shape[2], dtype=torch.int32, device=x.device)  # for all: new memory costs faults
+            if self._int8 and x.is_cpu:
+                room = torch.empty(most, shape[2], dtype=torch.int32)  # for all: new memory costs faults
             for i, rows in parts[len(parts) * thread // threads : len(parts) * (thread + 1) // threads]:
                 left, plane = x[i, rows], columns[i - self.mine.start]
-                sums = room[: len(left)]
                 if not self._int8 and pairs_product(left, plane, self.primes[i], y[i, rows]):
                     continue
                 if not self._int8 or x.shape[2] == 1:  # torch 2.13 leaves the int8 product of one term unwritten
                     sums = float_product(left, plane)
                 elif x.is_cpu:
+                    sums = room[: len(left)]
                     torch._int_mm(left, plane, out=sums)
                 else:
                     sums = int8_product(left, plane)
@@ -181,7 +182,10 @@ def _int8_products_are_fast() -> bool:
     int8 = floats = math.inf
     for _ in range(5):  # in turn, of which the best counts: other programs may hold up one or the other
         start = time.perf_counter()
-        torch._int_mm(x, w)
+        try:
+            torch._int_mm(x, w)
+        except RuntimeError:  # a build of torch without it
+            return False
         middle = time.perf_counter()
         float_product(x, w)
         int8, floats = min(int8, middle - start), min(floats, time.perf_counter() - middle)

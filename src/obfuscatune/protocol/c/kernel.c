@@ -3,8 +3,8 @@
  *
  * Residues are centred: |r| <= (p - 1) / 2, one byte. Compiled without -ffast-math and without contraction, so that
  * every float64 operation rounds as IEEE 754 says; sums are of integers, so that their order is nothing to the result.
- * No function keeps anything, or takes a time that depends on numbers that are secret: none chooses a branch or a place
- * in memory by them, except in lines marked OPEN BRANCH and OPEN PLACE (tests/protocol/test_constant_time.py).
+ * No function keeps anything, or chooses a branch or a place in memory by a number that is secret, except in lines marked
+ * OPEN BRANCH and OPEN PLACE (tests/protocol/test_constant_time.py). A row takes a square root and two divisions.
  */
 
 #include <stdint.h>
@@ -345,7 +345,7 @@ __attribute__((target("avx512f,avx512bw,avx512vbmi2"))) static int64_t keep_by_6
  * those that are kept. */
 static uint8_t kept_of[256][8];
 
-__attribute__((constructor)) static void fill_kept_of(void) {
+__attribute__((constructor)) static void fill_kept_of(void) { /* when it is loaded; C has no shorter way to write a table */
     for (int pattern = 0; pattern < 256; pattern++)
         for (int bit = 0, kept = 0; bit < 8; bit++)
             if (pattern >> bit & 1) kept_of[pattern][kept++] = (uint8_t)bit;
