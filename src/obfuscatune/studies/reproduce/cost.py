@@ -6,6 +6,7 @@ from the configuration alone, for all sizes; seconds are measured where the pres
 """
 
 import dataclasses
+import functools
 import time
 import warnings
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from pathlib import Path
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from obfuscatune.enclave.families import read_decoder
+from obfuscatune.enclave.families import Decoder, read_decoder
 from obfuscatune.enclave.families.fit import fit
 from obfuscatune.errors import UsageError
 from obfuscatune.studies.bench.estimate import Estimate, estimate
@@ -147,8 +148,17 @@ def run(
     return write_study(output_dir, estimates, measured, provenance)
 
 
+@functools.cache
 def expected(size: str, profile: str, dtype: str) -> Estimate:
     """Return what follows from the configuration: share of the parameters, calls and bytes of a forward."""
+    decoder = _decoder(size, dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return estimate(decoder, fit(decoder, parse_profile(profile), set()), getattr(torch, dtype).itemsize)
+
+
+@functools.cache
+def _decoder(size: str, dtype: str) -> Decoder:
     shape = SIZES[size]
     config = GPT2Config(
         vocab_size=shape.vocabulary,
@@ -160,12 +170,7 @@ def expected(size: str, profile: str, dtype: str) -> Estimate:
         eos_token_id=0,
     )
     with torch.device("meta"):
-        model = GPT2LMHeadModel(config)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        resolved = parse_profile(profile)
-        decoder = read_decoder(model.to(getattr(torch, dtype)))
-        return estimate(decoder, fit(decoder, resolved, set()), getattr(torch, dtype).itemsize)
+        return read_decoder(GPT2LMHeadModel(config).to(getattr(torch, dtype)))
 
 
 def _cells(part: Part, common: Value, device: str) -> list[Cell]:
