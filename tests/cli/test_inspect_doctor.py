@@ -85,7 +85,7 @@ def test_doctor_prints_lines_and_json(run) -> None:
 
 def test_doctor_says_which_products_a_cpu_is_slow_in(monkeypatch: pytest.MonkeyPatch) -> None:
     for has, word in ((True, "fast"), (False, "slow")):
-        monkeypatch.setattr("obfuscatune.protocol.halves.has_products", lambda dtype, has=has: has)
+        monkeypatch.setattr("obfuscatune.protocol.cpu.has_products", lambda dtype, has=has: has)
         monkeypatch.setattr("obfuscatune.worker.residues.uses_int8_products", lambda device, has=has: has)
         found = examine()
         assert all(found[f"{kind}_products"].startswith(word) for kind in ("bfloat16", "float16", "int8"))

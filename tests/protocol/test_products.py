@@ -21,16 +21,18 @@ EXACT = 1e-12  # float64, absolute, sums of at most 40 terms of size 1; measured
     st.booleans(),
     st.booleans(),
     st.booleans(),
+    st.booleans(),
 )
 def test_linear_is_the_stock_linear(
-    shape: list[int], inside: int, out: int, biased: bool, grad: bool, strided: bool
+    shape: list[int], inside: int, out: int, biased: bool, grad: bool, strided: bool, intel: bool
 ) -> None:
     generator = torch.Generator().manual_seed(inside * 41 + out)
     x, weight = (torch.randn(*s, dtype=torch.float64, generator=generator) for s in ((*shape, inside), (out, inside)))
     if strided:  # as a product with the weight on the left leaves them
         x = x.T.contiguous().T if x.ndim == 2 else x.movedim(-1, 0).contiguous().movedim(0, -1)
     bias = torch.randn(out, dtype=torch.float64, generator=generator) if biased else None
-    with torch.set_grad_enabled(grad):
+    with torch.set_grad_enabled(grad), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("obfuscatune.protocol.products.is_intel", lambda: intel)
         ours = linear(x, weight, bias)
     theirs = F.linear(x, weight, bias)
     assert ours.shape == theirs.shape
@@ -41,7 +43,11 @@ def test_linear_is_the_stock_linear(
 
 @pytest.mark.parametrize("rows", [1, 2, FEW_ROWS, FEW_ROWS + 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_lower_precision_keeps_its_dtype(rows: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("intel", [False, True])
+def test_lower_precision_keeps_its_dtype(
+    rows: int, dtype: torch.dtype, intel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("obfuscatune.protocol.products.is_intel", lambda: intel)
     x, weight = torch.randn(rows, 64).to(dtype), torch.randn(32, 64).to(dtype)
     ours = linear(x, weight)
     assert ours.dtype == dtype

@@ -38,11 +38,11 @@ def test_is_the_equation(batch: int, groups: int, share: int, new: int, cached: 
 
 
 @pytest.mark.parametrize("softcap", [None, 50.0])
-@pytest.mark.parametrize("tiles", [False, True])
+@pytest.mark.parametrize("narrow", [False, True])
 def test_one_row_of_bfloat16_is_as_good_as_its_rounding(
-    monkeypatch: pytest.MonkeyPatch, tiles: bool, softcap: float | None
+    monkeypatch: pytest.MonkeyPatch, narrow: bool, softcap: float | None
 ) -> None:
-    monkeypatch.setattr("obfuscatune.worker.attention._has_tiles", lambda dtype: tiles)
+    monkeypatch.setattr("obfuscatune.worker.attention.attends_in", lambda dtype: narrow)
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, h, s, 64, generator=generator).bfloat16() for h, s in ((6, 1), (2, 200), (2, 200)))
     found = attend(q, k, v, mask=None, scale=0.125, softcap=softcap)

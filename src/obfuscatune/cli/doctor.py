@@ -58,7 +58,7 @@ def examine(root: Path = Path("/")) -> dict[str, Any]:
     """Return the findings as plain values. ``root``: where device files are looked for."""
     import torch
 
-    from obfuscatune.protocol.halves import has_products
+    from obfuscatune.protocol.cpu import has_products
     from obfuscatune.protocol.native import BUILD_HINT, kernel
     from obfuscatune.worker.residues import uses_int8_products
 

@@ -5,7 +5,6 @@ There torch's own take many times as long as float32's: 512 rows by a weight [30
 slab, in the CPU's cache.
 """
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -15,21 +14,6 @@ from torch.autograd.function import once_differentiable
 
 FEWEST_ROWS = 4  # by that weight they take 1.4 ms widened and 1.9 by torch, two rows 1.1 and 1.0
 _SLAB = 1 << 18  # weights that are widened at a time: 1 MiB of float32
-
-
-@cache
-def has_products(dtype: torch.dtype) -> bool:
-    """Say whether torch multiplies in that dtype on this CPU without a slow detour; True for all but half dtypes.
-
-    On x86 it has fast products in bfloat16 with AVX-512, and in float16 with AVX512-FP16 (Intel from Sapphire Rapids
-    on). On others it has ways of its own, which nobody has compared with these.
-    """
-    if dtype.itemsize > 2 or torch.cpu.get_capabilities().get("architecture") != "x86_64":
-        return True
-    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return False
-    half = torch.ops.mkldnn
-    return bool(half._is_mkldnn_bf16_supported() if dtype == torch.bfloat16 else half._is_mkldnn_fp16_supported())
 
 
 def widened_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

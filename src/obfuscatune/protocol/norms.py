@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from obfuscatune.protocol.derivatives import first_only
@@ -12,8 +13,10 @@ def rms_rows(x: Tensor, eps: float) -> Tensor:
     """Return ``s x`` with ``s = 1 / sqrt(mean(x^2) + eps)`` for each row ``[..., d]``; half dtypes in float32.
 
     On a CPU torch differentiates its own step by step: 512 rows of 768 take .5 to 3 ms there and back, .3 here and in a
-    LayerNorm.
+    LayerNorm. Without a gradient its own is the faster one, .12 ms and .39.
     """
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return F.rms_norm(x, x.shape[-1:], eps=eps)
     rows: Tensor = _RmsNorm.apply(x, eps)  # type: ignore[no-untyped-call]
     return rows
 

@@ -8,13 +8,15 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from obfuscatune.protocol.halves import FEWEST_ROWS, has_products, widened_linear
+from obfuscatune.protocol.cpu import has_products, is_intel
+from obfuscatune.protocol.halves import FEWEST_ROWS, widened_linear
 from obfuscatune.protocol.threads import threads_for
 
 # Up to so many rows a product costs the reading of the weight alone, and a CPU reads a tall float32 one faster as the
 # left factor. For 4 rows and a cold weight [3072, 768], W x^T takes .43 ms and x W^T .80 ms; [2304, 768]: .35 and .65;
 # [768, 768]: .11 and .20. A wide one is slower so, [768, 3072]: 1.2 and .72. From 8 rows on all are equal. In bfloat16
-# x W^T is always faster, [3072, 768]: .70 and .36 (AMD EPYC, 1 thread, torch 2.13).
+# x W^T is always faster, [3072, 768]: .70 and .36 (AMD EPYC, 1 thread, torch 2.13). On Intel's CPUs it is so in float32
+# too: 4 rows by the weights of GPT-2 small's blocks 25 ms and 29, 1 row by its head 5.4 and 12 (Intel Xeon, 2 threads).
 FEW_ROWS = 8
 
 
@@ -39,7 +41,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def _left_factor(weight: Tensor, rows: int) -> bool:
     """Whether the weight is faster as the left factor of so many rows; see `FEW_ROWS`."""
     tall = weight.shape[0] >= weight.shape[1]
-    return tall and 0 < rows <= FEW_ROWS and weight.is_cpu and weight.dtype.itemsize > 2
+    few = tall and 0 < rows <= FEW_ROWS and weight.is_cpu and weight.dtype.itemsize > 2
+    return few and not is_intel()
 
 
 def _is_slow(x: Tensor, weight: Tensor) -> bool:

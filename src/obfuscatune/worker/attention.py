@@ -1,7 +1,6 @@
 """Attention on the worker: ``y = softmax(q k^T scale) v Wo`` with ``[q|k|v] = x W + b``, grouped and rotated or not."""
 
 import math
-from functools import cache
 from typing import Any
 
 import torch
@@ -9,6 +8,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from obfuscatune.errors import ProtocolError
+from obfuscatune.protocol.cpu import attends_in
 from obfuscatune.protocol.threads import threads_for
 from obfuscatune.worker.kv import Tokens
 from obfuscatune.worker.parallel import Split
@@ -16,17 +16,6 @@ from obfuscatune.worker.segments import Call, PartSegment
 
 # One row attends at the memory's speed: a cached number takes it as long as so many multiply-adds take a product.
 _READING = 8
-
-
-@cache
-def _has_tiles(dtype: torch.dtype) -> bool:
-    """Whether this CPU multiplies in that half dtype on tiles (AMX), and torch's attention of one row then does too.
-
-    A row of 4 x 12 heads over 160 tokens in bfloat16 takes .33 ms with tiles, and .76 in float32 with conversions
-    (Intel Xeon); without tiles 1.4 ms and .2 (AMD EPYC), 1 thread, torch 2.13.
-    """
-    name = {torch.bfloat16: "amx_bf16", torch.float16: "amx_fp16"}[dtype]
-    return bool(torch.cpu.get_capabilities().get(name))
 
 
 class AttentionSegment(PartSegment):
@@ -126,7 +115,7 @@ def attend(
     dtype = q.dtype
     in_one = softcap is None and not uniform
     with threads_for((_READING if new == 1 else 1) * 2 * q.numel() * tokens):
-        if new == 1 and dtype.itemsize == 2 and q.is_cpu and not (in_one and _has_tiles(dtype)):
+        if new == 1 and dtype.itemsize == 2 and q.is_cpu and not (in_one and attends_in(dtype)):
             q, k, v = q.float(), k.float(), v.float()
         if in_one:
             causal = mask is None and new > 1

@@ -17,7 +17,7 @@ from obfuscatune.enclave.keys.base import Factors, OrthogonalKey, check_orthogon
 from obfuscatune.enclave.keys.orthogonal import HaarKey, haar, haar_blocks
 from obfuscatune.enclave.keys.source import Stream
 from obfuscatune.errors import UsageError
-from obfuscatune.protocol.halves import has_products
+from obfuscatune.protocol.cpu import has_products
 
 # Up to so many rows two row-major rounds are faster: a batched product from the right takes 9 us there, and one from
 # the left 30. For 4 rows of 768 a product takes 28 us so, else 61; from 16 rows on 60 (AMD EPYC, 1 thread, torch 2.13).
