@@ -81,7 +81,7 @@ def _judge_quote(options: VerifyOptions) -> "Verdict":
     from obfuscatune.parties.attestation.evidence import MAX_QUOTE_BYTES, Quote
     from obfuscatune.parties.attestation.policy import Policy
     from obfuscatune.parties.attestation.verify import judge_gpu_report, judge_quote
-    from obfuscatune.parties.identity import read_small
+    from obfuscatune.parties.files import read_small
 
     if options.quote is None or options.kind is None or options.nonce is not None:
         raise UsageError("nothing to judge", expected="EVIDENCE, or --quote and --kind", hint="a quote has no nonce")
@@ -102,14 +102,14 @@ def _judge_quote(options: VerifyOptions) -> "Verdict":
 
 def _read_collateral(path: Path) -> bytes:
     from obfuscatune.parties.attestation.policy import MAX_COLLATERAL_BYTES
-    from obfuscatune.parties.identity import read_small
+    from obfuscatune.parties.files import read_small
 
     return read_small(path, MAX_COLLATERAL_BYTES, "collateral")
 
 
 def _pem(path: Path) -> bytes:
     from obfuscatune.parties.attestation.certificates import MAX_CHAIN_BYTES, to_pem
-    from obfuscatune.parties.identity import read_small
+    from obfuscatune.parties.files import read_small
 
     data = read_small(path, MAX_CHAIN_BYTES, "certificates")
     return data if data.startswith(b"-----BEGIN ") else to_pem(data)
@@ -257,21 +257,21 @@ def measure(options: MeasureOptions) -> None:
 def _gpu_reference(path: Path) -> str:
     from obfuscatune.parties.attestation.gpu_reference import write_reference
     from obfuscatune.parties.attestation.gpu_report import MAX_REPORT_BYTES, parse
-    from obfuscatune.parties.identity import read_small
+    from obfuscatune.parties.files import read_small
 
     return write_reference(parse(read_small(path, MAX_REPORT_BYTES, "report")))
 
 
 def _measured_by_quote(path: Path, kind: "EvidenceKind") -> Mapping[str, str]:
     from obfuscatune.parties.attestation.evidence import MAX_QUOTE_BYTES, Quote
-    from obfuscatune.parties.identity import read_small
+    from obfuscatune.parties.files import read_small
 
     return _peek(Quote(kind, read_small(path, MAX_QUOTE_BYTES, "quote")))
 
 
 def _replay(path: Path) -> dict[str, str]:
     from obfuscatune.parties.attestation import eventlog
-    from obfuscatune.parties.identity import read_small
+    from obfuscatune.parties.files import read_small
 
     return eventlog.replay(eventlog.read(read_small(path, eventlog.MAX_LOG_BYTES, "event log")))
 
@@ -296,7 +296,7 @@ def collateral(options: CollateralOptions) -> None:
     from obfuscatune.parties.attestation.collateral import fetch
     from obfuscatune.parties.attestation.collateral_dates import expiry
     from obfuscatune.parties.attestation.evidence import MAX_EVIDENCE_BYTES
-    from obfuscatune.parties.identity import read_small
+    from obfuscatune.parties.files import read_small
 
     if options.action == "show":
         _show_expiry(expiry(_read_collateral(Path(options.source))))

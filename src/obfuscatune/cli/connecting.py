@@ -85,7 +85,7 @@ def load_policy(path: Path, allow_simulation: bool) -> "Policy":
 def load_evidence(path: Path) -> "Evidence":
     """Return the evidence of a file, not judged yet; raises UsageError and FormatError."""
     from obfuscatune.parties.attestation.evidence import MAX_EVIDENCE_BYTES, Evidence
-    from obfuscatune.parties.identity import read_small
+    from obfuscatune.parties.files import read_small
 
     return Evidence.from_bytes(read_small(path, MAX_EVIDENCE_BYTES, "evidence file").rstrip(b"\n"))
 

@@ -114,7 +114,8 @@ def _load_enclave(path: Path) -> "PublicIdentity":
     from obfuscatune.parties.attestation.claims import EnclaveClaims
     from obfuscatune.parties.attestation.evidence import FORMAT, MAX_EVIDENCE_BYTES, Evidence
     from obfuscatune.parties.canonical import decode
-    from obfuscatune.parties.identity import PublicIdentity, read_small
+    from obfuscatune.parties.files import read_small
+    from obfuscatune.parties.identity import PublicIdentity
 
     data = read_small(path, MAX_EVIDENCE_BYTES, "enclave's identity or evidence").rstrip(b"\n")
     fields = decode(data, f"identity or evidence {path}")

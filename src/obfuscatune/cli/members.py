@@ -100,7 +100,7 @@ class AgreeOptions(EnclaveOptions):
 def agree(options: AgreeOptions) -> None:
     """Sign a membership change that somebody else has signed, and submit it once enough have signed."""
     from obfuscatune.parties.change import MAX_CHANGE_BYTES, SignedChange
-    from obfuscatune.parties.identity import read_small
+    from obfuscatune.parties.files import read_small
     from obfuscatune.parties.succession import SUFFIX
 
     data, enclave = read_small(options.file, MAX_CHANGE_BYTES, "change of membership"), options.client()
@@ -136,7 +136,7 @@ def upgrade(options: UpgradeOptions) -> None:
     Each party brings its own policy, and all must be equal: the measurement of the code that you have read.
     """
     from obfuscatune.parties.attestation.policy import Policy
-    from obfuscatune.parties.identity import read_small
+    from obfuscatune.parties.files import read_small
     from obfuscatune.parties.upgrade import MAX_BYTES, Upgrade
 
     _check_output(options.file, "--file")
@@ -199,7 +199,7 @@ def hand_over(options: HandOverOptions) -> None:
     """
     import typer
 
-    from obfuscatune.parties.identity import read_small
+    from obfuscatune.parties.files import read_small
     from obfuscatune.parties.reached import NotTakenError
     from obfuscatune.parties.upgrade import MAX_BYTES, Upgrade
 

@@ -36,7 +36,7 @@ from obfuscatune.enclave.recipes.context import Keying
 from obfuscatune.enclave.recipes.parts import Recipe, recipe_of
 from obfuscatune.enclave.recipes.shared import SharedRecipe
 from obfuscatune.enclave.remote.calls import without_autocast
-from obfuscatune.enclave.remote.held import HeldAdapter
+from obfuscatune.enclave.remote.held_adapter import HeldAdapter
 from obfuscatune.enclave.session import Session
 from obfuscatune.enclave.sharing.statement import describe
 from obfuscatune.enclave.spawn import open_session

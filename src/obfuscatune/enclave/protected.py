@@ -9,7 +9,7 @@ from torch import nn
 
 from obfuscatune.enclave.keys import MasterSecret
 from obfuscatune.enclave.links import Link
-from obfuscatune.enclave.remote.held import HeldAdapter
+from obfuscatune.enclave.remote.held_adapter import HeldAdapter
 from obfuscatune.enclave.remote.optimizer import OPTIMIZERS, RemoteOptimizer
 from obfuscatune.enclave.report import Report, make_report
 from obfuscatune.enclave.session import Session

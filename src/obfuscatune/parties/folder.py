@@ -22,7 +22,8 @@ from typing import Any, Self
 from obfuscatune.durable import rename, sync
 from obfuscatune.errors import ConsentError, FormatError, UsageError
 from obfuscatune.parties.attestation.policy import Policy
-from obfuscatune.parties.identity import Identity, PublicIdentity, read_small
+from obfuscatune.parties.files import read_small
+from obfuscatune.parties.identity import Identity, PublicIdentity
 from obfuscatune.parties.succession import load_successions
 from obfuscatune.parties.terms import load_terms
 from obfuscatune.parties.vocabulary import ROLES, Role

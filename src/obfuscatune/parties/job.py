@@ -19,7 +19,8 @@ from typing import Any
 
 from obfuscatune.errors import ConsentError, FormatError
 from obfuscatune.parties.canonical import decode, encode
-from obfuscatune.parties.identity import Identity, PublicIdentity, read_small
+from obfuscatune.parties.files import read_small
+from obfuscatune.parties.identity import Identity, PublicIdentity
 from obfuscatune.parties.vocabulary import MAX_QUERIES, ROLES, Role, Worker, is_digest, profile_of, workers_from
 from obfuscatune.profiles import Profile
 from obfuscatune.settings import TrainingSettings

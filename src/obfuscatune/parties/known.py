@@ -15,7 +15,7 @@ from obfuscatune.durable import rename, write_new
 from obfuscatune.errors import ConsentError, ObfuscatuneError, ProtocolError, RollbackError, SealError
 from obfuscatune.parties.change import SignedChange
 from obfuscatune.parties.channel.client import AttestedChannel
-from obfuscatune.parties.identity import read_small
+from obfuscatune.parties.files import read_small
 from obfuscatune.parties.membership import MAX_CHAIN_BYTES, Membership, follow
 
 logger = logging.getLogger(__name__)

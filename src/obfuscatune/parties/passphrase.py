@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 
 from obfuscatune.errors import FormatError, SealError, UsageError
 from obfuscatune.parties.canonical import encode, unbase64
+from obfuscatune.parties.files import read_small
 
 FORMAT = "obfuscatune identity 1 locked"
 VARIABLE = "OBFUSCATUNE_PASSPHRASE_FILE"
@@ -82,8 +83,6 @@ def known_passphrase(what: str) -> str:
     Raises:
         UsageError: there is neither, or the file cannot be read, is empty, or others can read it.
     """
-    from obfuscatune.parties.identity import read_small
-
     if path := os.environ.get(VARIABLE):
         data = read_small(Path(path), _MAX_PASSPHRASE_BYTES, "passphrase file", private=True)
         try:

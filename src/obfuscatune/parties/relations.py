@@ -13,8 +13,9 @@ from obfuscatune.errors import ConsentError, FormatError, ObfuscatuneError, Usag
 from obfuscatune.parties.attestation.measurement import measure_code
 from obfuscatune.parties.canonical import encode
 from obfuscatune.parties.channel.address import TlsAddress
+from obfuscatune.parties.files import read_small
 from obfuscatune.parties.folder import FILE, Folder
-from obfuscatune.parties.identity import ENCLAVE, Identity, PublicIdentity, read_small
+from obfuscatune.parties.identity import ENCLAVE, Identity, PublicIdentity
 from obfuscatune.parties.succession import MAX_BYTES, SUFFIX, load_successions, read_succession, succeed, successors
 from obfuscatune.parties.terms import Terms, load_terms, template
 from obfuscatune.parties.vocabulary import ROLES, Role, Worker

@@ -19,7 +19,8 @@ from typing import Any
 
 from obfuscatune.errors import FormatError, SealError
 from obfuscatune.parties.canonical import decode, encode
-from obfuscatune.parties.identity import Identity, PublicIdentity, read_small
+from obfuscatune.parties.files import read_small
+from obfuscatune.parties.identity import Identity, PublicIdentity
 
 FORMAT = "obfuscatune succession 1"
 SUFFIX = ".succession"

@@ -35,7 +35,7 @@ from typing import Any, Literal
 
 from obfuscatune.errors import FormatError
 from obfuscatune.parties.exposure import hides_all, line
-from obfuscatune.parties.identity import read_small
+from obfuscatune.parties.files import read_small
 from obfuscatune.parties.job import Job
 from obfuscatune.parties.quotas import QUOTAS
 from obfuscatune.parties.quotas import faults as faults_of_quotas

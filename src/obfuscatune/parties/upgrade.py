@@ -31,7 +31,8 @@ from obfuscatune.errors import ConsentError, FormatError, SealError, UsageError
 from obfuscatune.parties.attestation.policy import Policy
 from obfuscatune.parties.canonical import decode, encode, unbase64
 from obfuscatune.parties.change import MAX_MEMBERS
-from obfuscatune.parties.identity import Identity, PublicIdentity, read_small
+from obfuscatune.parties.files import read_small
+from obfuscatune.parties.identity import Identity, PublicIdentity
 from obfuscatune.parties.membership import Membership, resolve
 from obfuscatune.parties.vocabulary import is_digest
 

@@ -27,7 +27,8 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from obfuscatune.durable import rename, write_private
 from obfuscatune.errors import ConsentError, FormatError, SealError, StorageError, UsageError
 from obfuscatune.parties.canonical import decode, encode, unbase64
-from obfuscatune.parties.identity import Identity, PublicIdentity, read_small
+from obfuscatune.parties.files import read_small
+from obfuscatune.parties.identity import Identity, PublicIdentity
 from obfuscatune.parties.upgrade import SHARE_BYTES, certify, share_info, signers
 from obfuscatune.parties.vocabulary import is_digest
 from obfuscatune.service.handover import EARLIER, NAMES, Taken

@@ -14,7 +14,8 @@ from typing import Any
 
 from obfuscatune.errors import ConsentError, ObfuscatuneError, StorageError, UsageError
 from obfuscatune.parties.change import Member, SignedChange
-from obfuscatune.parties.identity import PublicIdentity, read_small
+from obfuscatune.parties.files import read_small
+from obfuscatune.parties.identity import PublicIdentity
 from obfuscatune.parties.membership import Membership, follow, found, founded, resolve
 from obfuscatune.parties.succession import MAX_BYTES, SUFFIX, Succession, read_succession, successors
 from obfuscatune.service.state import State

@@ -40,7 +40,8 @@ from obfuscatune.durable import private, rename, write_private
 from obfuscatune.errors import FormatError, RollbackError, SealError, StorageError, UsageError
 from obfuscatune.parties.attestation.platform import Platform
 from obfuscatune.parties.canonical import decode, encode
-from obfuscatune.parties.identity import ENCLAVE, Identity, read_small
+from obfuscatune.parties.files import read_small
+from obfuscatune.parties.identity import ENCLAVE, Identity
 from obfuscatune.service.entries import NO_ENTRIES
 
 FORMAT = "obfuscatune enclave state 4"

@@ -23,7 +23,8 @@ from obfuscatune.enclave.keys.source import Stream
 from obfuscatune.enclave.lazy import LazyWeights
 from obfuscatune.enclave.links import Link
 from obfuscatune.enclave.remote.cache import CacheMirror
-from obfuscatune.enclave.remote.held import HeldAdapter, HeldSlot
+from obfuscatune.enclave.remote.held import HeldSlot
+from obfuscatune.enclave.remote.held_adapter import HeldAdapter
 from obfuscatune.enclave.remote.norms import FoldedNorm
 from obfuscatune.enclave.remote.passes import Passes
 from obfuscatune.enclave.session import Session

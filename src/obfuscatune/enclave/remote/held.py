@@ -1,4 +1,4 @@
-"""LoRA factors that the worker holds and trains (``lora_placement="worker"``, as the paper has it).
+"""One pair of LoRA factors that the worker holds and trains (``lora_placement="worker"``, as the paper has it).
 
 Stock training code wants parameters with gradients. Each such slot has an *anchor* in the enclave (`accumulated.py`): a
 parameter whose gradient has the Euclidean norm of the gradient that the worker has accumulated for the slot. Under
@@ -9,14 +9,12 @@ PEFT's own parameters stay where they are and keep their ``requires_grad``: it s
 They never have a gradient here.
 """
 
-import hashlib
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from obfuscatune.enclave.families import Layer
 from obfuscatune.enclave.families.form import refuse_variants
@@ -28,7 +26,7 @@ from obfuscatune.enclave.remote.lora import Slot
 from obfuscatune.enclave.remote.passes import Passes
 from obfuscatune.enclave.replies import not_finite
 from obfuscatune.enclave.session import Session
-from obfuscatune.errors import UnsupportedModelError, UsageError
+from obfuscatune.errors import UsageError
 
 
 class HeldSlot(Slot):
@@ -55,7 +53,7 @@ class HeldSlot(Slot):
     ) -> None:
         super().__init__(name, layer)
         self.full_name = f"{segment}.{name}"
-        self.owner: HeldAdapter | None = None
+        self.pull_all: Callable[[], None] | None = None  # set by the adapter that it is part of
         self._adapter: str = self.lora.active_adapters[0]
         self._a, self._b = self.lora.lora_A[self._adapter].weight, self.lora.lora_B[self._adapter].weight
         self.gradient = Accumulated(layer.path)
@@ -199,8 +197,8 @@ class HeldSlot(Slot):
         if not compared or self.scaling() != self._scaling:
             if self.anchor.any():
                 raise stock_optimizer(self.layer.path)
-            if self.scaling() != self._scaling and self.owner is not None:
-                self.owner.pull()  # for a scale alone the values there are sent back
+            if self.scaling() != self._scaling and self.pull_all is not None:
+                self.pull_all()  # for a scale alone the values there are sent back
             self.push()
             self._compared, self._versions = self._passes.number, (version_of(self._a), version_of(self._b))
         call.held[self.name] = self
@@ -241,100 +239,3 @@ def stock_optimizer(where: str) -> UsageError:
         where=where,
         hint="pass protected.create_optimizer(...) to the Trainer: optimizers=(optimizer, None)",
     )
-
-
-class HeldAdapter:
-    """All LoRA pairs that workers hold, and whether PEFT's parameters lag behind them."""
-
-    def __init__(self) -> None:
-        self.slots: list[HeldSlot] = []
-        self.stale = False
-        self._keys = hashlib.sha256()
-        self._paths: dict[int, str] = {}  # of layers, by id of a factor; the slots keep these alive
-
-    def add(self, slot: HeldSlot, mark: bytes) -> None:
-        """Take a slot; ``mark``: bytes drawn under the same label as its keys, and for nothing else.
-
-        Raises:
-            UnsupportedModelError: another slot has one of its factors, which the worker would train twice.
-        """
-        for parameter in slot.parameters():
-            other = self._paths.setdefault(id(parameter), slot.layer.path)
-            if other != slot.layer.path:
-                raise UnsupportedModelError(
-                    "one LoRA factor of two layers, which the worker would train twice",
-                    got=other,
-                    where=slot.layer.path,
-                    hint="lora_placement='enclave'",
-                )
-        slot.owner = self
-        self.slots.append(slot)
-        self._keys.update(mark)
-
-    @property
-    def keys(self) -> str:
-        """A name of all keys of the slots: what was made under others is known by it. It tells nothing of them."""
-        return self._keys.hexdigest()[:32]
-
-    def refuse_stock_optimizers(self, own: type[Optimizer]) -> Any:
-        """Refuse, before it steps, any other optimizer of this process that has an anchor or a factor.
-
-        Without that a run of one step would train nothing, and say nothing.
-
-        Args:
-            own: the class of the optimizer that may. Returns a handle to end it.
-        """
-
-        def check(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            if isinstance(optimizer, own):
-                return
-            held = {id(parameter): slot.layer.path for slot in self.slots for parameter in slot.parameters()}
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    if id(parameter) in held:
-                        raise stock_optimizer(held[id(parameter)])
-
-        return register_optimizer_step_pre_hook(check)
-
-    def by_session(self) -> dict[Session, list[HeldSlot]]:
-        """Return the slots of each worker."""
-        found: dict[Session, list[HeldSlot]] = {}
-        for slot in self.slots:
-            found.setdefault(slot.session, []).append(slot)
-        return found
-
-    def export(self) -> dict[str, Tensor]:
-        """Return the workers' keyed factors and moments by name."""
-        header = {"action": "export"}
-        asked = {session.submit("optimizer", "-", header, {}, None): own for session, own in self.by_session().items()}
-        return {
-            name: tensor for pending, own in asked.items() for name, tensor in part_of(own, pending.result()[1]).items()
-        }
-
-    def pull(self) -> None:
-        """Bring the adapter in PEFT's layers up to date with the worker's factors, if it is not.
-
-        Values loaded into PEFT's layers since the last exchange are the newer ones, and go to the worker first.
-        """
-        if self.stale:
-            for slot in self.slots:
-                if slot.lags():
-                    slot.push()
-            self.fetch()
-
-    def fetch(self) -> None:
-        """Write the worker's factors into PEFT's layers.
-
-        Raises:
-            WorkerFault: the worker's factors are not all there, or not of their shapes.
-        """
-        tensors = self.export()
-        for slot in self.slots:
-            slot.pull(tensors)
-        self.stale = False
-
-
-def part_of(slots: list[HeldSlot], state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The part of the factors and moments that belongs to some slots: no worker speaks for another one's."""
-    names = {slot.full_name for slot in slots}  # of SLOT.a, SLOT.b and SLOT.a/MOMENT
-    return {name: tensor for name, tensor in state.items() if name.partition("/")[0].rpartition(".")[0] in names}

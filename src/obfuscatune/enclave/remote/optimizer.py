@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from obfuscatune.enclave.remote.held import HeldAdapter, part_of
+from obfuscatune.enclave.remote.held_adapter import HeldAdapter, part_of
 from obfuscatune.errors import UsageError
 from obfuscatune.protocol.optimizers import OPTIMIZER_OPTIONS
 

@@ -16,7 +16,7 @@ from obfuscatune.parties.attestation.certificates import MAX_CHAIN_BYTES, read_c
 from obfuscatune.parties.attestation.evidence import KINDS, Kind
 from obfuscatune.parties.attestation.gpu_reference import MAX_REFERENCE_BYTES, GpuReference, read_reference
 from obfuscatune.parties.attestation.tables import Table
-from obfuscatune.parties.identity import read_small
+from obfuscatune.parties.files import read_small
 
 # Names of measurements and their lengths in bytes. isv_prod_id and isv_svn are numbers.
 _SNP = {

@@ -25,7 +25,7 @@ from obfuscatune.durable import write_private
 from obfuscatune.errors import AttestationError, FormatError, UsageError
 from obfuscatune.parties.attestation.gpu_report import NONCE_BYTES
 from obfuscatune.parties.attestation.simulated_pki import ROOT_DAYS, Life, issue, pem
-from obfuscatune.parties.identity import read_small
+from obfuscatune.parties.files import read_small
 
 ROOT_FILE, _KEY_FILE = "simulation-gpu-root.pem", "gpu.key"
 DRIVER, VBIOS = "550.90.07", "96.00.9F.00.01"

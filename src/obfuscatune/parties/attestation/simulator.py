@@ -37,7 +37,7 @@ from obfuscatune.parties.attestation.measurement import MEASUREMENT_BYTES, measu
 from obfuscatune.parties.attestation.quoting import derive_sealing_key, own_measurements
 from obfuscatune.parties.attestation.simulated_pki import Flaws
 from obfuscatune.parties.canonical import decode, encode
-from obfuscatune.parties.identity import read_small
+from obfuscatune.parties.files import read_small
 
 SimulatedKind = Literal["tdx", "snp"]
 FORMAT = "obfuscatune simulated hardware 1"

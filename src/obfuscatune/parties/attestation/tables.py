@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from obfuscatune.errors import UsageError
-from obfuscatune.parties.identity import read_small
+from obfuscatune.parties.files import read_small
 
 
 class Table:

@@ -26,7 +26,7 @@ from obfuscatune.parties.attestation.evidence import Attester, Quote
 from obfuscatune.parties.attestation.quoting import SEALING_KEY_BYTES, check_report_data
 from obfuscatune.parties.attestation.tpm2_tools import Tools
 from obfuscatune.parties.canonical import decode, encode
-from obfuscatune.parties.identity import read_small
+from obfuscatune.parties.files import read_small
 
 PCRS = (*range(10), *range(11, 16))
 BANK = "sha256"

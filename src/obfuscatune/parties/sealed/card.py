@@ -14,7 +14,7 @@ from pathlib import Path
 
 from obfuscatune.errors import FormatError, SealError
 from obfuscatune.parties.canonical import decode, encode, unbase64
-from obfuscatune.parties.identity import read_small
+from obfuscatune.parties.files import read_small
 from obfuscatune.parties.sealed.fields import (
     MAGIC,
     MAX_HEADER_BYTES,

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from obfuscatune.errors import FormatError, UsageError
-from obfuscatune.parties.identity import read_small
+from obfuscatune.parties.files import read_small
 from obfuscatune.parties.sealed.contents import check_name
 from obfuscatune.parties.sealed.tensor_table import locate
 
