@@ -42,23 +42,27 @@ class TrainingSettings:
     num_train_epochs: float = _setting("passes over the data", 3.0, min=0, ceiling=1e6, **_TRAINING)
     max_steps: int = _setting("steps; above 0 it overrides num_train_epochs", -1, min=-1, ceiling=_MOST, **_TRAINING)
     warmup_steps: float = _setting(
-        "steps of linear warm-up; below 1: their share", 0.0, min=0, ceiling=1e9, **_TRAINING
+        "steps of linear warm-up; below 1: a share of all steps", 0.0, min=0, ceiling=1e9, **_TRAINING
     )
     lr_scheduler_type: str = _setting("schedule after the warm-up", "linear", **_TRAINING)
     weight_decay: float = _setting("decoupled in AdamW", 0.0, min=0, ceiling=_LARGEST, **_TRAINING)
     max_grad_norm: float = _setting(
-        "gradients are clipped to this norm; 0 for not", 1.0, min=0, ceiling=_LARGEST, **_TRAINING
+        "gradients are clipped to this norm; 0: not clipped", 1.0, min=0, ceiling=_LARGEST, **_TRAINING
     )
     optim: Literal["adamw", "sgd"] = _setting("optimizer", "adamw", **_TRAINING)
     seed: int = _setting(
-        "of the adapter's start and the order of rows; keys are never seeded", 42, min=0, ceiling=2**32 - 1, **_TRAINING
+        "for the adapter's start and the order of rows; keys are never seeded",
+        42,
+        min=0,
+        ceiling=2**32 - 1,
+        **_TRAINING,
     )
 
     lora_r: int = _setting("rank", 16, min=1, ceiling=4096, **_LORA)
-    lora_alpha: int = _setting("scale, times the rank", 32, min=1, ceiling=_MOST, **_LORA)
+    lora_alpha: int = _setting("alpha: the adapter is scaled by alpha / rank", 32, min=1, ceiling=_MOST, **_LORA)
     lora_dropout: float = _setting("dropout on the adapter's input", 0.0, min=0, max=0.99, **_LORA)
     lora_target_modules: list[str] | None = _setting(
-        "layers, repeated or with commas; default: all four of a block", None, **_LORA
+        "layers, repeated or with commas; default: all linear layers of a block", None, **_LORA
     )
 
     logging_steps: int = _setting("steps between logs", 10, min=1, ceiling=_MOST, **_SAVING)

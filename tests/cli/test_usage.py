@@ -4,10 +4,13 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
+from rich.text import Text
 
-from obfuscatune.cli import VERBS
+from obfuscatune.cli import VERBS, build_app
 from obfuscatune.errors import UsageError, WorkerFault
 
 
@@ -241,3 +244,15 @@ def test_options_of_the_other_side_are_refused(run) -> None:
     assert (
         outcome.code == 2 and "options of a model here: got profile, mix_rows, expected those of --job" in outcome.err
     )
+
+
+def test_no_help_loses_words_in_brackets() -> None:
+    """Help is rich's markup, which takes ``[measurements]`` for a style and shows nothing of it."""
+    commands, lost = [typer.main.get_command(build_app())], []
+    while commands:
+        command: Any = commands.pop()
+        commands += getattr(command, "commands", {}).values()
+        texts = [command.help, command.epilog, *(getattr(parameter, "help", None) for parameter in command.params)]
+        lost += [text for text in texts if text and Text.from_markup(text).plain != text]
+    assert lost == []
+    assert Text.from_markup("a table [measurements] of it").plain != "a table [measurements] of it"

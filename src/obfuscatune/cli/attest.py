@@ -43,9 +43,11 @@ class VerifyOptions:
     time: int | None = option("judge at this Unix second instead of now", None, min=0)
     quote: Path | None = option("file of the raw quote or report", None, rich_help_panel=QUOTE_PANEL)
     kind: Kind | None = option("its kind", None, rich_help_panel=QUOTE_PANEL)
-    collateral: Path | None = option("collateral of dcap-qvl, for sgx and tdx; in place of the policy's", None)
+    collateral: Path | None = option(
+        "collateral in dcap-qvl's JSON, for sgx and tdx; used instead of the policy's", None
+    )
     certificates: list[Path] | None = option(
-        "VCEK, ASK, ARK for snp that comes without; the chain of a gpu; PEM or DER, repeatable", None
+        "VCEK, ASK and ARK, if an snp report comes without them; the chain of a gpu; PEM or DER, repeatable", None
     )
 
 
@@ -212,14 +214,14 @@ class MeasureOptions:
     event_log: Path | None = option("TDX event log (CCEL) of a boot that you trust", None)
     quote: Path | None = option("quote or report of a machine that you trust", None)
     kind: Kind = option("of the quote, or of the simulator", "tdx")
-    simulation: bool = option("of this program, as the simulator measures it", False)
+    simulation: bool = option("measure this program, as the simulator does", False)
 
 
 @takes(MeasureOptions)
 def measure(options: MeasureOptions) -> None:
-    """Print a table [measurements] for a policy: from a TDX event log, from a quote, or of this program.
+    """Print a policy's table of measurements: from a TDX event log, from a quote, or for this program.
 
-    Of a GPU's report, a file for the policy's [gpu] reference.
+    From a GPU's report: the file that a policy names as gpu.reference.
     """
     from obfuscatune.parties.attestation.policy import MEASUREMENTS
 
@@ -291,7 +293,7 @@ class CollateralOptions:
 def collateral(options: CollateralOptions) -> None:
     """Fetch Intel's collateral, which says which platforms are good, or show until when it is good itself.
 
-    Nothing else here ever asks for it: do it on a machine that may, and give the file to the policy.
+    No other command connects for it: fetch it on a machine that may connect, and name the file in the policy.
     """
     from obfuscatune.parties.attestation.collateral import fetch
     from obfuscatune.parties.attestation.collateral_dates import expiry

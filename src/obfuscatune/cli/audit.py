@@ -33,16 +33,18 @@ class AuditOptions:
     )
     tokens: str = option("budgets of text that the worker has seen; d is the model's width", "d/4,d,4d,100d")
     model: Literal["tiny", "small", "large", "near-0.5", "near-1.5", "near-3.5", "near-10"] = option(
-        "the fixtures' size, trained in minutes; half an hour, and 16 GiB to attack 100d tokens, for large; near-N: "
+        "size of the test models, trained in minutes; large: half an hour, and 16 GiB to attack 100d tokens; near-N: "
         "wide models whose private one is at N % of the base, for A27",
         "small",
     )
     architecture: Literal["gpt2", "llama"] = option(
-        "of the fixtures; llama: rotary positions, grouped kv heads, gated MLP", "gpt2"
+        "architecture of the test models; llama: rotary positions, grouped kv heads, gated MLP", "gpt2"
     )
     seeds: int = option("private models, each with keys and text of its own", 5, min=1)
     attacks: str = option("only these, as A7,A24; default: all that the knowledge allows", "")
-    text_file: Path | None = option("train the fixtures on it; default: the standard library's documentation", None)
+    text_file: Path | None = option(
+        "text to train the test models on; default: the standard library's documentation", None
+    )
     workers: int = option("cells at a time", 1, min=1)
 
 

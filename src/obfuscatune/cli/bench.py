@@ -48,7 +48,7 @@ def command(
 ) -> None:
     """Measure protected models of true sizes (random weights) against plain, alternating in one run.
 
-    Of a directory its configuration is taken, not its weights.
+    From a directory, only the configuration is read, not the weights.
     """
     # Torch and transformers take seconds to import; --help and a misspelt option need neither.
     from obfuscatune.studies.bench.report import cost_rows, footprint_rows, to_dict, to_markdown

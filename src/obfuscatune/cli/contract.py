@@ -32,7 +32,7 @@ class ProposeOptions(TrainingSettings, PartyOptions, ConfigOptions):
     output: Path | None = option("the job file, which must not exist; default: job.json in your folder", None)
     profile: str = option(f"what the worker may see: one of {', '.join(PROFILES)}", "enclave")
     worker: list[str] | None = option(
-        "FINGERPRINT=OPERATOR of a worker that takes part, repeatable; of shared default: those of your terms", None
+        "FINGERPRINT=OPERATOR of a worker that takes part, repeatable; default under shared: those of your terms", None
     )
     dtype: Literal["float32", "float64", "bfloat16"] = option("of the weights", "float32")
     max_new_tokens: int = option("longest completion of a prompt", 32, min=1)
@@ -40,7 +40,7 @@ class ProposeOptions(TrainingSettings, PartyOptions, ConfigOptions):
     generations_to: list[str] | None = option(f"who gets the completions: {_ROLES}; default: the owner", None)
     queries_by: list[str] | None = option(f"who may query the trained model: {_ROLES}; default: nobody", None)
     max_queries: int | None = option(f"how many prompts in all, with --queries_by; default: {_QUERIES}", None, min=0)
-    days: float = option("until it expires", 7.0, min=0.001, ceiling=3650)
+    days: float = option("days until the job expires", 7.0, min=0.001, ceiling=3650)
     switches: dict[str, Any] = field(default_factory=dict)
 
 

@@ -27,7 +27,7 @@ def command(
     max_steps: Annotated[int | None, typer.Option("--max_steps", min=1, help="fewer steps, for a quick look")] = None,
     materials_only: Annotated[
         bool,
-        typer.Option("--materials_only", help="write model, records and prompts, for trials of your own, and stop"),
+        typer.Option("--materials_only", help="only write model, records and prompts, for your own trials"),
     ] = False,
 ) -> None:
     """Fine-tune a bundled model on invented private records, in the clear and protected, and compare."""

@@ -25,9 +25,11 @@ class ServeOptions(ConfigOptions):
 
     platform: str = option(_PLATFORM)
     gpu: str | None = option("nvidia: show a report of this machine's confidential GPU too; or simulation:DIR", None)
-    state: Path = option("directory of sealed state, log and sealed files; on any disk")
+    state: Path = option("directory for the sealed state, the log and sealed files, on any disk")
     parties: Path = option("directory with the NAME.pub files of who may connect until the first job")
-    operator: Path | None = option("your NAME.pub, without whose signature nobody is admitted after that", None)
+    operator: Path | None = option(
+        "your NAME.pub; after the first job, nobody is admitted without your signature", None
+    )
     take_over: Path | None = option("enclave.pub of another enclave, whose state this one takes over first", None)
     escrow: bool = option(
         "without a sealing key (TDX): keep the state on the disk; all parties together can release it",
@@ -41,12 +43,15 @@ class ServeOptions(ConfigOptions):
     )
     listen: str = option("tls://HOST:PORT; port 0 for any", "tls://127.0.0.1:7443")
     worker: list[str] | None = option(
-        f"{WORKER_FORMS}; repeated, a job's workers are those that it names by fingerprint, or share the blocks", None
+        f"{WORKER_FORMS}; repeatable: a job uses those that it names by fingerprint, or all share the blocks",
+        None,
     )
     worker_identity: Path | None = option("NAME.key that a tls:// worker knows; default: the enclave's own", None)
     insecure: bool = option(INSECURE_HELP, False, flag="--insecure")
     timeout: float = option("seconds to wait for each reply of the worker", 600.0, min=1e-3, ceiling=1e6)
-    max_connections: int = option("strangers at once, and also parties; each costs a thread", 512, min=2)
+    max_connections: int = option(
+        "connections at once: so many of strangers, and as many of parties; each costs a thread", 512, min=2
+    )
     max_store_gb: float = option("GB that uploads may take on the disk", 100.0, min=0.001)
 
 

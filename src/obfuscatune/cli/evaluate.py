@@ -29,11 +29,11 @@ class EvaluateOptions(ProtectionOptions, ModelOptions, ConfigOptions):
     )
     task: list[str] = option("webqs, openbookqa, piqa or sciq; repeatable")
     data_dir: Path | None = option("directory of local JSONL, a folder for each task; default: the hub", None)
-    limit: int | None = option("first questions of each task only", None, min=1)
-    num_fewshot: int = option("examples in the prompt", 0, min=0)
-    batch_size: int = option("questions' choices scored together", 16, min=1)
+    limit: int | None = option("evaluate only the first N questions of each task", None, min=1)
+    num_fewshot: int = option("solved examples in each prompt", 0, min=0)
+    batch_size: int = option("choices scored together", 16, min=1)
     output_file: Path | None = option("new JSON file of the results, mode 0600", None)
-    per_item: bool = option("with ids and chosen indices of all items in it", False, flag="--per_item")
+    per_item: bool = option("write each item's id and choice into that file too", False, flag="--per_item")
 
 
 @takes(EvaluateOptions)

@@ -28,7 +28,7 @@ _LONGEST = 32
 _GENERATION: dict[str, Any] = {"rich_help_panel": "Generation"}
 _OF_HERE = ("dtype", "profile", "worker", "insecure", "device", "threads")
 _OF_ENCLAVE = ("party", "enclave", "policy", "allow_simulation")
-_ENCLAVE: dict[str, Any] = {"rich_help_panel": "With the model of a job, in the enclave that has run it"}
+_ENCLAVE: dict[str, Any] = {"rich_help_panel": "With the model of a job, in the enclave that ran it"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class GenerateOptions(ProtectionOptions, ConfigOptions):
         "directory, or name on the hub, of a PEFT adapter", None, callback=expand_home
     )
     prompt: list[str] | None = option("text to complete; repeatable", None)
-    prompt_file: Path | None = option("JSONL rows with a prompt, a text or a list of messages, or with messages", None)
+    prompt_file: Path | None = option("JSONL rows with a prompt (a text, or a list of messages) or with messages", None)
     chat: bool = option("treat text prompts as a user's messages, in the model's chat template", False, flag="--chat")
     output_file: Path | None = option("new JSONL file of prompts and completions, mode 0600", None)
     batch_size: int = option("prompts completed together", 8, min=1)
@@ -51,10 +51,10 @@ class GenerateOptions(ProtectionOptions, ConfigOptions):
         f"longest completion; {_LONGEST} if not given, or fewer where the job allows fewer", None, min=1, **_GENERATION
     )
     do_sample: bool = option("sample instead of taking the likeliest", False, flag="--do_sample", **_GENERATION)
-    temperature: float | None = option("of sampling, above 0", None, min=1e-6, ceiling=1e6, **_GENERATION)
-    top_p: float | None = option("of sampling, above 0 and at most 1", None, min=1e-6, ceiling=1, **_GENERATION)
+    temperature: float | None = option("temperature of sampling, above 0", None, min=1e-6, ceiling=1e6, **_GENERATION)
+    top_p: float | None = option("top-p of sampling, above 0 and at most 1", None, min=1e-6, ceiling=1, **_GENERATION)
     num_beams: int = option("beams of beam search", 1, min=1, ceiling=1024, **_GENERATION)
-    seed: int = option("of sampling; keys are never seeded", 42, min=0, ceiling=2**32 - 1, **_GENERATION)
+    seed: int = option("seed of sampling; keys are never seeded", 42, min=0, ceiling=2**32 - 1, **_GENERATION)
     job: Path | None = option("the job file", None, **_ENCLAVE)
     party: Path = option("your folder, whose party.toml names enclave, identity and policy", Path("."), **_ENCLAVE)
     enclave: str | None = option("its address, tls://HOST:PORT", None, **_ENCLAVE)

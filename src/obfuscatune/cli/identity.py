@@ -94,9 +94,9 @@ class RevokeOptions:
 
 @takes(RevokeOptions)
 def revoke(options: RevokeOptions) -> None:
-    """Write that an identity has ended, signed by it. There is no way back. Make one in time, and keep it elsewhere.
+    """Write a statement, signed by an identity, that ends it for good. Make it in time, and keep it elsewhere.
 
-    With --on it is an expiry, to be handed around with NAME.pub.
+    With --on it is an expiry date, to be sent out together with NAME.pub.
 
     The operator puts it into parties/: the enclave then lets nobody in by this identity and starts no job of it. A
     partner takes it with `party verify --partner NAME.succession`.

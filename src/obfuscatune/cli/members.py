@@ -118,10 +118,10 @@ class UpgradeOptions(EnclaveOptions):
     """Options of ``obfuscatune party upgrade``."""
 
     new_policy: Path = argument("TOML policy that accepts the new code, and nothing else; files it names are beside it")
-    file: Path = option("the statement: made if missing, or else signed too", Path("enclave.upgrade"))
-    to: str | None = option("address of the new enclave, which waits: no other one of that code may have it", None)
+    file: Path = option("file of the statement; made if missing, otherwise signed too", Path("enclave.upgrade"))
+    to: str | None = option("address of the new enclave, which waits there: no other enclave may take the state", None)
     days: float | None = option(
-        "days until it expires, by default 30; of a statement that is there: refuse it if it expires later",
+        "days until the statement expires, by default 30; one that exists is refused if it expires later",
         None,
         min=0.01,
         ceiling=3650,

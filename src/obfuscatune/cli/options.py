@@ -38,19 +38,19 @@ _SWITCH_HELP = {
     "inner_keys": "key family of what crosses inside attention and MLP, where these run in the enclave",
     "attention": "side that runs softmax and keeps the KV cache",
     "mlp": "side that runs the MLP's activation function",
-    "head_keys": "keys per head, with attention on the worker",
+    "head_keys": "a key for each head, with attention on the worker",
     "permute_mlp": "secret order of the MLP's neurons, with the MLP on the worker",
-    "fold_norms": "rows of constant norm for the worker",
+    "fold_norms": "fold norms into weights, so that the worker's rows have one norm",
     "lora_placement": "where the adapter and its optimizer are",
-    "enclave_blocks": "how many first blocks stay in the enclave",
+    "enclave_blocks": "the first N blocks stay in the enclave",
     "key_block": "block size of Monarch keys",
     "kappa": "condition number of conditioned keys",
     "head_kappa": "condition number of each head's key",
     "mix_rows": "mix the rows of each call with noise rows",
-    "mix_tile": "most columns that one secret mixes",
-    "verify": "check each product by a secret vector",
-    "weights": "keyed, as secret shares on several workers, or open on them",
-    "primes": "of secret shares: more is more precise; 0 by the model's dtype",
+    "mix_tile": "most columns that one secret matrix mixes",
+    "verify": "check each product of the worker with secret vectors",
+    "weights": "how workers hold weights: keyed, as secret shares, or in the clear",
+    "primes": "primes of secret shares, more for more precision; 0: by the model's dtype",
     "threshold": "how many workers with shares may collude",
     "spares": "how many workers with shares may fail",
     "rotate_stream": "all blocks in one call, under one rotation of the residual stream",
@@ -103,7 +103,7 @@ class ProtectionOptions:
         f"{WORKER_FORMS}; repeated, the workers share the blocks", None, rich_help_panel=PROTECTION
     )
     identity: Path | None = option(
-        "your NAME.key: for a worker at tls://, or a job's enclave", None, rich_help_panel=PROTECTION
+        "your NAME.key, for a worker at tls:// or for a job's enclave", None, rich_help_panel=PROTECTION
     )
     insecure: bool = option(INSECURE_HELP, False, flag="--insecure", rich_help_panel=PROTECTION)
     device: str | None = option("device of a spawned worker", None, rich_help_panel=PROTECTION)

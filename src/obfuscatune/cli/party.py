@@ -25,11 +25,11 @@ class InitOptions:
     """Options of ``obfuscatune party init``."""
 
     name: str = argument("how the others know you, for instance clinic")
-    role: Literal["provider", "owner"] = option("of the model, or of the data")
+    role: Literal["provider", "owner"] = option("who you are: provider of the model, or owner of the data")
     enclave: str = option("address of the enclave, tls://HOST:PORT")
     folder: Path = option("where it is made", Path("."))
     partner: Path | None = option("NAME.pub of the other party", None)
-    policy: Path | None = option("TOML file of which enclaves you accept; default: a template to fill", None)
+    policy: Path | None = option("TOML file that says which enclaves you accept; default: a template to fill in", None)
     passphrase: bool = option("ask for a passphrase, under which NAME.key is kept", False, flag="--passphrase")
     simulation: Path | None = option("root certificate of a simulator, to accept it: it protects nothing", None)
 
@@ -106,7 +106,7 @@ class SealOptions(PartyOptions):
 def seal(options: SealOptions) -> None:
     """Seal what is yours to the enclave, if your policy accepts it now, with your terms; KIND.card is for the partner.
 
-    Every row is checked first. Of a model pickles, code and links are refused.
+    Every row is checked first. In a model, pickles, code and links are refused.
     """
     from obfuscatune.parties.sealed.models import model_files
     from obfuscatune.training.loading import check_model

@@ -102,7 +102,7 @@ class CostOptions(ReproduceOptions):
     """Options of ``obfuscatune reproduce cost``."""
 
     sizes: list[str] | None = option(f"some of the preset's sizes, {_REPEATED}", None)
-    dtype: str = option("of weights and wire: float32 or bfloat16", "float32")
+    dtype: str = option("dtype of weights and wire: float32 or bfloat16", "float32")
     threads: int | None = option("CPU threads of each process; default: torch's", None, min=1)
 
 

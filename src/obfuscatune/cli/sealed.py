@@ -46,7 +46,7 @@ class OpenOptions:
     file: Path = argument("a sealed file", metavar="FILE")
     identity: Path = option("your NAME.key")
     output_dir: Path = option("new directory for what is in it, mode 0700")
-    sender: Path | None = option("NAME.pub of the only one from whom you take it", None)
+    sender: Path | None = option("NAME.pub of the sender that you expect; any other is refused", None)
 
 
 @takes(OpenOptions)

@@ -35,13 +35,13 @@ LEAST_TOKEN = 20  # characters
 class ServeOptions(ModelOptions, ProtectionOptions, ConfigOptions):
     """Options of ``obfuscatune serve``."""
 
-    adapter: list[str] | None = option("NAME=DIR of a PEFT adapter, asked for by that name; repeatable", None)
-    chat_template: Path | None = option("Jinja file, in place of the tokenizer's own template", None)
+    adapter: list[str] | None = option("NAME=DIR of a PEFT adapter, which clients ask for by NAME; repeatable", None)
+    chat_template: Path | None = option("Jinja file to use instead of the tokenizer's own template", None)
     host: str = option("address to listen on", "127.0.0.1", **_SERVER)
     port: int = option("port to listen on; 0 takes a free one", 8000, min=0, ceiling=65535, **_SERVER)
-    allowed_host: list[str] | None = option("further name that clients know it by; repeatable", None, **_SERVER)
+    allowed_host: list[str] | None = option("further host name that clients may use; repeatable", None, **_SERVER)
     token_file: Path | None = option(
-        "mode 0600, one token of access a line; default: a new one, printed once", None, **_SERVER
+        "file of access tokens, one a line, mode 0600; default: a new one, printed once", None, **_SERVER
     )
     ssl_certfile: Path | None = option("PEM file of a certificate, for https", None, **_SERVER)
     ssl_keyfile: Path | None = option("PEM file of its key", None, **_SERVER)
@@ -52,7 +52,7 @@ class ServeOptions(ModelOptions, ProtectionOptions, ConfigOptions):
     max_queue: int = option("requests that wait; more are answered 429", 64, min=1, **_LIMITS)
     max_new_tokens: int = option("longest completion", 512, min=1, **_LIMITS)
     request_seconds: float = option(
-        "that a request may take, waiting included", 300.0, min=1e-3, ceiling=1e6, **_LIMITS
+        "seconds that a request may take, waiting included", 300.0, min=1e-3, ceiling=1e6, **_LIMITS
     )
 
 

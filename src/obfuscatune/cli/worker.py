@@ -33,19 +33,22 @@ class WorkerOptions:
     insecure: bool = option(INSECURE_HELP, False, flag="--insecure")
     device: str = option("where keyed weights live: cpu, cuda, cuda:1", "cpu")
     threads: int | None = option("CPU threads of each session; default: torch's", None, min=1)
-    max_sessions: int = option("enclaves served at once, each by a process; others wait in a queue", 1, min=1)
+    max_sessions: int = option("enclaves served at once, each by a process of its own; others wait", 1, min=1)
     memory_gb: float | None = option(
-        "GB that each session may take; default: what is free, in equal shares", None, min=0.001
+        "GB that each session may take; default: an equal share of the free memory", None, min=0.001
     )
-    sandbox: Literal["auto", "bubblewrap", "none"] = option("no network, no files; auto: if available", "auto")
+    sandbox: Literal["auto", "bubblewrap", "none"] = option(
+        "run sessions without network and files; auto: where bubblewrap is there", "auto"
+    )
 
 
 @takes(WorkerOptions)
 def command(options: WorkerOptions) -> None:
     """Serve enclaves, until Ctrl-C or SIGTERM.
 
-    The worker gets no key, no token and no text. At tls:// it shows its identity, and refuses who is not allowed; it
-    prints the address to give to the enclaves, with its fingerprint.
+    The worker gets no key, no token and no text. At tls:// it lets in only those that --allow names.
+
+    It prints the address to give to the enclaves, with its fingerprint.
     """
     from obfuscatune.worker.outside import arguments_of, run
 
