@@ -90,7 +90,7 @@ class Address:
                 got=str(self),
                 expected=f"tls://, or {flag} where nobody else can reach the link",
                 hint="who listens on the path reads keyed weights and activations, LoRA factors and all sizes; who "
-                "stands in it can change results. docs/deployment.md sets up tls:// in five commands",
+                "stands in it can change results. docs/deployment.md shows how to set up tls://",
             )
 
 
