@@ -99,6 +99,20 @@ def test_members_come_and_go(serving: Serving, run: Run, tmp_path: Path) -> None
     assert run(LAB, "agree", "broken.change")[0] == 2
 
 
+def test_a_new_change_replaces_no_file(serving: Serving, run: Run, tmp_path: Path) -> None:
+    serving.members.found()
+    assert run(LAB, "admit", "stranger.pub")[0] == 0
+    assert run(CLINIC, "agree", "membership-1.change")[0] == 0
+    kept = {name: (tmp_path / name).read_bytes() for name in ("membership-1.change", "lab.key")}
+    for words in (("admit", "stranger.pub"), ("remove", "clinic")):  # of the same number
+        code, said = run(LAB, *words)
+        assert code == 2 and "file is there already (at membership-1.change)" in said and "party agree" in said
+        code, said = run(LAB, *words, "--output", "lab.key")
+        assert code == 2 and "file is there already (at --output lab.key)" in said
+    assert kept == {name: (tmp_path / name).read_bytes() for name in kept}
+    assert run(OPERATOR, "agree", "membership-1.change")[0] == 0  # with all that were in it
+
+
 def test_an_upgrade(serving: Serving, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     serving.members.found()
     hardware = tmp_path / "new-hardware"
@@ -134,8 +148,13 @@ def test_an_upgrade(serving: Serving, run: Run, tmp_path: Path, monkeypatch: pyt
         (tmp_path / "other.upgrade").write_bytes(encode({"signatures": {}, "upgrade": {**term, **change}}))
         code, said = run(CLINIC, "upgrade", policy, "--file", "other.upgrade", "--yes")
         assert code in (1, 2) and fault in said, said
+    code, said = run(OPERATOR, "upgrade", policy)  # with this signature no enclave would take it
+    assert code == 1 and "parties of the enclave alone: got operator" in said and "need not sign" in said
+    code, said = run(OPERATOR, "upgrade", policy, "--file", "its.upgrade")
+    assert code == 1 and not (tmp_path / "its.upgrade").exists()
+    assert (tmp_path / "enclave.upgrade").read_bytes() == statement
     code, said = run(STRANGER, "upgrade", policy, "--file", "enclave.upgrade")  # no member: it is told nothing
-    assert code == 0 and "who else must sign is not known" in said
+    assert code == 0 and "who else must sign is not known" in said and "makes the statement void" in said
     (tmp_path / "enclave.upgrade").write_bytes(statement)
     assert "needs signatures of clinic" in run(LAB, "upgrade", policy)[1]  # once more, and told as at the first time
     code, said = run(CLINIC, "upgrade", policy)

@@ -3,6 +3,7 @@
 # ruff: noqa: RUF009 - option() makes a field, which is what the rule wants there
 
 import datetime
+import os
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from obfuscatune.cli.connecting import EnclaveOptions
 from obfuscatune.cli.options import argument, option, takes
-from obfuscatune.cli.output import check_parent
+from obfuscatune.cli.output import check_new_file, check_parent
 from obfuscatune.errors import ConsentError, ObfuscatuneError, UsageError
 
 if TYPE_CHECKING:
@@ -53,12 +54,12 @@ def admit(options: AdmitOptions) -> None:
     from obfuscatune.parties.change import Member
     from obfuscatune.parties.identity import PublicIdentity
 
-    _check_output(options.output, "--output")
+    check_new_file(options.output, "--output")
     enclave = options.client()
     newcomer = Member(PublicIdentity.load(options.public), "operator" if options.operator else "party")
     signed = enclave.propose_change("admit", newcomer)
     print(f"{signed.change}  {newcomer.identity.fingerprint}")
-    _pass_on(enclave, signed, options.output or options.party / f"membership-{signed.change.number}.change")
+    _pass_on(enclave, signed, options.output or options.party / f"membership-{signed.change.number}.change", new=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +74,7 @@ class RemoveOptions(EnclaveOptions):
 @takes(RemoveOptions)
 def remove(options: RemoveOptions) -> None:
     """Sign the removal of a party. Its connections, queries and jobs end, and its sealed inputs are removed."""
-    _check_output(options.output, "--output")
+    check_new_file(options.output, "--output")
     enclave = options.client()
     found = [
         member.identity.fingerprint
@@ -85,7 +86,7 @@ def remove(options: RemoveOptions) -> None:
         raise UsageError("member", got=options.member, expected="one of the members", hint=hint)
     _ask(f"remove {options.member} ({found[0][:16]})", options.yes)
     signed = enclave.propose_change("remove", found[0])
-    _pass_on(enclave, signed, options.output or options.party / f"membership-{signed.change.number}.change")
+    _pass_on(enclave, signed, options.output or options.party / f"membership-{signed.change.number}.change", new=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,9 +138,9 @@ def upgrade(options: UpgradeOptions) -> None:
     """
     from obfuscatune.parties.attestation.policy import Policy
     from obfuscatune.parties.files import read_small
-    from obfuscatune.parties.upgrade import MAX_BYTES, Upgrade
+    from obfuscatune.parties.upgrade import MAX_BYTES, Upgrade, signers
 
-    _check_output(options.file, "--file")
+    check_parent(options.file, f"--file {options.file}")
     client, memberships, now = options.client(), [], time.time()
     to, untold = None, "the enclave of the statement does not answer at this address"
     if options.to is not None:
@@ -167,6 +168,11 @@ def upgrade(options: UpgradeOptions) -> None:
         memberships = [client.members().membership]
         enclave, days = memberships[0].enclave, 30.0 if options.days is None else options.days
         statement = Upgrade.make(enclave, options.new_policy, days=days, to=to)
+    # One signature too many, and the enclave refuses the statement.
+    me, needed = client.identity.public, list(signers(memberships).values())
+    if memberships and me not in needed:
+        got, hint = f"{me.name} {me.fingerprint[:16]}", "an operator need not sign; a party signs as who it is now"
+        raise ConsentError("an upgrade is signed by parties of the enclave alone", got=got, hint=hint)
     policy: Policy = statement.load_policy()
     for name, values in sorted(policy.measurements.items()):
         print(f"{name:12} {' or '.join(sorted(values))}")
@@ -181,6 +187,7 @@ def upgrade(options: UpgradeOptions) -> None:
     print(f"signed   {options.file}{f', which needs signatures of {lacking}' if lacking else ''}")
     if not memberships:
         print(f"who else must sign is not known: {untold}", file=sys.stderr)
+        print("if you never were a party of it, your signature makes the statement void", file=sys.stderr)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,12 +242,6 @@ def _moment(seconds: int) -> str:
     return f"{datetime.datetime.fromtimestamp(seconds, datetime.UTC):%Y-%m-%d %H:%M} UTC"
 
 
-def _check_output(path: Path | None, option: str) -> None:
-    """Refuse a place for a statement that could not be written; what is there is replaced."""
-    if path is not None:
-        check_parent(path, f"{option} {path}")
-
-
 def _write(path: Path, data: bytes) -> None:
     from obfuscatune.durable import rename, write_private
 
@@ -252,13 +253,16 @@ def _write(path: Path, data: bytes) -> None:
         raise ObfuscatuneError("cannot write it", got=error.strerror, where=str(path)) from None
 
 
-def _pass_on(enclave: "Enclave", signed: "SignedChange", path: Path) -> None:
-    """Hand a change in if enough have signed it, or else write it for the others."""
+def _pass_on(enclave: "Enclave", signed: "SignedChange", path: Path, *, new: bool = False) -> None:
+    """Hand a change in if enough have signed it, or else write it for the others; a ``new`` one replaces no file."""
     lacking = enclave.lacking(signed)
     if not lacking:
         enclave.change(signed)
         print(f"done     membership {signed.change.number}  {signed.change.digest}")
         return
+    if new and os.path.lexists(path):  # another change, perhaps with signatures of others that nobody has elsewhere
+        hint = f"obfuscatune party agree {path} if it is this change; or else --output of another name"
+        raise UsageError("file is there already", where=str(path), hint=hint)
     _write(path, signed.to_bytes())
     print(f"needs    {lacking}")
     print(f"give     {path} to another member: obfuscatune party agree {path.name}")

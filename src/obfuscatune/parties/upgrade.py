@@ -133,7 +133,8 @@ class Upgrade:
         message = encode(self._fields())
         for name, signature in self.signatures.items():
             if name not in known or not known[name].verify(signature, _CONTEXT, message):
-                raise SealError("a signature that is no party's, or not of this upgrade", got=name[:16])
+                what, hint = "a signature that is no party's, or not of this upgrade", "make it anew, for parties alone"
+                raise SealError(what, got=name[:16], hint=f"{hint}: obfuscatune party upgrade")
         lacking = self.lacking(memberships)
         if lacking:
             hint = "who does not sign seals anew, to the new enclave"
