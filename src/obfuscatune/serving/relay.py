@@ -289,8 +289,8 @@ class Enclave:
 
 
 def _is_full(error: ObfuscatuneError) -> bool:
-    """Whether this party has as many queries in the enclave as it may."""
-    return isinstance(error, BusyError) and error.what == TOO_MANY
+    """Whether this party has as many queries in the enclave as it may; over the channel all of a text is its `what`."""
+    return isinstance(error, BusyError) and error.what.startswith(TOO_MANY)
 
 
 def is_away(error: ObfuscatuneError) -> bool:
