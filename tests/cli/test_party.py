@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import errno
 import functools
 import io
 import os
@@ -308,6 +309,24 @@ def test_what_replaces_a_file_is_on_the_disk_before(
     assert done.code == 0 and f"party agree {clinic}/clinic.succession --identity {clinic}/clinic.key" in done.out
     assert {Path(target).name for _, target in replaced} == {"party.toml", "terms.toml", "job.json"}
     assert {source for source, _ in replaced} <= synced and str(clinic) in synced
+
+
+def test_a_full_disk_leaves_nothing_half_written(
+    sealed: tuple[Path, Path], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab, clinic = sealed
+    assert propose(lab, clinic, run, "--max_steps", 1).code == 0
+    before = {path.name: path.read_bytes() for path in clinic.iterdir() if path.is_file()}
+
+    def full(_: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("obfuscatune.cli.contract.sync", full)
+    monkeypatch.setattr("obfuscatune.parties.folder.sync", full)
+    for words in (("job", "sign", "--yes"), ("party", "verify", "--partner", lab / "lab.pub")):
+        done = run(*words, "--party", clinic)
+        assert done.code == 1 and "No space left on device" in done.err, done.err
+        assert {path.name: path.read_bytes() for path in clinic.iterdir() if path.is_file()} == before
 
 
 def test_a_job_that_has_expired_is_not_signed(sealed: tuple[Path, Path], run: Run) -> None:

@@ -141,9 +141,12 @@ def _write(path: Path, signed: "SignedJob", *, new: bool = False) -> None:
             write_new(path, signed.to_bytes(), mode=0o644)
             return
         beside = path.with_name(f".{path.name}.new")
-        beside.write_bytes(signed.to_bytes())
-        sync(beside)
-        rename(beside, path)
+        try:
+            beside.write_bytes(signed.to_bytes())
+            sync(beside)
+            rename(beside, path)
+        finally:
+            beside.unlink(missing_ok=True)
     except FileExistsError:
         raise UsageError("file is there already", where=str(path), hint="--output of another name") from None
     except OSError as error:

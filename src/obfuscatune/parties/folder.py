@@ -97,9 +97,12 @@ class Folder:
     def write(self) -> None:
         """Write party.toml as this record is. Raises OSError."""
         beside = self.folder / f".{FILE}.new"
-        beside.write_text(self.to_toml(), encoding="utf-8")
-        sync(beside)
-        rename(beside, self.folder / FILE)
+        try:
+            beside.write_text(self.to_toml(), encoding="utf-8")
+            sync(beside)
+            rename(beside, self.folder / FILE)
+        finally:
+            beside.unlink(missing_ok=True)
 
     def to_toml(self) -> str:
         """Return the text of party.toml; raises UsageError for a path that it cannot hold."""
