@@ -130,6 +130,14 @@ def test_what_the_verifier_asks_for_must_be_there(simulated_tdx, asked: dict, ru
     assert failed(verdict) == [rule]
 
 
+def test_a_clock_that_is_ahead_is_told_as_such(simulated_tdx) -> None:
+    now = time.time()
+    verdict = judge(evidence(simulated_tdx), policy(simulated_tdx), now=now - 600)
+    told = next(rule for rule in verdict.rules if rule.name == "age")
+    assert told.got.endswith(" s ahead") and not told.got.startswith("-")
+    assert told.expected == "at most 600 s, and at most 60 s ahead of this machine's clock"
+
+
 def test_what_is_not_asked_for_is_said_not_to_be_judged(simulated_tdx) -> None:
     verdict = judge(evidence(simulated_tdx), policy(simulated_tdx))
     assert verdict.accepted

@@ -164,4 +164,5 @@ def _same(name: str, got: str, expected: str | None, otherwise: str) -> Rule:
 def _age(issued: int, policy: Policy, now: float) -> Rule:
     age = int(now) - issued
     fresh = -CLOCK_SKEW_SECONDS <= age <= policy.max_age_seconds
-    return Rule("age", fresh, f"{age} s", f"at most {policy.max_age_seconds} s")
+    expected = f"at most {policy.max_age_seconds} s, and at most {CLOCK_SKEW_SECONDS} s ahead of this machine's clock"
+    return Rule("age", fresh, f"{age} s" if age >= 0 else f"{-age} s ahead", expected)
