@@ -93,6 +93,8 @@ def test_members_come_and_go(serving: Serving, run: Run, tmp_path: Path) -> None
     code, said = run(STRANGER, "remove", "stranger")
     assert code == 0 and "done     membership 2" in said
     assert run(STRANGER, "members")[0] == 1
+    code, said = run(LAB, "members")  # who has left is still told by name
+    assert f"remove stranger ({STRANGER.public.fingerprint[:16]})  signed by stranger" in said
     code, said = run(OPERATOR, "agree", "membership-2.change")  # another change has come in between
     assert code == 1 and "not the next change" in said and "make the change anew" in said
     (tmp_path / "broken.change").write_text("{}")

@@ -25,15 +25,20 @@ YES = "sign without being asked"
 @takes(EnclaveOptions)
 def members(options: EnclaveOptions) -> None:
     """Show who may connect, and the signed changes that led to this; all of them are checked."""
+    from obfuscatune.parties.change import Member
+
     known = options.client().members()
     print("open: until the first job the operator's directory says who is in" if known.is_open else "closed")
     for member in known.membership.members:
         print(f"{member.role:9}{member.identity.name}  {member.identity.fingerprint}")
     names = {member.identity.fingerprint: member.identity.name for member in known.membership.members}
     for signed in () if known.is_open else known.chain:
+        change, subject = signed.change, signed.change.subject
+        came = subject if isinstance(subject, tuple) else (subject,)  # who has left is told by name too
+        names |= {each.identity.fingerprint: each.identity.name for each in came if isinstance(each, Member)}
         by = ", ".join(names.get(name, name[:16]) for name in signed.signatures)
-        change = signed.change
-        print(f"{change.number:4}  {change.digest[:16]}  {change}{f'  signed by {by}' if by else ''}")
+        what = f"{change.act} {names[subject]} ({subject[:16]})" if subject in names else str(change)
+        print(f"{change.number:4}  {change.digest[:16]}  {what}{f'  signed by {by}' if by else ''}")
 
 
 @dataclass(frozen=True, kw_only=True)
