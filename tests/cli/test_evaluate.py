@@ -155,6 +155,15 @@ def test_bad_options_write_nothing(run: Run, model_dir: Path, data_dir: Path, tm
         assert message in outcome.err
     assert existing.read_text() == "kept"
 
+    for missing, message in (
+        (tmp_path / "none", "no such data directory"),
+        (data_dir, "no held-out rows of task piqa"),
+    ):
+        # No such model either: the data is looked at first, before a model is loaded for minutes.
+        outcome = run("evaluate", "--model_name_or_path", tmp_path / "x", "--task", "piqa", "--data_dir", missing)
+        assert (outcome.code, outcome.out) == (2, "")
+        assert message in outcome.err
+
     finetune = ("finetune", "--model_name_or_path", model_dir, "--output_dir", tmp_path / "out")
     for arguments, message in (
         ((), "no training rows"),

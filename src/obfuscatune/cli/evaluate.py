@@ -39,11 +39,12 @@ class EvaluateOptions(ProtectionOptions, ModelOptions, ConfigOptions):
 @takes(EvaluateOptions)
 def command(options: EvaluateOptions) -> None:
     """Evaluate tasks with lm-evaluation-harness' prompts and metrics; results go to stdout, all else to stderr."""
-    from obfuscatune.studies.tasks.catalogue import check_tasks, require_harness
+    from obfuscatune.studies.tasks.catalogue import check_data, check_tasks, require_harness
 
     names = check_tasks(options.task)
     _check_output(options)
     require_harness()
+    check_data(names, options.data_dir, options.num_fewshot)
     from obfuscatune.studies.tasks.harness import ProtectedLM, evaluate
 
     with ProtectedLM(

@@ -94,7 +94,7 @@ def _check(arguments: Any, data_dir: Path | None) -> None:
     """Raise what the harness would say with a traceback."""
     from lm_eval.config.evaluate_config import EvaluatorConfig
 
-    from obfuscatune.studies.tasks.catalogue import TASKS, check_examples
+    from obfuscatune.studies.tasks.catalogue import TASKS, check_data
 
     try:
         config = EvaluatorConfig.from_cli(arguments)
@@ -104,4 +104,4 @@ def _check(arguments: Any, data_dir: Path | None) -> None:
         raise UsageError("no task", expected="--tasks NAME,NAME")
     if arguments.model == "obfuscatune" and "pretrained" not in config.model_args:
         raise UsageError("no model", expected="--model_args pretrained=DIR")
-    check_examples([name for name in config.tasks if name in TASKS], data_dir, config.num_fewshot or 0)
+    check_data([name for name in config.tasks if name in TASKS], data_dir, config.num_fewshot or 0)

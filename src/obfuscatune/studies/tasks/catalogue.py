@@ -75,20 +75,23 @@ def check_tasks(names: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def check_examples(names: Sequence[str], data_dir: str | Path | None, count: int) -> None:
-    """Refuse so many examples in the prompt of each task where the harness has not as many.
+def check_data(names: Sequence[str], data_dir: str | Path | None, count: int) -> None:
+    """Refuse, before a model is loaded, local rows that are not there, and prompts with more examples than there are.
 
     Raises:
-        UsageError: too few training rows; or webqs, whose several right answers the harness cannot write there.
+        UsageError: no rows of a task; too few for ``count`` examples in a prompt; or webqs, whose several right answers
+            the harness cannot write there. DataError: a bad row.
     """
     if count and "webqs" in names:
         raise UsageError("webqs has no few-shot prompt in the harness", got=f"num_fewshot={count}", expected="0")
-    if not count or data_dir is None:
+    if data_dir is None:
         return
+    if not Path(data_dir).is_dir():
+        raise UsageError("no such data directory", where=f"--data_dir {data_dir}")
     for name in names:
         found = len(read_splits(name, data_dir).training)
         # Of a task without a test split the harness draws one more, in case that it draws the question itself.
-        needed = count + (name == "piqa")
+        needed = count and count + (name == "piqa")
         if found < needed:
             got, expected = f"{found} training rows of {name}", f"at least {needed}"
             hint = "train.jsonl, or a smaller num_fewshot"

@@ -21,7 +21,7 @@ from obfuscatune.enclave.protect import protect
 from obfuscatune.enclave.protected import Protected
 from obfuscatune.errors import UsageError
 from obfuscatune.profiles import SWITCHES
-from obfuscatune.studies.tasks.catalogue import check_examples, check_tasks, packaged_configs, write_configs
+from obfuscatune.studies.tasks.catalogue import check_data, check_tasks, packaged_configs, write_configs
 from obfuscatune.training.data import Row
 from obfuscatune.training.encoding import check_embedded, vocabulary_of
 from obfuscatune.training.finite import FiniteScores, check_logits
@@ -187,10 +187,10 @@ def evaluate(
         data_dir: of local JSONL, see `read_splits`; the hub otherwise. limit: first documents of each task only.
 
     Raises:
-        UsageError: unknown task, no data, or examples in the prompt that `check_examples` refuses.
+        UsageError: unknown task, no data, or examples in the prompt that `check_data` refuses.
     """
     names = check_tasks(tasks)
-    check_examples(names, data_dir, num_fewshot)
+    check_data(names, data_dir, num_fewshot)
     with _quiet():
         found = simple_evaluate(
             model=lm,
