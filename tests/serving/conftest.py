@@ -23,7 +23,7 @@ from obfuscatune.profiles import resolve
 from obfuscatune.serving.app import build_app
 from obfuscatune.serving.batcher import Batcher
 from obfuscatune.serving.handlers import offer
-from obfuscatune.serving.limits import Limits
+from obfuscatune.serving.limits import ServerLimits
 from obfuscatune.serving.metrics import Metrics
 from obfuscatune.serving.models import ServedModel, serve_model
 from obfuscatune.serving.server import Server, listen
@@ -116,7 +116,7 @@ class Running:
 
 @contextmanager
 def serving(
-    served: ServedModel, limits: Limits, *, tls: dict[str, str] | None = None, **changes: Any
+    served: ServedModel, limits: ServerLimits, *, tls: dict[str, str] | None = None, **changes: Any
 ) -> Iterator[Running]:
     """Serve in a thread, with the real uvicorn on a real socket; ``changes`` are of the offer."""
     metrics = Metrics()
@@ -158,7 +158,7 @@ def open_served(model_dir: Path, adapter_dirs: dict[str, str]) -> Iterator[Calla
 @pytest.fixture(scope="session")
 def server(open_served: Callable[[str], ServedModel]) -> Iterator[Running]:
     """A server under ``balanced`` with the usual limits."""
-    with serving(open_served("balanced"), Limits()) as running:
+    with serving(open_served("balanced"), ServerLimits()) as running:
         yield running
 
 

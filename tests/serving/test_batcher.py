@@ -17,7 +17,7 @@ from obfuscatune.errors import NotFiniteError, UnsupportedModelError
 from obfuscatune.profiles import resolve
 from obfuscatune.serving.batcher import TURN_STEPS, Batcher
 from obfuscatune.serving.generation import Generation
-from obfuscatune.serving.limits import Limits
+from obfuscatune.serving.limits import ServerLimits
 from obfuscatune.serving.metrics import Metrics
 from obfuscatune.serving.models import ServedModel, serve_model
 from obfuscatune.serving.refusal import Refusal
@@ -63,7 +63,7 @@ def run(tokenizer: Any) -> Callable[..., list[Row]]:
         model.tokenizer = padding
 
         async def scene() -> list[Row]:
-            batcher = Batcher(model, Limits(max_batch=max_batch, max_queue=len(asked)), Metrics())  # type: ignore[arg-type]
+            batcher = Batcher(model, ServerLimits(max_batch=max_batch, max_queue=len(asked)), Metrics())  # type: ignore[arg-type]
             rows = []
             for number, (adapter, longest) in enumerate(asked):
                 text = Text(tokenizer)
@@ -126,7 +126,7 @@ def test_a_worker_that_stands_still_keeps_neither_a_client_nor_the_end_of_the_se
     model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("obfuscatune.enclave.lifetime.ENDING_SECONDS", 0.1)
-    limits, metrics = Limits(seconds=0.5, drain_seconds=0), Metrics()
+    limits, metrics = ServerLimits(seconds=0.5, drain_seconds=0), Metrics()
     protection = {"profile": resolve("balanced"), "worker": "spawn", "threads": 1, "timeout": 600.0}
 
     async def scene(served: ServedModel, batcher: Batcher) -> None:

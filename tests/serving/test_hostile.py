@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, PrivateFormat
 
-from obfuscatune.serving.limits import Limits
+from obfuscatune.serving.limits import ServerLimits
 from obfuscatune.serving.text import Text
 
 from .conftest import TOKEN, Running, serving
@@ -32,7 +32,7 @@ HOST = "Host: 127.0.0.1\r\n"
 @pytest.fixture(scope="module")
 def small(open_served) -> Iterator[Running]:
     """A server with little patience."""
-    limits = Limits(
+    limits = ServerLimits(
         head_seconds=0.5, body_seconds=0.5, send_seconds=0.5, body_bytes=4096, header_bytes=8192, connections=40
     )
     with serving(open_served("balanced"), limits) as running:
@@ -212,7 +212,7 @@ def test_connections_that_never_begin_tls_end_soon(open_served, tmp_path: Path) 
         key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, serialization.NoEncryption())
     )
     files = {"certificate": str(tmp_path / "cert.pem"), "key": str(tmp_path / "key.pem")}
-    limits = Limits(head_seconds=1, connections=20)
+    limits = ServerLimits(head_seconds=1, connections=20)
     trusted = ssl.create_default_context(cafile=files["certificate"])
     with serving(open_served("balanced"), limits, tls=files) as server, contextlib.ExitStack() as stack:
 
@@ -318,7 +318,7 @@ def test_nothing_of_an_answer_is_logged_by_asyncio_s_debug_mode(
     open_served, monkeypatch: pytest.MonkeyPatch, verbose: Callable[[], str]
 ) -> None:
     monkeypatch.setattr(Text, "push", lambda self, token: "wombat")
-    with serving(open_served("balanced"), Limits()) as server:
+    with serving(open_served("balanced"), ServerLimits()) as server:
         for stream in (False, True):
             body = {"model": "base", "prompt": "quokka", "max_tokens": 3, "stream": stream}
             assert server.post("/v1/completions", body).status_code == 200

@@ -24,7 +24,7 @@ from obfuscatune.profiles import resolve
 from obfuscatune.serving.claims import describe
 from obfuscatune.serving.generation import Manager, Ready
 from obfuscatune.serving.handlers import ChatHandler, TextHandler
-from obfuscatune.serving.limits import Limits
+from obfuscatune.serving.limits import ServerLimits
 from obfuscatune.serving.models import ServedModel, _take_defaults, serve_model
 from obfuscatune.serving.prompts import Prompts
 from obfuscatune.serving.refusal import Refusal
@@ -83,7 +83,7 @@ def test_other_profiles_give_the_same(profile: str, model_dir, adapter_dirs, exp
     requests = [(("base", "clinic")[n % 2], f"prompt {n} " * (1 + n % 3), 12) for n in range(8)]
     with (
         serve_model(str(model_dir), "float32", adapters, protection, None) as served,
-        serving(served, Limits(max_batch=3)) as server,
+        serving(served, ServerLimits(max_batch=3)) as server,
     ):
         assert asyncio.run(ask_all(server, requests)) == [expect(*request) for request in requests]
 
@@ -325,7 +325,7 @@ def held(open_served: Callable[[str], ServedModel], monkeypatch: pytest.MonkeyPa
 
 def test_clients_that_leave_free_their_places(held: Held) -> None:
     served, go = held
-    with serving(served, Limits(max_batch=1)) as server, ExitStack() as stack:
+    with serving(served, ServerLimits(max_batch=1)) as server, ExitStack() as stack:
         body = json.dumps({"model": "lab", "prompt": "go", "max_tokens": 90}).encode()
         head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {TOKEN}\r\n"
         clients = [stack.enter_context(server.connect()) for _ in range(3)]
@@ -343,7 +343,7 @@ def test_clients_that_leave_free_their_places(held: Held) -> None:
 
 
 def test_a_client_that_leaves_within_its_body_is_no_fault_of_the_server(open_served) -> None:
-    with serving(open_served("balanced"), Limits()) as server:
+    with serving(open_served("balanced"), ServerLimits()) as server:
         with server.connect() as client:
             head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {TOKEN}\r\n"
             client.sendall(f'{head}Content-Length: 50\r\n\r\n{{"model"'.encode())
@@ -356,7 +356,7 @@ def test_one_that_ends_with_the_context_and_a_longer_one_share_a_batch(
 ) -> None:
     served, go = held
     requests = [("base", "wait", 1), ("base", "x" * 90, 6), ("base", "zebra", 60)]
-    with serving(served, Limits()) as server:
+    with serving(served, ServerLimits()) as server:
 
         async def ask() -> list[str]:
             asked = [asyncio.ensure_future(ask_all(server, [request])) for request in requests]
@@ -370,7 +370,7 @@ def test_one_that_ends_with_the_context_and_a_longer_one_share_a_batch(
 
 def test_a_full_queue_is_429_and_those_in_it_are_answered(held: Held, expect) -> None:
     served, go = held
-    with serving(served, Limits(max_batch=1, max_queue=2)) as server:
+    with serving(served, ServerLimits(max_batch=1, max_queue=2)) as server:
         replies: list[str] = []
 
         def ask() -> None:
@@ -392,7 +392,7 @@ def test_a_full_queue_is_429_and_those_in_it_are_answered(held: Held, expect) ->
 
 @pytest.mark.parametrize("seconds", [0.0, 0.03])  # while its tokens are made, and while it is computed
 def test_a_request_ends_when_its_time_is_over(open_served, seconds: float) -> None:
-    with serving(open_served("balanced"), Limits(seconds=seconds)) as server:
+    with serving(open_served("balanced"), ServerLimits(seconds=seconds)) as server:
         with pytest.raises(openai.InternalServerError) as caught:
             server.openai.completions.create(model="base", prompt="late", max_tokens=80)
         assert (caught.value.status_code, caught.value.code) == (504, "timeout")
@@ -422,8 +422,8 @@ class Failing(Manager):
 
 def test_pieces_that_come_with_an_error_are_kept_apart_from_it(open_served) -> None:
     served = open_served("balanced")
-    parts = (served, Limits(), Prompts(served.tokenizer), lambda name, field: Failing())
-    with serving(served, Limits(), text=TextHandler(*parts), chat=ChatHandler(*parts)) as server:
+    parts = (served, ServerLimits(), Prompts(served.tokenizer), lambda name, field: Failing())
+    with serving(served, ServerLimits(), text=TextHandler(*parts), chat=ChatHandler(*parts)) as server:
         text = server.openai.completions.create(model="base", prompt="x", stream=True)
         messages = [{"role": "user", "content": "x"}]
         chat = server.openai.chat.completions.create(model="base", messages=messages, stream=True)
@@ -447,7 +447,7 @@ def test_a_long_prompt_holds_up_nobody_else(open_served, monkeypatch: pytest.Mon
         return make(self, text)
 
     monkeypatch.setattr(Prompts, "text", slowly)
-    with serving(open_served("balanced"), Limits(max_queue=1)) as server:
+    with serving(open_served("balanced"), ServerLimits(max_queue=1)) as server:
         codes: list[int] = []
         body = {"model": "base", "prompt": "x", "max_tokens": 1}
         thread = threading.Thread(target=lambda: codes.append(server.post("/v1/completions", body).status_code))
@@ -473,7 +473,7 @@ def test_what_is_not_done_when_the_server_ends_is_told(held: Held) -> None:
         except openai.APIError as error:
             outcomes.append(f"stream {error.code}")
 
-    with serving(served, Limits(drain_seconds=0, max_batch=1)) as server:
+    with serving(served, ServerLimits(drain_seconds=0, max_batch=1)) as server:
         threads = [threading.Thread(target=ask, args=(stream,)) for stream in (False, True, False, True)]
         for thread in threads:
             thread.start()
@@ -580,7 +580,7 @@ def test_a_failed_worker_is_told_and_ends_the_server(model_dir) -> None:
     protection = {"profile": resolve("balanced"), "worker": ["spawn"], "threads": 1, "timeout": 60.0}
     with (
         serve_model(str(model_dir), "float32", {}, protection, None) as served,
-        serving(served, Limits()) as server,
+        serving(served, ServerLimits()) as server,
     ):
         served.protected.session.close()
         with pytest.raises(openai.InternalServerError) as caught:
@@ -597,7 +597,7 @@ def test_a_worker_for_whom_a_spare_stands_in_ends_nothing(
     protection = {"profile": resolve("shared", spares=1), "worker": ["spawn"], "threads": 1, "timeout": 60.0}
     with (
         serve_model(str(model_dir), "float32", {}, protection, None) as served,
-        serving(served, Limits()) as server,
+        serving(served, ServerLimits()) as server,
     ):
         shown = server.get("/v1/protection").json()["shown"]
         assert any("4 workers on one machine protect nothing" in text for text in shown)

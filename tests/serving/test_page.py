@@ -10,7 +10,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
-from obfuscatune.serving.limits import Limits
+from obfuscatune.serving.limits import ServerLimits
 
 from .conftest import TOKEN, Running, serving
 
@@ -101,7 +101,7 @@ def test_an_error_is_shown_and_the_question_kept(browser: Driver, server: Runnin
 
 
 def test_an_answer_can_be_stopped(browser: Driver, open_served) -> None:
-    with serving(open_served("balanced"), Limits()) as server:
+    with serving(open_served("balanced"), ServerLimits()) as server:
         open_page(browser, server)
         # The click follows the first piece at once: the answer of this small model is there in a moment.
         browser.execute_script(

@@ -12,7 +12,7 @@ import pytest
 from obfuscatune.errors import BusyError, ConnectionClosedError, ConsentError
 from obfuscatune.parties.channel.faults import raise_from, to_fields
 from obfuscatune.parties.vocabulary import TOO_MANY
-from obfuscatune.serving.limits import Limits
+from obfuscatune.serving.limits import ServerLimits
 from obfuscatune.serving.metrics import Metrics
 from obfuscatune.serving.question import Question
 from obfuscatune.serving.refusal import Refusal
@@ -132,7 +132,7 @@ def asked(answer: Callable[[Channel], Parts], *, stream: bool) -> str:
     """The body of the reply to a completion of at most five tokens; raises Refusal where its status tells."""
 
     async def scene() -> str:
-        offered = offer(enclave_of(answer), Limits(max_new_tokens=5), Metrics())
+        offered = offer(enclave_of(answer), ServerLimits(max_new_tokens=5), Metrics())
         body = {"model": "job", "prompt": "x", "max_tokens": 5, "stream": stream}
         reply: Any = await offered.text.answer(body, "id", again=False)
         return "".join([chunk async for chunk in reply.body_iterator]) if stream else reply.body.decode()
@@ -170,7 +170,7 @@ def test_who_leaves_before_a_stream_begins_is_given_up() -> None:
         yield REPLY, b""
 
     async def scene() -> None:
-        offered = offer(enclave_of(answer), Limits(max_new_tokens=5), Metrics())
+        offered = offer(enclave_of(answer), ServerLimits(max_new_tokens=5), Metrics())
         work = asyncio.create_task(
             offered.text.answer({"model": "job", "prompt": "x", "stream": True}, "id", again=False)
         )
@@ -198,7 +198,7 @@ def test_who_leaves_before_anything_of_a_stream_is_sent_is_given_up() -> None:
         await asyncio.sleep(60)
 
     async def scene() -> None:
-        offered = offer(enclave_of(answer), Limits(max_new_tokens=5), Metrics())
+        offered = offer(enclave_of(answer), ServerLimits(max_new_tokens=5), Metrics())
         reply = await offered.text.answer({"model": "job", "prompt": "x", "stream": True}, "id", again=False)
         await reply({"type": "http", "asgi": {"spec_version": "2.3"}}, disconnect, stuck)
         assert await asyncio.to_thread(left.wait, 10)

@@ -41,7 +41,7 @@ def command(options: ConnectOptions) -> None:
         expected = "letters, digits and . _ : -, up to 64"
         raise UsageError("name of the model", got=options.name, expected=expected, where="--name")
     from obfuscatune.serving.app import build_app
-    from obfuscatune.serving.limits import Limits
+    from obfuscatune.serving.limits import ServerLimits
     from obfuscatune.serving.metrics import Metrics
     from obfuscatune.serving.relay import Enclave
     from obfuscatune.serving.relayed import offer
@@ -52,7 +52,7 @@ def command(options: ConnectOptions) -> None:
     with client.connect(job.enclave) as channel:
         print(channel.verdict, flush=True)
     token, metrics = secrets.token_urlsafe(32), Metrics()
-    limits = Limits(max_new_tokens=job.max_new_tokens, seconds=options.reply_seconds)
+    limits = ServerLimits(max_new_tokens=job.max_new_tokens, seconds=options.reply_seconds)
     enclave = Enclave(lambda: client.connect(job.enclave), channel, job, options.name, options.reply_seconds)
     with listen("127.0.0.1", options.port) as listener:
         app = build_app(

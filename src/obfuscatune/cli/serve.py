@@ -25,7 +25,7 @@ EPILOG = (
     "--ssl_certfile cert.pem --ssl_keyfile key.pem --token_file tokens"
 )
 _SERVER: dict[str, Any] = {"rich_help_panel": "Server"}
-_LIMITS: dict[str, Any] = {"rich_help_panel": "Limits"}
+_LIMITS: dict[str, Any] = {"rich_help_panel": "ServerLimits"}
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")  # PEFT makes modules of them, so no dots
 _TAKEN = ("weight", "bias")  # of PEFT's layers
 LEAST_TOKEN = 20  # characters
@@ -68,17 +68,17 @@ def command(options: ServeOptions) -> None:
     from obfuscatune.serving.app import build_app
     from obfuscatune.serving.batcher import Batcher
     from obfuscatune.serving.handlers import offer
-    from obfuscatune.serving.limits import Limits
+    from obfuscatune.serving.limits import ServerLimits
     from obfuscatune.serving.metrics import Metrics
     from obfuscatune.serving.models import serve_model
     from obfuscatune.serving.server import Server, listen
 
-    limits = Limits(
+    limits = ServerLimits(
         max_batch=options.max_batch,
         max_queue=options.max_queue,
         max_new_tokens=options.max_new_tokens,
         seconds=options.request_seconds,
-        connections=max(Limits.connections, 2 * (options.max_queue + options.max_batch)),
+        connections=max(ServerLimits.connections, 2 * (options.max_queue + options.max_batch)),
     )
     certificate, key = (None if path is None else str(path) for path in (options.ssl_certfile, options.ssl_keyfile))
     with (

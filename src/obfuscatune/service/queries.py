@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from obfuscatune.errors import FormatError, UsageError
-from obfuscatune.serving.limits import Limits
+from obfuscatune.serving.limits import ServerLimits
 from obfuscatune.serving.models import Defaults
 from obfuscatune.serving.refusal import Refusal
 from obfuscatune.serving.request import settings
@@ -136,7 +136,7 @@ def read_settings(fields: Mapping[str, Any]) -> Settings:
         raise UsageError("sampling with other fields", expected=", ".join(SAMPLING))
     problem = ""
     try:
-        chosen = settings({**sampling, "max_tokens": tokens}, Defaults(), Limits(max_new_tokens=MAX_TOKENS))
+        chosen = settings({**sampling, "max_tokens": tokens}, Defaults(), ServerLimits(max_new_tokens=MAX_TOKENS))
     except Refusal as refusal:  # its text has names and ranges, and no value
         problem = refusal.message
     if problem:

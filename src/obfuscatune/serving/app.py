@@ -16,7 +16,7 @@ from starlette.types import ASGIApp
 
 from obfuscatune.serving.guard import Guard
 from obfuscatune.serving.handlers import ChatHandler, Offer, TextHandler
-from obfuscatune.serving.limits import Limits
+from obfuscatune.serving.limits import ServerLimits
 from obfuscatune.serving.metrics import Metrics
 from obfuscatune.serving.refusal import Refusal
 from obfuscatune.serving.request import no_model, parse
@@ -32,7 +32,7 @@ PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/protectio
 
 
 def build_app(
-    offered: Offer, limits: Limits, metrics: Metrics, *, tokens: Sequence[str], hosts: Sequence[str]
+    offered: Offer, limits: ServerLimits, metrics: Metrics, *, tokens: Sequence[str], hosts: Sequence[str]
 ) -> ASGIApp:
     """Return the guarded application."""
     # Its notes on requests; those on models and fields, which it writes as warnings, are of no use here either.

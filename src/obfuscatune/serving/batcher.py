@@ -18,7 +18,7 @@ import torch
 from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from obfuscatune.errors import ObfuscatuneError
-from obfuscatune.serving.limits import Limits
+from obfuscatune.serving.limits import ServerLimits
 from obfuscatune.serving.metrics import Metrics
 from obfuscatune.serving.models import ServedModel
 from obfuscatune.serving.refusal import Refusal
@@ -42,7 +42,7 @@ class Batcher:
         fault: what ended the model's sessions, if anything has; nothing can be computed after that.
     """
 
-    def __init__(self, model: ServedModel, limits: Limits, metrics: Metrics) -> None:
+    def __init__(self, model: ServedModel, limits: ServerLimits, metrics: Metrics) -> None:
         self._model, self._limits, self._metrics = model, limits, metrics
         self._rows: collections.deque[Row] = collections.deque()  # those that wait, oldest first
         self._running: Sequence[Row] = ()

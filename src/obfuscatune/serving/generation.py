@@ -10,7 +10,7 @@ from transformers.cli.serving.utils import BaseGenerateManager
 
 from obfuscatune.errors import UsageError
 from obfuscatune.serving.batcher import Batcher
-from obfuscatune.serving.limits import Limits
+from obfuscatune.serving.limits import ServerLimits
 from obfuscatune.serving.metrics import Metrics
 from obfuscatune.serving.models import ServedModel
 from obfuscatune.serving.refusal import Refusal
@@ -83,7 +83,7 @@ class Generation(Manager):
     """One request to a model in this process."""
 
     def __init__(
-        self, served: ServedModel, batcher: Batcher, limits: Limits, metrics: Metrics, name: str, field: str
+        self, served: ServedModel, batcher: Batcher, limits: ServerLimits, metrics: Metrics, name: str, field: str
     ) -> None:
         self._served, self._batcher, self._limits, self._metrics = served, batcher, limits, metrics
         self._name, self._field = name, field

@@ -18,7 +18,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from obfuscatune.serving.limits import Limits
+from obfuscatune.serving.limits import ServerLimits
 from obfuscatune.serving.metrics import Metrics
 from obfuscatune.serving.refusal import Refusal
 
@@ -56,7 +56,7 @@ class Guard:
         hosts: Collection[str],
         paths: Collection[str],
         open_paths: Collection[str],
-        limits: Limits,
+        limits: ServerLimits,
         metrics: Metrics,
     ) -> None:
         self._app, self._limits, self._metrics = app, limits, metrics

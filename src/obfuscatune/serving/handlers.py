@@ -20,7 +20,7 @@ from obfuscatune.serving.batcher import Batcher
 from obfuscatune.serving.chunks import Stream, event
 from obfuscatune.serving.claims import describe
 from obfuscatune.serving.generation import Generation, Manager, Ready
-from obfuscatune.serving.limits import Limits
+from obfuscatune.serving.limits import ServerLimits
 from obfuscatune.serving.metrics import Metrics
 from obfuscatune.serving.models import Defaults, ServedModel
 from obfuscatune.serving.prompts import Prompts
@@ -48,7 +48,9 @@ class _Ours:
 
     kind = field = ""
 
-    def __init__(self, served: Served, limits: Limits, prompts: Any, generation: Callable[[str, str], Manager]) -> None:
+    def __init__(
+        self, served: Served, limits: ServerLimits, prompts: Any, generation: Callable[[str, str], Manager]
+    ) -> None:
         super().__init__(model_manager=self, generation_state=self)  # type: ignore[call-arg]
         self._served, self._limits, self._prompts, self._generation = served, limits, prompts, generation
         self._reading = 0
@@ -155,7 +157,7 @@ class Offer:
     job: Callable[[], Awaitable[dict[str, Any]]] | None = None
 
 
-def offer(served: ServedModel, batcher: Batcher, limits: Limits, metrics: Metrics) -> Offer:
+def offer(served: ServedModel, batcher: Batcher, limits: ServerLimits, metrics: Metrics) -> Offer:
     """Return the offer of a model in this process."""
 
     def generation(name: str, field: str) -> Manager:

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limits:
-    """Limits of one server.
+class ServerLimits:
+    """ServerLimits of one server.
 
     Attributes:
         max_batch: requests computed together. max_queue: requests that wait; one more is answered with 429.

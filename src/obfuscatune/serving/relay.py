@@ -28,7 +28,7 @@ from obfuscatune.parties.job import Job
 from obfuscatune.parties.vocabulary import TOO_MANY
 from obfuscatune.profiles import resolve
 from obfuscatune.serving.claims import describe
-from obfuscatune.serving.limits import Limits
+from obfuscatune.serving.limits import ServerLimits
 from obfuscatune.serving.models import NO_FAMILY, Defaults
 from obfuscatune.serving.question import NoCompletionError, Question
 from obfuscatune.serving.refusal import Refusal
@@ -201,7 +201,7 @@ class Enclave:
             self._deadlines.discard(deadline)
 
     async def _complete(self, question: Question) -> None:
-        if self._waiting >= Limits.max_queue:
+        if self._waiting >= ServerLimits.max_queue:
             raise Refusal.full(self._waiting, retry_after=5)
         self._waiting += 1
         try:

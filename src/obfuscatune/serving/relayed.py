@@ -13,7 +13,7 @@ from transformers.cli.serving.utils import _StreamError
 
 from obfuscatune.serving.generation import Manager
 from obfuscatune.serving.handlers import ChatHandler, Offer, TextHandler
-from obfuscatune.serving.limits import Limits
+from obfuscatune.serving.limits import ServerLimits
 from obfuscatune.serving.metrics import Metrics
 from obfuscatune.serving.question import Question
 from obfuscatune.serving.refusal import Refusal
@@ -145,7 +145,7 @@ class Relayed(Manager):
         return time.monotonic() - self._started
 
 
-def offer(enclave: Enclave, limits: Limits, metrics: Metrics) -> Offer:
+def offer(enclave: Enclave, limits: ServerLimits, metrics: Metrics) -> Offer:
     """Return the offer of a model in an enclave."""
 
     def relayed(name: str, field: str) -> Manager:

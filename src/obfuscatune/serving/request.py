@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from obfuscatune.serving.limits import Limits
+from obfuscatune.serving.limits import ServerLimits
 from obfuscatune.serving.models import Defaults
 from obfuscatune.serving.refusal import Refusal
 from obfuscatune.serving.sampling import Settings
@@ -129,7 +129,7 @@ def _is_neutral(name: str, value: Any) -> bool:
     return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in known)
 
 
-def settings(body: Mapping[str, Any], defaults: Defaults, limits: Limits) -> Settings:
+def settings(body: Mapping[str, Any], defaults: Defaults, limits: ServerLimits) -> Settings:
     """Return how the completion is generated.
 
     A larger number of tokens than the server's limit is lowered to it: the field is an upper bound, and a completion

@@ -19,7 +19,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from obfuscatune.errors import UsageError
 from obfuscatune.protocol.hostport import format_host_port, listen_fault, listen_tcp
-from obfuscatune.serving.limits import Limits
+from obfuscatune.serving.limits import ServerLimits
 
 
 class Server(uvicorn.Server):
@@ -33,7 +33,7 @@ class Server(uvicorn.Server):
     def __init__(
         self,
         app: ASGIApp,
-        limits: Limits,
+        limits: ServerLimits,
         *,
         certificate: str | None = None,
         key: str | None = None,
@@ -126,7 +126,7 @@ class Accepting:
         protocol: Callable[[], asyncio.Protocol],
         tls: ssl.SSLContext | None,
         open_connections: set[Any],
-        limits: Limits,
+        limits: ServerLimits,
     ) -> None:
         self._listener, self._protocol, self._tls = listener, protocol, tls
         self._open, self._limits = open_connections, limits
@@ -184,7 +184,7 @@ class Accepting:
             )
 
 
-def _limited(limits: Limits) -> type[asyncio.Protocol]:
+def _limited(limits: ServerLimits) -> type[asyncio.Protocol]:
     class Limited(H11Protocol):
         """Closes a connection whose request does not begin, or whose answer is not read, in time (slowloris)."""
 
