@@ -308,3 +308,36 @@ def test_hooks_that_transformers_leaves_do_not_matter(protect: Any, profile: str
         assert model.get_base_model().model.layers[0]._forward_hooks  # the control: it has left some
         with protect(model, profile=profile) as protected:
             assert error(protected.model(input_ids=ids).logits, reference(input_ids=ids).logits) < EXACT
+
+
+def without_masks(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    return args, {**kwargs, "attention_mask": None}
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_blocks_without_a_mask(protect: Any, family: str) -> None:
+    """Stock eager attention (Gemma 2) is not causal then, and torch's is not where there are cached tokens."""
+    reference, model = twins_of(family)
+    ids, more = tokens(2, 6), tokens(2, 3, seed=4)
+    with wide(), torch.no_grad(), protect(model, profile="balanced") as protected:
+        caches = [each(ids, use_cache=True).past_key_values for each in (reference, protected.model)]
+        handles = [
+            block.register_forward_pre_hook(without_masks, with_kwargs=True)
+            for each in (reference, protected.model)
+            for block in each.get_base_model().model.layers
+        ]
+        found, expected = (
+            each(more[:, :1], past_key_values=cache).logits
+            for each, cache in zip((protected.model, reference), reversed(caches), strict=True)
+        )
+        assert error(found, expected) < EXACT  # one token looks at all cached ones
+        with pytest.raises(UnsupportedModelError, match="no attention mask, where stock attention is not causal"):
+            protected.model(more, past_key_values=caches[1])
+        if family == "gemma2":
+            with pytest.raises(UnsupportedModelError, match="no attention mask, where stock attention is not causal"):
+                protected.model(ids)
+        else:
+            assert error(protected.model(ids).logits, reference(ids).logits) < EXACT
+        for handle in handles:
+            handle.remove()
+        assert error(protected.model(ids).logits, reference(ids).logits) < EXACT

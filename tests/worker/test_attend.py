@@ -15,26 +15,30 @@ EXACT = 1e-13  # float64; measured 1.1e-15
 ROUNDED = 2**-8
 
 
-def reference(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def reference(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None) -> Tensor:
     """The last of T rows attends to all S tokens, each one before it to one less; float64."""
     share = q.shape[1] // k.shape[1]
     k, v = (t.double().repeat_interleave(share, dim=1) for t in (k, v))
     logits = q.double() @ k.mT * scale
+    logits = logits if softcap is None else torch.tanh(logits / softcap) * softcap
     future = torch.ones(logits.shape[-2:], dtype=torch.bool).triu(k.shape[2] - q.shape[2] + 1)
     return logits.masked_fill(future, -math.inf).softmax(-1) @ v
 
 
 @given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.integers(1, 4), st.integers(0, 20), st.booleans())
 @settings(deadline=None, max_examples=60)
-def test_is_the_equation(batch: int, groups: int, share: int, new: int, cached: int, strided: bool) -> None:
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_is_the_equation(
+    softcap: float | None, batch: int, groups: int, share: int, new: int, cached: int, strided: bool
+) -> None:
     generator = torch.Generator().manual_seed(cached)
     q = torch.randn(batch, groups * share, new, 8, generator=generator, dtype=torch.float64)
     k, v = torch.randn(2, batch, groups, cached + new + 9, 8, generator=generator, dtype=torch.float64)
     k, v = k[:, :, 4 : 4 + cached + new], v[:, :, 4 : 4 + cached + new]
     if not strided:
         k, v = k.contiguous(), v.contiguous()
-    found = attend(q, k, v, mask=None, scale=0.3)
-    assert torch.allclose(found, reference(q, k, v, 0.3), rtol=0, atol=EXACT)
+    found = attend(q, k, v, mask=None, scale=0.3, softcap=softcap)
+    assert torch.allclose(found, reference(q, k, v, 0.3, softcap), rtol=0, atol=EXACT)
 
 
 @pytest.mark.parametrize("softcap", [None, 50.0])

@@ -28,7 +28,7 @@ def watch(causal_lm: Any, profile: Profile, links: Sequence[Link], *, frozen: bo
     """
     eager = getattr(causal_lm.config, "_attn_implementation", None) == "eager"
     for link in links:
-        link.passes.eager = eager
+        link.passes.eager, link.passes.config = eager, causal_lm.config
         causal_lm.base_model.register_forward_pre_hook(link.passes.begin, with_kwargs=True)
     causal_lm.base_model.register_forward_pre_hook(Inputs(causal_lm), with_kwargs=True)
     causal_lm.base_model.register_forward_pre_hook(Guard(causal_lm, profile, links[0].passes))

@@ -110,10 +110,10 @@ def attend(
             q = q.reshape(q.shape[0], k.shape[1], share, q.shape[3])
         else:
             k, v = k.repeat_interleave(share, dim=1), v.repeat_interleave(share, dim=1)
-    if mask is None and new > 1 and tokens > new:
-        mask = torch.ones(new, tokens, dtype=torch.bool, device=q.device).tril(tokens - new)
     dtype = q.dtype
     in_one = softcap is None and not uniform
+    if mask is None and new > 1 and (tokens > new or not in_one):
+        mask = torch.ones(new, tokens, dtype=torch.bool, device=q.device).tril(tokens - new)
     with threads_for((_READING if new == 1 else 1) * 2 * q.numel() * tokens):
         if new == 1 and dtype.itemsize == 2 and q.is_cpu and not (in_one and attends_in(dtype)):
             q, k, v = q.float(), k.float(), v.float()
@@ -133,8 +133,6 @@ def _in_steps(
     logits = (q @ k.mT) * scale
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
-    if mask is None and logits.shape[-2] > 1:
-        mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).tril()
     wide = logits if logits.dtype == torch.float64 else logits.float()
     if mask is None:
         return wide.softmax(-1).to(v.dtype) @ v

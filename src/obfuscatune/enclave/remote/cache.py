@@ -33,6 +33,18 @@ def take_cache(arguments: dict[str, Any]) -> Any:
     return cache if cache is not None else of_block
 
 
+def refused_without_mask(layer: str) -> UnsupportedModelError:
+    """Return what several tokens without a mask are refused with, where stock attention is not causal then.
+
+    Eager attention forbids nothing, and torch's fused one leaves out the newest tokens, if there are cached ones.
+    """
+    return UnsupportedModelError(
+        "no attention mask, where stock attention is not causal without one",
+        where=layer,
+        hint="a mask of [rows, 1, queries, keys], such as the model hands to its blocks",
+    )
+
+
 class CacheMirror:
     """Gives the worker's caches numbers, and tells it what became of them in the enclave."""
 
@@ -51,16 +63,19 @@ class CacheMirror:
         layer: str,
         *,
         continued: bool,
+        masked: bool,
         passed: Sequence[int] = (),
     ) -> dict[str, Any]:
         """Return the ``cache`` field of a forward request, and append ``new`` tokens to the stubs of this layer.
 
         A call that trains must not go on from an earlier one (``continued=False``): the worker keeps keys and values
-        without their graph. ``passed``: indices of later layers whose tokens are in the same cache of the worker. Their
-        windows get stubs that are never read, because ``transformers`` cannot crop a window that was not filled.
+        without their graph. ``masked``: whether it has a mask. ``passed``: indices of later layers whose tokens are in
+        the same cache of the worker. Their windows get stubs that are never read, because ``transformers`` cannot crop
+        a window that was not filled.
 
         Raises:
-            UnsupportedModelError: not a plain DynamicCache, or one that this model did not fill or must not go on from.
+            UnsupportedModelError: not a plain DynamicCache, or one that this model did not fill or must not go on from;
+            or several tokens that go on from cached ones without a mask.
         """
         if type(cache) is not DynamicCache or not all(type(stub) in _STUBS for stub in cache.layers):
             kind = type(cache).__name__
@@ -82,6 +97,8 @@ class CacheMirror:
                 raise UnsupportedModelError(
                     "gradients through a KV cache of an earlier call", where=layer, hint="use torch.no_grad()"
                 )
+            if new > 1 and not masked:
+                raise refused_without_mask(layer)
             # The first rows of more are in their places too, and yet to be taken out.
             are_all = places == list(range(batch)) and int(stub.values[0, 0, -1, 1]) == batch
             rows = None if are_all else [int(place) for place in places]

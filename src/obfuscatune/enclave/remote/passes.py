@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from obfuscatune.enclave.remote.cache import take_cache
+from obfuscatune.enclave.remote.cache import refused_without_mask, take_cache
 from obfuscatune.enclave.remote.calls import RemoteCall, version_of
 from obfuscatune.enclave.session import Session
 from obfuscatune.errors import UnsupportedModelError
@@ -91,6 +91,7 @@ class Passes:
         self._numbers = itertools.count(1)
         self.number = 0
         self.eager = False  # whether the model computed attention eagerly, where blind rows see all positions alike
+        self.config: Any = None  # of the model; says how it makes masks now
         self._body = _Body()
 
     def begin(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -124,9 +125,12 @@ class Passes:
         """Tell a call of the mask that ``transformers`` gave, in one of its forms.
 
         Raises:
-            UnsupportedModelError: a mask with values other than allowed and forbidden.
+            UnsupportedModelError: a mask with values other than allowed and forbidden; none, where that is not causal.
         """
         if mask is None:
+            # The masks that transformers makes for eager attention are never None: some other code took one away.
+            if call.rows[1] > 1 and getattr(self.config, "_attn_implementation", None) == "eager":
+                raise refused_without_mask(call.layer)
             return
         sent = self._find(mask)
         if sent is None:

@@ -157,7 +157,14 @@ def add_cache(call: RemoteCall, mirror: CacheMirror, cache: Any, index: int, pas
     """Tell a call of ``[B, T, d]`` rows from which cached tokens it goes on; ``passed``: see `CacheMirror.request`."""
     batch, new = call.rows
     call.header["cache"] = mirror.request(
-        cache, index, batch, new, call.layer, continued=not call.trains(), passed=passed
+        cache,
+        index,
+        batch,
+        new,
+        call.layer,
+        continued=not call.trains(),
+        masked="mask" in call.header,
+        passed=passed,
     )
 
 
