@@ -136,3 +136,29 @@ def test_models_without_a_bias_of_v_need_no_refusal(protect: Any) -> None:
         got = outputs(protected.model)
     assert error(got[0], expected[0]) < EXACT
     assert worst(got[1], {name: expected[1][name] for name in got[1]}) < EXACT
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_rows_that_allow_nothing_in_several_ways_are_refused(protect: Any, family: str) -> None:
+    """Of one number all weights are equal; -inf gives 0, or NaN in eager attention; of several the largest is seen."""
+    reference, model = twins_of(family)
+    least, infinite = torch.finfo(torch.float64).min, float("-inf")
+    ids, future = tokens(2, 6), torch.ones(6, 6).bool().triu(1)
+
+    def mask(elsewhere: float, first: list[float]) -> torch.Tensor:
+        found = torch.zeros(2, 1, 6, 6, dtype=torch.float64).masked_fill(future, elsewhere)
+        found[0, 0, :2] = torch.tensor(first, dtype=torch.float64)
+        return found
+
+    of_one = [mask(least, 6 * [least]), mask(infinite, 6 * [least])]
+    of_several = [mask(least, 3 * [least / 1.5] + 3 * [infinite]), mask(least, 3 * [least / 1.5] + 3 * [least])]
+    (of_several if family == "gemma2" else of_one).append(mask(infinite, 6 * [infinite]))
+    with protect(model, profile="balanced") as protected:
+        for each in of_one:
+            found, expected = (one(input_ids=ids, attention_mask=each).logits for one in (protected.model, reference))
+            assert error(found, expected) < EXACT
+        for each in of_several:
+            with pytest.raises(UnsupportedModelError, match="a mask whose rows that allow nothing"):
+                protected.model(input_ids=ids, attention_mask=each)
+        with pytest.raises(UnsupportedModelError, match="gradients of an attention mask"):
+            protected.model(input_ids=ids, attention_mask=of_one[0].requires_grad_())

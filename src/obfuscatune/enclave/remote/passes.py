@@ -125,28 +125,43 @@ class Passes:
         """Tell a call of the mask that ``transformers`` gave, in one of its forms.
 
         Raises:
-            UnsupportedModelError: a mask with values other than allowed and forbidden; none, where that is not causal.
+            UnsupportedModelError: a mask with values other than allowed and forbidden; none, where that is not causal;
+            a mask that is to be trained; or rows that allow nothing in several ways.
         """
         if mask is None:
             # The masks that transformers makes for eager attention are never None: some other code took one away.
             if call.rows[1] > 1 and getattr(self.config, "_attn_implementation", None) == "eager":
                 raise refused_without_mask(call.layer)
             return
+        if mask.requires_grad and torch.is_grad_enabled():
+            raise UnsupportedModelError("gradients of an attention mask", where=call.layer, hint="attention=enclave")
         sent = self._find(mask)
         if sent is None:
             allowed = _allowed(mask, call.layer)
             call.extras["mask"] = pack_mask(allowed)
-            sent = self._send(call, mask, self._describe(mask, allowed))
+            sent = self._send(call, mask, self._describe(mask, allowed, call.layer))
         call.header["mask"] = {"id": sent.number, **sent.mask.fields}
         call.blind, call.looked_at = sent.mask.blind, sent.mask.looked_at
 
-    def _describe(self, mask: Tensor, allowed: Tensor) -> _Mask:
-        """Where a row allows nothing, stock attention gives 0; of least numbers it makes equal weights."""
+    def _describe(self, mask: Tensor, allowed: Tensor, layer: str) -> _Mask:
+        """Where a row allows nothing, stock attention gives 0; of least numbers it makes equal weights.
+
+        Raises: UnsupportedModelError where it would do both, or prefer some numbers to others, or give NaN.
+        """
         fields: dict[str, Any] = {"shape": list(allowed.shape)}
         blind = ~allowed.any(dim=-1)
         if not blind.any():
             return _Mask(fields)
-        if self.eager or (mask.dtype != torch.bool and not mask.isinf().any()):
+        rows = mask[blind]
+        value = rows[0, 0]
+        if mask.dtype != torch.bool and ((rows != value).any() or (self.eager and value.isinf())):
+            raise UnsupportedModelError(
+                "a mask whose rows that allow nothing hold several numbers, or -inf for eager attention",
+                where=layer,
+                expected="the dtype's least value in all of them",
+                hint="a mask of [rows, keys], of which the model makes that",
+            )
+        if self.eager or (mask.dtype != torch.bool and not value.isinf()):
             return _Mask({**fields, "uniform": True})
         looked_at = allowed[..., allowed.shape[-1] - allowed.shape[-2] :].any(dim=-2) & blind
         return _Mask(fields, blind.transpose(1, 2), bool(looked_at.any()))
