@@ -25,7 +25,7 @@ EPILOG = (
     "--ssl_certfile cert.pem --ssl_keyfile key.pem --token_file tokens"
 )
 _SERVER: dict[str, Any] = {"rich_help_panel": "Server"}
-_LIMITS: dict[str, Any] = {"rich_help_panel": "ServerLimits"}
+_LIMITS: dict[str, Any] = {"rich_help_panel": "Limits"}
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")  # PEFT makes modules of them, so no dots
 _TAKEN = ("weight", "bias")  # of PEFT's layers
 LEAST_TOKEN = 20  # characters

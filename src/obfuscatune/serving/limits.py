@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class ServerLimits:
-    """ServerLimits of one server.
+    """Limits of one server.
 
     Attributes:
         max_batch: requests computed together. max_queue: requests that wait; one more is answered with 429.
