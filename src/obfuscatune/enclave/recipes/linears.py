@@ -11,8 +11,9 @@ from obfuscatune.enclave.keys import ConcatKey, Key
 from obfuscatune.enclave.recipes.context import Keying, Streams, rank_keys
 from obfuscatune.enclave.remote.layers import replace_linear
 from obfuscatune.enclave.remote.linear import KeyedGroup, LinearGroup, Placed, RemoteLinear
-from obfuscatune.enclave.remote.lora import Slot, SplitInput
+from obfuscatune.enclave.remote.lora import SplitInput
 from obfuscatune.enclave.remote.mixed import MixedGroup
+from obfuscatune.enclave.remote.slot import Slot
 
 
 def key_group(keying: Keying, group: Group) -> None:

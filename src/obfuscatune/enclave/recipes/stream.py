@@ -22,7 +22,8 @@ from obfuscatune.enclave.recipes.whole import LAST, Around, Shipped, ship_attent
 from obfuscatune.enclave.remote.body import PassedBlock, Remaining, RemoteBody, adopt
 from obfuscatune.enclave.remote.layers import replace_part, standins
 from obfuscatune.enclave.remote.linear import Placed
-from obfuscatune.enclave.remote.lora import PushedPair, Slot
+from obfuscatune.enclave.remote.lora import PushedPair
+from obfuscatune.enclave.remote.slot import Slot
 from obfuscatune.enclave.remote.standing import Standing
 from obfuscatune.errors import UnsupportedModelError
 

@@ -13,7 +13,8 @@ from obfuscatune.enclave.keys.diagonal import gated_keys
 from obfuscatune.enclave.recipes.context import Keying, Streams, rank_keys
 from obfuscatune.enclave.remote.layers import replace_part, standins
 from obfuscatune.enclave.remote.linear import Placed
-from obfuscatune.enclave.remote.lora import Slot, SplitInput, SplitOutput
+from obfuscatune.enclave.remote.lora import SplitInput, SplitOutput
+from obfuscatune.enclave.remote.slot import Slot
 from obfuscatune.enclave.remote.whole import RemoteAttention, RemoteMlp, RemotePart
 from obfuscatune.errors import UnsupportedModelError
 from obfuscatune.protocol.activations import ACTIVATION_NAMES

@@ -18,8 +18,8 @@ from obfuscatune.enclave.remote.blind import BlindRows
 from obfuscatune.enclave.remote.cache import CacheMirror, take_cache
 from obfuscatune.enclave.remote.calls import RemoteCall, without_autocast
 from obfuscatune.enclave.remote.linear import Placed
-from obfuscatune.enclave.remote.lora import Slot
 from obfuscatune.enclave.remote.passes import Passes
+from obfuscatune.enclave.remote.slot import Slot
 from obfuscatune.enclave.remote.standing import Standing
 from obfuscatune.enclave.remote.whole import add_cache, refuse_unknown
 from obfuscatune.enclave.remote.withdrawn import Departed, Standin, refused_piece

@@ -22,8 +22,8 @@ from obfuscatune.enclave.folding import key_rows, unkey_rows
 from obfuscatune.enclave.keys import Key
 from obfuscatune.enclave.remote.accumulated import Accumulated
 from obfuscatune.enclave.remote.calls import RemoteCall, version_of
-from obfuscatune.enclave.remote.lora import Slot
 from obfuscatune.enclave.remote.passes import Passes
+from obfuscatune.enclave.remote.slot import Slot
 from obfuscatune.enclave.replies import not_finite
 from obfuscatune.enclave.session import Session
 from obfuscatune.errors import UsageError

@@ -14,8 +14,9 @@ from obfuscatune.enclave.freivalds import Check
 from obfuscatune.enclave.keys import Key, decode, encode
 from obfuscatune.enclave.remote.calls import RemoteCall, version_of, without_autocast
 from obfuscatune.enclave.remote.held import HeldSlot
-from obfuscatune.enclave.remote.lora import Slot, SplitInput
+from obfuscatune.enclave.remote.lora import SplitInput
 from obfuscatune.enclave.remote.norms import FoldedNorm
+from obfuscatune.enclave.remote.slot import Slot
 from obfuscatune.enclave.remote.withdrawn import Withdrawn
 from obfuscatune.enclave.session import Session
 from obfuscatune.errors import UnsupportedModelError

@@ -16,8 +16,8 @@ from obfuscatune.enclave.remote.cache import CacheMirror, take_cache
 from obfuscatune.enclave.remote.calls import RemoteCall, without_autocast
 from obfuscatune.enclave.remote.held import HeldSlot
 from obfuscatune.enclave.remote.linear import Placed
-from obfuscatune.enclave.remote.lora import Slot
 from obfuscatune.enclave.remote.passes import Passes
+from obfuscatune.enclave.remote.slot import Slot
 from obfuscatune.enclave.remote.standing import Standing
 from obfuscatune.enclave.remote.withdrawn import Standin
 from obfuscatune.errors import UnsupportedModelError
