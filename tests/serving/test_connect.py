@@ -233,7 +233,10 @@ def talk(client: openai.OpenAI, url: str, token: str, model: Model, start: Start
     assert told == {"status": "done", "step": 60, "steps": 60, "queries": 5, "max_queries": QUOTA}
     with pytest.raises(openai.BadRequestError, match="at most 8") as caught:
         client.completions.create(model="job", prompt="endless")
-    assert caught.value.code == "context_length_exceeded"  # by which chat programs know that they must shorten it
+    assert (caught.value.code, caught.value.param) == (
+        "context_length_exceeded",
+        "prompt",
+    )  # by which chat programs know that they must shorten it
     client.completions.create(model="job", prompt="more")
     with pytest.raises(openai.PermissionDeniedError, match="used up"):
         client.completions.create(model="job", prompt="more")
@@ -367,6 +370,9 @@ def test_an_enclave_that_is_refused_gets_no_port(
     policy.write_text(good)
     assert main(["connect", "--enclave", address, *[f for f in files if f != "--allow-simulation"]]) == 2
     assert "policy allows simulation" in capsys.readouterr().err
+    (tmp_path / "clinic.key").write_bytes(LAB.to_bytes())
+    assert main(["connect", "--enclave", address, *files]) == 1
+    assert "the job gives this party no queries: got provider, expected owner" in capsys.readouterr().err
     assert not opened and not model.asked
 
 

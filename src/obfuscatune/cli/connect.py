@@ -11,7 +11,7 @@ from obfuscatune.cli.connecting import EnclaveOptions
 from obfuscatune.cli.contract import load_job
 from obfuscatune.cli.options import ConfigOptions, option, takes
 from obfuscatune.cli.serve import announce, require_packages
-from obfuscatune.errors import UsageError
+from obfuscatune.errors import ConsentError, UsageError
 
 EPILOG = (
     "Examples:\n\nobfuscatune connect --job ../provider/job.json\n\n"
@@ -49,6 +49,11 @@ def command(options: ConnectOptions) -> None:
 
     job = load_job(options.job, options.party).job
     client = options.client()  # once: a key under a passphrase is asked for once
+    role = job.role_of(client.identity.public.fingerprint)  # None: perhaps of a party that has a new identity by now
+    if not job.queries_by or (role is not None and role not in job.queries_by):
+        raise ConsentError(
+            "the job gives this party no queries", got=role, expected=" or ".join(job.queries_by) or None
+        )
     with client.connect(job.enclave) as channel:
         print(channel.verdict, flush=True)
     token, metrics = secrets.token_urlsafe(32), Metrics()

@@ -40,8 +40,8 @@ class Prompts:
 class Relayed(Manager):
     """One request to an enclave."""
 
-    def __init__(self, enclave: Enclave, metrics: Metrics, longest: int) -> None:
-        self._enclave, self._metrics, self._longest = enclave, metrics, longest
+    def __init__(self, enclave: Enclave, metrics: Metrics, longest: int, field: str) -> None:
+        self._enclave, self._metrics, self._longest, self._field = enclave, metrics, longest, field
         self._failure: Refusal | None = None
         self._task: asyncio.Task[None] | None = None
         self._question: Question | None = None
@@ -124,6 +124,8 @@ class Relayed(Manager):
                 drawn.state = "failed"
             if isinstance(error, asyncio.CancelledError):
                 self._metrics.completed(question.prompt_tokens, self._age(), self._first, cancelled=True)
+            if isinstance(error, Refusal) and error.code == "context_length_exceeded":
+                error.param = self._field  # the enclave does not know what the client calls it
             raise
         if drawn is not None:
             drawn.state = "answered"
@@ -149,7 +151,7 @@ def offer(enclave: Enclave, limits: ServerLimits, metrics: Metrics) -> Offer:
     """Return the offer of a model in an enclave."""
 
     def relayed(name: str, field: str) -> Manager:
-        return Relayed(enclave, metrics, enclave.job.max_new_tokens)
+        return Relayed(enclave, metrics, enclave.job.max_new_tokens, field)
 
     chat = ChatHandler(enclave, limits, Prompts(), relayed)
     text = TextHandler(enclave, limits, Prompts(), relayed)
