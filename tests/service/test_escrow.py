@@ -5,6 +5,7 @@ import json
 import shutil
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +154,22 @@ def test_the_key_is_another_after_each_change(old: Enclave, tmp_path: Path, capl
     members.succeed(succeed(heir, None))
     assert not (old.directory / FILE).exists()  # revoked: nobody could release its share
     assert "kept in escrow no more" in caplog.text
+
+
+def test_a_party_that_nothing_can_be_sealed_to_lets_no_fewer_release(old: Enclave, tmp_path: Path) -> None:
+    """Its share cannot be made. The shares that were made before it must not become all that there are."""
+    members = keep(old, tmp_path)
+    broken = replace(STRANGER.public, sealing_key=bytes(len(STRANGER.public.sealing_key)))
+    admission = changed(members, "admit", Member(broken), LAB, OPERATOR).to_bytes()
+    for _ in range(2):  # the second time the membership is the one that was split for
+        with pytest.raises(FormatError, match="sealing key that is none"):
+            members.change(admission, LAB.public)
+        assert members.founded.number == 0
+    old.book.note("anything")
+    assert set(json.loads((old.directory / FILE).read_bytes())["shares"]) == {
+        LAB.public.fingerprint,
+        CLINIC.public.fingerprint,
+    }
 
 
 def test_nothing_is_there_while_open_and_once_handed_over(old: Enclave, tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ class Escrow:
         """Write the state as it is, whole or not at all; nothing while the membership is open, or once handed over.
 
         Raises:
-            StorageError: the disk refuses.
+            StorageError: the disk refuses. FormatError: a party's sealing key is none, so it could release nothing.
         """
         state = self._state
         try:
@@ -86,16 +86,17 @@ class Escrow:
         enclave = self._state.identity.public.fingerprint
         found = set(signers([each for each in chains(self._state) if each is not None]).values())
         parties = [party for party in found if party is not None]
-        self._for, self._shares = list(self._state.members), {}
+        key, shares = bytes(SHARE_BYTES), dict[str, str]()
         if None in found or not parties:
             logger.warning("%s", REVOKED)
-            return
-        self._key = bytes(SHARE_BYTES)
-        for party in parties:
-            share = os.urandom(SHARE_BYTES)
-            self._key = _xor(self._key, share)
-            info = share_info(enclave, party.fingerprint)
-            self._shares[party.fingerprint] = _text(party.wrap(share, info))
+        else:
+            for party in parties:
+                share = os.urandom(SHARE_BYTES)
+                key = _xor(key, share)
+                info = share_info(enclave, party.fingerprint)
+                shares[party.fingerprint] = _text(party.wrap(share, info))
+        # All at once: a party whose sealing key is none ends the loop, and those before it would be all who release.
+        self._key, self._shares, self._for = key, shares, list(self._state.members)
 
 
 class Recovery:
