@@ -20,6 +20,7 @@ import obfuscatune
 from obfuscatune.enclave.keys import MasterSecret
 from obfuscatune.enclave.sharing import coding
 from obfuscatune.enclave.sharing.waiting import Waiting
+from obfuscatune.enclave.sharing.workers import Workers
 from obfuscatune.errors import UsageError, WorkerFault
 from obfuscatune.protocol.connection import Connection
 from obfuscatune.protocol.frames import TensorSpec
@@ -150,6 +151,30 @@ def test_a_spare_names_the_liar(tmp_path: Path, liar: int) -> None:
         named = [address for address in addresses if address in str(caught.value)]
         assert named == [addresses[liar]]
         assert "no more than 1 lied" in str(caught.value)
+
+
+@pytest.mark.parametrize("others", [honest, None])
+def test_a_liar_that_leaves_after_its_lie_is_named_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, others: Answer | None
+) -> None:
+    """And where the last worker leaves as well, it is not the one that is named."""
+    wrong = Workers._wrong
+
+    def after_the_liar_has_left(self: Workers, *args: Any) -> WorkerFault:
+        self._lost.add(0)  # as the next part of the call finds, or another thread
+        return wrong(self, *args)
+
+    def late(connection: Connection, request: Fields, reply: Fields, outputs: Tensors) -> None:
+        if request["op"] == "multiply":
+            time.sleep(0.2)
+        (others or leaving)(connection, request, reply, outputs)
+
+    monkeypatch.setattr(Workers, "_wrong", after_the_liar_has_left)
+    with protected_by(tmp_path, [lying(False), honest, honest, late], spares=1) as (protected, addresses):
+        with pytest.raises(WorkerFault, match="a product is wrong") as caught:
+            step(protected.model)
+        named = [address for address in addresses if address in str(caught.value)]
+        assert named == addresses[: 1 if others else 3]
 
 
 def test_not_verified_a_lie_passes(tmp_path: Path) -> None:

@@ -231,9 +231,14 @@ class Workers(Secret):
         self, weight: SharedWeight, part: _Part, replies: dict[int, Tensor], side: Side, vectors: Tensor
     ) -> WorkerFault:
         """End it all, and return the error that names the liar, where more replies than are needed tell."""
-        if self._waiting is not None:
-            while len(replies) + len(self._lost & set(part.pending)) < len(part.pending):
-                self._take(part.box.get(), replies)
+        # Of whom neither a reply nor an end has come. A liar may leave after its lie: it is in both, and counted once.
+        # Nobody else's end takes the place of this fault: it would name an honest worker for a liar.
+        while self._waiting is not None and set(part.pending) - set(replies) - self._lost:
+            i, reply = part.box.get()
+            if isinstance(reply, Tensor):
+                replies[i] = reply
+            else:
+                self._lost.add(i)
         liars: list[int] = []
         for used in itertools.combinations(sorted(replies), self.scheme.needed):
             if self._decode({i: replies[i] for i in used}, part, side, vectors) is None:
