@@ -194,6 +194,17 @@ def test_a_sharing_names_its_workers_each_of_another_operator(switches: dict[str
         job(profile="enclave", workers=named)
 
 
+SPELLINGS = (("A Cloud", "a  cloud"), ("Caf\u00e9", "Cafe\u0301"), ("ACME", "\uff21CME"))
+
+
+@pytest.mark.parametrize(("first", "second"), SPELLINGS)
+def test_an_operator_spelled_in_two_ways_is_one(first: str, second: str) -> None:
+    """It would have two shares of one polynomial, and so all that is shared."""
+    named = (replace(OPERATORS[0], operator=first), replace(OPERATORS[1], operator=second), OPERATORS[2])
+    with pytest.raises(FormatError, match="have one operator"):
+        job(profile="shared", workers=named)
+
+
 def test_terms_name_workers_and_their_operators() -> None:
     three = OPERATORS[:3]
     asked, fields = job(profile="shared", workers=three), [worker.to_dict() for worker in three]

@@ -21,7 +21,16 @@ from obfuscatune.errors import ConsentError, FormatError
 from obfuscatune.parties.canonical import decode, encode
 from obfuscatune.parties.files import read_small
 from obfuscatune.parties.identity import Identity, PublicIdentity
-from obfuscatune.parties.vocabulary import MAX_QUERIES, ROLES, Role, Worker, is_digest, profile_of, workers_from
+from obfuscatune.parties.vocabulary import (
+    MAX_QUERIES,
+    ROLES,
+    Role,
+    Worker,
+    is_digest,
+    operators_of,
+    profile_of,
+    workers_from,
+)
 from obfuscatune.profiles import Profile
 from obfuscatune.settings import TrainingSettings
 
@@ -168,7 +177,7 @@ def _check_workers(workers: tuple[Worker, ...], profile: Profile) -> None:
     if len(workers) != profile.share_workers:
         what = "workers of a job with secret shares"
         raise FormatError(what, got=len(workers), expected=f"{profile.share_workers} for {profile.name}")
-    if len({worker.operator for worker in workers}) != len(workers):
+    if len(operators_of(workers)) != len(workers):
         hint = "two shares at one operator may be all that is shared"
         raise FormatError("workers of a job with secret shares have one operator", expected="one each", hint=hint)
 

@@ -148,7 +148,8 @@ class Membership:
         if any(member.identity.signing_key == identity.signing_key for member in members):
             what, hint = "already a member, or another name of one", "obfuscatune party members lists them"
             raise ConsentError(what, got=identity.fingerprint[:16], hint=hint)
-        if any(identity == each.identity for each in self.ends):
+        # By its signing key here, too: who has stolen one that was revoked would come back under another name.
+        if any(identity.signing_key == each.identity.signing_key for each in self.ends):
             raise ConsentError("this identity has ended", got=identity.fingerprint[:16])
 
     def _ended(self, data: bytes, when: int) -> tuple[Succession, ...]:

@@ -46,6 +46,7 @@ from obfuscatune.parties.vocabulary import (
     Role,
     Worker,
     is_digest,
+    operators_of,
     profile_named,
     workers_from,
 )
@@ -119,7 +120,7 @@ class Terms:
         if profile.shares and self.workers == "any":  # its claim rests on who runs them
             return ["any workers: of secret shares the terms name each, with its operator"]
         faults = []
-        if profile.shares and (count := len({worker.operator for worker in job.workers})) < self.min_operators:
+        if profile.shares and (count := len(operators_of(job.workers))) < self.min_operators:
             faults.append(f"workers of {count} operators (asked for: {self.min_operators})")
         if self.workers == "any":
             return faults

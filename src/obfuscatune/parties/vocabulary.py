@@ -1,6 +1,8 @@
 """What jobs and terms both speak of: roles, digests, names of profiles, workers, and how many queries there may be."""
 
 import re
+import unicodedata
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -55,6 +57,11 @@ def workers_from(value: Any, what: str) -> tuple[Worker, ...]:
     if len({worker.fingerprint for worker in found}) != len(found):
         raise FormatError(f"{what} names a worker twice")
     return found
+
+
+def operators_of(workers: Iterable[Worker]) -> set[str]:
+    """Return the different operators of workers: one that is spelled in two ways is one, and so has two shares."""
+    return {" ".join(unicodedata.normalize("NFKC", worker.operator).casefold().split()) for worker in workers}
 
 
 def is_digest(value: Any) -> bool:
