@@ -5,7 +5,6 @@ import json
 import shutil
 import threading
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from obfuscatune.parties.attestation.simulator import SimulatedPlatform
 from obfuscatune.parties.canonical import encode
 from obfuscatune.parties.change import Member
 from obfuscatune.parties.enclave import Enclave as Client
-from obfuscatune.parties.identity import Identity
+from obfuscatune.parties.identity import Identity, PublicIdentity
 from obfuscatune.parties.succession import succeed
 from obfuscatune.parties.upgrade import SHARE_BYTES, goes_on, share_info
 from obfuscatune.service.escrow import FILE, Escrow, Recovery
@@ -156,20 +155,26 @@ def test_the_key_is_another_after_each_change(old: Enclave, tmp_path: Path, capl
     assert "kept in escrow no more" in caplog.text
 
 
-def test_a_party_that_nothing_can_be_sealed_to_lets_no_fewer_release(old: Enclave, tmp_path: Path) -> None:
-    """Its share cannot be made. The shares that were made before it must not become all that there are."""
-    members = keep(old, tmp_path)
-    broken = replace(STRANGER.public, sealing_key=bytes(len(STRANGER.public.sealing_key)))
-    admission = changed(members, "admit", Member(broken), LAB, OPERATOR).to_bytes()
+def test_a_split_that_ends_half_way_lets_no_fewer_release(
+    old: Enclave, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A share that cannot be made: those that were made before it must not become all that there are."""
+    members, wrap = keep(old, tmp_path), PublicIdentity.wrap
+    admission = changed(members, "admit", Member(STRANGER.public), LAB, OPERATOR).to_bytes()
+
+    def broken(self: PublicIdentity, data: bytes, info: bytes) -> bytes:
+        if self == STRANGER.public:
+            raise FormatError("a sealing key that is none")
+        return wrap(self, data, info)
+
+    monkeypatch.setattr(PublicIdentity, "wrap", broken)
     for _ in range(2):  # the second time the membership is the one that was split for
         with pytest.raises(FormatError, match="sealing key that is none"):
             members.change(admission, LAB.public)
         assert members.founded.number == 0
     old.book.note("anything")
-    assert set(json.loads((old.directory / FILE).read_bytes())["shares"]) == {
-        LAB.public.fingerprint,
-        CLINIC.public.fingerprint,
-    }
+    shares = json.loads((old.directory / FILE).read_bytes())["shares"]
+    assert set(shares) == {LAB.public.fingerprint, CLINIC.public.fingerprint}
 
 
 def test_nothing_is_there_while_open_and_once_handed_over(old: Enclave, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,23 @@ def test_the_first_job_closes_it_and_the_directory_gives_nothing_more(
     entry = next(entry for entry in enclave.events() if entry.event == "membership")
     assert members.told() == {"digest": entry.details["digest"], "number": 0}
     assert (entry.event, entry.details["act"], entry.details["members"]) == ("membership", "found", 2)
+
+
+def test_a_party_that_nothing_can_be_sealed_to_is_not_let_in(
+    enclave: Enclave, members: Members, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nobody could make its share of an escrow. It shuts nobody else out, and its tries are not in the log."""
+    heir = Identity.generate("heir", "x25519")
+    broken = replace(heir, public=replace(heir.public, sealing_key=bytes(32)))  # whose secret half can sign
+    put(tmp_path / "parties", broken)
+    assert names(members) == ["clinic", "lab"] and "sealing key that is none" in caplog.text
+    members.found()
+    before = len(enclave.events())
+    admission = changed(members, "admit", Member(broken.public), LAB, CLINIC).to_bytes()
+    for hand_in in (lambda: members.change(admission, LAB.public), lambda: members.succeed(succeed(CLINIC, broken))):
+        with pytest.raises(FormatError, match="sealing key that is none"):
+            hand_in()
+    assert names(members) == ["clinic", "lab"] and len(enclave.events()) == before
 
 
 @pytest.mark.parametrize("is_founded", [False, True])

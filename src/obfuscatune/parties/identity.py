@@ -10,6 +10,7 @@ alone.
 """
 
 import base64
+import functools
 import hashlib
 import os
 import re
@@ -106,6 +107,11 @@ class PublicIdentity:
         except (InvalidSignature, ValueError):
             return False
         return True
+
+    @property
+    def can_be_sealed_to(self) -> bool:
+        """Whether its sealing key is one: bytes of the right size may still be none, and its maker may mean it so."""
+        return _is_key(self.suite, self.sealing_key)
 
     def wrap(self, data: bytes, info: bytes) -> bytes:
         """Return ``data`` (small: a data key) under HPKE for this identity; ``info`` binds its context.
@@ -236,6 +242,15 @@ def _public_key(suite: SuiteName, data: bytes) -> Any:
     if suite == "x25519":
         return x25519
     return MLKEM768X25519PublicKey(MLKEM768PublicKey.from_public_bytes(data[:-32]), x25519)
+
+
+@functools.lru_cache(maxsize=256)
+def _is_key(suite: SuiteName, data: bytes) -> bool:
+    try:
+        _suite(suite).encrypt(b"", _public_key(suite, data), info=b"")
+    except ValueError:
+        return False
+    return True
 
 
 def _signed(context: str, message: bytes) -> bytes:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import Any
 
-from obfuscatune.errors import ConsentError, ObfuscatuneError, StorageError, UsageError
+from obfuscatune.errors import ConsentError, FormatError, ObfuscatuneError, StorageError, UsageError
 from obfuscatune.parties.change import Member, SignedChange
 from obfuscatune.parties.files import read_small
 from obfuscatune.parties.identity import PublicIdentity
@@ -213,7 +213,14 @@ class Members:
         return found(self._enclave, self._open())
 
     def _take(self, signed: SignedChange, after: Membership, party: str | None) -> None:
-        """Log, seal and make a change: the entry first; where the disk refuses, it is as it was."""
+        """Log, seal and make a change: the entry first; where the disk refuses, it is as it was.
+
+        Raises FormatError for a party that nothing can be sealed to: no share of an escrow either. Before the entry,
+        since each try of a party that hands such a change in would be one.
+        """
+        for identity in (member.identity for member in after.members if member.role == "party"):
+            if not identity.can_be_sealed_to:
+                raise FormatError("a member with a sealing key that is none", got=identity.fingerprint[:16])
         before, self._state.members = self._state.members, [*self._state.members, signed.to_bytes().decode()]
         change = signed.change
         try:
@@ -302,6 +309,8 @@ def load_parties(directory: Path) -> list[PublicIdentity]:
             if not path.is_file():  # to open a pipe would wait for ever
                 raise UsageError("not a file")
             current = resolve(PublicIdentity.load(path), ends)
+            if current is not None and not current.can_be_sealed_to:
+                raise UsageError("a sealing key that is none")
         except (UsageError, OSError) as error:
             _skip(path, error)
             continue
