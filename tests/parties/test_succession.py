@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -155,4 +156,8 @@ def test_an_identity_that_was_revoked_is_nobodys_partner(folders: tuple[Party, P
         _ = Party.open(lab.folder).partner
     with pytest.raises(ConsentError, match="has ended"):
         Party.open(lab.folder).with_partner(clinic.folder / "clinic.pub")
+    renamed = clinic.folder / "renamed.pub"  # as who has stolen the key can
+    renamed.write_bytes(encode(replace(clinic.identity.public, name="clinic-2").to_dict()))
+    with pytest.raises(ConsentError, match="has ended"):
+        Party.open(lab.folder).with_partner(renamed)
     assert PublicIdentity.load(clinic.folder / "clinic.pub") == clinic.identity.public

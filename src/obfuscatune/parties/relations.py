@@ -157,7 +157,8 @@ class Relations(Folder):
         Raises:
             ConsentError: it has ended. UsageError: another one of this name is there, or it is an enclave's.
         """
-        if any(each.identity == public for each in load_successions(self.folder)):
+        # By its signing key: who has stolen one that was revoked would come back under another name.
+        if any(each.identity.signing_key == public.signing_key for each in load_successions(self.folder)):
             raise ConsentError("this identity has ended", got=f"{public.name} {public.fingerprint[:16]}")
         return self._file_of(public)
 
