@@ -86,15 +86,15 @@ class Escrow:
         enclave = self._state.identity.public.fingerprint
         found = set(signers([each for each in chains(self._state) if each is not None]).values())
         parties = [party for party in found if party is not None]
-        key, shares = bytes(SHARE_BYTES), dict[str, str]()
         if None in found or not parties:
             logger.warning("%s", REVOKED)
-        else:
-            for party in parties:
-                share = os.urandom(SHARE_BYTES)
-                key = _xor(key, share)
-                info = share_info(enclave, party.fingerprint)
-                shares[party.fingerprint] = _text(party.wrap(share, info))
+            self._key, self._shares, self._for = b"", {}, list(self._state.members)
+            return
+        key, shares = bytes(SHARE_BYTES), dict[str, str]()
+        for party in parties:
+            share = os.urandom(SHARE_BYTES)
+            key = _xor(key, share)
+            shares[party.fingerprint] = _text(party.wrap(share, share_info(enclave, party.fingerprint)))
         # All at once: a party whose sealing key is none ends the loop, and those before it would be all who release.
         self._key, self._shares, self._for = key, shares, list(self._state.members)
 
