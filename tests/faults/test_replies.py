@@ -205,6 +205,10 @@ EXPORTS: dict[str, Any] = {
     "transposed": lambda outputs: {name: t.T.contiguous() for name, t in outputs.items()},
     "another dtype": lambda outputs: {name: t.double() for name, t in outputs.items()},
     "NaN": lambda outputs: {name: t * torch.nan for name, t in outputs.items()},
+    "a moment of another shape": lambda outputs: outputs | {f"{next(iter(outputs))}/exp_avg": torch.ones(2, 2)},
+    "a moment that no optimizer has": lambda outputs: outputs | {f"{next(iter(outputs))}/x": torch.ones(())},
+    "another's factor": lambda outputs: outputs | {"x.first.in0.a": next(iter(outputs.values()))},
+    "more than it can be": lambda outputs: outputs | {f"{next(iter(outputs))}/x": torch.ones(1 << 20)},
 }
 
 
@@ -223,7 +227,8 @@ def test_wrong_factors_when_the_adapter_is_saved(export: str, tmp_path: Path) ->
             with pytest.raises(NotFiniteError):
                 protected.model.state_dict()
             return
-        with pytest.raises(WorkerFault, match="factor of a held slot"):
+        wrong = "payload too long" if export == "more than it can be" else "tensors of the reply|shape or dtype"
+        with pytest.raises(WorkerFault, match=wrong):
             protected.model.state_dict()
         with pytest.raises(UsageError, match="ended by an earlier fault"):
             loss_of(protected.model)

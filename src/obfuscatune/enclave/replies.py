@@ -20,18 +20,19 @@ if TYPE_CHECKING:
 class Pending(Secret):
     """A request under way. Attributes: ``op``; ``layer``, for messages; ``id``: the number of the call."""
 
-    def __init__(self, session: "Session", op: str, layer: str, number: int, expected: Expected | None) -> None:
+    def __init__(
+        self, session: "Session", op: str, layer: str, number: int, expected: Expected, optional: Expected
+    ) -> None:
         self.op, self.layer, self.id = op, layer, number
-        self._session, self._expected = session, expected
+        self._session, self._expected, self._optional = session, expected, optional
         self._frame: Frame | None = None
         self.placed: Placed | None = None  # what it has in the memory that it shares with a worker of this machine
 
     @property
-    def most(self) -> int | None:
+    def most(self) -> int:
         """Bytes of the reply's tensors: a worker may not make the enclave allocate more than it asked for."""
-        if self._expected is None:
-            return None
-        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self._expected.values())
+        both = (*self._expected.values(), *self._optional.values())
+        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in both)
 
     @property
     def has_come(self) -> bool:
@@ -62,7 +63,7 @@ class Pending(Secret):
         if frame is None:
             raise RuntimeError("a reply that was taken before")
         tensors = self._tensors(frame, in_place)
-        fault = fault_of(frame.fields, tensors, self.id, self._expected)
+        fault = fault_of(frame.fields, tensors, self.id, self._expected, self._optional)
         if fault is not None:
             what, details = fault
             raise self._session.fault(what, self.layer, call=self.id, **details)
@@ -92,7 +93,7 @@ class Pending(Secret):
 
 
 def fault_of(
-    reply: Mapping[str, Any], outputs: Mapping[str, Tensor], call: int, expected: Expected | None
+    reply: Mapping[str, Any], outputs: Mapping[str, Tensor], call: int, expected: Expected, optional: Expected
 ) -> tuple[str, dict[str, Any]] | None:
     """Say what is wrong with the reply to a call, with details for the error; None for nothing."""
     if reply.get("ok") is not True:
@@ -101,14 +102,14 @@ def fault_of(
         return "the worker refused the request", {"got": got, "hint": "the worker runs, and may be serving others"}
     if reply.get("id") != call:
         return "reply to another call", {"got": ascii(reply.get("id"))[:20], "expected": call}
-    if expected is not None:
-        if set(outputs) != set(expected):
-            return "tensors of the reply", {"got": sorted(outputs)[:8], "expected": sorted(expected)}
-        for name, (shape, dtype) in expected.items():
-            tensor = outputs[name]
-            if tuple(tensor.shape) != shape or tensor.dtype != dtype:
-                got = f"{list(tensor.shape)} {tensor.dtype}"
-                return f"shape or dtype of {name}", {"got": got, "expected": f"{list(shape)} {dtype}"}
+    known = {**optional, **expected}
+    if not set(expected) <= set(outputs) <= set(known):
+        return "tensors of the reply", {"got": sorted(outputs)[:8], "expected": sorted(expected)}
+    for name, tensor in outputs.items():
+        shape, dtype = known[name]
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+            got = f"{list(tensor.shape)} {tensor.dtype}"
+            return f"shape or dtype of {name}", {"got": got, "expected": f"{list(shape)} {dtype}"}
     return None
 
 

@@ -112,20 +112,27 @@ class Session(Lifetime):
         self._dropped[kind].append(number)
 
     def request(
-        self, op: str, layer: str, header: dict[str, Any], tensors: Mapping[str, Tensor], expected: Expected | None
+        self, op: str, layer: str, header: dict[str, Any], tensors: Mapping[str, Tensor], expected: Expected
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Send one request and return its checked reply; see `submit` and `Pending.result`."""
         return self.submit(op, layer, header, tensors, expected).result()
 
     def submit(
-        self, op: str, layer: str, header: dict[str, Any], tensors: Mapping[str, Tensor], expected: Expected | None
+        self,
+        op: str,
+        layer: str,
+        header: dict[str, Any],
+        tensors: Mapping[str, Tensor],
+        expected: Expected,
+        *,
+        optional: Expected | None = None,
     ) -> Pending:
         """Send one request, and return what its reply is had from.
 
         Args:
             op: name of the operation. layer: path of the layer it serves, for messages; never sent.
             header: the operation's own fields. tensors: keyed tensors by wire name; not to be changed before the reply.
-            expected: names, shapes and dtypes of the reply's tensors; ``None`` takes whatever comes (exports).
+            expected: names, shapes and dtypes of the reply's tensors. optional: of those that it may have besides.
 
         Raises:
             WorkerFault: naming worker, layer and call.
@@ -134,7 +141,7 @@ class Session(Lifetime):
                 the request is beyond the limits of a frame: then nothing was sent, and the session goes on.
         """
         refuse_not_finite(tensors, layer)
-        return self._submit(op, layer, header, tensors, expected)
+        return self._submit(op, layer, header, tensors, expected, optional=optional)
 
     def _submit(
         self,
@@ -142,14 +149,15 @@ class Session(Lifetime):
         layer: str,
         header: dict[str, Any],
         tensors: Mapping[str, Tensor],
-        expected: Expected | None,
+        expected: Expected,
         *,
+        optional: Expected | None = None,
         descriptor: int | None = None,
     ) -> Pending:
         with self._turn(self._sending, layer):
             self._refuse_ended(layer)
             self._last_id += 1
-            pending = Pending(self, op, layer, self._last_id, expected)
+            pending = Pending(self, op, layer, self._last_id, expected, optional or {})
             dropped: dict[str, list[int]] = {}
             placed = 0
             started = time.perf_counter()
@@ -160,7 +168,7 @@ class Session(Lifetime):
                     message["drop"] = dropped
                 shelf = self._shelf
                 if shelf is not None and op in PLACED and is_large(tensors, expected):
-                    tensors, fields, pending.placed = shelf.place(tensors, expected or {})
+                    tensors, fields, pending.placed = shelf.place(tensors, expected)
                     message |= fields
                     placed = pending.placed.bytes_sent
                 busy = bool(self._under_way)

@@ -21,10 +21,10 @@ from obfuscatune.protocol.frames import TensorSpec
 Expected = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 
 
-def is_large(tensors: Mapping[str, Tensor], expected: Expected | None) -> bool:
+def is_large(tensors: Mapping[str, Tensor], expected: Expected) -> bool:
     """Whether a request or its reply may have a tensor that is worth a place; cheap, as it is asked at every call."""
     sizes = [tensor.nbytes for tensor in tensors.values()]
-    sizes += [math.prod(shape) * dtype.itemsize for shape, dtype in (expected or {}).values()]
+    sizes += [math.prod(shape) * dtype.itemsize for shape, dtype in expected.values()]
     return max(sizes, default=0) >= LEAST_BYTES
 
 

@@ -26,6 +26,7 @@ from obfuscatune.enclave.remote.passes import Passes
 from obfuscatune.enclave.remote.slot import Slot
 from obfuscatune.enclave.replies import not_finite
 from obfuscatune.enclave.session import Session
+from obfuscatune.enclave.shelf import Expected
 from obfuscatune.errors import UsageError
 
 
@@ -139,19 +140,14 @@ class HeldSlot(Slot):
                 )
         return not (torch.equal(self._a, self._synced[0]) and torch.equal(self._b, self._synced[1]))
 
-    def pull(self, exported: dict[str, Tensor]) -> None:
-        """Write the worker's keyed factors into PEFT's parameters, un-keyed.
+    def factors(self) -> Expected:
+        """Name, shape and dtype of both factors on the worker."""
+        pairs = {f"{self.full_name}.a": self._a, f"{self.full_name}.b": self._b}
+        return {name: (tuple(parameter.T.shape), parameter.dtype) for name, parameter in pairs.items()}
 
-        Raises:
-            WorkerFault: they are not there, or not of their shapes and dtype.
-        """
-        keyed_a, keyed_b = (exported.get(f"{self.full_name}.{factor}") for factor in "ab")
-        if keyed_a is None or keyed_b is None:
-            raise self.session.fault("a factor of a held slot is missing", self.layer.path)
-        for keyed, parameter in ((keyed_a, self._a), (keyed_b, self._b)):
-            if keyed.shape != parameter.T.shape or keyed.dtype != parameter.dtype:
-                got, expected = f"{list(keyed.shape)} {keyed.dtype}", f"{list(parameter.T.shape)} {parameter.dtype}"
-                raise self.session.fault("factor of a held slot", self.layer.path, got=got, expected=expected)
+    def pull(self, exported: dict[str, Tensor]) -> None:
+        """Write the worker's keyed factors into PEFT's parameters, un-keyed."""
+        keyed_a, keyed_b = (exported[f"{self.full_name}.{factor}"] for factor in "ab")
         with torch.no_grad():  # a factor that nobody trained stays as it is, to the last bit
             if "a" in self._moved:
                 self._a.copy_(key_rows(keyed_a.double(), self._key_in).T)

@@ -3,6 +3,7 @@
 import hashlib
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -10,6 +11,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from obfuscatune.enclave.remote.held import HeldSlot, stock_optimizer
 from obfuscatune.enclave.session import Session
 from obfuscatune.errors import UnsupportedModelError
+from obfuscatune.protocol.optimizers import OPTIMIZER_MOMENTS
 
 
 class HeldAdapter:
@@ -73,12 +75,18 @@ class HeldAdapter:
         return found
 
     def export(self) -> dict[str, Tensor]:
-        """Return the workers' keyed factors and moments by name."""
-        header = {"action": "export"}
-        asked = {session.submit("optimizer", "-", header, {}, None): own for session, own in self.by_session().items()}
-        return {
-            name: tensor for pending, own in asked.items() for name, tensor in part_of(own, pending.result()[1]).items()
-        }
+        """Return the workers' keyed factors and moments by name.
+
+        Raises:
+            WorkerFault: a factor is missing, or what comes is of another shape or dtype than its factor.
+        """
+        asked = []
+        for session, slots in self.by_session().items():
+            factors = {name: kind for slot in slots for name, kind in slot.factors().items()}
+            state = {f"{name}/{moment}": kind for name, kind in factors.items() for moment in OPTIMIZER_MOMENTS}
+            state |= {f"{name}/step": ((), torch.float32) for name in factors}
+            asked.append(session.submit("optimizer", "-", {"action": "export"}, {}, factors, optional=state))
+        return {name: tensor for pending in asked for name, tensor in pending.result()[1].items()}
 
     def pull(self) -> None:
         """Bring the adapter in PEFT's layers up to date with the worker's factors, if it is not.
@@ -95,7 +103,7 @@ class HeldAdapter:
         """Write the worker's factors into PEFT's layers.
 
         Raises:
-            WorkerFault: the worker's factors are not all there, or not of their shapes.
+            WorkerFault: as `export`.
         """
         tensors = self.export()
         for slot in self.slots:
