@@ -10,7 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from peft import AdaLoraConfig, AdaptionPromptConfig, LoraConfig, PrefixTuningConfig, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    AdaptionPromptConfig,
+    IA3Config,
+    LoraConfig,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from peft.tuners.lora import LoraLayer
 from transformers import GPT2Config, GPT2LMHeadModel, OlmoConfig, OlmoForCausalLM
 
@@ -152,6 +160,28 @@ def test_lora_on_some_layers_only(protect: Any, variant: str, targets: tuple[str
         for each in (reference, protected.model):
             loss(each).backward()
         assert worst(gradients(protected.model), gradients(reference)) < EXACT
+
+
+@pytest.mark.parametrize("profile", ["enclave", "balanced"])
+def test_the_report_counts_the_model_and_nothing_of_pefts(protect: Any, profile: str) -> None:
+    """Not the trained copy of a module beside the module, nor the trained rows of the embedding, nor a prompt."""
+    counts = sum(parameter.numel() for parameter in gpt2().parameters())
+    ways = [
+        LoraConfig(r=2, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True),
+        LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, modules_to_save=["ln_f", "wpe"]),
+        LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, trainable_token_indices=[3, 4]),
+    ]
+    alone = [
+        IA3Config(task_type="CAUSAL_LM", fan_in_fan_out=True),
+        PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    ]
+    held = set()
+    for config in [*ways, *(alone if profile == "enclave" else [])]:
+        with protect(get_peft_model(gpt2(), config), profile=profile) as protected:
+            report = protected.report()
+        assert report.total_parameters == counts, config
+        held.add(report.enclave_parameters)
+    assert len(held) == 1
 
 
 def test_backward_twice_is_refused(protect: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from peft import PeftMixedModel, PeftModel
-from torch import nn
+from torch import Tensor, nn
 
 from obfuscatune.enclave.families import Block, Decoder
 from obfuscatune.enclave.keys import MasterSecret
@@ -18,6 +18,9 @@ from obfuscatune.enclave.sharing.scheme import Scheme
 from obfuscatune.errors import KeyFaultError, UnsupportedModelError, UsageError
 from obfuscatune.profiles import Profile
 from obfuscatune.protocol.waiting import WAITING
+
+# Within PEFT's layers and wrappers, what the model has had; that of trained tokens has the embedding in its layer.
+_MODELS_OWN = ("base_layer", "original_module", "token_adapter")
 
 
 def check_options(worker: Any, threads: Any, timeout: Any) -> None:
@@ -126,10 +129,21 @@ def leaving(decoder: Decoder, profile: Profile) -> list[Block]:
     return decoder.blocks[profile.enclave_blocks :]
 
 
-def count_parameters(model: nn.Module) -> int:
-    """Parameters of the model itself: no adapter, no anchor."""
-    skipped = ("lora_", ".anchor", "anchor_")
-    return sum(p.numel() for name, p in model.named_parameters() if not any(part in name for part in skipped))
+def count_parameters(causal_lm: nn.Module) -> int:
+    """Parameters of the model itself, without what PEFT has added: adapters, trained copies of modules and tokens.
+
+    Args:
+        causal_lm: the model of transformers, out of PEFT's, which may have a prompt of its own.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    added: set[Tensor] = set()
+    for module in causal_lm.modules():
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            named = module.named_parameters()
+            added |= {parameter for name, parameter in named if name.split(".")[0] not in _MODELS_OWN}
+    return sum(parameter.numel() for parameter in causal_lm.parameters() if parameter not in added)
 
 
 def warn_of_spinning() -> None:

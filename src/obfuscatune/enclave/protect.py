@@ -107,7 +107,7 @@ def protect(
     adapters = getattr(causal_lm, "peft_config", None) or {}  # of a PEFT model, and of one that transformers adapted
     workers = addresses_of(worker, resolved)
     keys = master_secret(secret, insecure_test_seed, workers)
-    total = count_parameters(model)
+    total = count_parameters(causal_lm)
     weights = lazy_weights(causal_lm)
     if resolved.remote or weights is not None:  # else PEFT has had the whole model, and has it still
         refuse_options(adapters)
