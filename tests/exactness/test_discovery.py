@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -16,6 +17,7 @@ from transformers import (
     BambaConfig,
     BloomConfig,
     Cohere2Config,
+    CTRLConfig,
     FalconConfig,
     FalconH1Config,
     Gemma3Config,
@@ -179,6 +181,16 @@ def test_hybrids_run_exactly(protect: Any, name: str) -> None:
             assert torch.equal(*found)
     assert len(results[0]) > 4
     assert worst(results[1], results[0]) < EXACT
+
+
+def test_a_layer_that_has_a_number_for_a_name_is_no_name_of_a_block() -> None:
+    """CTRL's MLP is a ``Sequential``, whose ``0`` PEFT found in the list of blocks too, and refused the block."""
+    model = model_of(CTRLConfig(vocab_size=37, n_embd=24, dff=20, n_layer=2, n_head=4, n_positions=64))
+    assert layer_names(model) == ["Wk", "Wq", "Wv", "dense", "ffn.0", "ffn.2"]
+    adapters = [name for name, module in adapted(model).named_modules() if isinstance(module, LoraLayer)]
+    assert len(adapters) == 2 * 6
+    named = adapted(model_of(model.config), target_modules=layer_names(model))
+    assert [name for name, module in named.named_modules() if isinstance(module, LoraLayer)] == adapters
 
 
 def test_training_that_takes_a_weight_itself_is_refused(protect: Any) -> None:

@@ -73,15 +73,22 @@ def layer_names(model: Any) -> list[str]:
     if spec is not None:
         return sorted(spec.layer_names())
     try:
-        names = {layer.name for block in read_decoder(model).blocks for layer in block.layers}
+        names = {_suffix(layer.path) for block in read_decoder(model).blocks for layer in block.layers}
     except UnsupportedModelError:
         head = model.get_output_embeddings()
         names = {
-            name.rpartition(".")[2]
+            _suffix(name)
             for name, one in model.named_modules()
             if one is not head and isinstance(one, nn.Linear | Conv1D)
         }
     return sorted(names - {"out_proj"} if model.config.model_type in _MAMBAS else names)
+
+
+def _suffix(path: str) -> str:
+    """The end of a path from its last name on: a number alone, as in a ``Sequential``, would be a block's name too."""
+    parts = path.split(".")
+    start = max((i for i, part in enumerate(parts) if not part.isdigit()), default=0)
+    return ".".join(parts[start:])
 
 
 def read_decoder(model: Any) -> Decoder:
