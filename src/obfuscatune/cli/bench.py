@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from obfuscatune.cli.output import check_parent
 from obfuscatune.cli.table import print_table
 from obfuscatune.errors import UsageError
 
@@ -59,8 +60,13 @@ def command(
     from obfuscatune.studies.reports.tables import columns
 
     for option, file in (("--json", json_file), ("--markdown", markdown)):
-        if file is not None and not file.parent.is_dir():
-            raise UsageError("no such directory", got=str(file.parent), where=option)
+        if file is None:
+            continue
+        if file.is_dir():
+            raise UsageError("a directory, and no file to write", where=f"{option} {file}")
+        check_parent(file, f"{option} {file}")
+    if json_file is not None and markdown is not None and json_file.resolve() == markdown.resolve():
+        raise UsageError("numbers and tables in one file", got=str(markdown), expected="another file for --markdown")
     given = {"sizes": size, "profiles": profile, "workloads": workload}
     options = BenchOptions(
         **{name: tuple(values) for name, values in given.items() if values},

@@ -245,6 +245,13 @@ def test_all_faults_come_at_once() -> None:
 def test_a_file_nowhere_is_refused_before_anything_is_measured(tmp_path: Path, option: str) -> None:
     with pytest.raises(UsageError, match="no such directory"):
         command(**{option: tmp_path / "missing" / "file"})
+    with pytest.raises(UsageError, match="a directory, and no file to write"):
+        command(**{option: tmp_path})
+
+
+def test_numbers_do_not_lose_their_file_to_the_tables(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="numbers and tables in one file"):
+        command(json_file=tmp_path / "file", markdown=tmp_path / "." / "file")
 
 
 def test_profiles_are_written_as_reports_write_them() -> None:
