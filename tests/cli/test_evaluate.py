@@ -169,6 +169,7 @@ def test_bad_options_write_nothing(run: Run, model_dir: Path, data_dir: Path, tm
         ((), "no training rows"),
         (("--task", "sciq", "--train_file", "x"), "two sources of training rows"),
         (("--train_file", "x", "--data_dir", data_dir), "a data directory without a task"),
+        (("--train_file", "x", "--allow_changed", "seed"), "changes to a run that is not resumed"),
     ):
         outcome = run(*finetune, *arguments)
         assert outcome.code == 2

@@ -195,6 +195,21 @@ def test_what_yaml_reads_as_something_else_than_it_says_is_refused(tmp_path: Pat
     assert "line 5" not in outcome.err and "unknown" not in outcome.err
 
 
+def test_items_of_a_list_are_read_as_strictly_as_values(tmp_path: Path, run) -> None:
+    path = tmp_path / "run.yaml"
+    lines = ("lora_target_modules: [c_fc, on]", "worker: [tcp, 1:30]", "allow_changed: [seed, [data]]", "? [a, b]\n: 1")
+    path.write_text("\n".join(lines))
+    outcome = run("finetune", "--config", path)
+    assert outcome.code == 2
+    for message in (
+        "line 1: 'lora_target_modules': YAML reads on as true",
+        "line 2: 'worker': YAML reads 1:30 as 90",
+        "line 3: 'allow_changed' is a list with something else than words and numbers in it",
+        "line 4: unknown option 'a list or map'",
+    ):
+        assert message in outcome.err
+
+
 def test_a_config_file_is_refused_with_all_its_faults_by_line(tmp_path: Path, run) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(

@@ -53,7 +53,7 @@ def _read(path: Path) -> list[tuple[str, Any, int]]:
             raise UsageError("config file is no map", expected="lines of 'name: value'", where=f"{path}:1")
         loader = yaml.SafeLoader("")
         pairs = [] if root is None else root.value
-        return [(str(key.value), _value(loader, value), key.start_mark.line + 1) for key, value in pairs]
+        return [(_name(key), _value(loader, value), key.start_mark.line + 1) for key, value in pairs]
     except OSError as error:
         raise UsageError("cannot read the config file", got=error.strerror, where=str(path)) from None
     except UnicodeDecodeError:
@@ -73,9 +73,16 @@ class _Misread:
     read_as: str
 
 
+def _name(key: Any) -> str:
+    """Return a key as it is written; a list or map for a key has no name."""
+    return key.value if isinstance(key.value, str) else "a list or map"
+
+
 def _value(loader: Any, node: Any) -> Any:
     """Return a node's value; a word for a boolean, and a number or date with colons or dashes, stay what they are."""
     value = loader.construct_object(node, deep=True)
+    if isinstance(value, list):
+        return [_value(loader, item) for item in node.value]
     written = node.value if isinstance(node.value, str) else ""
     if isinstance(value, bool):
         return value if written.lower() in ("true", "false") else _Misread(written, str(value).lower())
@@ -93,14 +100,17 @@ def _fault(context: typer.Context, options: dict[str, Any], name: str, value: An
         return f"unknown option {name!r}" + (f", did you mean {close[0]!r}?" if close else "")
     if isinstance(value, dict):
         return f"{name!r} is a map"
-    if isinstance(value, _Misread):
-        return f"{name!r}: YAML reads {value.text} as {value.read_as}; write that, or put quotes around it"
+    items = value if isinstance(value, list) else [value]
+    if misread := next((item for item in items if isinstance(item, _Misread)), None):
+        return f"{name!r}: YAML reads {misread.text} as {misread.read_as}; write that, or put quotes around it"
     if isinstance(value, bool) and not getattr(options[name], "is_flag", False):
         return f"{name!r} is {str(value).lower()}, and no option that is on or off"
     if value is None:
         return ""
     if options[name].multiple != isinstance(value, list):
         return f"{name!r} is {'not a list' if options[name].multiple else 'a list'}"
+    if isinstance(value, list) and any(item is None or isinstance(item, bool | list | dict) for item in value):
+        return f"{name!r} is a list with something else than words and numbers in it"
     try:
         options[name].process_value(context, value)
     except typer.BadParameter as error:

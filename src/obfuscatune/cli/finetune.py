@@ -135,12 +135,15 @@ def command(options: FinetuneOptions) -> None:
 
 
 def _check_source(options: FinetuneOptions) -> None:
-    """Refuse no training rows, or two sources of them."""
+    """Refuse no training rows, two sources of them, and what says something of a source or run that is not given."""
     if (options.train_file is None) == (options.task is None):
         what = "no training rows" if options.task is None else "two sources of training rows"
         raise UsageError(what, expected="--train_file FILE, or --task NAME with --data_dir DIR")
     if options.data_dir is not None and options.task is None:
         raise UsageError("a data directory without a task", where="--data_dir", hint="--task NAME")
+    if options.allow_changed and options.resume_from_checkpoint is None:
+        hint = "--resume_from_checkpoint last"
+        raise UsageError("changes to a run that is not resumed", where="--allow_changed", hint=hint)
 
 
 def _read_rows(options: FinetuneOptions) -> dict[str, list[Any]]:
