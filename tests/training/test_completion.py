@@ -1,18 +1,19 @@
 """Completions are those of the stock ``generate``: where they stop, what a chat prompt is, what pads a batch."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, Mamba2Config, PreTrainedTokenizerFast
 
 from obfuscatune.errors import DataError, UsageError
 from obfuscatune.serving.prompts import Prompts
 from obfuscatune.training.completion import complete, prompt_ids, stop_tokens
 from obfuscatune.training.data import Row
-from obfuscatune.training.encoding import encode_rows
+from obfuscatune.training.encoding import encode_rows, positions_of
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('zebra') }}{% endif %}"
@@ -121,3 +122,8 @@ def test_a_token_that_the_model_has_no_embedding_of_is_refused(model: Any, new_t
         ) as caught:
             prompt_ids(model.config, tokenizer, [("file:1", "fine"), ("file:2", prompt)], 5)
         assert "zebra" not in str(caught.value)
+
+
+def test_a_model_that_says_no_number_of_positions_has_no_bound() -> None:
+    configs = GPT2Config(n_positions=7), Mamba2Config(), SimpleNamespace(max_position_embeddings=None)
+    assert [positions_of(config) for config in configs] == [7, None, None]

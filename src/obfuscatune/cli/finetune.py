@@ -63,7 +63,7 @@ def command(options: FinetuneOptions) -> None:
     checkpoint = _check_output(options, ranks)
     from obfuscatune.enclave.protect import protect
     from obfuscatune.training.checkpoints import load_checkpoint, remove_checkpoints, save_adapter
-    from obfuscatune.training.encoding import Collator, encode_rows, vocabulary_of
+    from obfuscatune.training.encoding import Collator, encode_rows, positions_of, vocabulary_of
     from obfuscatune.training.interrupt import GivenUpError, StopOnSignal
     from obfuscatune.training.loading import load, load_tokenizer
     from obfuscatune.training.origin import check_origin, describe_run
@@ -79,8 +79,7 @@ def command(options: FinetuneOptions) -> None:
     rows = _read_rows(options)
     base = load(options.model_name_or_path, options.dtype, protection["profile"])
     tokenizer = load_tokenizer(options.model_name_or_path, base.config)
-    positions = getattr(base.config, "max_position_embeddings", options.max_length)
-    length = min(options.max_length, positions)
+    length = min(options.max_length, positions_of(base.config) or options.max_length)
     known = vocabulary_of(base.config)
     encoded = [encode_rows(of_source, tokenizer, length, vocabulary=known) for of_source in rows.values()]
     for source, (_, summary) in zip(rows, encoded, strict=True) if ranks.first else ():

@@ -17,7 +17,7 @@ from obfuscatune.service.sealed_inputs import origin_of
 from obfuscatune.service.sealed_results import Write
 from obfuscatune.training.arguments import training_arguments
 from obfuscatune.training.data import read_rows
-from obfuscatune.training.encoding import Collator, encode_rows, vocabulary_of
+from obfuscatune.training.encoding import Collator, encode_rows, positions_of, vocabulary_of
 from obfuscatune.training.trainer import ProtectedTrainer
 
 
@@ -59,11 +59,8 @@ def train(
     """
     settings = job.settings
     config: Any = protected.model.config
-    positions = getattr(config, "max_position_embeddings", settings.max_length)
-    rows, held_out = [
-        None if path is None else _encoded(path, tokenizer, min(settings.max_length, positions), config)
-        for path in files
-    ]
+    length = min(settings.max_length, positions_of(config) or settings.max_length)
+    rows, held_out = [None if path is None else _encoded(path, tokenizer, length, config) for path in files]
     tokens = quotas.training_tokens(settings, 0 if rows is None else len(rows))
     quotas.require(terms, "max_training_tokens", tokens or 0)
     found = sorted((ram / "run").glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))

@@ -18,6 +18,7 @@ from obfuscatune.serving.row import most_steps
 from obfuscatune.serving.sampling import Choosing
 from obfuscatune.serving.text import Text, decoded
 from obfuscatune.training.completion import Completion
+from obfuscatune.training.encoding import positions_of
 from obfuscatune.training.quiet import Quiet
 
 Enough = Callable[[int, int], bool]  # of a round's steps so far, and its longest row's tokens at its start
@@ -99,7 +100,7 @@ def compute(model: Any, tokenizer: Any, rows: Sequence[Row], ends: Sequence[int]
         model.generate(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
-            max_new_tokens=most_steps(rows, getattr(model.config, "max_position_embeddings", None)),
+            max_new_tokens=most_steps(rows, positions_of(model.config)),
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=list(ends) or None,
             do_sample=False,

@@ -13,7 +13,14 @@ from transformers import LogitsProcessorList
 from obfuscatune.errors import ObfuscatuneError, UsageError
 from obfuscatune.training.chat import prompt_tokens
 from obfuscatune.training.data import Prompt
-from obfuscatune.training.encoding import check_embedded, check_known, prompt_text_tokens, start_tokens, vocabulary_of
+from obfuscatune.training.encoding import (
+    check_embedded,
+    check_known,
+    positions_of,
+    prompt_text_tokens,
+    start_tokens,
+    vocabulary_of,
+)
 from obfuscatune.training.finite import FiniteScores
 from obfuscatune.training.quiet import Quiet
 
@@ -111,7 +118,7 @@ def prompt_ids(
         DataError: messages that the chat template refuses, a text that the tokenizer does not know, or a token that
             the model has no embedding of.
     """
-    positions, vocabulary = getattr(config, "max_position_embeddings", None), vocabulary_of(config)
+    positions, vocabulary = positions_of(config), vocabulary_of(config)
     start = len(start_tokens(tokenizer))
     found = []
     for where, prompt in prompts:

@@ -178,6 +178,15 @@ def vocabulary_of(config: Any) -> int:
     return int(config.get_text_config().vocab_size)
 
 
+def positions_of(config: Any) -> int | None:
+    """Return the number of positions that a model has, by its configuration; None where it has no bound, or says none.
+
+    Of recurrent models the field may be missing or null.
+    """
+    positions: int | None = getattr(config, "max_position_embeddings", None)
+    return positions
+
+
 def check_embedded(tokens: Sequence[int], vocabulary: int | None, where: str) -> None:
     """Refuse a token beyond the embedding: a special one of pictures or sounds, which a text spells.
 

@@ -14,6 +14,7 @@ from obfuscatune.training.encoding import (
     Collator,
     check_embedded,
     pair_tokens,
+    positions_of,
     start_tokens,
     vocabulary_of,
 )
@@ -96,7 +97,7 @@ def accuracy(predicted: Sequence[int], questions: Sequence[Question]) -> float:
 def _choice_rows(
     question: Question, index: int, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase
 ) -> list[dict[str, list[int]]]:
-    positions, vocabulary = getattr(model.config, "max_position_embeddings", None), vocabulary_of(model.config)
+    positions, vocabulary = positions_of(model.config), vocabulary_of(model.config)
     rows = []
     for choice in question.choices:
         prompt, tokens, _ = pair_tokens(tokenizer, question.prompt, f" {choice}")

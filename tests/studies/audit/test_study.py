@@ -25,7 +25,9 @@ GOOD = {"model": "tiny", "profiles": ["strict"], "knowledge": ["N"], "attacks": 
         ({"profiles": ["enclave"]}, "hands nothing over"),
         ({"knowledge": ["Z"]}, "unknown knowledge"),
         ({"attacks": ["A99"]}, "unknown attack"),
-        ({"attacks": ["A7"]}, "nothing to run"),
+        ({"attacks": ["A7"]}, "attacks that need more knowledge: got A7, expected --knowledge with"),
+        ({"attacks": ["A7", "A24"]}, "attacks that need more knowledge: got A7,"),
+        ({"profiles": []}, "nothing to run"),
         ({"tokens": "d/7x"}, "token budget"),
     ],
 )

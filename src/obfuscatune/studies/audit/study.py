@@ -35,7 +35,7 @@ def make_plan(
 
     Raises:
         UsageError: an unknown model, architecture, profile, letter or attack; a profile that hands nothing over; no
-            attack left.
+            attack left, or one of those that were named.
     """
     if model not in SETTINGS:
         raise UsageError("unknown model", got=model, expected=", ".join(SETTINGS), where="--model")
@@ -55,8 +55,12 @@ def make_plan(
         raise UsageError("unknown attack", got=", ".join(strangers), expected=", ".join(known), where="--attacks")
     has = {"N", *knowledge}
     chosen = [n for n, attack in known.items() if set(attack.needs) <= has and (not attacks or n in attacks)]
-    if not chosen or not profiles:
+    if not profiles or not (chosen or attacks):
         raise UsageError("nothing to run", got=f"{len(chosen)} attacks, {len(profiles)} profiles")
+    if left_out := [name for name in dict.fromkeys(attacks) if name not in chosen]:
+        needed = sorted({letter for name in left_out for letter in known[name].needs} - has)
+        got, expected = ", ".join(left_out), f"--knowledge with {','.join(needed)} too"
+        raise UsageError("attacks that need more knowledge", got=got, expected=expected, where="--attacks")
     budgets = parse_budgets(tokens, SETTINGS[model].width)
     return Plan(
         model=model,

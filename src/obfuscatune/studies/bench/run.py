@@ -81,8 +81,8 @@ class BenchOptions:
             faults.append(f"--threads {self.threads}: more than 4096")
         longest = max(self.shape.seq_length, PROMPT_TOKENS + self.shape.new_tokens)
         for name, config in configs.items():
-            positions = getattr(config, "max_position_embeddings", longest)
-            if positions < longest:
+            positions = getattr(config, "max_position_embeddings", None)
+            if positions is not None and positions < longest:
                 faults.append(f"--size {name}: holds {positions} tokens, not the {longest} asked for")
         if faults:
             raise UsageError("options of the benchmark", got="; ".join(faults))
