@@ -52,7 +52,11 @@ def test_the_defaults_are_strict(tmp_path: Path) -> None:
         (TDX + "any_measurement = true", "any_measurement is for simulation.allow = true only"),
         (TDX + "[simulation]\nallow = true", "simulation.allow without simulation.root"),
         (TDX + '[simulation]\ntpm_keys = ["' + "00" * 32 + '"]', "without simulation.allow = true"),
-        ('[platform]\nkinds = ["tpm"]\n[measurements]\npcr0 = ["' + "00" * 32 + '"]', "tpm.keys is missing"),
+        ('[platform]\nkinds = ["tpm"]\n[measurements]\npcr4 = ["' + "00" * 32 + '"]', "tpm.keys is missing"),
+        (
+            '[platform]\nkinds = ["tpm"]\n[measurements]\npcr0 = ["' + "00" * 32 + '"]',
+            "pins the code of tpm: expected meas",
+        ),
         ('[platform]\nkinds = ["sgx"]\n[measurements]\nmrsigner = ["' + "00" * 32 + '"]', "pins the code of sgx"),
         ("platform = 3", "platform: expected a table"),
         ("[platform", "policy is not TOML"),

@@ -36,17 +36,21 @@ MEASUREMENTS: Mapping[Kind, Mapping[str, int]] = {
     "nitro": {f"nitro_pcr{number}": 48 for number in range(32)},
     "azure": {**_SNP, **_TDX, **_PCRS},
 }
+# What of a machine with a TPM says which programs were started: boot loaders or a unified kernel (4), files that GRUB
+# and the kernel read (9), all programs by Linux's IMA (10), the parts of a unified kernel (11). Firmware, its settings,
+# secure boot and partitions (0 to 3, 5 to 7) leave the program open, and software may reset those from 16 on.
+# https://uapi-group.org/specifications/specs/linux_tpm_pcr_registry/
+_STARTED = ("pcr4", "pcr9", "pcr10", "pcr11")
 # Of each kind one of these sets must be named: what pins the code. A signer alone would accept all that it ever signed.
 PINS: Mapping[Kind, tuple[frozenset[str], ...]] = {
     "sgx": (frozenset({"mrenclave"}), frozenset({"mrsigner", "isv_prod_id", "isv_svn"})),
     "tdx": (frozenset({"mrtd"}),),
     "snp": (frozenset({"measurement"}),),
-    # Not those from 16 on, which software may reset.
-    "tpm": tuple(frozenset({f"pcr{number}"}) for number in range(16)),
+    "tpm": tuple(frozenset({name}) for name in _STARTED),
     "nitro": (frozenset({"nitro_pcr0"}),),  # the whole image
     # The paravisor, or who signed it, and what the guest has booted.
     "azure": tuple(
-        frozenset({f"pcr{number}", name}) for number in range(16) for name in ("measurement", "id_key_digest", "mrtd")
+        frozenset({started, name}) for started in _STARTED for name in ("measurement", "id_key_digest", "mrtd")
     ),
 }
 # Intel's, without Revoked, which nobody can allow.
