@@ -115,6 +115,8 @@ def test_who_is_admitted_is_new_and_has_not_ended() -> None:
     for public in (CLINIC.public, again):  # who has stolen the key can give it any name
         with pytest.raises(ConsentError, match="has ended"):
             now.after(signed(now, "admit", Member(public), LAB))
+    with pytest.raises(ConsentError, match="identity that has ended"):
+        now.after(signed(now, "succession", succeed(LAB, replace(CLINIC, public=again))))
     with pytest.raises(FormatError, match="twice"):
         found(HERE, [Member(CLINIC.public), Member(again)])
     with pytest.raises(FormatError, match="at most"):

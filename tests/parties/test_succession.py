@@ -160,4 +160,11 @@ def test_an_identity_that_was_revoked_is_nobodys_partner(folders: tuple[Party, P
     renamed.write_bytes(encode(replace(clinic.identity.public, name="clinic-2").to_dict()))
     with pytest.raises(ConsentError, match="has ended"):
         Party.open(lab.folder).with_partner(renamed)
+    other = clinic.folder / "other.pub"  # nor the successor of another partner
+    other.write_bytes(encode(NEW.public.to_dict()))
+    partner, heir = lab.with_partner(other), replace(clinic.identity, public=PublicIdentity.load(renamed))
+    statement.write_bytes(succeed(NEW, heir, now=time.time() - 1))
+    with pytest.raises(ConsentError, match="has ended, under another name: got clinic-2"):
+        partner.with_partner(statement)
+    assert Party.open(lab.folder).partner == NEW.public
     assert PublicIdentity.load(clinic.folder / "clinic.pub") == clinic.identity.public

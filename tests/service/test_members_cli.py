@@ -16,6 +16,7 @@ from obfuscatune.parties.attestation.simulator import SimulatedPlatform
 from obfuscatune.parties.canonical import encode
 from obfuscatune.parties.enclave import Enclave
 from obfuscatune.parties.identity import Identity
+from obfuscatune.parties.succession import succeed
 from obfuscatune.parties.upgrade import Upgrade
 from obfuscatune.service.escrow import Escrow
 from obfuscatune.service.takeover import wait_for_hand_over
@@ -23,7 +24,7 @@ from obfuscatune.service.takeover import wait_for_hand_over
 from .jobs import CLINIC, LAB, STRANGER, open_enclave
 from .platforms import MemoryPlatform
 from .test_handover import NEW_CODE
-from .test_members import OPERATOR, Serving, members_of, put, serve
+from .test_members import OPERATOR, Serving, changed, members_of, put, serve
 
 Run = Callable[..., tuple[int, str]]
 
@@ -99,6 +100,11 @@ def test_members_come_and_go(serving: Serving, run: Run, tmp_path: Path) -> None
     assert code == 1 and "not the next change" in said and "make the change anew" in said
     (tmp_path / "broken.change").write_text("{}")
     assert run(LAB, "agree", "broken.change")[0] == 2
+    heir = Identity.generate("heir", "x25519")
+    serving.members.succeed(succeed(CLINIC, heir))
+    removal = changed(serving.members, "remove", heir.public.fingerprint, heir)
+    serving.members.change(removal.to_bytes(), heir.public)
+    assert f"remove heir ({heir.public.fingerprint[:16]})  signed by heir" in run(LAB, "members")[1]
 
 
 def test_a_new_change_replaces_no_file(serving: Serving, run: Run, tmp_path: Path) -> None:

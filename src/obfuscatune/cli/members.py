@@ -26,6 +26,7 @@ YES = "sign without being asked"
 def members(options: EnclaveOptions) -> None:
     """Show who may connect, and the signed changes that led to this; all of them are checked."""
     from obfuscatune.parties.change import Member
+    from obfuscatune.parties.succession import read_succession
 
     known = options.client().members()
     print("open: until the first job the operator's directory says who is in" if known.is_open else "closed")
@@ -36,6 +37,8 @@ def members(options: EnclaveOptions) -> None:
         change, subject = signed.change, signed.change.subject
         came = subject if isinstance(subject, tuple) else (subject,)  # who has left is told by name too
         names |= {each.identity.fingerprint: each.identity.name for each in came if isinstance(each, Member)}
+        if isinstance(subject, bytes) and (heir := read_succession(subject).successor) is not None:
+            names[heir.fingerprint] = heir.name
         by = ", ".join(names.get(name, name[:16]) for name in signed.signatures)
         what = f"{change.act} {names[subject]} ({subject[:16]})" if subject in names else str(change)
         print(f"{change.number:4}  {change.digest[:16]}  {what}{f'  signed by {by}' if by else ''}")

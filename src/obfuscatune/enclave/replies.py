@@ -104,7 +104,8 @@ def fault_of(
         return "reply to another call", {"got": ascii(reply.get("id"))[:20], "expected": call}
     known = {**optional, **expected}
     if not set(expected) <= set(outputs) <= set(known):
-        return "tensors of the reply", {"got": sorted(outputs)[:8], "expected": sorted(expected)}
+        missing, strange = sorted(set(expected) - set(outputs)), sorted(set(outputs) - set(known))
+        return "tensors of the reply", {"got": f"{strange[:8]} too many, {missing[:8]} missing"}
     for name, tensor in outputs.items():
         shape, dtype = known[name]
         if tuple(tensor.shape) != shape or tensor.dtype != dtype:

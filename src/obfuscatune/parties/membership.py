@@ -162,10 +162,15 @@ class Membership:
             raise ConsentError("a statement whose time has not come", got=found.identity.fingerprint[:16])
         # By its signing key: another name makes another fingerprint. Nor may one be it whom the successor has named.
         others = {m.identity.signing_key for m in before if m.identity != found.identity}
-        for heir in (found.successor, resolve(found.identity, ends)):
-            if heir is not None and heir.signing_key in others:
+        heir = resolve(found.identity, ends)
+        ended = {each.identity.signing_key for each in self.ends} - {found.identity.signing_key}
+        if heir is not None and heir.signing_key in ended:
+            what = "the successor is an identity that has ended, under another name"
+            raise ConsentError(what, got=f"{heir.name} {heir.fingerprint[:16]}")
+        for named in (found.successor, heir):
+            if named is not None and named.signing_key in others:
                 what = "the successor is a member already, or another name of one"
-                raise ConsentError(what, got=f"{heir.name} {heir.fingerprint[:16]}")
+                raise ConsentError(what, got=f"{named.name} {named.fingerprint[:16]}")
         if len(_lineage(found.identity, ends)) > MAX_SUCCESSIONS:
             raise FormatError("too many successions of one member", expected=f"at most {MAX_SUCCESSIONS}")
         return ends

@@ -180,6 +180,12 @@ class Relations(Folder):
         earlier = [each for each in load_successions(self.folder, now=_EVER) if each.identity == found.identity]
         if current != found.identity and not any(each.successor in (current, None) for each in earlier):
             raise UsageError("not the end of your partner's identity", got=found.identity.fingerprint[:16])
+        ended = [each.identity for each in load_successions(self.folder)]
+        ended = [each for each in ended if each.signing_key != found.identity.signing_key]
+        named = found.successor
+        if named is not None and any(named.signing_key == each.signing_key and named != each for each in ended):
+            what = "the successor is an identity that has ended, under another name"
+            raise ConsentError(what, got=f"{named.name} {named.fingerprint[:16]}")
         kept = self.folder / f"{found.identity.fingerprint[:16]}-{hashlib.sha256(data).hexdigest()[:16]}{SUFFIX}"
         try:
             if not kept.exists():

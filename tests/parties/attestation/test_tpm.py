@@ -81,11 +81,17 @@ def test_a_pinned_key_is_no_simulation(evidence: Evidence) -> None:
         ({"simulation_tpm_keys": frozenset({"ab" * 32})}, "key"),
         ({"allow_simulation": False}, "key"),
         ({"measurements": {"pcr4": frozenset({ZERO}), "pcr14": frozenset({"ab" * 32})}}, "pcr14"),
-        ({"measurements": {"pcr10": frozenset({ZERO})}}, "pcr10"),  # which the quote does not cover
+        (
+            {"measurements": {"pcr4": frozenset({ZERO}), "pcr10": frozenset({ZERO})}},
+            "pcr10",
+        ),  # which the quote does not cover
         ({"measurements": {}}, "measurements"),
         ({"measurements": {"pcr16": frozenset({ZERO})}}, "measurements"),  # which software may reset
         # Firmware, its settings, secure boot: they leave open which programs were started.
-        ({"measurements": {f"pcr{n}": frozenset({ZERO}) for n in (0, 1, 2, 3, 5, 6, 7, 8, 14)}}, "measurements"),
+        (
+            {"measurements": {f"pcr{n}": frozenset({ZERO}) for n in (0, 1, 2, 3, 5, 6, 7, 8, 12, 13, 14, 15)}},
+            "measurements",
+        ),
     ],
 )
 def test_a_stricter_policy_refuses(evidence: Evidence, changes: dict, rule: str) -> None:
