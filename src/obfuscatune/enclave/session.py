@@ -94,7 +94,7 @@ class Session(Lifetime):
             return
         arena, descriptor = made
         try:
-            reply, _ = self._submit("arena", "-", {"bytes": arena.size}, {}, {}, descriptor=descriptor).result()
+            reply, _ = self.submit("arena", "-", {"bytes": arena.size}, {}, {}, descriptor=descriptor).result()
         finally:
             os.close(descriptor)
         if reply.get("mapped") is True:  # it is not where a relay between the two passes bytes alone
@@ -126,6 +126,7 @@ class Session(Lifetime):
         expected: Expected,
         *,
         optional: Expected | None = None,
+        descriptor: int | None = None,
     ) -> Pending:
         """Send one request, and return what its reply is had from.
 
@@ -133,6 +134,7 @@ class Session(Lifetime):
             op: name of the operation. layer: path of the layer it serves, for messages; never sent.
             header: the operation's own fields. tensors: keyed tensors by wire name; not to be changed before the reply.
             expected: names, shapes and dtypes of the reply's tensors. optional: of those that it may have besides.
+            descriptor: of a file that is passed to a worker of this machine.
 
         Raises:
             WorkerFault: naming worker, layer and call.
@@ -141,19 +143,6 @@ class Session(Lifetime):
                 the request is beyond the limits of a frame: then nothing was sent, and the session goes on.
         """
         refuse_not_finite(tensors, layer)
-        return self._submit(op, layer, header, tensors, expected, optional=optional)
-
-    def _submit(
-        self,
-        op: str,
-        layer: str,
-        header: dict[str, Any],
-        tensors: Mapping[str, Tensor],
-        expected: Expected,
-        *,
-        optional: Expected | None = None,
-        descriptor: int | None = None,
-    ) -> Pending:
         with self._turn(self._sending, layer):
             self._refuse_ended(layer)
             self._last_id += 1
