@@ -214,13 +214,13 @@ def test_a_worker_of_its_own(
     shutil.copytree(whole("balanced") / "checkpoint-1", output / "checkpoint-1")
     submit, struck = Session.submit, list[tuple[int, float]]()
 
-    def faulty(self: Session, op: str, layer: str, *arguments: Any) -> Any:
+    def faulty(self: Session, op: str, layer: str, *arguments: Any, **options: Any) -> Any:
         if op == "forward" and second.is_dir() and not struck:
             assert self.process is not None
             os.kill(self.process.pid, signal.SIGKILL if fault == "killed" else signal.SIGSTOP)
             struck.append((self.process.pid, time.monotonic()))
             self.limit(SHORT)  # it has begun, which takes a process longer
-        return submit(self, op, layer, *arguments)
+        return submit(self, op, layer, *arguments, **options)
 
     monkeypatch.setattr(Session, "submit", faulty)
     monkeypatch.setattr("obfuscatune.enclave.lifetime.ENDING_SECONDS", 0.2)
