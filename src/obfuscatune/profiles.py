@@ -7,7 +7,7 @@ is a cryptographic boundary but `shared`, under the assumptions that ``docs/shar
 
 import dataclasses
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from obfuscatune.errors import UsageError
@@ -57,6 +57,8 @@ class Profile:
         spares: how many workers may fail.
         rotate_stream: keep the residual stream on the worker too, under one secret rotation, so that all blocks are one
             call.
+        chosen: names of the switches that the caller set himself: a model that cannot have them is refused, not
+            adapted to.
     """
 
     name: str
@@ -84,6 +86,7 @@ class Profile:
     primes: int = 0
     threshold: int = 1
     spares: int = 0
+    chosen: tuple[str, ...] = field(default=(), compare=False, repr=False)
 
     @property
     def shares(self) -> bool:
@@ -187,9 +190,8 @@ PROFILES: dict[str, Profile] = {
 
 # float64 has 16 digits: beyond this a key's inverse is noise, and nothing computed under it means anything.
 MAX_KAPPA = 1e8
-SWITCHES = tuple(
-    f.name for f in dataclasses.fields(Profile) if f.name not in ("name", "summary", "audience", "claim", "remote")
-)
+_NO_SWITCHES = ("name", "summary", "audience", "claim", "remote", "chosen")
+SWITCHES = tuple(f.name for f in dataclasses.fields(Profile) if f.name not in _NO_SWITCHES)
 # What is said of shares alone: not part of the keys and the checkpoints of profiles that have none.
 OF_SHARES = ("weights", "primes", "threshold", "spares")
 _LEAST = {"enclave_blocks": 0, "key_block": 2, "mix_tile": 64, "primes": 0, "threshold": 1, "spares": 0}
@@ -243,7 +245,7 @@ def resolve(profile: str | Profile, **switches: Any) -> Profile:
     names = [f"{n}={getattr(profile, n)}" for n in SWITCHES if n in changed and getattr(profile, n) != getattr(base, n)]
     if profile.shares and changed.keys() & {"weights", "threshold", "spares"}:
         profile = _with_words_of_shares(profile)
-    return dataclasses.replace(profile, name="+".join([base.name, *names]))
+    return dataclasses.replace(profile, name="+".join([base.name, *names]), chosen=(*base.chosen, *changed))
 
 
 def _with_words_of_shares(profile: Profile) -> Profile:

@@ -276,7 +276,8 @@ def test_from_sealing_to_both_signatures(sealed: tuple[Path, Path], run: Run, mo
     for answer, code in (("", 2), ("n\n", 2), ("y\n", 0)):
         monkeypatch.setattr("sys.stdin", io.StringIO(answer))
         done = run("job", "sign", "--party", lab, clinic / "job.json")
-        assert done.code == code and "Sign exactly this?" in done.out
+        assert done.code == code and "sign exactly this? [y/N] " in done.err
+        assert ("[y/N] \n" in done.err) == (not answer)  # the error has a line of its own where input has ended
         assert (lab / "job.json").exists() == (code == 0)
     signed = SignedJob.load(lab / "job.json")
     assert signed.missing() == [] and signed.job == job

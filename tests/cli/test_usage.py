@@ -106,6 +106,37 @@ def test_a_link_to_nowhere_is_an_output_file_that_is_there(tmp_path: Path, run) 
     assert outcome.code == 2 and "file is there already" in outcome.err
 
 
+@pytest.mark.parametrize("verb", ["generate", "serve", "finetune", "evaluate"])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--worker", "carrier-pigeon"], "not an address"),
+        (["--worker", "spawn", "--worker", "tcp://192.0.2.1:7000"], "neither encrypted nor authenticated"),
+        (["--worker", f"tls://127.0.0.1:7000#{64 * 'a'}"], "tls:// needs an identity"),
+        (["--worker", f"tls://127.0.0.1:7000#{64 * 'a'}", "--identity", "/dev/null/lab.key"], "/dev/null/lab.key"),
+        (["--worker", "unix:///run/w", "--threads", "2"], "are set where it is started"),
+        (["--profile", "shared", "--threshold", "0"], "the profile's switches do not fit"),
+    ],
+)
+def test_what_is_wrong_with_a_worker_is_told_before_the_model_is_read(
+    verb: str, options: list[str], message: str, model_dir: Path, tmp_path: Path, run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: object) -> None:
+        raise AssertionError("the model is read")
+
+    for name in ("obfuscatune.training.loading.load", "obfuscatune.studies.tasks.harness.load"):
+        monkeypatch.setattr(name, load)
+    (tmp_path / "train.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    more = {
+        "generate": ["--prompt", "a"],
+        "serve": ["--port", "0"],
+        "finetune": ["--train_file", tmp_path / "train.jsonl", "--output_dir", tmp_path / "out"],
+        "evaluate": ["--task", "sciq"],
+    }
+    outcome = run(verb, "--model_name_or_path", model_dir, *more[verb], *options)
+    assert outcome.code == 2 and message in outcome.err, outcome.err
+
+
 FETCH = ["attest", "fetch", "--enclave", "tls://127.0.0.1:1", "--output", "e"]
 SERVE = [
     "enclave",

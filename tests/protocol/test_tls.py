@@ -19,7 +19,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import obfuscatune
 from obfuscatune.durable import write_new
-from obfuscatune.enclave.spawn import open_session
+from obfuscatune.enclave.spawn import check_workers, open_session
 from obfuscatune.errors import AttestationError, KeyFaultError, UsageError
 from obfuscatune.parties import link
 from obfuscatune.parties.canonical import encode
@@ -102,6 +102,20 @@ def test_who_has_no_identity_or_no_fingerprint_is_told_so(running: Running) -> N
     bare = f"tls://127.0.0.1:{running.address.port}"
     with pytest.raises(UsageError, match="no fingerprint of the worker"):
         open_session(bare, timeout=PATIENCE, threads=None, device=None, identity=LAB)
+
+
+def test_an_identity_is_read_once_for_all_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A locked one asks for its passphrase each time that it is read."""
+    path, read = tmp_path / "lab.key", []
+    write_new(path, LAB.to_bytes() + b"\n", mode=0o600)
+    load = Identity.load
+    monkeypatch.setattr(Identity, "load", lambda path: read.append(path) or load(path))
+    place = {"threads": None, "device": None, "insecure": False}
+    workers = [f"tls://{host}.example:7000#{64 * 'a'}" for host in "abc"]
+    own = check_workers(workers, identity=path, **place)
+    assert own is not None and own.public == LAB.public
+    assert check_workers(workers, identity=own, **place) is own and read == [path]
+    assert check_workers(["spawn", "unix:///run/w"], identity=path, **place) is None and read == [path]
 
 
 def forged(claimed: Identity, signer: Identity) -> Credentials:

@@ -3,11 +3,11 @@
 # ruff: noqa: RUF009 - option() makes a field, which is what the rule wants there
 
 import contextlib
-import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from obfuscatune.cli.asking import ask
 from obfuscatune.cli.connecting import PartyOptions, open_party
 from obfuscatune.cli.options import ConfigOptions, argument, option, takes
 from obfuscatune.cli.output import check_new_file
@@ -115,11 +115,8 @@ def sign(options: SignOptions) -> None:
         }
         signed = replace(signed, signatures=tuple(pairs[each] for each in sorted(pairs)))
     _print_review(loaded, party.folder, [source.with_name("model.card")])
-    if not options.yes:
-        print("\nSign exactly this? [y/N] ", end="", flush=True)
-        answer = sys.stdin.readline().strip().lower()
-        if answer not in ("y", "yes"):
-            raise UsageError("not signed", got=answer[:10] or "no answer", hint="--yes signs without being asked")
+    print(flush=True)
+    ask("sign exactly this?", options.yes)
     _write(target, signed)
     left = f"not signed yet by the {' and the '.join(signed.missing())}" if signed.missing() else "signed by both"
     print(f"\nsigned as {party.role}: {target}, {left}")

@@ -45,21 +45,15 @@ def command(options: EvaluateOptions) -> None:
     _check_output(options)
     require_harness()
     check_data(names, options.data_dir, options.num_fewshot)
+    protection = options.protection()
     from obfuscatune.studies.tasks.harness import ProtectedLM, evaluate
 
     with ProtectedLM(
         options.model_name_or_path,
         peft=options.adapter_name_or_path,
         dtype=options.dtype,
-        profile=options.profile,
-        worker=options.worker or "spawn",
-        device=options.device,
-        threads=options.threads,
-        timeout=options.timeout,
-        identity=options.identity,
-        insecure=options.insecure,
         batch_size=options.batch_size,
-        **{name: value for name, value in options.switches.items() if value is not None},
+        **protection,
     ) as lm:
         results = evaluate(lm, names, data_dir=options.data_dir, limit=options.limit, num_fewshot=options.num_fewshot)
         report = lm.protected.report()

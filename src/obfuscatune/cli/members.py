@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from obfuscatune.cli.asking import ask
 from obfuscatune.cli.connecting import EnclaveOptions
 from obfuscatune.cli.options import argument, option, takes
 from obfuscatune.cli.output import check_new_file, check_parent
@@ -277,14 +278,8 @@ def _pass_on(enclave: "Enclave", signed: "SignedChange", path: Path, *, new: boo
 
 
 def _ask(what: str, yes: bool, deed: Literal["sign", "release"] = "sign") -> None:
-    print(what)
-    if yes:
-        return
-    print(f"{deed} this? [y/N] ", end="", file=sys.stderr, flush=True)
-    answer = sys.stdin.readline().strip().lower()
-    if answer not in ("y", "yes"):
-        hint = "--yes does it without being asked"
-        raise UsageError(f"answer to `{deed} this?`", got=answer[:10] or "none", expected="y", hint=hint)
+    print(what, flush=True)
+    ask(f"{deed} this?", yes)
 
 
 COMMANDS = {

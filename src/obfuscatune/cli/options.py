@@ -116,13 +116,17 @@ class ProtectionOptions:
     switches: dict[str, Any] = field(default_factory=dict)
 
     def protection(self) -> dict[str, Any]:
-        """Return the arguments of ``obfuscatune.protect``, the switches resolved; warns and raises as ``resolve``."""
-        names = ("device", "threads", "timeout", "identity", "insecure")
-        return {
-            "profile": resolve(self.profile, **self.switches),
-            "worker": list(self.worker or ["spawn"]),
-            **{name: getattr(self, name) for name in names},
-        }
+        """Return the arguments of ``obfuscatune.protect``: the switches resolved, workers checked, identity read.
+
+        Warns and raises as `resolve`, `check_workers` and `Identity.load`: before a model is read.
+        """
+        from obfuscatune.enclave.spawn import check_workers
+
+        profile, workers = resolve(self.profile, **self.switches), list(self.worker or ["spawn"])
+        given = {name: getattr(self, name) for name in ("device", "threads", "identity", "insecure")}
+        if profile.remote:
+            given["identity"] = check_workers(workers, **given)
+        return {"profile": profile, "worker": workers, "timeout": self.timeout, **given}
 
 
 def takes(record: type[T]) -> Callable[[Callable[[T], None]], Callable[..., None]]:

@@ -46,6 +46,11 @@ class Lifetime(Secret):
         """Whether it was closed, or ended by a fault."""
         return self._ended is not None
 
+    @property
+    def timeout(self) -> float:
+        """Seconds to wait for one reply."""
+        return self._timeout
+
     def limit(self, seconds: float) -> None:
         """Wait this long at most from now on, for all replies together: for the last requests of a session.
 

@@ -39,7 +39,7 @@ from obfuscatune.enclave.remote.calls import without_autocast
 from obfuscatune.enclave.remote.held_adapter import HeldAdapter
 from obfuscatune.enclave.session import Session
 from obfuscatune.enclave.sharing.statement import describe
-from obfuscatune.enclave.spawn import open_session
+from obfuscatune.enclave.spawn import check_workers, open_session
 from obfuscatune.enclave.watching import watch
 from obfuscatune.profiles import Profile, resolve
 from obfuscatune.protocol.waiting import is_chosen
@@ -106,6 +106,8 @@ def protect(
     check_tensors(causal_lm)
     adapters = getattr(causal_lm, "peft_config", None) or {}  # of a PEFT model, and of one that transformers adapted
     workers = addresses_of(worker, resolved)
+    if resolved.remote:
+        identity = check_workers(workers, threads=threads, device=device, identity=identity, insecure=insecure)
     keys = master_secret(secret, insecure_test_seed, workers)
     total = count_parameters(causal_lm)
     weights = lazy_weights(causal_lm)
@@ -120,7 +122,7 @@ def protect(
     refuse_mixed(model)
     decoder = read_decoder(causal_lm)
     asked = resolved
-    resolved = fit(decoder, resolved, {name for name, value in switches.items() if value is not None})
+    resolved = fit(decoder, resolved)
     if resolved.attention == "worker":
         refuse_looking_ahead(causal_lm.config)
         refuse_attention(causal_lm.config)

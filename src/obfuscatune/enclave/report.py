@@ -76,8 +76,10 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers and strings, for JSON."""
+        fields = dataclasses.asdict(self)
+        del fields["profile"]["chosen"]  # the profile says what was done
         return {
-            **dataclasses.asdict(self),
+            **fields,
             "worker": self.worker,
             "worker_parameters": self.worker_parameters,
             "worker_peak_bytes": self.worker_peak_bytes,

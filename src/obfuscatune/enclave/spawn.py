@@ -4,8 +4,9 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from obfuscatune.enclave.session import Session
 from obfuscatune.errors import AttestationError, ConnectionClosedError, ProtocolError, UsageError
@@ -42,36 +43,67 @@ def open_session(
             worker can take.
         AttestationError: the worker has another identity than the address names.
     """
-    if worker == "spawn":
+    address = _check(worker, threads, device, identity, insecure)
+    if address is None:
         return _spawn(timeout=timeout, threads=threads, device=device or "cpu")
+    if address.tls:
+        connection = _connect_secured(address, timeout, _identity(identity))
+    else:
+        connection = Connection(connect(address, timeout=timeout), limits=Limits(), peer=str(address))
+    return Session(connection, worker=str(address), timeout=timeout, queue=queue)
+
+
+def check_workers(
+    workers: Iterable[str],
+    *,
+    threads: int | None,
+    device: str | None,
+    identity: "Identity | str | Path | None",
+    insecure: bool,
+) -> "Identity | None":
+    """Refuse what `open_session` would, before a model is read and any worker is asked.
+
+    Returns:
+        The identity for links under TLS, so that its passphrase is asked for once; None where there are none.
+
+    Raises:
+        UsageError: bad address, one without the worker's fingerprint, no identity for ``tls://``, or options that only
+            a spawned worker can take.
+    """
+    addresses = [_check(worker, threads, device, identity, insecure) for worker in workers]
+    if not any(address is not None and address.tls for address in addresses):
+        return None
+    return _identity(identity)
+
+
+def _identity(given: Any) -> "Identity":
+    from obfuscatune.parties.identity import Identity
+
+    return given if isinstance(given, Identity) else Identity.load(Path(given))
+
+
+def _check(worker: str, threads: int | None, device: str | None, identity: Any, insecure: bool) -> Address | None:
+    """Return the address, or None for ``"spawn"``."""
+    if worker == "spawn":
+        return None
     if threads is not None or device is not None:
         raise UsageError(
             "threads and device of a worker at an address are set where it is started",
             where=worker,
             hint="obfuscatune worker --listen ADDRESS --device DEVICE --threads N",
         )
-    address = Address.parse(worker)
-    address.check_exposure(insecure, "insecure=True (--insecure)")
-    if address.tls:
-        connection = _connect_secured(address, timeout, identity)
-    else:
-        connection = Connection(connect(address, timeout=timeout), limits=Limits(), peer=str(address))
-    return Session(connection, worker=str(address), timeout=timeout, queue=queue)
+    address = Address.of_worker(worker, insecure, "insecure=True (--insecure)")
+    if address.tls and identity is None:
+        hint = 'obfuscatune identity new lab, then identity="lab.key" (--identity lab.key), and lab.pub to the worker'
+        raise UsageError("tls:// needs an identity of this enclave", where=worker, hint=hint)
+    return address
 
 
-def _connect_secured(address: Address, timeout: float, identity: "Identity | str | Path | None") -> Connection:
+def _connect_secured(address: Address, timeout: float, own: "Identity") -> Connection:
     """Connect under TLS: when this returns, each side knows the other, and nothing of a session was sent."""
-    from obfuscatune.parties.identity import Identity
     from obfuscatune.parties.link import check_worker, credentials_of
 
     where = str(address)
-    if not address.fingerprint:
-        hint = "the worker prints its whole address when it starts; or: obfuscatune identity show NAME.pub"
-        raise UsageError("no fingerprint of the worker", got=where, expected=f"{where}#FINGERPRINT", hint=hint)
-    if identity is None:
-        hint = 'obfuscatune identity new lab, then identity="lab.key" (--identity lab.key), and lab.pub to the worker'
-        raise UsageError("tls:// needs an identity of this enclave", where=where, hint=hint)
-    own = identity if isinstance(identity, Identity) else Identity.load(Path(identity))
     context = enclave_context(credentials_of(own, "enclave"))
     sock = connect(address, timeout=timeout)
     try:

@@ -64,6 +64,20 @@ class Address:
             raise UsageError("not a fingerprint", got=repr(fingerprint), expected="64 digits of 0-9a-f", hint=hint)
         return cls(host=parsed[0], port=parsed[1], tls=tls, fingerprint=fingerprint)
 
+    @classmethod
+    def of_worker(cls, text: str, insecure: bool, flag: str) -> "Address":
+        """Parse the address that an enclave is to connect to.
+
+        Raises:
+            UsageError: as `parse` and `check_exposure`, or ``tls://`` without the worker's fingerprint.
+        """
+        address = cls.parse(text)
+        address.check_exposure(insecure, flag)
+        if address.tls and not address.fingerprint:
+            hint = "the worker prints its whole address when it starts; or: obfuscatune identity show NAME.pub"
+            raise UsageError("no fingerprint of the worker", got=text, expected=f"{text}#FINGERPRINT", hint=hint)
+        return address
+
     def __str__(self) -> str:
         if self.path:
             return f"unix://{self.path}"

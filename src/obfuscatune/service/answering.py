@@ -241,19 +241,22 @@ class Answering:
                 query.fail(error)
                 continue
             if not query.left:
+                self._paid.discard(query.question)  # a twin that fails gets nothing back for it
                 self._answers.put(query.question, completions)
             query.finish(completions)
 
     def _fail(self, query: Query, error: BaseException) -> None:
         """End a query that was not answered. What it was counted for is given back, unless a part of it was shown.
 
-        Where the same question was counted earlier, nothing is: asked again it costs nothing.
+        Nor is it where another query that asks the same was shown a part, or is under way, nor where the question was
+        counted earlier: asked again it costs nothing.
         """
         del self._begun[id(query)]
         paid = query.question in self._paid
+        shown = query.withhold()
         self._forget(query)
         try:
-            if paid and not query.withhold() and query.question not in self._paid and not self._book.state.handed:
+            if paid and not shown and query.question not in self._paid and not self._book.state.handed:
                 asked = (query.job, query.party, len(query.prompts), query.question)
                 self._book.store.require_disk(0)  # else the log may tell what the state does not take
                 self._book.questions.give_back(*asked)
@@ -266,9 +269,12 @@ class Answering:
             query.fail(error)
 
     def _forget(self, query: Query) -> None:
-        """Its question was counted for nobody who is under way, unless another query asks the same."""
+        """Its question was counted for nobody who is under way, unless another query asks the same.
+
+        Where a part of the answer was shown, it was paid for that, whoever else asks.
+        """
         under_way = (*self._begun.values(), *self._set_aside.values())
-        if all(other.question != query.question for other, _ in under_way):
+        if query.sent or all(other.question != query.question for other, _ in under_way):
             self._paid.discard(query.question)
 
     def _adapter(self, job: str) -> str:

@@ -58,13 +58,9 @@ class Workers:
         for text in addresses:
             if text == "spawn":
                 continue
-            address = Address.parse(text)
-            address.check_exposure(insecure, "--insecure")
+            address = Address.of_worker(text, insecure, "--insecure")
             if not address.tls:
                 continue
-            if not address.fingerprint:
-                hint = "the worker prints its whole address when it starts; or: obfuscatune identity show NAME.pub"
-                raise UsageError("no fingerprint of the worker", got=text, expected=f"{text}#FINGERPRINT", hint=hint)
             if address.fingerprint in found:
                 raise UsageError("one worker is given twice", where=f"{found[address.fingerprint]} and {text}")
             found[address.fingerprint] = text

@@ -11,6 +11,7 @@ from obfuscatune import PROFILES, UnsupportedModelError
 from obfuscatune.enclave.families import FAMILIES, read_decoder
 from obfuscatune.enclave.families.empty import empty_model
 from obfuscatune.enclave.families.fit import fit
+from obfuscatune.profiles import resolve
 
 TEXT = (Path(__file__).parents[3] / "docs" / "models.md").read_text()
 ROWS = dict(re.findall(r"^\| `(\w+)` \|[^|]*\|(.*)\|$", TEXT, re.MULTILINE))
@@ -29,6 +30,16 @@ def cell(model_type: str, profile: str) -> str:
             return f"refused ({', '.join(notes)})"
     notes = sorted(note for words, note in REASONS.items() if any(words in str(w.message) for w in caught))
     return f"exact ({', '.join(notes)})" if notes else "exact"
+
+
+def test_attention_that_was_asked_for_on_the_worker_is_refused_where_it_cannot_be() -> None:
+    decoder = read_decoder(empty_model(AutoConfig.for_model("qwen3")))
+    with pytest.warns(UserWarning, match="so attention stays in the enclave"):
+        assert fit(decoder, resolve("balanced", mlp="enclave")).attention == "enclave"
+    with pytest.raises(UnsupportedModelError, match="attention cannot run on the worker"):
+        fit(decoder, resolve("balanced", attention="worker"))
+    with pytest.raises(UnsupportedModelError, match="attention cannot run on the worker"):
+        fit(decoder, resolve(resolve("balanced", attention="worker"), mlp="enclave"))
 
 
 def test_every_family_has_its_row() -> None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import warnings
-from collections.abc import Collection
 
 import torch
 from torch import nn
@@ -14,19 +13,16 @@ from obfuscatune.errors import UnsupportedModelError
 from obfuscatune.profiles import Profile
 
 
-def fit(decoder: Decoder, profile: Profile, chosen: Collection[str] = ()) -> Profile:
+def fit(decoder: Decoder, profile: Profile) -> Profile:
     """Return the profile as it is run on this model, whose code is stock where it leaves.
 
     Where q and k are normalized in each head no key of theirs commutes with what the worker would compute, so attention
     stays in the enclave, with a warning; refused where it was asked for on the worker.
 
-    Args:
-        chosen: names of the switches that the caller set.
-
     Raises:
         UnsupportedModelError: this profile cannot run this model exactly; why, and what can.
     """
-    fitted = _adapted(decoder, profile, chosen)
+    fitted = _adapted(decoder, profile)
     if fitted.shares and not fitted.primes:
         bfloat16 = next(decoder.model.parameters()).dtype == torch.bfloat16
         fitted = dataclasses.replace(fitted, primes=3 if bfloat16 else 6)
@@ -38,7 +34,7 @@ def fit(decoder: Decoder, profile: Profile, chosen: Collection[str] = ()) -> Pro
     return fitted
 
 
-def _adapted(decoder: Decoder, profile: Profile, chosen: Collection[str]) -> Profile:
+def _adapted(decoder: Decoder, profile: Profile) -> Profile:
     if not profile.remote:
         return profile
     if not decoder.known:
@@ -48,7 +44,7 @@ def _adapted(decoder: Decoder, profile: Profile, chosen: Collection[str]) -> Pro
         _refuse_rotation(decoder)
     if profile.attention == "worker" and _has_head_norms(decoder):
         what = "q and k are normalized in each head, and no key commutes with that"
-        if "attention" in chosen:
+        if "attention" in profile.chosen:
             raise UnsupportedModelError(
                 f"attention cannot run on the worker: {what}", where=decoder.family, hint='attention="enclave"'
             )

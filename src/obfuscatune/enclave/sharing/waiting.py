@@ -1,7 +1,12 @@
-"""Whichever replies come first: one thread for each worker, which waits for its replies in turn."""
+"""Whichever replies come first: two threads for each worker, of which one sends its requests and one takes its replies.
+
+A worker that does not even read what it is sent holds up its own threads and nobody else.
+"""
 
 import queue
 import threading
+from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
@@ -11,47 +16,73 @@ _MOST_LATE = 8  # replies that a worker may owe before it gets no more to do
 
 Answer = Tensor | BaseException
 Box = queue.SimpleQueue[tuple[int, Answer]]  # where the answers to one request come together, by worker
-_Requests = queue.SimpleQueue[tuple[Pending, Box] | None]
 
 
 class Waiting:
-    """Waits for replies of so many workers. A thread starts with its worker's first request, and ends with `close`."""
+    """Asks so many workers, and waits for them. Threads start with a worker's first request, and end with `close`."""
 
     def __init__(self, count: int) -> None:
-        self._requests: list[_Requests | None] = [None] * count
-        self._owed = [0] * count
+        self._lines: list[_Line | None] = [None] * count
         self._lock = threading.Lock()
 
     def is_late(self, worker: int) -> bool:
         """Whether the worker owes so many replies that it should get no more requests for now."""
-        return self._owed[worker] >= _MOST_LATE
+        line = self._lines[worker]
+        return line is not None and line.owed >= _MOST_LATE
 
-    def ask(self, worker: int, pending: Pending, box: Box) -> None:
-        """Have the ``y`` of a reply put into the box when it comes, or the error in its stead."""
+    def ask(self, worker: int, submit: Callable[[], Pending], box: Box) -> None:
+        """Send a request, and have the ``y`` of its reply put into the box when it comes, or the error in its stead."""
         with self._lock:
-            self._owed[worker] += 1
-            requests = self._requests[worker]
-            if requests is None:
-                requests = self._requests[worker] = queue.SimpleQueue()
-                arguments = (worker, requests)
-                threading.Thread(target=self._serve, args=arguments, daemon=True, name=f"replies {worker}").start()
-        requests.put((pending, box))
+            line = self._lines[worker]
+            if line is None:
+                line = self._lines[worker] = _Line(worker)
+        line.ask(submit, box)
 
     def close(self) -> None:
         """End the threads, once their sessions have ended."""
-        for requests in self._requests:
-            if requests is not None:
-                requests.put(None)
+        for line in self._lines:
+            if line is not None:
+                line.requests.put(None)
 
-    def _serve(self, worker: int, requests: _Requests) -> None:
-        while (item := requests.get()) is not None:
+
+class _Line:
+    """Requests to one worker, and its replies, each in their order."""
+
+    def __init__(self, worker: int) -> None:
+        self.worker, self.owed = worker, 0
+        self.requests: queue.SimpleQueue[tuple[Callable[[], Pending], Box] | None] = queue.SimpleQueue()
+        self._sent: queue.SimpleQueue[tuple[Pending, Box] | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        for target, name in ((self._send, "requests"), (self._receive, "replies")):
+            threading.Thread(target=target, daemon=True, name=f"{name} {worker}").start()
+
+    def ask(self, submit: Callable[[], Pending], box: Box) -> None:
+        with self._lock:
+            self.owed += 1
+        self.requests.put((submit, box))
+
+    def _send(self) -> None:
+        while (item := self.requests.get()) is not None:
+            submit, box = item
+            try:
+                self._sent.put((submit(), box))
+            except Exception as error:  # told to whoever waits
+                self._answer(box, error)
+            del item, submit, box
+        self._sent.put(None)
+
+    def _receive(self) -> None:
+        while (item := self._sent.get()) is not None:
             pending, box = item
-            answer: Answer
+            answer: Any
             try:
                 answer = pending.result()[1]["y"]
             except Exception as error:  # told to whoever waits
                 answer = error
-            with self._lock:
-                self._owed[worker] -= 1
-            box.put((worker, answer))
+            self._answer(box, answer)
             del item, pending, box, answer
+
+    def _answer(self, box: Box, answer: Answer) -> None:
+        with self._lock:
+            self.owed -= 1
+        box.put((self.worker, answer))

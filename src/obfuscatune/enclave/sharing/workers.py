@@ -1,16 +1,19 @@
 """One model's workers as one multiplier: a product is sent to all as shares, and had from as many replies as it needs.
 
 A share of a call goes to one worker, once: nothing is ever sent again, to it or to another. Where a worker is lost,
-what the others return is enough if there is a spare; if not, all of it ends. A product that is wrong ends it too.
+what the others return is enough if there is a spare; if not, all of it ends. Where the spare was late and so not asked,
+the rows are shared anew, under masks of their own. A product that is wrong ends it all.
 """
 
 import itertools
+import queue
 import time
 import warnings
 import weakref
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +29,7 @@ from obfuscatune.enclave.sharing.scheme import Scheme
 from obfuscatune.enclave.sharing.uniform import Uniform
 from obfuscatune.enclave.sharing.waiting import Answer, Box, Waiting
 from obfuscatune.enclave.sharing.weights import weight_shares
+from obfuscatune.enclave.shelf import Expected
 from obfuscatune.errors import UsageError, WorkerFault
 from obfuscatune.protocol.expand import drawn
 
@@ -61,6 +65,7 @@ class _Part:
 
     rows: coding.Rows
     count: int
+    asked: list[int]
     pending: dict[int, Pending]
     box: Box
 
@@ -78,6 +83,7 @@ class Workers(Secret):
         self.largest_error = 0.0
         self._uniform, self._verify = uniform, verify
         self._lost: set[int] = set()
+        self._has_lied = False
         self._waiting = Waiting(len(self.sessions)) if scheme.spares else None
         if self._waiting is not None:
             weakref.finalize(self, self._waiting.close)
@@ -113,13 +119,13 @@ class Workers(Secret):
         """
         side = weight.backward if transpose else weight.forward
         out = torch.empty(len(x), len(side.after))
-        under_way: deque[tuple[int, _Part]] = deque()
-        for start in range(0, len(x), self._tile):
+        under_way: deque[tuple[Tensor, _Part, Tensor]] = deque()
+        for rows, results in zip(x.split(self._tile), out.split(self._tile), strict=True):
             if len(under_way) == _AHEAD:
-                self._finish(weight, *under_way.popleft(), out, transpose=transpose)
-            under_way.append((start, self._send(weight, x[start : start + self._tile], transpose=transpose)))
+                self._finish(weight, *under_way.popleft(), transpose=transpose)
+            under_way.append((rows, self._send(weight, rows, transpose=transpose), results))
         while under_way:
-            self._finish(weight, *under_way.popleft(), out, transpose=transpose)
+            self._finish(weight, *under_way.popleft(), transpose=transpose)
         return out
 
     def _send(self, weight: SharedWeight, x: Tensor, *, transpose: bool) -> _Part:
@@ -135,22 +141,28 @@ class Workers(Secret):
         started = time.perf_counter()
         header = {"segment": weight.segment, "transpose": transpose}
         expected = {"y": ((len(self.scheme.primes), len(x), len(side.after)), torch.int8)}
-        part = _Part(rows, len(x), {}, Box())
+        part = _Part(rows, len(x), asked, {}, Box())
         for i in asked:
-            session = self.sessions[i]
-            try:
-                message = self._share("x", header, seeds, rows.shares, i)
-                part.pending[i] = session.submit("multiply", weight.path, *message, expected)
-            except (WorkerFault, UsageError) as fault:
-                if not session.has_ended:  # a request that cannot be sent to anybody
-                    raise
-                self._lose(i, fault)  # where its thread has met the fault first, the error tells of the session's end
-                continue
+            message = self._share("x", header, seeds, rows.shares, i)
+            submit = partial(self._submit, part, i, weight.path, message, expected)
             if self._waiting is not None:
-                self._waiting.ask(i, part.pending[i], part.box)
-        rows.shares.clear()  # sent; two of them together are the rows
+                self._waiting.ask(i, submit, part.box)
+                continue
+            try:
+                submit()
+            except (WorkerFault, UsageError):
+                if self.sessions[i].has_ended:  # else a request that cannot be sent to anybody
+                    self.close()
+                raise
+        rows.shares.clear()  # two of them together are the rows
         self.seconds.send += time.perf_counter() - started
         return part
+
+    def _submit(
+        self, part: _Part, i: int, layer: str, message: tuple[dict[str, Any], dict[str, Tensor]], expected: Expected
+    ) -> Pending:
+        part.pending[i] = pending = self.sessions[i].submit("multiply", layer, *message, expected)
+        return pending
 
     def _asked(self) -> list[int]:
         """The workers that are not lost, without those that owe many replies, as long as enough others are left."""
@@ -166,17 +178,18 @@ class Workers(Secret):
             return header, {name: shares[i].contiguous()}
         return {**header, "drawn": {name: drawn(seeds[i], self.scheme.primes, shares[i].shape[1:])}}, {}
 
-    def _finish(self, weight: SharedWeight, start: int, part: _Part, out: Tensor, *, transpose: bool) -> None:
+    def _finish(self, weight: SharedWeight, x: Tensor, part: _Part, out: Tensor, *, transpose: bool) -> None:
         side, (_, vectors) = weight.backward if transpose else weight.forward, self._vectors(weight, transpose)
         started = time.perf_counter()
-        replies = self._replies(part)
+        while (replies := self._replies(part)) is None:
+            part = self._send(weight, x, transpose=transpose)
         self.seconds.wait += time.perf_counter() - started
         started = time.process_time()
         y = self._decode(replies, part, side, vectors)
         self.seconds.decode += time.process_time() - started
         if y is None:
             raise self._wrong(weight, part, replies, side, vectors)
-        out[start : start + part.count] = y
+        out.copy_(y)
 
     def _decode(self, replies: Mapping[int, Tensor], part: _Part, side: Side, vectors: Tensor) -> Tensor | None:
         used = sorted(replies)[: self.scheme.needed]
@@ -184,8 +197,11 @@ class Workers(Secret):
         shares = [replies[i] for i in used]
         return coding.decode(self.scheme, points, shares, side.after, rows=part.rows, vectors=vectors)
 
-    def _replies(self, part: _Part) -> dict[int, Tensor]:
-        """As many replies as are needed, the first that come; all of them where there is no spare."""
+    def _replies(self, part: _Part) -> dict[int, Tensor] | None:
+        """As many replies as are needed, the first that come; all of them where there is no spare.
+
+        None where a worker was lost, and with those that were late and not asked there are enough others.
+        """
         if self._waiting is None:
             try:
                 return {i: pending.result(in_place=True)[1]["y"] for i, pending in part.pending.items()}
@@ -193,22 +209,19 @@ class Workers(Secret):
                 self.close()
                 raise
         found: dict[int, Tensor] = {}
-        for _ in part.pending:
+        for _ in part.asked:
             self._take(part.box.get(), found)
             if len(found) == self.scheme.needed:
                 return found
-        self.close()
-        asked = next(iter(part.pending.values()))
-        names = self._names(part.pending)
-        raise WorkerFault("too few replies", worker=names, layer=asked.layer, call=asked.id, got=len(found))
+        return None
 
     def _take(self, answer: tuple[int, Answer], found: dict[int, Tensor]) -> None:
         i, reply = answer
         if isinstance(reply, Tensor):
             found[i] = reply
-        elif isinstance(reply, WorkerFault | UsageError):  # an ended session's error is the latter
+        elif isinstance(reply, WorkerFault | UsageError) and self.sessions[i].has_ended:  # its error is the latter
             self._lose(i, reply)
-        else:
+        else:  # a request that cannot be sent to anybody
             raise reply
 
     def _lose(self, i: int, fault: WorkerFault | UsageError) -> None:
@@ -231,14 +244,16 @@ class Workers(Secret):
         self, weight: SharedWeight, part: _Part, replies: dict[int, Tensor], side: Side, vectors: Tensor
     ) -> WorkerFault:
         """End it all, and return the error that names the liar, where more replies than are needed tell."""
-        # Of whom neither a reply nor an end has come. A liar may leave after its lie: it is in both, and counted once.
-        # Nobody else's end takes the place of this fault: it would name an honest worker for a liar.
-        while self._waiting is not None and set(part.pending) - set(replies) - self._lost:
-            i, reply = part.box.get()
-            if isinstance(reply, Tensor):
-                replies[i] = reply
-            else:
-                self._lost.add(i)
+        self._has_lied = True  # from here on no thread goes on: not while this one waits, nor after an interrupt
+        weight.check.discard()
+        cause: BaseException | None = None
+        try:
+            if self._waiting is not None:
+                self._take_all(part, replies)
+        except BaseException as interrupt:  # Ctrl-C, say: whoever resumes must know that it was not that alone
+            cause = interrupt
+        finally:
+            self.close()
         liars: list[int] = []
         for used in itertools.combinations(sorted(replies), self.scheme.needed):
             if self._decode({i: replies[i] for i in used}, part, side, vectors) is None:
@@ -248,18 +263,35 @@ class Workers(Secret):
                 if self._decode(other, part, side, vectors) is None:
                     liars.append(i)
             break
-        weight.check.discard()
-        self.close()
         hint = "with a spare worker, spares=1, the one that is wrong is named"
         if liars:
             hint = f"named as if no more than {self.scheme.spares} lied: more together can make it look like another"
         named = liars or list(replies)
         call = part.pending[named[0]].id  # to each of them, unless one has been lost, of the same number
-        return WorkerFault("a product is wrong", worker=self._names(named), layer=weight.path, call=call, hint=hint)
+        fault = WorkerFault("a product is wrong", worker=self._names(named), layer=weight.path, call=call, hint=hint)
+        fault.__cause__ = cause
+        return fault
+
+    def _take_all(self, part: _Part, replies: dict[int, Tensor]) -> None:
+        """Wait for a reply or an end of each worker, no longer than for one reply.
+
+        A liar may leave after its lie: it is in both, and counted once. Nobody's end takes the place of the fault: it
+        would name an honest worker for a liar.
+        """
+        until = time.monotonic() + max(session.timeout for session in self.sessions)
+        while set(part.asked) - set(replies) - self._lost:
+            try:
+                i, reply = part.box.get(timeout=max(0.0, until - time.monotonic()))
+            except queue.Empty:
+                return
+            if isinstance(reply, Tensor):
+                replies[i] = reply
+            else:
+                self._lost.add(i)
 
     def _vectors(self, weight: SharedWeight, transpose: bool) -> tuple[Tensor, Tensor]:
         sides = weight.check.sides(transpose=transpose)
-        if sides is None:
+        if sides is None or self._has_lied:
             raise UsageError("the sessions ended by a product that was wrong", where=weight.path)
         return sides
 

@@ -20,8 +20,8 @@ from transformers import (
 
 from obfuscatune.enclave.protect import protect
 from obfuscatune.enclave.report import Report
+from obfuscatune.enclave.spawn import check_workers
 from obfuscatune.profiles import resolve
-from obfuscatune.protocol.address import Address
 from obfuscatune.studies.bundled import DemoSettings, model_directory
 from obfuscatune.studies.bundled.records import write_records
 from obfuscatune.training.data import read_rows
@@ -86,8 +86,7 @@ def run_demo(
         UsageError: no bundled model, or options that do not fit. WorkerFault: the worker failed.
     """
     resolve(profile)  # refused before the training in the clear, not after it
-    if worker != "spawn":
-        Address.parse(worker)
+    check_workers([worker], threads=None, device=None, identity=None, insecure=False)
     paths = write_records(output_dir / "records", settings.seed, settings.facts)
     questions = read_questions(paths[1])
     tokenizer = AutoTokenizer.from_pretrained(model_directory(settings.family))

@@ -154,7 +154,7 @@ def expected(size: str, profile: str, dtype: str) -> Estimate:
     decoder = _decoder(size, dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return estimate(decoder, fit(decoder, parse_profile(profile), set()), getattr(torch, dtype).itemsize)
+        return estimate(decoder, fit(decoder, parse_profile(profile)), getattr(torch, dtype).itemsize)
 
 
 @functools.cache

@@ -17,10 +17,13 @@ from lm_eval.models.huggingface import HFLM, get_dtype
 from lm_eval.tasks import TaskManager
 from transformers import LogitsProcessorList
 
+from obfuscatune.enclave.arguments import check_options
 from obfuscatune.enclave.protect import protect
 from obfuscatune.enclave.protected import Protected
+from obfuscatune.enclave.spawn import check_workers
 from obfuscatune.errors import UsageError
-from obfuscatune.profiles import SWITCHES
+from obfuscatune.parties.identity import Identity
+from obfuscatune.profiles import SWITCHES, Profile, resolve
 from obfuscatune.studies.tasks.catalogue import check_data, check_tasks, packaged_configs, write_configs
 from obfuscatune.training.data import Row
 from obfuscatune.training.encoding import check_embedded, vocabulary_of
@@ -57,12 +60,12 @@ class ProtectedLM(HFLM):  # type: ignore[misc]
         tokenizer: Any = None,
         peft: str | None = None,
         dtype: str = "auto",
-        profile: str = "balanced",
+        profile: str | Profile = "balanced",
         worker: str | Sequence[str] = "spawn",
         device: str | None = None,
         threads: int | None = None,
         timeout: float = 600.0,
-        identity: str | Path | None = None,
+        identity: Identity | str | Path | None = None,
         insecure: bool = False,
         batch_size: int | str = 1,
         **options: Any,
@@ -73,6 +76,12 @@ class ProtectedLM(HFLM):  # type: ignore[misc]
         if isinstance(pretrained, Protected):
             self.protected = pretrained
         else:
+            place = {"device": None if device == "cpu" else device, "threads": threads, "insecure": insecure}
+            check_options(worker, threads, float(timeout))
+            profile = resolve(profile, **switches)
+            if profile.remote:  # told before the model is read
+                workers = [worker] if isinstance(worker, str) else worker
+                identity = check_workers(workers, identity=identity, **place)
             model = load(pretrained, _dtype(pretrained, dtype), profile)
             tokenizer = load_tokenizer(pretrained, model.config)
             if peft is not None:
@@ -83,13 +92,10 @@ class ProtectedLM(HFLM):  # type: ignore[misc]
                 model.eval(),
                 profile=profile,
                 worker=worker,
-                device=None if device == "cpu" else device,
-                threads=threads,
                 timeout=float(timeout),
                 identity=identity,
-                insecure=insecure,
                 progress=True,
-                **switches,
+                **place,
             )
         if tokenizer is None:
             raise UsageError("a protected model comes without a tokenizer", expected="tokenizer=...")
@@ -283,8 +289,10 @@ def _quiet() -> Iterator[None]:
 def _refuse(options: dict[str, Any]) -> None:
     unknown = sorted(options.keys() - _PASSED_ON)
     if unknown:
-        known = "pretrained, peft, dtype, profile and its switches, worker, device, threads, timeout, batch_size"
-        expected = f"{known}, {', '.join(sorted(_PASSED_ON))}"
+        known = (
+            "pretrained, peft, dtype, profile and its switches, worker, identity, insecure, device, threads, timeout"
+        )
+        expected = f"{known}, batch_size, {', '.join(sorted(_PASSED_ON))}"
         raise UsageError("the protected model cannot do this", got=", ".join(unknown), expected=expected)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("one process evaluates one protected model", got="a distributed launch", hint="start it alone")
