@@ -18,9 +18,10 @@ import torch
 
 import obfuscatune
 from obfuscatune.enclave.keys import MasterSecret
+from obfuscatune.enclave.session import Session
 from obfuscatune.enclave.sharing import coding
 from obfuscatune.enclave.sharing.waiting import Waiting
-from obfuscatune.enclave.sharing.workers import Workers
+from obfuscatune.enclave.sharing.workers import SharedWeight, Workers
 from obfuscatune.errors import UsageError, WorkerFault
 from obfuscatune.protocol.connection import Connection
 from obfuscatune.protocol.frames import TensorSpec
@@ -214,6 +215,81 @@ def test_with_a_spare_nobody_waits_for_a_worker_that_stands_still(tmp_path: Path
                 step(protected.model)
                 assert abs(loss_of(protected.model).item() - expected) < 1e-5
             assert not released.is_set()
+        finally:
+            released.set()
+
+
+def test_with_a_spare_nobody_waits_for_a_worker_that_takes_no_more_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of one that was stopped, once a large request has filled the buffers on the way."""
+    released, submit = threading.Event(), Session.submit
+    stopped: list[Session] = []
+
+    def stuck(self: Session, op: str, *arguments: Any, **options: Any) -> Any:
+        if op == "multiply" and self in stopped:
+            released.wait(60)
+        return submit(self, op, *arguments, **options)
+
+    monkeypatch.setattr(Session, "submit", stuck)
+    expected = loss_of(new_model()).item()
+    with protected_by(tmp_path, [honest] * 4, spares=1) as (protected, _):
+        stopped.append(protected.links[2].session)
+        try:
+            for _ in range(5):
+                step(protected.model)
+                assert abs(loss_of(protected.model).item() - expected) < 1e-5
+            assert not released.is_set()
+        finally:
+            released.set()
+
+
+def test_a_spare_that_was_late_and_not_asked_stands_in_for_one_that_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Waiting, "is_late", lambda self, worker: worker == 3)
+    shared, send = list[torch.Tensor](), Workers._send
+
+    def noting(self: Workers, weight: SharedWeight, x: torch.Tensor, *, transpose: bool) -> Any:
+        shared.append(x)
+        return send(self, weight, x, transpose=transpose)
+
+    monkeypatch.setattr(Workers, "_send", noting)
+    with protected_by(tmp_path, [honest, leaving, honest, honest], spares=1) as (protected, addresses), torch.no_grad():
+        with pytest.warns(UserWarning, match="a worker is lost, and a spare stands in") as warned:
+            logits = protected.model(IDS).logits
+        assert addresses[1] in str(warned[0].message)
+        assert torch.allclose(logits, new_model()(IDS).logits, atol=1e-4)
+        assert len(shared) == 9 and shared[0] is shared[1]  # eight layers, and the first rows shared anew
+
+
+@pytest.mark.parametrize("interrupted", [True, False])
+def test_a_lie_ends_it_all_whatever_comes_while_the_liar_is_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupted: bool
+) -> None:
+    """Ctrl-C, or a last worker that stands still: nothing goes on with vectors that somebody may have learnt of."""
+    released, weights = threading.Event(), list[SharedWeight]()
+    take_all, define = Workers._take_all, Workers.define
+
+    def meanwhile(self: Workers, *args: Any) -> None:
+        with pytest.raises(UsageError, match="ended by a product that was wrong"):  # as another thread finds
+            self._vectors(weights[-1], False)
+        if interrupted:
+            raise KeyboardInterrupt
+        monkeypatch.setattr(Session, "timeout", 0.2)
+        take_all(self, *args)
+
+    monkeypatch.setattr(Workers, "_take_all", meanwhile)
+    monkeypatch.setattr(Workers, "define", lambda *args: weights.append(define(*args)) or weights[-1])
+    with protected_by(tmp_path, [lying(False), honest, honest, silent(released)], spares=1) as (protected, addresses):
+        try:
+            with pytest.raises(WorkerFault, match="a product is wrong") as caught:
+                step(protected.model)
+            assert isinstance(caught.value.__cause__, KeyboardInterrupt) == interrupted
+            assert all(link.session.has_ended for link in protected.links)
+            assert [address for address in addresses if address in str(caught.value)] == addresses[:3]
+            with pytest.raises(UsageError):
+                step(protected.model)
         finally:
             released.set()
 

@@ -82,6 +82,35 @@ def test_a_chat_by_click_streams_and_goes_on(browser: Driver, server: Running, e
     assert not answers(browser)
 
 
+@pytest.mark.parametrize("when", ["before any text", "in the middle of it"])
+def test_a_new_conversation_forgets_the_old_one_though_an_answer_was_under_way(
+    browser: Driver, server: Running, expect, when: str
+) -> None:
+    open_page(browser, server)
+    by_id(browser, "model").send_keys("clinic")
+    longest = by_id(browser, "longest")
+    longest.clear()
+    longest.send_keys("4")
+    by_id(browser, "prompt").send_keys("first" + Keys.ENTER)
+    wait(browser, lambda: is_ready(browser) and answers(browser))
+    clear = "document.getElementById('clear').click()"
+    if when == "in the middle of it":
+        browser.execute_script(
+            "new MutationObserver((_, me) => { const all = document.querySelectorAll('li.assistant');"
+            f"if (all[1]?.textContent) {{ me.disconnect(); {clear}; }} }})"
+            ".observe(document.getElementById('messages'), {childList: true, subtree: true, characterData: true})"
+        )
+    by_id(browser, "prompt").send_keys("second")
+    submit = "document.getElementById('ask').requestSubmit()"
+    browser.execute_script(f"{submit}; {clear}" if when == "before any text" else submit)
+    wait(browser, lambda: is_ready(browser) and not answers(browser))
+    prompt = by_id(browser, "prompt")
+    prompt.clear()
+    prompt.send_keys("third" + Keys.ENTER)
+    wait(browser, lambda: is_ready(browser) and answers(browser))
+    assert answers(browser) == [expect("clinic", [{"role": "user", "content": "third"}], 4)]
+
+
 def test_it_says_what_is_protected_and_what_is_not(browser: Driver, server: Running) -> None:
     open_page(browser, server)
     assert "not attested" in by_id(browser, "attested").text

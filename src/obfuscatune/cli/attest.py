@@ -152,9 +152,9 @@ class CollateralOptions:
 
 @takes(CollateralOptions)
 def collateral(options: CollateralOptions) -> None:
-    """Fetch Intel's collateral, which says which platforms are good, or show until when it is good itself.
+    """Fetch Intel's collateral (signed data on which platforms are up to date), or show when a file of it expires.
 
-    No other command connects for it: fetch it on a machine that may connect, and name the file in the policy.
+    No other command downloads collateral. Fetch it on a machine with network access, and name the file in the policy.
     """
     from obfuscatune.parties.attestation.collateral import fetch
     from obfuscatune.parties.attestation.collateral_dates import expiry

@@ -34,7 +34,7 @@ class AuditOptions:
     tokens: str = option("budgets of text that the worker has seen; d is the model's width", "d/4,d,4d,100d")
     model: Literal["tiny", "small", "large", "near-0.5", "near-1.5", "near-3.5", "near-10"] = option(
         "size of the test models, trained in minutes; large: half an hour, and 16 GiB to attack 100d tokens; near-N: "
-        "wide models whose private one is at N % of the base, for A27",
+        "wide models whose private model differs from its base by N %, for A27",
         "small",
     )
     architecture: Literal["gpt2", "llama"] = option(

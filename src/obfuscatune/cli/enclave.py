@@ -37,20 +37,22 @@ class ServeOptions(ConfigOptions):
         flag="--escrow",
     )
     new: bool = option(
-        "begin a new enclave where the state of an earlier one is lost; what was sealed to that is lost too",
+        "start as a new enclave although an earlier one's state is lost; what was sealed to that stays closed",
         False,
         flag="--new",
     )
     listen: str = option("tls://HOST:PORT; port 0 for any", "tls://127.0.0.1:7443")
     worker: list[str] | None = option(
-        f"{WORKER_FORMS}; repeatable: a job uses those that it names by fingerprint, or all share the blocks",
+        f"{WORKER_FORMS}; repeatable; a job uses those that it names by fingerprint, or else all of them",
         None,
     )
     worker_identity: Path | None = option("NAME.key that a tls:// worker knows; default: the enclave's own", None)
     insecure: bool = option(INSECURE_HELP, False, flag="--insecure")
     timeout: float = option("seconds to wait for each reply of the worker", 600.0, min=1e-3, ceiling=1e6)
     max_connections: int = option(
-        "connections at once: so many of strangers, and as many of parties; each costs a thread", 512, min=2
+        "most connections at once before authentication, and as many again from parties; each needs a thread",
+        512,
+        min=2,
     )
     max_store_gb: float = option("GB that uploads may take on the disk", 100.0, min=0.001)
 

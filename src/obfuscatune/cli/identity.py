@@ -98,8 +98,8 @@ def revoke(options: RevokeOptions) -> None:
 
     With --on it is an expiry date, to be sent out together with NAME.pub.
 
-    The operator puts it into parties/: the enclave then lets nobody in by this identity and starts no job of it. A
-    partner takes it with `party verify --partner NAME.succession`.
+    The operator puts it into parties/: the enclave then lets nobody connect with this identity and starts none of its
+    jobs. A partner accepts the statement with `party verify --partner NAME.succession`.
     """
     from obfuscatune.parties.identity import Identity
     from obfuscatune.parties.succession import SUFFIX, read_succession, succeed

@@ -27,7 +27,9 @@ class CheckOptions:
 
     file: Path = argument("a copy that `log fetch` wrote")
     earlier: Path | None = option("an earlier copy, which must be the beginning of this one", None)
-    enclave: Path | None = option("who must have signed: a .pub file, or evidence that `attest verify` accepted", None)
+    enclave: Path | None = option(
+        "who must have signed: the .pub file of an enclave, or evidence that you have verified", None
+    )
 
 
 @takes(CheckOptions)

@@ -129,7 +129,9 @@ class UpgradeOptions(EnclaveOptions):
 
     new_policy: Path = argument("TOML policy that accepts the new code, and nothing else; files it names are beside it")
     file: Path = option("file of the statement; made if missing, otherwise signed too", Path("enclave.upgrade"))
-    to: str | None = option("address of the new enclave, which waits there: no other enclave may take the state", None)
+    to: str | None = option(
+        "address of the new enclave, which must be running; no other enclave may then take the state", None
+    )
     days: float | None = option(
         "days until the statement expires, by default 30; one that exists is refused if it expires later",
         None,

@@ -36,7 +36,10 @@ class InitOptions:
 
 @takes(InitOptions)
 def init(options: InitOptions) -> None:
-    """Make a folder: identity, party.toml, policy, and terms that protect from any one worker. Read these two."""
+    """Make a folder with identity, party.toml, a policy, and terms that let no single worker learn anything.
+
+    Read policy and terms before you use them.
+    """
     from obfuscatune.parties.party import Party
     from obfuscatune.parties.passphrase import new_passphrase
 

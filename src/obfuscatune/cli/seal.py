@@ -54,8 +54,8 @@ class FileSealOptions(SealOptions):
 def model(options: ModelSealOptions) -> None:
     """Seal a model: configuration, tokenizer and safetensors. Pickles, code and links are refused.
 
-    So is what no enclave would train: no tokenizer, or another model's; tensors that are missing, superfluous or not
-    finite.
+    A model that no enclave would train is refused too: its tokenizer is missing or another model's, or tensors are
+    missing, superfluous or not finite.
     """
     from obfuscatune.parties.sealed.models import model_files
     from obfuscatune.training.loading import check_model
@@ -128,7 +128,10 @@ class TermsOptions:
 
 @takes(TermsOptions)
 def terms(options: TermsOptions) -> None:
-    """Print terms to fill in: what they give shows no worker anything; what they do not give is refused."""
+    """Print a template of terms. Unchanged, it allows nothing that shows a worker anything.
+
+    Whatever terms do not allow is refused.
+    """
     from obfuscatune.parties.identity import PublicIdentity
     from obfuscatune.parties.terms import template
 

@@ -109,7 +109,9 @@ def require_packages() -> None:
     """Raise UsageError where the packages of the extra are missing."""
     missing = [name for name in ("fastapi", "openai", "uvicorn") if importlib.util.find_spec(name) is None]
     if missing:
-        raise UsageError(f"{', '.join(missing)} not installed", hint="pip install 'obfuscatune[serve]'")
+        raise UsageError(
+            f"{', '.join(missing)} not installed", hint="pip install '.[serve]' in the source of obfuscatune"
+        )
 
 
 def announce(url: str, names: tuple[str, ...], token: str | None) -> None:

@@ -46,7 +46,7 @@ class WorkerOptions:
 def command(options: WorkerOptions) -> None:
     """Serve enclaves, until Ctrl-C or SIGTERM.
 
-    The worker gets no key, no token and no text. At tls:// it lets in only those that --allow names.
+    The worker gets no keys of the enclave, no tokens and no text. At tls:// it lets in only those that --allow names.
 
     It prints the address to give to the enclaves, with its fingerprint.
     """

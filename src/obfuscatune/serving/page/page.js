@@ -147,9 +147,10 @@ async function ask(prompt) {
   } catch (error) {
     if (error.name !== "AbortError") $("error").textContent = error.message;
   }
-  if (text) {
+  const cleared = !question.isConnected; // by "New conversation": what it cleared must not come back unseen
+  if (text && !cleared) {
     conversation = [...conversation, { role: "assistant", content: text }];
-  } else { // as if it had not been asked
+  } else if (!cleared) { // as if it had not been asked
     conversation = before;
     question.remove();
     answer.remove();

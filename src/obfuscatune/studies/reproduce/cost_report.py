@@ -134,7 +134,7 @@ def layer_notes(rows: Sequence[Row]) -> list[str]:
     if not seconds:
         return []
     if "FHE" not in seconds:
-        return ["FHE was not measured: it needs `pip install 'obfuscatune[fhe]'`."]
+        return ["FHE was not measured: it needs `pip install '.[fhe]'`."]
     clear, shared, fhe = (seconds[how] for how in ("float32 in the clear", "shared", "FHE"))
     return [
         f"One layer took {clear:.2g} s in the clear, {shared:.2g} s as shares on three processes here and {fhe:.2g} s "

@@ -78,7 +78,9 @@ def _encrypted(x: Tensor, weight: Tensor) -> Callable[[], Tensor]:
     try:
         import concrete_ml_extensions as fhe
     except ImportError as error:
-        raise ObfuscatuneError(f"{FHE_EXTRA} is not installed", hint="pip install 'obfuscatune[fhe]'") from error
+        raise ObfuscatuneError(
+            f"{FHE_EXTRA} is not installed", hint="pip install '.[fhe]' in the source of obfuscatune"
+        ) from error
     parameters = fhe.MatmulCryptoParameters.deserialize(fhe.default_params())
     secret, compression = fhe.create_private_key(parameters)
     scale_x, scale_w = (_LEVELS / tensor.abs().max() for tensor in (x, weight))

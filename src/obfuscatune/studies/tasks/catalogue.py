@@ -103,7 +103,9 @@ def check_data(names: Sequence[str], data_dir: str | Path | None, count: int) ->
 def require_harness() -> None:
     """Raise UsageError where lm-evaluation-harness is not installed."""
     if importlib.util.find_spec("lm_eval") is None:
-        raise UsageError("lm-evaluation-harness is not installed", hint="pip install 'obfuscatune[eval]'")
+        raise UsageError(
+            "lm-evaluation-harness is not installed", hint="pip install '.[eval]' in the source of obfuscatune"
+        )
 
 
 @dataclass(frozen=True)
