@@ -180,8 +180,6 @@ def test_bad_options_write_nothing(run: Run, model_dir: Path, data_dir: Path, tm
 def test_a_missing_harness_says_how_to_get_it(run: Run, model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing() -> None:
         raise UsageError("lm-evaluation-harness is not installed", hint="pip install '.[eval]'")
-            "lm-evaluation-harness is not installed", hint="pip install '.[eval]' in the source of obfuscatune"
-        )
 
     monkeypatch.setattr("obfuscatune.studies.tasks.catalogue.require_harness", missing)
     for arguments in (
@@ -190,4 +188,4 @@ def test_a_missing_harness_says_how_to_get_it(run: Run, model_dir: Path, monkeyp
     ):
         outcome = run(*arguments)
         assert outcome.code == 2
-        assert "hint: pip install '.[eval]' in the source of obfuscatune" in outcome.err
+        assert "hint: pip install '.[eval]'" in outcome.err
