@@ -67,6 +67,10 @@ class Accumulated:
         self.factors |= set(factors)
         return torch.tensor([self._expected[0] - before[0], self._expected[1] - before[1]], dtype=torch.float64)
 
+    def lose(self) -> None:
+        """Note that the worker may have added what the anchor never got: it is refused until it has been cleared."""
+        self._expected, self._base = (math.nan, math.nan), None
+
     def scale(self) -> float | None:
         """Return the factor by which training code has scaled the worker's gradient; None where it was cleared.
 

@@ -48,6 +48,9 @@ class Held(Protocol):
     def take_norm(self, norm: Any, factors: tuple[str, ...]) -> Tensor:
         """Return the gradient of the anchor, from the norm that the worker told."""
 
+    def lose_gradient(self) -> None:
+        """Note that the worker may have added to the gradient what nobody here has seen."""
+
 
 @dataclass(slots=True, repr=False)  # a repr would show activations
 class RemoteCall:
@@ -154,15 +157,21 @@ class RemoteCall:
         if self.held:  # left out, it would be all
             header["accumulate"] = [f"{slot}.{factor}" for slot in slots for factor in self.trained[slot]]
         expected = {name: (tuple(self.tensors[name].shape), self.tensors[name].dtype) for name in wants}
-        reply, found = self.session.request("backward", self.layer, header, grads, expected)
-        if self.check is not None:
-            self.check.require(self.session, self.layer, grads["y"], found["x"], transpose=True)
-        norms = reply.get("gradient_norms")
-        if not isinstance(norms, dict):
-            raise self.session.fault("gradient norms", self.layer, got=type(norms).__name__, expected="map")
-        anchors = {}
-        for slot in slots:
-            anchors[f"anchor.{slot}"] = self.held[slot].take_norm(norms.get(slot, "none"), self.trained[slot])
+        pending = self.session.submit("backward", self.layer, header, grads, expected)
+        try:
+            reply, found = pending.result()
+            if self.check is not None:
+                self.check.require(self.session, self.layer, grads["y"], found["x"], transpose=True)
+            norms = reply.get("gradient_norms")
+            if not isinstance(norms, dict):
+                raise self.session.fault("gradient norms", self.layer, got=type(norms).__name__, expected="map")
+            anchors = {}
+            for slot in slots:
+                anchors[f"anchor.{slot}"] = self.held[slot].take_norm(norms.get(slot, "none"), self.trained[slot])
+        except BaseException:  # who skips this pass and steps would step with what the worker added in it
+            for slot in slots:
+                self.held[slot].lose_gradient()
+            raise
         return found, anchors
 
 

@@ -205,6 +205,10 @@ class HeldSlot(Slot):
         """Return what the worker multiplies this slot's gradient with before it adds to it; None to clear it."""
         return self.gradient.begin()
 
+    def lose_gradient(self) -> None:
+        """Note that the worker may have added to the gradient what nobody here has seen."""
+        self.gradient.lose()
+
     def stepped(self) -> None:
         """Note that the worker has stepped the factors that had a gradient."""
         if self.anchor.grad is not None:
