@@ -29,6 +29,21 @@ def off(got: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
     return torch.stack(gaps).mean().sqrt().item()
 
 
+def test_float32_products_are_whole_whatever_a_script_has_set(protect: Any) -> None:
+    try:
+        torch.set_float32_matmul_precision("medium")
+        with pytest.warns(UserWarning, match='is "highest" again'):
+            protected = protect(twins_of("gpt2", dtype=torch.float32)[1], profile="strict")
+        with protected, torch.no_grad():
+            assert torch.get_float32_matmul_precision() == "highest"
+            torch.set_float32_matmul_precision("high")
+            with pytest.warns(UserWarning, match='is "highest" again'):
+                protected.model(input_ids=tokens(1, 4))
+            assert torch.get_float32_matmul_precision() == "highest"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 @pytest.mark.parametrize("profile", ["plain", "paper", "balanced", "strict", "stream"])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_autocast(protect: Any, family: str, profile: str) -> None:

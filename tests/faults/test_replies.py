@@ -108,11 +108,11 @@ def test_a_reply_that_is_not_finite_is_not_used_and_no_fault(op: str, how: Any, 
 def test_what_the_worker_added_in_a_pass_that_was_not_used_is_not_stepped_with(tmp_path: Path) -> None:
     """As where a script skips a microbatch that overflowed: the anchor's gradient is that of the one before."""
     with (
-        worker_in_a_thread(tmp_path, lying("backward", 5, change_tensors(lambda t: t * torch.nan))) as address,
+        worker_in_a_thread(tmp_path, lying("backward", 9, change_tensors(lambda t: t * torch.nan))) as address,
         obfuscatune.protect(new_model(), profile="paper", worker=address, timeout=60) as protected,
     ):
         optimizer = protected.create_optimizer("sgd", lr=0.1)
-        loss_of(protected.model).backward()  # four calls
+        loss_of(protected.model).backward()  # eight calls
         with pytest.raises(NotFiniteError):
             loss_of(protected.model).backward()
         with pytest.raises(UsageError, match="is not, up to one factor, the one that the worker has"):

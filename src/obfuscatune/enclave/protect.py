@@ -40,7 +40,7 @@ from obfuscatune.enclave.remote.held_adapter import HeldAdapter
 from obfuscatune.enclave.session import Session
 from obfuscatune.enclave.sharing.statement import describe
 from obfuscatune.enclave.spawn import check_workers, open_session
-from obfuscatune.enclave.watching import watch
+from obfuscatune.enclave.watching import use_whole_float32, watch
 from obfuscatune.profiles import Profile, resolve
 from obfuscatune.protocol.waiting import is_chosen
 
@@ -120,6 +120,7 @@ def protect(
         causal_lm.base_model.register_forward_pre_hook(Inputs(causal_lm), with_kwargs=True)
         return Protected(model, resolved, [], None, keys, total_parameters=total)
     refuse_mixed(model)
+    use_whole_float32()
     decoder = read_decoder(causal_lm)
     asked = resolved
     resolved = fit(decoder, resolved)

@@ -1,5 +1,6 @@
 """The hooks on a protected model: what begins a pass, looks at what it is asked, and refuses what is not there."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ def watch(causal_lm: Any, profile: Profile, links: Sequence[Link], *, frozen: bo
             that has left was to be trained.
     """
     eager = getattr(causal_lm.config, "_attn_implementation", None) == "eager"
+    causal_lm.base_model.register_forward_pre_hook(use_whole_float32)
     for link in links:
         link.passes.eager, link.passes.config = eager, causal_lm.config
         causal_lm.base_model.register_forward_pre_hook(link.passes.begin, with_kwargs=True)
@@ -52,6 +54,21 @@ def watch(causal_lm: Any, profile: Profile, links: Sequence[Link], *, frozen: bo
     for standin in causal_lm.modules():
         if isinstance(standin, Standin):
             standin.seal()
+
+
+def use_whole_float32(*_: Any) -> None:
+    """Take ``torch.set_float32_matmul_precision`` back to "highest", with a warning.
+
+    When a model is protected, and as a hook of each pass. Under "medium", torch's float32 products on CPUs with AMX are
+    of bfloat16, and under "high" on some of TF32: keys would lose five digits, or seem not to be orthogonal, and a
+    check would find an honest worker's product wrong.
+    """
+    if torch.backends.mkldnn.matmul.fp32_precision in ("bf16", "tf32"):  # type: ignore[attr-defined]
+        torch.set_float32_matmul_precision("highest")
+        warnings.warn(
+            'torch.set_float32_matmul_precision is "highest" again: keys and checks need whole float32 products',
+            stacklevel=3,
+        )
 
 
 def _refuse_masks_of_bools(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:

@@ -120,7 +120,7 @@ class Workers(Secret):
         side = weight.backward if transpose else weight.forward
         out = torch.empty(len(x), len(side.after))
         under_way: deque[tuple[Tensor, _Part, Tensor]] = deque()
-        for rows, results in zip(x.split(self._tile), out.split(self._tile), strict=True):
+        for rows, results in zip(torch.split(x, self._tile), torch.split(out, self._tile), strict=True):
             if len(under_way) == _AHEAD:
                 self._finish(weight, *under_way.popleft(), transpose=transpose)
             under_way.append((rows, self._send(weight, rows, transpose=transpose), results))

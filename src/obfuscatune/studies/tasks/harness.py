@@ -76,12 +76,12 @@ class ProtectedLM(HFLM):  # type: ignore[misc]
         if isinstance(pretrained, Protected):
             self.protected = pretrained
         else:
-            place = {"device": None if device == "cpu" else device, "threads": threads, "insecure": insecure}
+            device = None if device == "cpu" else device
             check_options(worker, threads, float(timeout))
             profile = resolve(profile, **switches)
             if profile.remote:  # told before the model is read
                 workers = [worker] if isinstance(worker, str) else worker
-                identity = check_workers(workers, identity=identity, **place)
+                identity = check_workers(workers, threads=threads, device=device, identity=identity, insecure=insecure)
             model = load(pretrained, _dtype(pretrained, dtype), profile)
             tokenizer = load_tokenizer(pretrained, model.config)
             if peft is not None:
@@ -92,10 +92,12 @@ class ProtectedLM(HFLM):  # type: ignore[misc]
                 model.eval(),
                 profile=profile,
                 worker=worker,
+                device=device,
+                threads=threads,
                 timeout=float(timeout),
                 identity=identity,
+                insecure=insecure,
                 progress=True,
-                **place,
             )
         if tokenizer is None:
             raise UsageError("a protected model comes without a tokenizer", expected="tokenizer=...")
