@@ -124,7 +124,7 @@ def test_what_is_wrong_with_a_worker_is_told_before_the_model_is_read(
     def load(*_: object) -> None:
         raise AssertionError("the model is read")
 
-    for name in ("obfuscatune.training.loading.load", "obfuscatune.studies.tasks.harness.load"):
+    for name in ("obfuscatune.studies.tasks.harness.load", "obfuscatune.training.loading.load"):
         monkeypatch.setattr(name, load)
     (tmp_path / "train.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     more = {
