@@ -68,6 +68,37 @@ def test_eager_attention_looks_at_all_positions_alike(protect: Any, family: str)
     assert worst(got[1], {name: expected[1][name] for name in got[1]}) < EXACT
 
 
+@pytest.mark.parametrize("way", [("eager", "sdpa"), ("sdpa", "eager"), ("eager", "sdpa", "eager")], ids="-".join)
+@pytest.mark.parametrize("of_body", [False, True])
+def test_the_kind_of_attention_is_set_after_protect(protect: Any, way: tuple[str, ...], *, of_body: bool) -> None:
+    reference, model = twins_of("llama")
+    for each in (reference, model):
+        each.get_base_model().set_attn_implementation(way[0])
+    before = outputs(reference)[0]
+    with protect(model, profile="balanced") as protected:
+        for kind in way[1:]:
+            for each in (reference, protected.model):
+                inner = each.get_base_model()
+                (inner.model if of_body else inner).set_attn_implementation(kind)
+            reference.zero_grad()
+            protected.model.zero_grad()
+            got, expected = outputs(protected.model), outputs(reference)
+            assert error(got[0], expected[0]) < EXACT
+            assert worst(got[1], {name: expected[1][name] for name in got[1]}) < EXACT
+    assert (error(before, expected[0]) > UNLIKE) == (way[0] != way[-1])
+
+
+def test_masks_of_bools_once_attention_is_eager_are_refused(protect: Any) -> None:
+    mask = torch.ones(2, 1, 6, 6, dtype=torch.bool).tril()
+    with protect(model_of("llama"), profile="balanced") as protected, torch.no_grad():
+        protected.model(tokens(2, 6), attention_mask=mask)
+        protected.model.get_base_model().set_attn_implementation("eager")
+        with pytest.raises(UnsupportedModelError, match="a mask of bools for eager attention"):
+            protected.model(tokens(2, 6), attention_mask=mask)
+        protected.model.get_base_model().set_attn_implementation("sdpa")
+        protected.model(tokens(2, 6), attention_mask=mask)
+
+
 def test_a_mask_of_least_numbers_looks_at_all_positions_alike(protect: Any) -> None:
     reference, model = twins_of("gpt2")
     mask = torch.ones(2, 1, 6, 6, dtype=torch.bool).tril()

@@ -1,9 +1,12 @@
 """What is changed in place between two calls: heeded or refused, also where torch keeps no count of changes."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
 import torch
+from peft.helpers import rescale_adapter_scale
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -50,6 +53,70 @@ def test_the_input_of_layers_that_share_one_is_heeded(protect: Any, profile: str
             mlp.forward = lambda x, mlp=mlp: doubled(mlp, x)
         got, expected = (each(tokens(2, 6)).logits for each in (protected.model, reference))
         assert error(got, expected) < EXACT and error(before, expected) > CHANGED
+
+
+def no_change(model: Any) -> Any:
+    return nullcontext()
+
+
+def switched_off(model: Any) -> Any:
+    return model.disable_adapter()
+
+
+def rescaled(model: Any) -> Any:
+    return rescale_adapter_scale(model, 0.5)
+
+
+@contextmanager
+def written(model: Any) -> Iterator[None]:
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.mul_(2)
+    yield
+
+
+@contextmanager
+def replaced(model: Any) -> Iterator[None]:
+    for name, module in model.named_modules():
+        if name.endswith("lora_B.default"):
+            module.weight = torch.nn.Parameter(2 * module.weight.detach())
+    yield
+
+
+@contextmanager
+def without_dropout(model: Any) -> Iterator[None]:
+    model.eval()
+    yield
+
+
+LINEARS = {"attention": "enclave", "mlp": "enclave", "fold_norms": False, "key_block": 4}
+
+
+@pytest.mark.parametrize("change", [no_change, switched_off, rescaled, written, replaced, without_dropout])
+@pytest.mark.parametrize(
+    "switches", [{"profile": "paper"}, {"lora_placement": "split", **LINEARS}], ids=["paper", "split"]
+)
+@pytest.mark.parametrize("context", [torch.no_grad, torch.enable_grad])
+def test_the_adapter_between_layers_that_share_an_input_is_heeded(
+    protect: Any, switches: dict[str, Any], change: Any, context: Any
+) -> None:
+    """As heads of one layer are looked at by hand: the layers called by themselves, on one x."""
+    dropout = 0.5 if change is without_dropout else 0.0
+    reference, model = twins_of("llama", lora_dropout=dropout)
+    x = torch.randn(2, 6, reference.config.hidden_size, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    found = []
+    with protect(model, **switches), context():
+        for each in (reference, model):
+            block = each.get_base_model().model.layers[0]
+            each.train(change is without_dropout)
+            q, gate = block.self_attn.q_proj(x), block.mlp.gate_proj(x)
+            with change(each):
+                found.append([block.self_attn.k_proj(x), block.mlp.up_proj(x), block.self_attn.v_proj(x)])
+            if not dropout:
+                found[-1] += [q, gate]
+    for got, expected in zip(found[1], found[0], strict=True):
+        assert error(got, expected) < EXACT
 
 
 @pytest.mark.parametrize("profile", ["balanced", "stream"])

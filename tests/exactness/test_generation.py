@@ -243,6 +243,48 @@ def test_copied_and_foreign_caches_are_refused(balanced: tuple[Any, Any]) -> Non
                 balanced[1](input_ids=ids, past_key_values=cache)
 
 
+def row_of_another_cache(mine: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    return torch.cat([mine[:1], other[1:]])
+
+
+def tokens_of_another_row(mine: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+    return torch.cat([mine[:, :, :2], mine.flip(0)[:, :, 2:4], mine[:, :, 4:]], dim=2)
+
+
+def tokens_in_another_order(mine: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+    return mine[:, :, [0, 2, 1, 3, 4]]
+
+
+def one_token_of_another_cache(mine: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    return torch.cat([mine[:, :, :2], other[:, :, 2:3], mine[:, :, 3:]], dim=2)
+
+
+@pytest.mark.parametrize(
+    "join", [row_of_another_cache, tokens_of_another_row, tokens_in_another_order, one_token_of_another_cache]
+)
+def test_caches_put_together_by_hand_are_refused_or_as_in_the_plain_model(pair: tuple[Any, Any], join: Any) -> None:
+    """Those of all layers alike; what is in the enclave is the plain model's."""
+    found = []
+    with torch.no_grad():
+        for model in pair:
+            one, two = (model(input_ids=tokens(2, 5, seed=s), use_cache=True).past_key_values for s in (1, 2))
+            for mine, other in zip(one.layers, two.layers, strict=True):
+                if mine.keys is None:  # `stream` has one layer for all
+                    continue
+                mine.keys, mine.values = join(mine.keys, other.keys), join(mine.values, other.values)
+            if model is pair[1] and is_of_worker(one):
+                with pytest.raises(UnsupportedModelError, match="put together of several"):
+                    model(input_ids=tokens(2, 1, seed=3), past_key_values=one)
+                return
+            found.append(model(input_ids=tokens(2, 1, seed=3), past_key_values=one).logits)
+    assert error(found[1], found[0]) < LOGITS
+
+
+def is_of_worker(cache: DynamicCache) -> bool:
+    """Whether a layer of it has places in the stead of keys."""
+    return any(layer.keys is not None and layer.keys.shape[1] == 1 for layer in cache.layers)
+
+
 def test_gradients_through_an_old_cache_are_refused(balanced: tuple[Any, Any]) -> None:
     ids = tokens(1, 3)
     cache = balanced[1](input_ids=ids, use_cache=True).past_key_values

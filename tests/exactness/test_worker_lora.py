@@ -3,6 +3,7 @@
 Keys must be orthogonal for that: SGD does not commute with others. Per-head keys are made so by head_kappa=1.
 """
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from peft.helpers import rescale_adapter_scale
 from torch import nn
 
-from obfuscatune import UsageError
+from obfuscatune import NotFiniteError, UsageError
 
 from .models import error, scalar, tokens, twins, worst
 
@@ -255,6 +256,197 @@ def test_sgd_on_the_worker_is_plain_sgd(protect: Any, variant: str, way: Step) -
         assert got == pytest.approx(expected, rel=NORMS)
         assert worst(adapter(protected.model), adapter(reference)) < PARAMETERS
         assert worst(before, adapter(reference)) > 1e-3  # the steps are no trifle
+
+
+def factors(model: nn.Module, kind: str = "lora_") -> list[nn.Parameter]:
+    return [p for name, p in model.named_parameters() if kind in name]
+
+
+@torch.no_grad()
+def put(model: nn.Module, values: list[torch.Tensor], kind: str = "lora_") -> None:
+    for p, value in zip(factors(model, kind), values, strict=True):
+        p.copy_(value)
+
+
+def one_step(model: Any, optimizer: torch.optim.Optimizer, batch: int) -> None:
+    optimizer.zero_grad()
+    loss(model, batch).backward()
+    optimizer.step()
+
+
+def a_snapshot_put_back(model: Any, optimizer: torch.optim.Optimizer) -> list[float]:
+    snapshot = [p.detach().clone() for p in factors(model)]
+    zero_before_forward(model, optimizer)
+    put(model, snapshot)
+    found = [loss(model, 0).item()]
+    zero_before_forward(model, optimizer)
+    return found
+
+
+def one_factor_put_back(model: Any, optimizer: torch.optim.Optimizer) -> list[float]:
+    snapshot = [p.detach().clone() for p in factors(model, "lora_A")]
+    zero_before_forward(model, optimizer)
+    put(model, snapshot, "lora_A")
+    return [loss(model, 0).item()]
+
+
+def zeros_from_zeros(model: Any, optimizer: torch.optim.Optimizer) -> list[float]:
+    """B starts as PEFT has it, at 0."""
+    with torch.no_grad():
+        for p in factors(model, "lora_B"):
+            p.zero_()
+    zero_before_forward(model, optimizer)
+    with torch.no_grad():
+        for p in factors(model, "lora_B"):
+            p.zero_()
+    return [loss(model, 0).item()]
+
+
+def halved_through_data(model: Any, optimizer: torch.optim.Optimizer) -> list[float]:
+    for batch in range(3):
+        one_step(model, optimizer, batch)
+        for p in factors(model, "lora_B"):
+            p.data.mul_(0.5)
+    return [loss(model, 0).item()]
+
+
+def held_to_a_norm(model: Any, optimizer: torch.optim.Optimizer) -> list[float]:
+    for batch in range(3):
+        one_step(model, optimizer, batch)
+        with torch.no_grad():
+            for p in factors(model, "lora_A"):
+                p.renorm_(2, 0, 0.5)
+    return [loss(model, 0).item()]
+
+
+def another_adapter_for_one_call(model: Any, optimizer: torch.optim.Optimizer) -> list[float]:
+    found = []
+    for batch in range(2):
+        one_step(model, optimizer, batch)
+        values = {name: 2 * p.detach() for name, p in model.named_parameters() if "lora_B" in name}
+        with torch.no_grad():
+            found.append(float(scalar(torch.func.functional_call(model, values, (BATCHES[0],)).logits)))
+    return found
+
+
+def another_adapter_between_backward_and_step(model: Any, optimizer: torch.optim.Optimizer) -> list[float]:
+    values = {name: 2 * p.detach() for name, p in model.named_parameters() if "lora_B" in name}
+    loss(model, 0).backward()
+    with torch.no_grad():
+        found = float(scalar(torch.func.functional_call(model, values, (BATCHES[0],)).logits))
+    optimizer.step()
+    return [found]
+
+
+def an_average_of_all_steps(model: Any, optimizer: torch.optim.Optimizer) -> list[float]:
+    average = [p.detach().clone() for p in factors(model)]
+    for batch in range(3):
+        one_step(model, optimizer, batch)
+        for mean, p in zip(average, factors(model), strict=True):
+            mean.lerp_(p.detach(), 0.3)
+    put(model, average)
+    return [loss(model, 0).item()]
+
+
+def written_between_backward_and_step(model: Any, optimizer: torch.optim.Optimizer) -> list[float]:
+    for batch in range(2):
+        optimizer.zero_grad()
+        loss(model, batch).backward()
+        for p in factors(model, "lora_B"):
+            p.data.mul_(0.5)
+        optimizer.step()
+    return [loss(model, 0).item()]
+
+
+def an_old_state_of_the_optimizer(model: Any, optimizer: torch.optim.Optimizer) -> list[float]:
+    """Its momentum goes back, and the adapter does not."""
+    one_step(model, optimizer, 0)
+    state = copy.deepcopy(optimizer.state_dict())
+    zero_before_forward(model, optimizer)
+    optimizer.load_state_dict(state)
+    found = [loss(model, 0).item()]
+    one_step(model, optimizer, 1)
+    return found
+
+
+WRITES = [
+    a_snapshot_put_back,
+    one_factor_put_back,
+    zeros_from_zeros,
+    halved_through_data,
+    held_to_a_norm,
+    another_adapter_for_one_call,
+    another_adapter_between_backward_and_step,
+    an_average_of_all_steps,
+    written_between_backward_and_step,
+    an_old_state_of_the_optimizer,
+]
+
+
+@pytest.mark.parametrize("way", WRITES)
+@pytest.mark.parametrize("variant", ["paper", pytest.param("balanced", marks=pytest.mark.slow)])
+def test_values_written_by_hand_are_those_of_the_plain_model(protect: Any, variant: str, way: Step) -> None:
+    test_sgd_on_the_worker_is_plain_sgd(protect, variant, way)
+
+
+def test_the_parameters_have_each_step(protect: Any) -> None:
+    """Without a state_dict, which could ask for them."""
+    reference, model = twins()
+    one_step(reference, torch.optim.SGD(trained(reference), lr=0.1), 0)
+    with protect(model, profile="paper") as protected:
+        one_step(protected.model, protected.create_optimizer("sgd", lr=0.1), 0)
+        for got, expected in zip(factors(model), factors(reference), strict=True):
+            assert error(got.detach(), expected.detach()) < PARAMETERS
+
+
+def test_factors_that_were_replaced_are_not_stepped(protect: Any) -> None:
+    """A stock optimizer would go on with the old ones."""
+    _, model = twins()
+    with protect(model, profile="paper") as protected:
+        optimizer = protected.create_optimizer("sgd", lr=0.1)
+        module = next(m for name, m in model.named_modules() if name.endswith("lora_B.default"))
+        module.weight = nn.Parameter(module.weight.detach().clone())
+        loss(protected.model, 0).backward()
+        before = adapter(protected.model)
+        with pytest.raises(UsageError, match="was replaced after its optimizer"):
+            optimizer.step()
+        assert worst(adapter(protected.model), before) == 0
+        one_step(protected.model, protected.create_optimizer("sgd", lr=0.1), 0)
+        assert worst(adapter(protected.model), before) > 1e-3
+
+
+def test_gradients_of_tensors_in_the_place_of_factors_are_refused(protect: Any) -> None:
+    _, model = twins()
+    values = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters() if "lora_B" in n}
+    with protect(model, profile="paper") as protected:
+        with pytest.raises(UsageError, match="in the place of LoRA's factors"):
+            torch.func.functional_call(protected.model, values, (BATCHES[0],))
+        loss(protected.model, 0).backward()
+
+
+def test_a_step_that_is_not_finite_is_told_at_once(protect: Any) -> None:
+    reference, model = twins()
+    with protect(model, profile="paper") as protected:
+        optimizer = protected.create_optimizer("sgd", lr=0.1)
+        state, before = copy.deepcopy(optimizer.state_dict()), [p.detach().clone() for p in factors(model)]
+        optimizer.zero_grad()
+        (1e9 * loss(protected.model, 0)).backward()
+        optimizer.param_groups[0]["lr"] = 1e308
+        with pytest.raises(NotFiniteError):
+            optimizer.step()
+        assert all(torch.equal(p, b) for p, b in zip(factors(model), before, strict=True))
+        for use in (model.state_dict, optimizer.step, lambda: loss(protected.model, 0)):
+            with pytest.raises(NotFiniteError):
+                use()
+        with torch.no_grad():
+            factors(model)[0].mul_(2)
+        with pytest.raises(UsageError, match="written to after a step that failed"):
+            loss(protected.model, 0)
+        optimizer.load_state_dict(state)  # and all is well
+        optimizer.zero_grad()
+        for each, its in ((reference, torch.optim.SGD(trained(reference), lr=0.1)), (protected.model, optimizer)):
+            zero_before_forward(each, its)
+        assert worst(adapter(protected.model), adapter(reference)) < PARAMETERS
 
 
 def test_a_stock_optimizer_over_the_anchors_is_refused(protect: Any) -> None:

@@ -134,17 +134,21 @@ def test_a_closed_session_leaves_no_process() -> None:
         protected.model(input_ids=IDS)
 
 
-@pytest.mark.parametrize("profile", ["balanced", "paper"])
-def test_close_does_not_hang_on_a_worker_that_stands_still(profile: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stopped, it keeps its connection and takes what fits in the buffers. Only what it alone has is lost, and told."""
+@pytest.mark.parametrize(("profile", "is_stale"), [("balanced", False), ("paper", False), ("paper", True)])
+def test_close_does_not_hang_on_a_worker_that_stands_still(
+    profile: str, monkeypatch: pytest.MonkeyPatch, *, is_stale: bool
+) -> None:
+    """Stopped, it keeps its connection and takes what fits in the buffers. It has nothing that is not here."""
     monkeypatch.setattr("obfuscatune.enclave.protected.CLOSING_SECONDS", 0.2)
     protected = obfuscatune.protect(new_model(), profile=profile, worker="spawn", timeout=600)
     process = protected.session.process
     loss_of(protected.model).backward()
     protected.create_optimizer(lr=1e-3).step()
+    if is_stale:  # as after a step that was interrupted
+        protected._held.stale = True
     os.kill(process.pid, signal.SIGSTOP)
     monkeypatch.setattr("obfuscatune.enclave.lifetime.ENDING_SECONDS", 0.2)
-    if profile == "paper":  # the step's factors
+    if is_stale:  # then it has, and that is told
         with pytest.raises(WorkerFault, match=r"no reply within 0\.2 s"):
             protected.close()
     else:
@@ -188,6 +192,7 @@ def test_a_fault_at_the_end_does_not_hide_the_first_error(monkeypatch: pytest.Mo
     ):
         loss_of(protected.model).backward()
         protected.create_optimizer(lr=1e-3).step()
+        protected._held.stale = True  # as after a step that was interrupted
         protected.session.process.kill()
         raise ZeroDivisionError
     assert caught.value.__notes__ == ["closing failed too: the worker is gone"]

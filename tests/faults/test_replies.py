@@ -232,23 +232,30 @@ EXPORTS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("export", EXPORTS)
-def test_wrong_factors_when_the_adapter_is_saved(export: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("when", ["stepped", "saved"])
+def test_wrong_factors_when_the_adapter_is(when: str, export: str, tmp_path: Path) -> None:
     def lie(connection: Connection, request: Fields, reply: Fields, outputs: Tensors) -> None:
         connection.send(reply, EXPORTS[export](outputs))
 
     with (
-        worker_in_a_thread(tmp_path, lying("optimizer", 2, lie)) as address,
+        worker_in_a_thread(tmp_path, lying("optimizer", 1 if when == "stepped" else 2, lie)) as address,
         obfuscatune.protect(new_model(), profile="paper", worker=address, timeout=60) as protected,
     ):
         loss_of(protected.model).backward()
-        protected.create_optimizer("sgd", lr=0.1).step()
+        optimizer = protected.create_optimizer("sgd", lr=0.1)
+        use = optimizer.step
+        if when == "saved":
+            use()
+            use = optimizer.state_dict
         if export == "NaN":  # an honest worker's factors are so after a run that diverged
             with pytest.raises(NotFiniteError):
-                protected.model.state_dict()
+                use()
             return
         wrong = "payload too long" if export == "more than it can be" else "tensors of the reply|shape or dtype"
+        if when == "stepped":
+            wrong += "|payload too long"  # there is no room for a moment
         with pytest.raises(WorkerFault, match=wrong):
-            protected.model.state_dict()
+            use()
         with pytest.raises(UsageError, match="ended by an earlier fault"):
             loss_of(protected.model)
 

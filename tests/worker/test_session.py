@@ -209,9 +209,11 @@ def test_held_factors_are_trained_here(session: WorkerSession) -> None:
     norm = float((da.square().sum() + db.square().sum()).sqrt())
     assert reply["gradient_norms"]["in0"] == pytest.approx(norm)
     step = {"op": "optimizer", "action": "step", "kind": "sgd", "options": {"lr": 0.5}, "lr": 0.5}
-    session.handle({**step, "scales": {"s0.in0": 0.1}}, {})
+    stepped = session.handle({**step, "scales": {"s0.in0": 0.1}}, {})[1]
     exported = session.handle({"op": "optimizer", "action": "export"}, {})[1]
     torch.testing.assert_close(exported, {"s0.in0.a": a - 0.05 * da, "s0.in0.b": b - 0.05 * db})
+    assert stepped.keys() == exported.keys() and all(torch.equal(stepped[name], exported[name]) for name in stepped)
+    assert session.handle({**step, "scales": {}}, {})[1] == {}
 
 
 def test_drop_forgets_calls_and_caches_and_knows_no_unknown_one(session: WorkerSession) -> None:

@@ -3,27 +3,38 @@
 The class is made of the model's, under the same name, so that it still is one, in `isinstance` and by its name.
 """
 
+import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from obfuscatune.enclave.remote.body import RemoteBody
-from obfuscatune.enclave.remote.passes import one_generation
+from obfuscatune.enclave.remote.passes import Passes, one_generation
 from obfuscatune.enclave.remote.whole import RemoteAttention
 from obfuscatune.enclave.remote.withdrawn import Fixed, Withdrawn
 from obfuscatune.errors import UnsupportedModelError
 
 
-def guard_class(model: Any) -> None:
-    """Give a causal language model of ``transformers``, whose layers were replaced, the guarded form of its class."""
+def guard_class(model: Any, passes: Sequence[Passes]) -> None:
+    """Give a causal language model of ``transformers``, whose layers were replaced, the guarded form of its class.
+
+    Args:
+        passes: of its workers.
+    """
     kind = type(model)
     body = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
-    model.path = kind.__name__
+    model.path, model.passes = kind.__name__, list(passes)
     model.__class__ = type(kind.__name__, (Guarded, kind), body)
+    if (inner := model.base_model) is not model and hasattr(inner, "set_attn_implementation"):
+        outer: Any = weakref.ref(model)  # which must go with its last reference, as it ends the sessions then
+        inner.set_attn_implementation = lambda *args, **kwargs: outer().set_attn_implementation(*args, **kwargs)
 
 
 class Guarded(Fixed):
     """Comes before the model's own class."""
+
+    passes: list[Passes]
 
     def _dtype(self) -> torch.dtype:
         dtype: torch.dtype = self.dtype  # type: ignore[assignment]
@@ -50,6 +61,13 @@ class Guarded(Fixed):
             if blocks is not None and config.num_hidden_layers != blocks:
                 # `assistant_early_exit` lowers it, and a refusal leaves it so: later calls would skip blocks.
                 config.num_hidden_layers = blocks
+
+    def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
+        """Set it, as ever, and let the workers attend as that kind does where a row sees nothing."""
+        super().set_attn_implementation(*args, **kwargs)  # type: ignore[misc]
+        config: Any = self.config
+        for passes in self.passes:
+            passes.eager = config._attn_implementation == "eager"
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse at once what transformers would refuse request by request, each with an empty answer."""

@@ -18,7 +18,7 @@ from obfuscatune.enclave.sharing.workers import Workers
 from obfuscatune.errors import NotFiniteError, UsageError, WorkerFault
 from obfuscatune.profiles import Profile
 
-CLOSING_SECONDS = 60.0  # for all last replies together: the adapter's factors where a worker trains them, numbers
+CLOSING_SECONDS = 60.0  # for all last replies together: numbers, and factors that a failed step did not bring
 
 
 class Protected:
@@ -83,7 +83,7 @@ class Protected:
             return
         try:
             self.close()
-        except (WorkerFault, NotFiniteError) as fault:  # the first error is the one to tell
+        except (WorkerFault, NotFiniteError, UsageError) as fault:  # the first error is the one to tell
             error.add_note(f"closing failed too: {fault.what}")
 
     def create_optimizer(self, kind: str = "adamw", *, lr: float, **options: Any) -> torch.optim.Optimizer:
@@ -123,8 +123,9 @@ class Protected:
         Workers that do not answer any more are waited for `CLOSING_SECONDS` at most, all of them together.
 
         Raises:
-            WorkerFault: a worker failed only now, and LoRA factors that it trained are lost; the sessions have ended.
-            NotFiniteError: the factors that it trained are not finite; the sessions have ended.
+            WorkerFault: a worker failed only now; the sessions have ended. LoRA that it trained is as of the last step.
+            NotFiniteError: after a step that failed so, the factors are not finite; the sessions have ended.
+            UsageError: values were written to LoRA after a step that failed; the sessions have ended.
         """
         sessions = [link.session for link in self.links]
         if self._final_report is not None or not sessions or self.has_ended:

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from obfuscatune.enclave.inputs import Inputs
 from obfuscatune.enclave.links import Link
 from obfuscatune.enclave.remote.body import RemoteBody
 from obfuscatune.enclave.remote.head import use_fast_head
+from obfuscatune.enclave.remote.passes import Passes
 from obfuscatune.enclave.remote.withdrawn import Standin
 from obfuscatune.errors import UnsupportedModelError
 from obfuscatune.profiles import Profile
@@ -38,8 +40,8 @@ def watch(causal_lm: Any, profile: Profile, links: Sequence[Link], *, frozen: bo
         # Blocks that stay in the enclave would look at other positions than the worker's where a row sees none.
         if getattr(causal_lm, "_supports_sdpa", False) and not (eager and profile.enclave_blocks):
             causal_lm.set_attn_implementation("sdpa")  # its masks say only what is allowed, and None for causal
-        if eager:
-            causal_lm.base_model.register_forward_pre_hook(_refuse_masks_of_bools, with_kwargs=True)
+        refuse = partial(_refuse_masks_of_bools, links[0].passes)
+        causal_lm.base_model.register_forward_pre_hook(refuse, with_kwargs=True)
         _refuse_output(causal_lm, "output_attentions", 'attention weights stay on the worker: attention="enclave"')
     if profile.rotate_stream:
         what = "the blocks' outputs stay on the worker: rotate_stream=False. The last hidden state is there"
@@ -50,7 +52,7 @@ def watch(causal_lm: Any, profile: Profile, links: Sequence[Link], *, frozen: bo
     use_fast_head(causal_lm)
     refuse_training_of_all(causal_lm, frozen=frozen)
     causal_lm.register_forward_hook(forget_adapters_of_rows, always_call=True)
-    guard_class(causal_lm)
+    guard_class(causal_lm, [link.passes for link in links])
     for standin in causal_lm.modules():
         if isinstance(standin, Standin):
             standin.seal()
@@ -71,11 +73,13 @@ def use_whole_float32(*_: Any) -> None:
         )
 
 
-def _refuse_masks_of_bools(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+def _refuse_masks_of_bools(passes: Passes, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
     """Refuse what eager attention adds to its logits as zeros and ones, and the worker would take as forbidden or not.
 
     The masks that transformers makes of one ``[rows, keys]`` are not here yet.
     """
+    if not passes.eager:
+        return
     given = kwargs.get("attention_mask")
     for mask in (*args, *(given.values() if isinstance(given, dict) else (given,))):
         if isinstance(mask, Tensor) and mask.ndim == 4 and mask.dtype == torch.bool:

@@ -38,14 +38,13 @@ class HeldOptimizer:
         """Run one action: ``step``, ``export`` or ``import``."""
         action = header.get("action")
         if action == "step":
-            self._step(header)
-        elif action == "export":
+            return {}, self._step(header)
+        if action == "export":
             return {}, self._export()
-        elif action == "import":
+        if action == "import":
             self._import(header, tensors)
-        else:
-            raise ProtocolError("optimizer action", got=repr(action)[:40], expected="step, export or import")
-        return {}, {}
+            return {}, {}
+        raise ProtocolError("optimizer action", got=repr(action)[:40], expected="step, export or import")
 
     def _parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
         return [(f"{name}.{factor}", p) for name, held in self._held.items() for factor, p in held.parameters().items()]
@@ -53,7 +52,8 @@ class HeldOptimizer:
     def _make(self, kind: Any, options: Any) -> torch.optim.Optimizer:
         return _optimizer([p for _, p in self._parameters()], kind, options)
 
-    def _step(self, header: dict[str, Any]) -> None:
+    def _step(self, header: dict[str, Any]) -> dict[str, Tensor]:
+        """Step the slots that have a factor for their gradient; returns what has become of them."""
         kind, options = header.get("kind"), header.get("options")
         if self._optimizer is None:
             self._optimizer = self._make(kind, options)
@@ -69,6 +69,7 @@ class HeldOptimizer:
             else:
                 held.clear()
         self._optimizer.step()
+        return {name: p.detach() for name, p in self._parameters() if name.rpartition(".")[0] in scales}
 
     def _export(self) -> dict[str, Tensor]:
         out = {name: parameter.detach() for name, parameter in self._parameters()}

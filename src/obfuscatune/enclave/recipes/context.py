@@ -167,10 +167,7 @@ class Keying:
         return slot
 
     def _read_back(self, lora: Any) -> None:
-        """Let whoever saves this layer's state (save_pretrained, a checkpoint) get the worker's values.
-
-        Before a load too: loaded values are known by their difference from the worker's.
-        """
+        """Let nobody save or load this layer's state after a step whose result is not here, without asking for it."""
         lora.register_state_dict_pre_hook(lambda *_: self.held.pull())
         lora.register_load_state_dict_pre_hook(lambda *_: self.held.pull())
 

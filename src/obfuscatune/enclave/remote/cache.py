@@ -52,7 +52,7 @@ class CacheMirror:
         self._session = session
         self._numbers = itertools.count(1)
         self._known: weakref.WeakKeyDictionary[DynamicCache, int] = weakref.WeakKeyDictionary()
-        self._last: tuple[tuple[int, int, int, int], Tensor, Tensor] | None = None
+        self._made: tuple[tuple[tuple[int, int, int, int], Tensor, Tensor], ...] = ()
 
     def request(
         self,
@@ -74,8 +74,8 @@ class CacheMirror:
         a window that was not filled.
 
         Raises:
-            UnsupportedModelError: not a plain DynamicCache, or one that this model did not fill or must not go on from;
-            or several tokens that go on from cached ones without a mask.
+            UnsupportedModelError: not a plain DynamicCache, or one that this model did not fill, that was put together
+            by hand, or that must not be gone on from; or several tokens that go on from cached ones without a mask.
         """
         if type(cache) is not DynamicCache or not all(type(stub) in _STUBS for stub in cache.layers):
             kind = type(cache).__name__
@@ -85,23 +85,13 @@ class CacheMirror:
         stub: Any = cache.layers[layer_index] if layer_index < len(cache.layers) else None
         if stub is not None and stub.is_initialized and stub.keys.numel():
             length = stub.keys.shape[2]
-            places, positions = stub.keys[:, 0, -1, 0].tolist(), stub.keys[0, 0, :, 1]
-            start = int(positions[0])
-            if number is None or int(stub.values[0, 0, -1, 0]) != number or int(positions[-1]) != start + length - 1:
-                raise UnsupportedModelError(
-                    "a KV cache that this model did not fill, or a copy of one",
-                    where=layer,
-                    hint='pass the cache itself; of prefix tuning, which makes its own, attention="enclave"',
-                )
+            start, rows = self._read(stub, number, batch, layer)
             if not continued:
                 raise UnsupportedModelError(
                     "gradients through a KV cache of an earlier call", where=layer, hint="use torch.no_grad()"
                 )
             if new > 1 and not masked:
                 raise refused_without_mask(layer)
-            # The first rows of more are in their places too, and yet to be taken out.
-            are_all = places == list(range(batch)) and int(stub.values[0, 0, -1, 1]) == batch
-            rows = None if are_all else [int(place) for place in places]
         if number is None:
             number = next(self._numbers)
             self._known[cache] = number
@@ -120,14 +110,42 @@ class CacheMirror:
             stub.values.copy_(values)
         return {"id": number, "start": start, "length": length, "rows": rows}
 
+    def _read(self, stub: Any, number: int | None, batch: int, layer: str) -> tuple[int, list[int] | None]:
+        """Return from which token, and from which rows, the worker is to go on; None for all rows as they are there.
+
+        Every token is looked at: rows of two caches joined by hand would go on from those of one.
+        """
+        keys, values, length = stub.keys, stub.values, stub.keys.shape[2]
+        if number is not None and values[0, 0, 0, 0] == number:
+            start = int(keys[0, 0, 0, 1])
+            if all(map(_are_same, (keys, values), self._stubs(number, batch, start, length))):
+                return start, None  # as in nearly all steps
+            rows, positions = keys[:, 0, :, 0], keys[:, 0, :, 1]
+            if (
+                (values[:, 0, :, 0] == number).all()
+                and (positions == torch.arange(start, start + length)).all()
+                and (rows == rows[:, :1]).all()
+            ):
+                return start, [int(row) for row in rows[:, 0].tolist()]
+        raise UnsupportedModelError(
+            "a KV cache that this model did not fill, a copy of one, or one that was put together of several",
+            where=layer,
+            hint='pass the cache itself; of prefix tuning, which makes its own, attention="enclave"',
+        )
+
     def _stubs(self, number: int, batch: int, first: int, count: int) -> tuple[Tensor, Tensor]:
         """Stubs of ``count`` tokens from position ``first`` on, as keys and values; not to be written to."""
         asked = (number, batch, first, count)
-        last = self._last
-        if last is None or last[0] != asked:  # all layers of a step ask for the same
-            rows = torch.arange(batch, dtype=torch.float64).view(batch, 1, 1).expand(batch, 1, count)
-            positions = torch.arange(first, first + count, dtype=torch.float64).expand(batch, 1, count)
-            keys = torch.stack([rows, positions], dim=-1)
-            values = torch.tensor([number, batch], dtype=torch.float64).expand_as(keys)
-            self._last = last = asked, keys, values
-        return last[1:]
+        for made, keys, values in self._made:  # all layers of a step ask for the same, the old tokens and the new
+            if made == asked:
+                return keys, values
+        rows = torch.arange(batch, dtype=torch.float64).view(batch, 1, 1).expand(batch, 1, count)
+        positions = torch.arange(first, first + count, dtype=torch.float64).expand(batch, 1, count)
+        keys = torch.stack([rows, positions], dim=-1)
+        values = torch.tensor([number, batch], dtype=torch.float64).expand_as(keys)
+        self._made = ((asked, keys, values), *self._made[:3])  # a new tuple, as several threads may ask
+        return keys, values
+
+
+def _are_same(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a, b)

@@ -6,7 +6,8 @@ orthogonal keys that norm equals the one in plain coordinates, so that ``clip_gr
 true global norm and scales the anchors' gradients; `RemoteOptimizer` (`optimizer.py`) reads the factor off them.
 
 PEFT's own parameters stay where they are and keep their ``requires_grad``: it says which factors the worker trains.
-They never have a gradient here.
+They never have a gradient here. After each step they have the worker's values: whoever reads them gets what is trained,
+and a value that is not the one last exchanged was written by somebody since, and is sent before it is used or stepped.
 """
 
 import math
@@ -29,9 +30,11 @@ from obfuscatune.enclave.session import Session
 from obfuscatune.enclave.shelf import Expected
 from obfuscatune.errors import UsageError
 
+_ROUNDING = 1e-13  # of un-keying in float64, relative to a factor's largest number
+
 
 class HeldSlot(Slot):
-    """One LoRA pair on the worker, and its twin in PEFT's layer, which is updated when the adapter is read.
+    """One LoRA pair on the worker, and its twin in PEFT's layer, which has the same values after each step.
 
     Keyed coordinates: ``A* = R_in^-1 A``, ``B* = B R_out`` (A ``[in, r]``, B ``[r, out]``).
 
@@ -61,7 +64,7 @@ class HeldSlot(Slot):
         self.anchor = self.gradient.anchor
         self.session, self._passes, self._segment = session, passes, segment
         self._key_in, self._key_out = key_in, key_out
-        self._moved: set[str] = set()  # the factors that the worker has changed
+        self._moved: set[str] = set()  # the factors that the worker has changed since they were last exchanged
         self._compared = -1
         self._versions = (-1, -1)
         self._follows = True
@@ -75,21 +78,30 @@ class HeldSlot(Slot):
         self.anchor.requires_grad_(self._follows)
 
     def parameters(self) -> tuple[nn.Parameter, ...]:
-        """The anchor, and PEFT's parameters as they were last seen."""
+        """The anchor, and PEFT's parameters A and B."""
+        self._look()
         return self.anchor, self._a, self._b
 
     def trained(self) -> tuple[str, ...]:
         """Names of the factors that require a gradient now, as training code has set it on PEFT's parameters.
 
         Raises:
-            UsageError: training code has frozen the anchor and not them, or has put hooks on one of the three.
+            UsageError: training code has frozen the anchor and not them, or has put hooks on one of the three; or a
+            tensor that requires a gradient is in the place of a factor (`torch.func.functional_call`).
         """
-        names = tuple(name for name, p in (("a", self._a), ("b", self._b)) if p.requires_grad)
-        if names and any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self.parameters()):
+        anchor, *factors = self.parameters()
+        names = tuple(name for name, p in zip("ab", factors, strict=True) if p.requires_grad)
+        if names and any(p._backward_hooks or p._post_accumulate_grad_hooks for p in (anchor, *factors)):
             raise UsageError(
                 "a hook on the gradient of LoRA that the worker trains, which has none here",
                 where=self.layer.path,
                 hint="clip_grad_norm_, or scale the loss; lora_placement='enclave' takes any hook",
+            )
+        if any(p.requires_grad and not isinstance(p, nn.Parameter) for p in factors):
+            raise UsageError(
+                "gradients of tensors in the place of LoRA's factors, which the worker trains",
+                where=self.layer.path,
+                hint="torch.no_grad(), or lora_placement='enclave'",
             )
         if names and not self.anchor.requires_grad:
             if self._follows:
@@ -120,13 +132,18 @@ class HeldSlot(Slot):
         self._scaling = scaling
         self._remember()
 
+    def _look(self) -> None:
+        """Take the factors that PEFT's layer has now."""
+        if self._adapter in self.lora.lora_A:  # or it was deleted
+            self._a, self._b = self.lora.lora_A[self._adapter].weight, self.lora.lora_B[self._adapter].weight
+
     def scaling(self) -> float:
         """The factor on the product, as PEFT's layer has it now."""
         return float(self.lora.scaling[self._adapter])
 
     def lags(self) -> bool:
         """Whether the worker lacks values that were written to PEFT's layer."""
-        self._a, self._b = self.lora.lora_A[self._adapter].weight, self.lora.lora_B[self._adapter].weight
+        self._look()
         if self._synced is None:
             return True
         for now, synced in zip((self._a, self._b), self._synced, strict=True):
@@ -146,16 +163,31 @@ class HeldSlot(Slot):
         return {name: (tuple(parameter.T.shape), parameter.dtype) for name, parameter in pairs.items()}
 
     def pull(self, exported: dict[str, Tensor]) -> None:
-        """Write the worker's keyed factors into PEFT's parameters, un-keyed."""
-        keyed_a, keyed_b = (exported[f"{self.full_name}.{factor}"] for factor in "ab")
+        """Write the worker's keyed factors into PEFT's parameters, un-keyed, where it has changed them."""
         with torch.no_grad():  # a factor that nobody trained stays as it is, to the last bit
-            if "a" in self._moved:
-                self._a.copy_(key_rows(keyed_a.double(), self._key_in).T)
-            if "b" in self._moved:
-                self._b.copy_(self.layer.stored(self._key_out.apply_inverse(keyed_b.double())).T)
+            for factor in self._moved:
+                parameter = self._a if factor == "a" else self._b
+                parameter.copy_(self._plain(factor, exported[f"{self.full_name}.{factor}"]))
         self._remember()
 
+    def has(self, factor: str, keyed: Tensor) -> bool:
+        """Whether PEFT's parameter is a keyed factor (``a`` or ``b``) un-keyed and rounded to its dtype."""
+        now = (self._a if factor == "a" else self._b).detach()
+        if keyed.shape != now.T.shape:
+            return True  # which the worker refuses
+        plain = self._plain(factor, keyed)
+        size = now.double().abs()
+        slack = torch.finfo(now.dtype).eps / 2 * size + _ROUNDING * size.max()
+        return bool(((now - plain).abs() <= slack).all())
+
+    def _plain(self, factor: str, keyed: Tensor) -> Tensor:
+        """A keyed factor as PEFT has it, in float64."""
+        if factor == "a":
+            return key_rows(keyed.double(), self._key_in).T
+        return self.layer.stored(self._key_out.apply_inverse(keyed.double())).T
+
     def _remember(self) -> None:
+        self._moved = set()
         self._synced = (self._a.detach().clone(), self._b.detach().clone())
         self._versions = (version_of(self._a), version_of(self._b))
 
@@ -193,8 +225,8 @@ class HeldSlot(Slot):
         if not compared or self.scaling() != self._scaling:
             if self.anchor.any():
                 raise stock_optimizer(self.layer.path)
-            if self.scaling() != self._scaling and self.pull_all is not None:
-                self.pull_all()  # for a scale alone the values there are sent back
+            if self.pull_all is not None:
+                self.pull_all()
             self.push()
             self._compared, self._versions = self._passes.number, (version_of(self._a), version_of(self._b))
         call.held[self.name] = self
@@ -209,10 +241,13 @@ class HeldSlot(Slot):
         """Note that the worker may have added to the gradient what nobody here has seen."""
         self.gradient.lose()
 
+    def before_step(self) -> None:
+        """Send what was written since the last pass, which a step is of, and note which factors it will change."""
+        self.push()
+        self._moved |= self.gradient.factors
+
     def stepped(self) -> None:
-        """Note that the worker has stepped the factors that had a gradient."""
-        if self.anchor.grad is not None:
-            self._moved |= self.gradient.factors
+        """Note that the worker was asked to step the factors that had a gradient."""
         self.gradient.settle()
 
     def imported(self) -> None:

@@ -1,4 +1,4 @@
-"""All LoRA pairs that workers hold: PEFT's parameters follow them, and no stock optimizer steps them."""
+"""All LoRA pairs that workers hold: PEFT's parameters follow them at each step, and no stock optimizer steps them."""
 
 import hashlib
 from typing import Any
@@ -10,12 +10,16 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from obfuscatune.enclave.remote.held import HeldSlot, stock_optimizer
 from obfuscatune.enclave.session import Session
-from obfuscatune.errors import UnsupportedModelError
+from obfuscatune.errors import UnsupportedModelError, UsageError
 from obfuscatune.protocol.optimizers import OPTIMIZER_MOMENTS
 
 
 class HeldAdapter:
-    """All LoRA pairs that workers hold, and whether PEFT's parameters lag behind them."""
+    """All LoRA pairs that workers hold.
+
+    Attributes:
+        stale: whether a step began and PEFT's parameters do not have its result: it was interrupted, or not finite.
+    """
 
     def __init__(self) -> None:
         self.slots: list[HeldSlot] = []
@@ -88,19 +92,36 @@ class HeldAdapter:
             asked.append(session.submit("optimizer", "-", {"action": "export"}, {}, factors, optional=state))
         return {name: tensor for pending in asked for name, tensor in pending.result()[1].items()}
 
-    def pull(self) -> None:
-        """Bring the adapter in PEFT's layers up to date with the worker's factors, if it is not.
+    def fitting(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Send what was written, and return an optimizer's state without the factors that PEFT's layers have not."""
+        others = set()
+        for slot in self.slots:
+            slot.push()
+            names = {f"{slot.full_name}.{factor}": factor for factor in "ab"}
+            others |= {name for name, factor in names.items() if name in state and not slot.has(factor, state[name])}
+        return {name: tensor for name, tensor in state.items() if name not in others}
 
-        Values loaded into PEFT's layers since the last exchange are the newer ones, and go to the worker first.
+    def pull(self) -> None:
+        """Fetch the result of a step that did not bring it.
+
+        Raises:
+            UsageError: values were written since, and which of the two are meant nobody can tell.
+            WorkerFault: as `export`.
+            NotFiniteError: the step's result is not finite.
         """
-        if self.stale:
-            for slot in self.slots:
-                if slot.lags():
-                    slot.push()
-            self.fetch()
+        if not self.stale:
+            return
+        for slot in self.slots:
+            if slot.lags():
+                raise UsageError(
+                    "LoRA that the worker trains was written to after a step that failed",
+                    where=slot.layer.path,
+                    hint="load the state of its optimizer, which has the factors, or protect the model anew",
+                )
+        self.fetch()
 
     def fetch(self) -> None:
-        """Write the worker's factors into PEFT's layers.
+        """Write the worker's factors into PEFT's layers, where it has changed them.
 
         Raises:
             WorkerFault: as `export`.

@@ -16,7 +16,7 @@ from obfuscatune.enclave.remote.calls import RemoteCall, version_of, without_aut
 from obfuscatune.enclave.remote.held import HeldSlot
 from obfuscatune.enclave.remote.lora import SplitInput
 from obfuscatune.enclave.remote.norms import FoldedNorm
-from obfuscatune.enclave.remote.slot import Slot
+from obfuscatune.enclave.remote.slot import Slot, State
 from obfuscatune.enclave.remote.withdrawn import Withdrawn
 from obfuscatune.enclave.session import Session
 from obfuscatune.errors import UnsupportedModelError
@@ -51,17 +51,20 @@ class _Results:
 
     Attributes:
         copy: of an x that does not tell of changes in place, as it was made under ``inference_mode``.
+        states: of the slots, which may be set otherwise before the next layer is called.
     """
 
     x: "weakref.ref[Tensor]"
     version: int
     copy: Tensor | None
     grad: bool
+    states: list[State]
     outputs: dict[int, Tensor]
 
-    def is_of(self, x: Tensor) -> bool:
-        """Whether x is the very tensor of the call, and unchanged."""
-        same = self.x() is x and self.version == version_of(x)
+    def is_of(self, x: Tensor, states: list[State]) -> bool:
+        """Whether x is the very tensor of the call, and unchanged, and what adapters add to it is too."""
+        same = self.x() is x and self.version == version_of(x) and self.grad == torch.is_grad_enabled()
+        same = same and all(now.is_as(then) for now, then in zip(states, self.states, strict=True))
         return same and (self.copy is None or torch.equal(self.copy, x))
 
 
@@ -84,17 +87,21 @@ class LinearGroup(ABC):
 
     def output(self, x: Tensor, member: int) -> Tensor:
         """Return ``x W`` ``[..., out]`` of one layer, its bias not added; x ``[..., in]``."""
-        found = self._last.results
-        if found is None or not found.is_of(x) or found.grad != torch.is_grad_enabled() or member not in found.outputs:
+        found, states = self._last.results, self.states() if len(self.widths) > 1 else []
+        if found is None or member not in found.outputs or not found.is_of(x, states):
             with without_autocast():
                 outputs = dict(enumerate(self.outputs(x)))
             copy = x.clone() if x.is_inference() and len(self.widths) > 1 else None
-            found = _Results(weakref.ref(x), version_of(x), copy, torch.is_grad_enabled(), outputs)
+            found = _Results(weakref.ref(x), version_of(x), copy, torch.is_grad_enabled(), states, outputs)
             self._last.results = found
         y = found.outputs.pop(member)
         if not found.outputs:
             self._last.results = None
         return y
+
+    def states(self) -> list[State]:
+        """Return what LoRA slots would add now."""
+        return []
 
     @abstractmethod
     def outputs(self, x: Tensor) -> Sequence[Tensor]:
@@ -117,6 +124,10 @@ class KeyedGroup(LinearGroup):
         self._check, self.slots = check, slots
         for slot in slots.values():
             slot.called = True
+
+    def states(self) -> list[State]:
+        """Of its slots."""
+        return [slot.state() for slot in self.slots.values()]
 
     def outputs(self, x: Tensor) -> Sequence[Tensor]:
         """Make the call for x ``[..., in]``."""

@@ -27,6 +27,8 @@ class RemoteOptimizer(Optimizer):
         kind: ``adamw`` or ``sgd``. lr: learning rate.
         options: further arguments of that torch optimizer (weight_decay, betas, momentum, ...).
 
+    A step is one of the values that PEFT's parameters have, and gives them the result.
+
     ``state_dict`` carries the keyed factors and moments, so that a resumed run continues bit for bit under the same
     keys.
     """
@@ -45,6 +47,7 @@ class RemoteOptimizer(Optimizer):
         self._others = {name: value for name, value in stock.items() if name not in defaults}
         self._adapter, self._kind = adapter, kind
         self._trained = {slot: frozenset(slot.trained()) for slot in adapter.slots}
+        self._factors = {slot: dict(zip("ab", slot.parameters()[1:], strict=True)) for slot in adapter.slots}
         self._anchors = {id(slot.anchor) for slot, factors in self._trained.items() if factors}
         # Its groups are those of this one, without anchors.
         self._local = OPTIMIZERS[kind]([{"params": []}], **defaults)
@@ -80,8 +83,9 @@ class RemoteOptimizer(Optimizer):
             closure: evaluates the model anew, as torch's optimizers have it. Returns its loss.
 
         Raises:
-            UsageError: a gradient was changed otherwise than by a factor, a factor was unfrozen since the optimizer was
-            made, or a group has what a worker's optimizer has not. Nothing has been stepped then.
+            UsageError: a gradient was changed otherwise than by a factor, a factor was unfrozen or replaced since the
+            optimizer was made, or a group has what a worker's optimizer has not. Nothing has been stepped then.
+            NotFiniteError: a factor is not finite after the step; PEFT's parameters have the values from before it.
         """
         loss = None
         if closure is not None:
@@ -91,15 +95,22 @@ class RemoteOptimizer(Optimizer):
         scales = self._scales()
         options = self._options()
         header = {"action": "step", "kind": self._kind, "options": options, "lr": options["lr"]}
+        self._adapter.pull()
+        stepped = [slot for slot in self._adapter.slots if slot.full_name in scales]
+        for slot in stepped:
+            slot.before_step()
+        self._adapter.stale = True  # until all of it has come
         asked = []
         for session, slots in self._adapter.by_session().items():
             own = {slot.full_name: scales[slot.full_name] for slot in slots if slot.full_name in scales}
-            asked.append(session.submit("optimizer", "-", {**header, "scales": own}, {}, {}))
-        for pending in asked:
-            pending.result()
+            factors = {name: kind for slot in slots if slot.full_name in own for name, kind in slot.factors().items()}
+            asked.append(session.submit("optimizer", "-", {**header, "scales": own}, {}, factors))
         for slot in self._adapter.slots:
             slot.stepped()
-        self._adapter.stale = True
+        found = {name: tensor for pending in asked for name, tensor in pending.result()[1].items()}
+        for slot in stepped:
+            slot.pull(found)
+        self._adapter.stale = False
         for group, local in zip(self.param_groups, self._local.param_groups, strict=True):
             local.update({name: value for name, value in group.items() if name in self._local.defaults})
         self._local.step()
@@ -145,6 +156,13 @@ class RemoteOptimizer(Optimizer):
                     where=slot.layer.path,
                     hint="freeze it again, or call create_optimizer again",
                 )
+            now = dict(zip("ab", slot.parameters()[1:], strict=True))
+            if any(now[name] is not self._factors[slot][name] for name in slot.gradient.factors):
+                raise UsageError(
+                    "LoRA that the worker trains was replaced after its optimizer was made",
+                    where=slot.layer.path,
+                    hint="write values into the parameters that are there, or call create_optimizer again",
+                )
             scales[slot.full_name] = scale
         return scales
 
@@ -154,7 +172,9 @@ class RemoteOptimizer(Optimizer):
         return {**super().state_dict(), "worker": self._adapter.export(), "local": local, "keys": self._adapter.keys}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Put both back.
+        """Put both back: of the factors those that PEFT's parameters have, rounded, or after a failed step all.
+
+        The others stay as they are, as those that a stock optimizer steps do when its state is loaded.
 
         Raises:
             UsageError: the state was made under other keys, under which it means something else.
@@ -171,14 +191,17 @@ class RemoteOptimizer(Optimizer):
             self._local.load_state_dict(local)
         super().load_state_dict(state)
         header = {"action": "import", "kind": self._kind, "options": self._options()}
+        if not (failed := self._adapter.stale):
+            tensors = self._adapter.fitting(tensors)
         asked = []
         for session, slots in self._adapter.by_session().items():
             asked.append(session.submit("optimizer", "-", header, part_of(slots, tensors), {}))
         for pending in asked:
             pending.result()
-        for slot in self._adapter.slots:
-            slot.imported()
-        self._adapter.fetch()
+        if failed:
+            for slot in self._adapter.slots:
+                slot.imported()
+            self._adapter.fetch()
 
 
 def _plain(value: Any) -> Any:

@@ -90,7 +90,7 @@ class Passes:
         self._session = session
         self._numbers = itertools.count(1)
         self.number = 0
-        self.eager = False  # whether the model computed attention eagerly, where blind rows see all positions alike
+        self.eager = False  # whether the model's own attention is eager, whose blind rows see all positions alike
         self.config: Any = None  # of the model; says how it makes masks now
         self._body = _Body()
 

@@ -1,7 +1,7 @@
 """A LoRA slot: where a low-rank product is added on the worker, and what of PEFT's layer must be as it was made."""
 
 from abc import ABC, abstractmethod
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -9,13 +9,31 @@ from torch import Tensor, nn
 from obfuscatune.enclave.families import Layer
 from obfuscatune.enclave.families.form import refuse_variants
 from obfuscatune.enclave.hooks import own_code
-from obfuscatune.enclave.remote.calls import RemoteCall
+from obfuscatune.enclave.remote.calls import RemoteCall, version_of
 from obfuscatune.errors import UnsupportedModelError
 
 # Of PEFT's layer, what it calls in its forward.
 _CALLED = ("base_layer", "lora_A", "lora_B")
 _CALLED_WITH_DROPOUT = (*_CALLED, "lora_dropout")
 _OWN_CODE = "attention='enclave', mlp='enclave' and lora_placement='enclave' together run PEFT's own code"
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)  # a repr would show factors
+class State:
+    """What a slot adds to a product, as far as it can be told without reading values.
+
+    Attributes:
+        values: of each adapter in use its name, scale, dropout, and the versions of its factors. factors: themselves,
+            and not their ids, which others have once they are gone.
+    """
+
+    values: list[tuple[Any, ...]]
+    factors: list[Tensor]
+
+    def is_as(self, other: "State") -> bool:
+        """Whether both are of the same factors, unchanged, used in the same way."""
+        same = self.values == other.values and len(self.factors) == len(other.factors)
+        return same and all(a is b for a, b in zip(self.factors, other.factors, strict=True))
 
 
 class Slot(ABC):
@@ -49,6 +67,20 @@ class Slot(ABC):
             return []
         names: list[str] = there.active_adapters
         return names
+
+    def state(self) -> State:
+        """Return what it would add now."""
+        state = State([], [])
+        for name in self.in_use():
+            if name not in self.lora.lora_A:
+                continue
+            factors = [self.lora.lora_A[name].weight, self.lora.lora_B[name].weight]
+            dropout = self.lora.lora_dropout[name]
+            drawn = (dropout, dropout.training, getattr(dropout, "p", None))
+            how = [(version_of(factor), factor.requires_grad) for factor in factors]
+            state.values.append((name, self.lora.scaling[name], drawn, *how))
+            state.factors.extend(factors)
+        return state
 
     def active(self) -> str | None:
         """Name of the adapter in use, or None where adapters are disabled, or were unloaded.
