@@ -214,6 +214,9 @@ def test_every_verb_talks_to_the_enclave_of_the_job_only(
     done = run(*verb, *CONNECT)
     assert done.code == 1 and "another enclave than the one asked for" in done.err
     assert asked == ["former"]  # whether it goes on for that one
+    monkeypatch.setattr(channel, "request", lambda fields: ({}, b"no certificate\n{}"))
+    done = run(*verb, *CONNECT)  # what it shows in place of a proof is none
+    assert done.code == 1 and "another enclave than the one asked for" in done.err
 
 
 @pytest.mark.parametrize("state", ["waiting", "queued", "done"])

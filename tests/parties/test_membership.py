@@ -1,6 +1,7 @@
 """Who may connect: a chain of changes that its members have signed, and no other chain, place or signature will do."""
 
 import base64
+import contextlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from obfuscatune.parties import known
 from obfuscatune.parties.canonical import encode
 from obfuscatune.parties.change import MAX_MEMBERS, Change, Member, SignedChange
 from obfuscatune.parties.identity import Identity
-from obfuscatune.parties.membership import MAX_SUCCESSIONS, Membership, follow, found, founded
+from obfuscatune.parties.membership import MAX_SUCCESSIONS, Membership, begin, begin_after, follow, found, founded
 from obfuscatune.parties.succession import succeed
 
 HERE, ELSEWHERE = "ee" * 32, "dd" * 32
@@ -128,9 +129,10 @@ def test_a_member_is_succeeded_by_its_own_word() -> None:
     after = now.after(signed(now, "succession", succeed(CLINIC, NEW)))
     assert names(after) == ["clinic-2", "lab"]
     assert after.gone == {CLINIC.public.fingerprint} and after.left == frozenset()
+    three = after.after(signed(after, "admit", Member(THIRD.public), LAB, NEW))
     for statement in (succeed(CLINIC, NEW), succeed(STRANGER, NEW), succeed(STRANGER, None)):
         with pytest.raises(ConsentError, match="changes nothing"):
-            after.after(signed(after, "succession", statement))
+            three.after(signed(three, "succession", statement))
     with pytest.raises(ConsentError, match="time has not come"):
         now.after(signed(now, "succession", succeed(CLINIC, NEW, now=1 << 40)))
     with pytest.raises(ConsentError, match="successor is a member already"):
@@ -139,7 +141,6 @@ def test_a_member_is_succeeded_by_its_own_word() -> None:
     with pytest.raises(ConsentError, match="another name of one: got lab-too"):
         now.after(signed(now, "succession", succeed(CLINIC, alias)))
     with pytest.raises(ConsentError, match="successor is a member already"):  # by way of one that NEW has succeeded
-        three = after.after(signed(after, "admit", Member(THIRD.public), LAB, NEW))
         three.after(signed(three, "succession", succeed(THIRD, CLINIC)))
     removed = after.after(signed(after, "remove", NEW.public.fingerprint, NEW))
     assert names(removed) == ["lab"] and removed.left == {CLINIC.public.fingerprint, NEW.public.fingerprint}
@@ -158,6 +159,78 @@ def test_who_was_robbed_ends_what_a_thief_has_made_and_cannot_be_flooded_out() -
             heir = heirs_heir
     assert now.number == MAX_SUCCESSIONS
     assert names(now.after(signed(now, "admit", Member(THIRD.public), LAB, heir)))[-1] == "third"
+
+
+def test_an_enclave_that_goes_on_knows_what_was_stated() -> None:
+    lines = [found(HERE, [Member(LAB.public), Member(CLINIC.public), Member(OPERATOR.public, "operator")]).to_bytes()]
+    later, thief = (Identity.generate(name, "x25519") for name in ("third-2", "thief"))
+    for act, subject, by in (
+        ("admit", Member(THIRD.public), (LAB, OPERATOR)),
+        ("succession", succeed(THIRD, later), ()),
+        ("remove", later.public.fingerprint, (later,)),
+        ("admit", Member(later.public), (LAB, OPERATOR)),  # not as who it was
+        ("succession", succeed(CLINIC, NEW), ()),
+        ("succession", succeed(NEW, thief), ()),
+        ("succession", succeed(OPERATOR, None), ()),
+    ):
+        now = follow(lines, HERE)
+        assert now is not None
+        lines.append(signed(now, act, subject, *by).to_bytes())
+    before = follow(lines, HERE)
+    assert before is not None
+    chain = [each.to_bytes() for each in begin_after(ELSEWHERE, lines, before)]
+    here = follow(chain, ELSEWHERE)  # as the parties do, who are given nothing else
+    assert here is not None and here.members == before.members and names(here) == ["lab", "thief", "third-2"]
+    assert sum(map(len, chain)) <= sum(map(len, lines))  # so it is never too long for a chain
+    by = (LAB, thief)
+    for ended in (CLINIC, NEW, THIRD, OPERATOR):
+        again = replace(ended.public, name="another-name")
+        for public in (ended.public, again):
+            with pytest.raises(ConsentError, match="has ended"):
+                here.after(signed(here, "admit", Member(public), *by))
+        with pytest.raises(ConsentError, match="identity that has ended"):
+            here.after(signed(here, "succession", succeed(LAB, replace(ended, public=again))))
+    assert names(here.after(signed(here, "succession", succeed(CLINIC, None)))) == ["lab", "third-2"]
+    third = begin_after(HERE, chain, here)  # and the one after that
+    assert [each.change.subject for each in third] == [SignedChange.from_bytes(line).change.subject for line in chain]
+
+
+def test_only_at_its_beginning_a_chain_takes_what_is_of_nobody_in_it() -> None:
+    now = begin(HERE, [Member(LAB.public), Member(CLINIC.public)], [(succeed(STRANGER, NEW), 1 << 40)])[1]
+    with pytest.raises(ConsentError, match="changes nothing"):
+        now.after(signed(now, "succession", succeed(STRANGER, NEW, now=5)))  # which it knows
+    later = now.after(signed(now, "admit", Member(THIRD.public), LAB, CLINIC))
+    for statement in (succeed(STRANGER, None), succeed(OPERATOR, None)):
+        now.after(signed(now, "succession", statement))
+        with pytest.raises(ConsentError, match="changes nothing"):
+            later.after(signed(later, "succession", statement))
+    with pytest.raises(ConsentError, match="time has not come"):
+        begin(HERE, [Member(LAB.public)], [(succeed(STRANGER, NEW, now=1 << 40), 0)])
+
+
+PEOPLE = [Identity.generate(name, "x25519") for name in "abcdef"]
+PEOPLE += [replace(each, public=replace(each.public, name=f"{each.public.name}-too")) for each in PEOPLE[:2]]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(["admit", "remove", "succession"]), *[st.integers(0, 7)] * 2), max_size=14))
+def test_whatever_came_before_an_enclave_goes_on_with_the_same_members(steps: list[tuple[Any, int, int]]) -> None:
+    lines = [found(HERE, [Member(each.public) for each in PEOPLE[:3]]).to_bytes()]
+    for act, one, other in steps:
+        now = follow(lines, HERE)
+        assert now is not None
+        who, heir = PEOPLE[one], PEOPLE[other] if other != one else None
+        subject: dict[str, Any] = {"admit": Member(who.public), "remove": who.public.fingerprint}
+        subject["succession"] = succeed(who, heir, now=9)
+        here = [each for each in PEOPLE if now.member(each.public.fingerprint)]
+        with contextlib.suppress(ObfuscatuneError):
+            change = signed(now, act, subject[act], *(() if act == "succession" else here))
+            now.after(change)
+            lines.append(change.to_bytes())
+    before = follow(lines, HERE)
+    assert before is not None
+    after = follow([each.to_bytes() for each in begin_after(ELSEWHERE, lines, before)], ELSEWHERE)
+    assert after is not None and set(after.members) == set(before.members) and after.ends == before.ends
 
 
 def chain() -> list[bytes]:

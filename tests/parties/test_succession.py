@@ -1,6 +1,8 @@
 """The end of an identity: by its own word, with a successor who has agreed, or for good; nothing undoes it."""
 
+import itertools
 import json
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -119,6 +121,50 @@ def test_who_was_robbed_can_still_end_what_a_thief_has_made(folders: tuple[Party
     for statement in (stolen, revoked):  # nothing brings the thief back
         with pytest.raises(UsageError, match="no partner yet"):
             _ = lab.with_partner(statement).partner
+
+
+def test_a_thief_who_goes_on_and_on_is_ended_too(folders: tuple[Party, Party], tmp_path: Path) -> None:
+    lab, clinic = folders
+    heirs = [clinic.identity, THIEF, Identity.generate("thief-2", "x25519"), NEW]  # the first of them robbed
+    for one, other in itertools.pairwise(heirs):
+        path = tmp_path / f"{other.public.name}.succession"
+        path.write_bytes(succeed(one, other))
+        lab = lab.with_partner(path)
+        assert lab.partner == other.public and Terms.from_dict(lab.terms).partners == (other.public.fingerprint,)
+    revoked = tmp_path / "revoked.succession"
+    revoked.write_bytes(succeed(clinic.identity, None))
+    by_hand = lab.folder / "by-hand.succession"
+    by_hand.write_bytes(revoked.read_bytes())
+    with pytest.raises(ConsentError, match="your partner's identity has ended"):
+        _ = lab.partner
+    by_hand.unlink()
+    middle = tmp_path / "middle.succession"  # whoever of them disputes it
+    middle.write_bytes(succeed(THIEF, None))
+    for statements in ((revoked, middle), (middle, revoked)):
+        party = Party.open(shutil.copytree(lab.folder, tmp_path / statements[0].stem))
+        for statement in (*statements, tmp_path / "thief.succession"):
+            party = party.with_partner(statement)
+            assert Party.open(party.folder).partner_file is None and Terms.from_dict(party.terms).partners == ()
+        with pytest.raises(ConsentError, match="in dispute"):  # nor by way of its file
+            party.with_partner(lab.folder / "clinic-2.pub")
+    unknown = tmp_path / "unknown.succession"
+    unknown.write_bytes(succeed(Identity.generate("x", "x25519"), THIEF))
+    with pytest.raises(UsageError, match="not the end of your partner's identity"):
+        lab.with_partner(unknown)
+    assert lab.with_partner(tmp_path / "thief.succession").partner == NEW.public  # the control: nothing is new
+
+
+def test_a_successor_ends_on_the_day_of_whom_it_succeeds(folders: tuple[Party, Party], tmp_path: Path) -> None:
+    lab, clinic = folders
+    ends, heir = tmp_path / "ends.succession", tmp_path / "heir.succession"
+    ends.write_bytes(succeed(clinic.identity, None, now=time.time() + 1000))
+    heir.write_bytes(succeed(clinic.identity, NEW))
+    lab = lab.with_partner(ends).with_partner(heir)
+    assert lab.partner == NEW.public
+    kept = next(path for path in lab.folder.glob("*.succession") if path.read_bytes() == ends.read_bytes())
+    kept.write_bytes(succeed(clinic.identity, None))  # the day has come
+    with pytest.raises(ConsentError, match="your partner's identity has ended"):
+        _ = lab.partner
 
 
 def test_a_statement_of_a_clock_ahead_is_taken_when_its_time_has_come(

@@ -22,12 +22,13 @@ from obfuscatune.parties.identity import Identity, PublicIdentity
 from obfuscatune.parties.succession import succeed
 from obfuscatune.parties.upgrade import SHARE_BYTES, goes_on, share_info
 from obfuscatune.service.escrow import FILE, Escrow, Recovery
+from obfuscatune.service.members import Members
 from obfuscatune.service.serve import open_service
 from obfuscatune.service.takeover import TakeOver, wait_for_hand_over
 
 from .jobs import CLINIC, LAB, STRANGER, Enclave, open_enclave
 from .platforms import MemoryPlatform
-from .test_members import OPERATOR, changed, members_of, put
+from .test_members import OPERATOR, changed, members_of, names, put
 
 pytestmark = pytest.mark.filterwarnings("ignore:this platform has no sealing key")
 
@@ -115,6 +116,21 @@ def test_a_restart_leaves_what_can_be_released(
         assert not (state / FILE).exists()  # or the next start would be refused for nothing
     with start(escrow=True):
         pass
+
+
+def test_what_was_stated_of_ended_identities_is_brought_back_too(old: Enclave, tmp_path: Path) -> None:
+    members, thief = keep(old, tmp_path), Identity.generate("thief", "x25519")
+    members.succeed(succeed(CLINIC, thief))
+    with open_enclave(tmp_path / "new", MemoryPlatform(key=None)) as new:
+        recovery = Recovery(old.directory, new.state.identity)
+        assert recovery.release(LAB.public, share_of(old.directory, LAB))[0] is None
+        taken, _ = recovery.release(thief.public, share_of(old.directory, thief))
+        assert taken is not None
+        taken.adopt(new.state)
+        members = Members(new.state, tmp_path / "nobody")
+        assert names(members) == ["lab", "operator", "thief"]
+        members.succeed(succeed(CLINIC, None))
+        assert names(members) == ["lab", "operator"]
 
 
 def test_fewer_than_all_have_nothing(old: Enclave, tmp_path: Path) -> None:

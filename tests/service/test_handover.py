@@ -43,7 +43,7 @@ from obfuscatune.service.takeover import TakeOver, wait_for_hand_over
 
 from .jobs import CLINIC, LAB, STRANGER, Enclave, open_enclave
 from .platforms import MemoryPlatform
-from .test_members import changed, members_of, put, serve
+from .test_members import changed, members_of, names, put, serve
 
 NEW_CODE = bytes(range(48))
 
@@ -166,6 +166,34 @@ def test_who_must_sign(pair: Pair, tmp_path: Path, hardware: Hardware) -> None:
         assert not old.state.handed
         pair.give(new, upgrade.sign(LAB).sign(heir).sign(STRANGER))
         assert old.state.handed["to"] == new.fingerprint
+
+
+def test_what_was_stated_of_ended_identities_goes_along(pair: Pair, tmp_path: Path) -> None:
+    """Else who was robbed could not end any more what a thief has made, and an ended key came back by another name."""
+    members = members_of(pair.old, tmp_path / "parties")
+    thief, later = (Identity.generate(name, "x25519") for name in ("thief", "stranger-2"))
+    members.change(changed(members, "admit", Member(STRANGER.public), LAB, CLINIC).to_bytes(), LAB.public)
+    members.succeed(succeed(STRANGER, later))
+    members.change(changed(members, "remove", later.public.fingerprint, later).to_bytes(), LAB.public)
+    members.succeed(succeed(CLINIC, thief))
+    with open_enclave(pair.directory) as new:
+        bundle = pair.give(new, pair.upgrade.sign(LAB).sign(thief).sign(later))
+        pair.copy()
+        pair.take(new, bundle)
+        platform = new.platform
+    with open_enclave(pair.directory, platform) as new:
+        members = members_of(new, tmp_path / "nobody")
+        assert names(members) == ["lab", "thief"]
+        for ended in (CLINIC, STRANGER):
+            alias = replace(ended, public=replace(ended.public, name="new-name"))
+            with pytest.raises(ConsentError, match="this identity has ended"):
+                members.change(changed(members, "admit", Member(alias.public), LAB, thief).to_bytes(), LAB.public)
+            with pytest.raises(ConsentError, match="has ended, under another name"):
+                members.succeed(succeed(LAB, alias))
+        mine, his = CLINIC.public.fingerprint, thief.public.fingerprint
+        assert members.names(his) == {mine, his} and not new.book.is_gone(pair.done)
+        members.succeed(succeed(CLINIC, None))  # prepared by its owner
+        assert names(members) == ["lab"] and members.names(his) == {his} and new.book.is_gone(pair.done)
 
 
 def test_what_is_refused_hands_nothing_over(pair: Pair, hardware: Hardware, tmp_path: Path) -> None:

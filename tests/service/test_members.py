@@ -29,6 +29,7 @@ from obfuscatune.parties.channel import AttestedServer
 from obfuscatune.parties.enclave import Enclave as Client
 from obfuscatune.parties.identity import Identity
 from obfuscatune.parties.job import SignedJob
+from obfuscatune.parties.membership import follow
 from obfuscatune.parties.succession import succeed
 from obfuscatune.service.book import Book
 from obfuscatune.service.members import Members
@@ -219,6 +220,66 @@ def test_a_statement_in_the_directory_holds_when_its_file_is_gone(members: Membe
     assert names(members) == ["lab"]
 
 
+def test_it_is_founded_with_what_the_directory_states(
+    enclave: Enclave, members: Members, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or who was robbed before the first job could not end what a thief has made, once it is founded."""
+    parties, thief, revoked = tmp_path / "parties", *(Identity.generate(name, "x25519") for name in ("thief", "gone"))
+    put(parties, revoked)
+    for name, statement in (("clinic", succeed(CLINIC, thief)), ("gone", succeed(revoked, None)), ("too", b"{}")):
+        (parties / f"{name}.succession").write_bytes(statement)
+    (parties / "once-more.succession").write_bytes(succeed(CLINIC, thief) + b"\n")
+    (parties / "of-nobody.succession").write_bytes(succeed(STRANGER, None))
+    reply, page = MemberRequests(members, enclave.book, enclave.requests.handle).handle(
+        LAB.public, {"op": "members", "start": 0}, b""
+    )
+    shown = follow(page.splitlines(), enclave.fingerprint)
+    assert reply == {"changes": 3, "open": 1} and shown is not None and shown.members == members.current
+
+    def full() -> None:
+        raise StorageError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(enclave.state, "commit", full)
+        with pytest.raises(StorageError):
+            members.found()
+    assert members.founded is None and not enclave.state.members
+    members.found()
+    entry = enclave.events()[-1]
+    assert (entry.event, entry.details["act"]) == ("membership", "found")
+    assert members.told() == {"number": 2, "digest": entry.details["digest"]} and names(members) == ["lab", "thief"]
+    for ended in (CLINIC, revoked):
+        alias = Member(replace(ended.public, name="new-name"))
+        with pytest.raises(ConsentError, match="this identity has ended"):
+            members.change(changed(members, "admit", alias, LAB, thief).to_bytes(), LAB.public)
+    with pytest.raises(ConsentError, match="changes nothing"):
+        members.succeed(succeed(STRANGER, None))
+    (parties / "clinic.succession").write_bytes(succeed(CLINIC, None))
+    members.refresh()
+    assert names(members) == ["lab"]
+    members.load()
+    assert names(members) == ["lab"]
+
+
+def test_who_is_in_by_itself_is_not_in_as_another(enclave: Enclave, members: Members, tmp_path: Path) -> None:
+    put(tmp_path / "parties", STRANGER)
+    (tmp_path / "parties" / "clinic.succession").write_bytes(succeed(CLINIC, STRANGER))
+    members.found()
+    assert names(members) == ["lab", "stranger"]
+    with pytest.raises(ConsentError, match="changes nothing"):
+        members.succeed(succeed(CLINIC, None))
+
+
+def test_statements_that_no_chain_takes_keep_nobody_out(enclave: Enclave, tmp_path: Path) -> None:
+    """The operator is in as who it says, though it has named a successor, who is a party."""
+    put(tmp_path / "parties", LAB, OPERATOR)
+    (tmp_path / "parties" / "operator.succession").write_bytes(succeed(OPERATOR, STRANGER))
+    members = members_of(enclave, tmp_path / "parties", OPERATOR)
+    before = members.current
+    members.found()
+    assert set(members.current) == set(before) and names(members) == ["lab", "operator", "stranger"]
+
+
 def test_the_jobs_of_who_leaves_end_and_its_inputs_go(enclave: Enclave, members: Members) -> None:
     members.found()
     members.removed = lambda gone: enclave.book.end_jobs_of_who_left()
@@ -395,7 +456,7 @@ def test_from_admission_to_removal(serving: Serving, tmp_path: Path) -> None:
 
 
 def test_a_membership_put_back_or_forked_is_refused_by_who_knew_more(
-    serving: Serving, tmp_path: Path, simulated: tuple[SimulatedPlatform, Policy]
+    serving: Serving, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, members = tmp_path / "lab", serving.members
     folder.mkdir()
@@ -420,6 +481,10 @@ def test_a_membership_put_back_or_forked_is_refused_by_who_knew_more(
     members.change(changed(members, "remove", OPERATOR.public.fingerprint, OPERATOR).to_bytes(), LAB.public)
     with pytest.raises(RollbackError, match="no continuation"):
         client.connect()
+    with monkeypatch.context() as patch:  # nor does what is no change at all, and no session goes on with that
+        patch.setattr("obfuscatune.parties.known._fetch", lambda channel, start: ([b"{}"], False))
+        with pytest.raises(RollbackError, match="no continuation"):
+            client.connect()
     serving.enclave.state.members = []
     members.load()
     with pytest.raises(RollbackError, match="nobody was admitted"):

@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 
-from obfuscatune.errors import BusyError, ConnectionClosedError, ConsentError
+from obfuscatune.errors import AttestationError, BusyError, ConnectionClosedError, ConsentError
 from obfuscatune.parties.channel.faults import raise_from, to_fields
+from obfuscatune.parties.identity import Identity
+from obfuscatune.parties.reached import line_of
+from obfuscatune.parties.upgrade import certify
 from obfuscatune.parties.vocabulary import TOO_MANY
 from obfuscatune.serving.limits import ServerLimits
 from obfuscatune.serving.metrics import Metrics
@@ -21,6 +24,7 @@ from obfuscatune.serving.relayed import offer
 from obfuscatune.serving.sampling import Settings
 from obfuscatune.serving.seeds import MOST, SECONDS, Seeds
 
+ELSEWHERE = Identity.generate("enclave", "x25519")
 REPLY = {"prompt_tokens": [1], "completion_tokens": [2], "ended": [1]}
 Parts = Iterator[tuple[dict[str, Any], bytes]]
 
@@ -302,6 +306,22 @@ def test_a_renewal_that_stalls_holds_up_no_end(monkeypatch: pytest.MonkeyPatch) 
         enclave.close()
         assert time.monotonic() - started < 5
     go.set()
+
+
+@pytest.mark.parametrize("shown", [b"", b"no certificate", b"{}", certify(ELSEWHERE, ELSEWHERE.public, "x")[:-9]])
+def test_another_enclave_ends_the_session_whatever_it_shows(shown: bytes) -> None:
+    """Certificates that are none would else be one refused question after the other, and `/health` would be well."""
+
+    def connect() -> Any:
+        channel: Any = SimpleNamespace(enclave=ELSEWHERE.public, request=lambda fields: ({}, shown))
+        return line_of(channel, "ab" * 32)
+
+    enclave, over = enclave_of(lambda _: iter([(REPLY, b"text")])), list[str]()
+    enclave._connect, enclave._on_fault = connect, lambda: over.append("over")
+    with pytest.raises(Refusal) as refused:
+        asyncio.run(enclave.complete(question()))
+    assert refused.value.status == 503 and not enclave.alive and over == ["over"]
+    assert isinstance(enclave.fault, AttestationError)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,8 @@ from obfuscatune.errors import ConsentError, FormatError, UsageError
 from obfuscatune.parties.attestation.policy import Policy
 from obfuscatune.parties.files import read_small
 from obfuscatune.parties.identity import Identity, PublicIdentity
-from obfuscatune.parties.succession import load_successions
+from obfuscatune.parties.membership import resolve
+from obfuscatune.parties.succession import ancestry, load_successions
 from obfuscatune.parties.terms import load_terms
 from obfuscatune.parties.vocabulary import ROLES, Role
 
@@ -129,12 +130,16 @@ class Folder:
 
     @property
     def partner(self) -> PublicIdentity:
-        """The other party; raises UsageError where none is named yet, ConsentError where its identity has ended."""
+        """The other party; raises UsageError where none is named yet, ConsentError where its identity has ended.
+
+        So it has where one that it succeeds is in dispute: a thief may have made it, and as many before it.
+        """
         if self.partner_file is None:
             hint = "obfuscatune party verify --partner NAME.pub"
             raise UsageError("no partner yet", where=str(self.folder / FILE), hint=hint)
         public = PublicIdentity.load(self.partner_file)
-        if any(each.identity == public for each in load_successions(self.folder)):
+        ends = load_successions(self.folder)
+        if any(resolve(each, ends) != public for each in ancestry(public, ends)):
             hint = "ask for its new identity: obfuscatune party verify --partner"
             raise ConsentError("your partner's identity has ended", got=f"{public.name}", hint=hint)
         return public

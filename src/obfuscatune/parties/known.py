@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from obfuscatune.durable import rename, write_new
-from obfuscatune.errors import ConsentError, ObfuscatuneError, ProtocolError, RollbackError, SealError
+from obfuscatune.errors import ConsentError, FormatError, ObfuscatuneError, ProtocolError, RollbackError
 from obfuscatune.parties.change import SignedChange
 from obfuscatune.parties.channel.client import AttestedChannel
 from obfuscatune.parties.files import read_small
@@ -74,7 +74,7 @@ def _compare(channel: AttestedChannel, folder: Path) -> None:
     lines, is_open = _fetch(channel, len(known))
     try:
         after = follow(lines, enclave, before)
-    except (ConsentError, SealError) as error:
+    except (ConsentError, FormatError) as error:  # what is no change at all does not go on from it either
         raise RollbackError(
             f"the membership is no continuation of the one that you know: {error.what}", where=str(path), hint=_HINT
         ) from None

@@ -4,10 +4,14 @@
 
 What a change says and who must have signed it is in `change`. A membership gives nobody a right to a model or to data:
 jobs and terms do, which name identities. Nothing of it is secret.
+
+It begins with who was let in, as who they were then, and with what was stated by then about identities that have ended:
+in the operator's directory, or in the chain of an enclave that has handed over. Only who knows that B stands for A can
+throw B out when A's owner disputes that, and only who knows of a key that has ended can refuse it under another name.
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from obfuscatune.errors import ConsentError, FormatError, SealError
@@ -156,7 +160,10 @@ class Membership:
         found = read_succession(data)
         ends = (*self.ends, found)
         before, after = self.members, replace(self, ends=ends).members
-        if before == after:
+        known = any((each.identity, each.successor) == (found.identity, found.successor) for each in self.ends)
+        # What comes at once after the founding may be about who is not in: see the head of this module.
+        begins = before == after and len(self.ends) == self.number and not known
+        if before == after and not begins:
             raise ConsentError("a statement that changes nothing here", got=found.identity.fingerprint[:16])
         if found.time > when:
             raise ConsentError("a statement whose time has not come", got=found.identity.fingerprint[:16])
@@ -167,11 +174,11 @@ class Membership:
         if heir is not None and heir.signing_key in ended:
             what = "the successor is an identity that has ended, under another name"
             raise ConsentError(what, got=f"{heir.name} {heir.fingerprint[:16]}")
-        for named in (found.successor, heir):
+        for named in () if begins else (found.successor, heir):
             if named is not None and named.signing_key in others:
                 what = "the successor is a member already, or another name of one"
                 raise ConsentError(what, got=f"{named.name} {named.fingerprint[:16]}")
-        if len(_lineage(found.identity, ends)) > MAX_SUCCESSIONS:
+        if len(lineage(found.identity, ends)) > MAX_SUCCESSIONS:
             raise FormatError("too many successions of one member", expected=f"at most {MAX_SUCCESSIONS}")
         return ends
 
@@ -181,6 +188,39 @@ def found(enclave: str, members: Iterable[Member], now: float | None = None) -> 
     when = int(time.time() if now is None else now)
     change = Change(enclave, 0, NO_MEMBERSHIP, "found", tuple(members), when)
     return SignedChange(Change.from_dict(change.to_dict()))
+
+
+def begin(
+    enclave: str, members: Iterable[Member], statements: Iterable[tuple[bytes, int]] = ()
+) -> tuple[list[SignedChange], Membership]:
+    """Return the first changes of a membership, its founding and what was stated by then, and the membership.
+
+    Args:
+        members: as who they were let in. statements: each with a time, in Unix seconds, at which it was in effect: the
+            clock may have been turned back since then.
+
+    Raises:
+        FormatError: beyond the limits. SealError, ConsentError: a statement that no chain takes.
+    """
+    chain = [found(enclave, members)]
+    now = founded(chain[0], enclave)
+    for data, when in statements:
+        change = now.next("succession", data)
+        chain.append(SignedChange(replace(change, time=max(change.time, when))))
+        now = now.after(chain[-1])
+    return chain, now
+
+
+def begin_after(enclave: str, chain: Sequence[bytes], before: Membership) -> list[SignedChange]:
+    """Return the first changes of an enclave that goes on for another one, whose ``chain`` leads to ``before``.
+
+    The members are the same. The statements are those of that chain, in their order, which has taken them: so none is
+    refused here. Who was let in and is in no more, under no later identity either, is left out: nothing brings it back.
+    """
+    here = [member for member in before.origins if resolve(member.identity, before.ends) is not None]
+    changes = [SignedChange.from_bytes(line).change for line in chain]
+    statements = [(each.subject, each.time) for each in changes if isinstance(each.subject, bytes)]
+    return begin(enclave, here, statements)[0]
 
 
 def founded(signed: SignedChange, enclave: str) -> Membership:
@@ -219,7 +259,7 @@ def resolve(identity: PublicIdentity, ends: Iterable[Succession]) -> PublicIdent
     return None if current is not None and current.fingerprint in heirs else current
 
 
-def _lineage(identity: PublicIdentity, ends: Iterable[Succession]) -> list[Succession]:
+def lineage(identity: PublicIdentity, ends: Iterable[Succession]) -> list[Succession]:
     """Return the statements about an identity, those before it and those after it."""
     related, grown = {identity}, True
     statements = list(ends)

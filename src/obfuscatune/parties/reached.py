@@ -217,11 +217,11 @@ def line_of(channel: AttestedChannel, fingerprint: str) -> frozenset[str]:
         return frozenset({here})
     try:
         certificates = _certificates(channel)
+        if goes_on(certificates, fingerprint, here):
+            return frozenset({here, *(old.fingerprint for old, _ in map(read_certificate, certificates))})
     except (BusyError, ConnectionClosedError):
         raise
-    except ObfuscatuneError:  # whatever it says: no error of another enclave's may keep a session with it going
-        certificates = []
-    if not goes_on(certificates, fingerprint, here):
-        what, where = "another enclave than the one asked for", channel.enclave.name
-        raise AttestationError(what, got=here, expected=fingerprint, where=where)
-    return frozenset({here, *(old.fingerprint for old, _ in map(read_certificate, certificates))})
+    except ObfuscatuneError:  # whatever it says or shows: no error of another enclave's may keep a session with it
+        pass
+    what, where = "another enclave than the one asked for", channel.enclave.name
+    raise AttestationError(what, got=here, expected=fingerprint, where=where)

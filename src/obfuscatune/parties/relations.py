@@ -16,7 +16,8 @@ from obfuscatune.parties.channel.address import TlsAddress
 from obfuscatune.parties.files import read_small
 from obfuscatune.parties.folder import FILE, Folder
 from obfuscatune.parties.identity import ENCLAVE, Identity, PublicIdentity
-from obfuscatune.parties.succession import MAX_BYTES, SUFFIX, load_successions, read_succession, succeed, successors
+from obfuscatune.parties.membership import lineage, resolve
+from obfuscatune.parties.succession import MAX_BYTES, SUFFIX, ancestry, load_successions, read_succession, succeed
 from obfuscatune.parties.terms import Terms, load_terms, template
 from obfuscatune.parties.vocabulary import ROLES, Role, Worker
 
@@ -158,8 +159,12 @@ class Relations(Folder):
             ConsentError: it has ended. UsageError: another one of this name is there, or it is an enclave's.
         """
         # By its signing key: who has stolen one that was revoked would come back under another name.
-        if any(each.identity.signing_key == public.signing_key for each in load_successions(self.folder)):
+        ends = load_successions(self.folder)
+        if any(each.identity.signing_key == public.signing_key for each in ends):
             raise ConsentError("this identity has ended", got=f"{public.name} {public.fingerprint[:16]}")
+        if any(resolve(each, ends) is None for each in ancestry(public, ends)):
+            what, hint = "this identity succeeds one that is in dispute", "ask for a new one, which succeeds nobody"
+            raise ConsentError(what, got=f"{public.name} {public.fingerprint[:16]}", hint=hint)
         return self._file_of(public)
 
     def _file_of(self, public: PublicIdentity) -> Path:
@@ -176,28 +181,35 @@ class Relations(Folder):
         data = read_small(path, MAX_BYTES, "succession")
         found = read_succession(data, f"succession {path}")
         current = None if self.partner_file is None else PublicIdentity.load(self.partner_file)
-        # Of the partner's of now, or of one that had this partner succeed it: its owner may dispute that, as a thief's.
-        earlier = [each for each in load_successions(self.folder, now=_EVER) if each.identity == found.identity]
-        if current != found.identity and not any(each.successor in (current, None) for each in earlier):
+        kept, ends = load_successions(self.folder, now=_EVER), [*load_successions(self.folder), found]
+        if current is not None:
+            # Of the partner's of now, or of one that it has succeeded, in however many steps: whoever owned that may
+            # dispute them, as a thief's.
+            fits = found.identity in ancestry(current, kept)
+        else:  # or what more is said of one that has ended, and the partner with it
+            fits = any(each.identity == found.identity for each in kept)
+            fits = fits and resolve(found.identity, [*kept, found]) is None
+        if not fits:
             raise UsageError("not the end of your partner's identity", got=found.identity.fingerprint[:16])
-        ended = [each.identity for each in load_successions(self.folder)]
-        ended = [each for each in ended if each.signing_key != found.identity.signing_key]
-        named = found.successor
-        if named is not None and any(named.signing_key == each.signing_key and named != each for each in ended):
-            what = "the successor is an identity that has ended, under another name"
-            raise ConsentError(what, got=f"{named.name} {named.fingerprint[:16]}")
-        kept = self.folder / f"{found.identity.fingerprint[:16]}-{hashlib.sha256(data).hexdigest()[:16]}{SUFFIX}"
+        ended = [each.identity for each in ends if each.identity.signing_key != found.identity.signing_key]
+        for named in (found.successor, resolve(found.identity, ends)):
+            if named is not None and any(named.signing_key == each.signing_key and named != each for each in ended):
+                what = "the successor is an identity that has ended, under another name"
+                raise ConsentError(what, got=f"{named.name} {named.fingerprint[:16]}")
+        copy = self.folder / f"{found.identity.fingerprint[:16]}-{hashlib.sha256(data).hexdigest()[:16]}{SUFFIX}"
         try:
-            if not kept.exists():
-                write_new(kept, data, mode=0o644)
+            if not copy.exists():
+                write_new(copy, data, mode=0o644)
         except OSError as error:
             raise ObfuscatuneError("cannot write the folder", got=error.strerror, where=str(self.folder)) from None
         if found.time > time.time():  # it expires then: until then the partner is the partner
             return self
-        heir = successors(load_successions(self.folder)).get(found.identity.fingerprint)
+        heirs = {resolve(each, ends) for each in ancestry(current, ends)} if current is not None else {None}
+        heir = heirs.pop() if len(heirs) == 1 else None  # one, unless somebody's in the line is in dispute
         if heir is not None:
-            return self if heir == current else self._keep(heir, instead_of=found.identity)
-        return self._without_partner(*([] if current is None else [current]), found.identity)
+            return self if heir == current else self._keep(heir, instead_of=current)
+        line = lineage(found.identity, [*kept, found])
+        return self._without_partner(*{each for pair in line for each in (pair.identity, pair.successor) if each})
 
     def _without_partner(self, *ended: PublicIdentity) -> Self:
         """Name no partner any more, in the terms neither: these identities have ended, or are in dispute."""

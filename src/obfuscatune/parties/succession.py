@@ -99,6 +99,14 @@ def successors(statements: Iterable[Succession]) -> dict[str, PublicIdentity | N
     return found
 
 
+def ancestry(identity: PublicIdentity, statements: Iterable[Succession]) -> set[PublicIdentity]:
+    """Return an identity and all whom it has succeeded, at once or one after the other."""
+    found, known = {identity}, list(statements)
+    while more := {each.identity for each in known if each.successor in found} - found:
+        found |= more
+    return found
+
+
 def _record(identity: PublicIdentity, successor: PublicIdentity | None, when: int) -> dict[str, Any]:
     return {
         "format": FORMAT,

@@ -26,7 +26,7 @@ from obfuscatune.parties.attestation.evidence import Evidence
 from obfuscatune.parties.attestation.verify import judge
 from obfuscatune.parties.canonical import decode, encode, unbase64
 from obfuscatune.parties.identity import Identity, PublicIdentity
-from obfuscatune.parties.membership import follow, found
+from obfuscatune.parties.membership import begin_after, follow
 from obfuscatune.parties.upgrade import Upgrade, certify, read_certificate
 from obfuscatune.service.book import Book
 from obfuscatune.service.members import chains
@@ -114,9 +114,11 @@ class Taken:
         if state.members or state.jobs or state.former:
             raise ConsentError("this enclave has a state of its own", hint="start a new one, with an empty directory")
         old = self.old.public.fingerprint
-        before = follow([line.encode() for line in self.fields["members"]], old)
+        chain = [line.encode() for line in self.fields["members"]]
+        before = follow(chain, old)
         if before is None:
             raise FormatError("a hand-over without members")
+        begun = begin_after(state.identity.public.fingerprint, chain, before)
         former = {
             "certificate": self.certificate.decode(),
             "identity": self.fields["identity"],
@@ -126,7 +128,7 @@ class Taken:
         state.jobs = self.fields["jobs"]
         state.uses, state.forgotten = self.fields.get("uses", {}), self.fields.get("forgotten", 0)
         state.log_head, state.log_length = self.log
-        state.members = [found(state.identity.public.fingerprint, before.members).to_bytes().decode()]
+        state.members = [each.to_bytes().decode() for each in begun]
 
 
 def open_bundle(data: bytes, identity: Identity) -> Taken:

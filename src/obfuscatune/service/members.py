@@ -1,14 +1,14 @@
 """Who may connect, at the enclave's end: founded by the operator's directory, changed by what the members have signed.
 
 Until the first job of two who are in, the membership is open: whoever has a ``.pub`` in the operator's directory is in,
-read anew for each request. Then it is founded as it is, logged, and sealed with the state; from there on the directory
-gives nobody anything. Only statements of members about themselves (``.succession``) are
-still taken from it, as from any member.
+read anew for each request. Then it is founded as it is, with the statements that are in effect there (``.succession``),
+logged, and sealed with the state; from there on the directory gives nobody anything. Only statements of members about
+themselves are still taken from it, as from any member.
 """
 
 import logging
 import time
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from obfuscatune.errors import ConsentError, FormatError, ObfuscatuneError, Stor
 from obfuscatune.parties.change import Member, SignedChange
 from obfuscatune.parties.files import read_small
 from obfuscatune.parties.identity import PublicIdentity
-from obfuscatune.parties.membership import Membership, follow, found, founded, resolve
+from obfuscatune.parties.membership import Membership, begin, follow, resolve
 from obfuscatune.parties.succession import MAX_BYTES, SUFFIX, Succession, read_succession, successors
 from obfuscatune.service.state import State
 
@@ -89,7 +89,7 @@ class Members:
             operators = frozenset(each.identity.fingerprint for each in self.current if each.role == "operator")
             if self._now is not None:
                 return _AllBut(frozenset(identity.fingerprint for identity in self._allowed) - operators)
-            ended = (each.identity.fingerprint for each in _due(load_statements(self._directory)))
+            ended = (each.identity.fingerprint for each in load_statements(self._directory).values())
             return operators | frozenset(ended)
 
     def left(self) -> frozenset[str]:
@@ -118,7 +118,7 @@ class Members:
             chain = [line.encode() for line in self._state.members]
             is_open = not chain
             if is_open:
-                chain = [self._founding().to_bytes()]
+                chain = [each.to_bytes() for each in self._founding()[0]]
         if not 0 <= start <= len(chain):
             raise UsageError("change of the membership", got=start, expected=f"0 to {len(chain)}")
         page = b""
@@ -136,8 +136,7 @@ class Members:
         """
         with self._state.lock:
             if self._now is None:
-                signed = self._founding()
-                self._take(signed, founded(signed, self._enclave), None)
+                self._take(*self._founding(), None)
 
     def change(self, data: bytes, party: PublicIdentity) -> dict[str, Any]:
         """Make a signed change; return number and digest after it. A change that was made already does nothing.
@@ -151,7 +150,7 @@ class Members:
             if signed.change.act in ("found", "succession"):
                 raise ConsentError("a change that is not made so", got=signed.change.act)
             if signed.change.digest != before.digest:  # else handed in twice: the first reply was lost
-                self._take(signed, before.after(signed), party.fingerprint)
+                self._take([signed], before.after(signed), party.fingerprint)
                 self._tell(before)
             return self.told() or {}
 
@@ -164,7 +163,10 @@ class Members:
         with self._state.lock:
             before = self._require_founded()
             signed = SignedChange(before.next("succession", data.rstrip(b"\n")))
-            self._take(signed, before.after(signed), None if party is None else party.fingerprint)
+            after = before.after(signed)
+            if after.members == before.members:  # a chain takes that at its beginning, and from nobody but the enclave
+                raise ConsentError("a statement that changes nothing here", got=_subject_of(signed)["subject"][:16])
+            self._take([signed], after, None if party is None else party.fingerprint)
             self._tell(before)
             return self.told() or {}
 
@@ -197,11 +199,12 @@ class Members:
         return self._state.identity.public.fingerprint
 
     def _open(self) -> tuple[Member, ...]:
-        members = [Member(identity) for identity in load_parties(self._directory)]
-        if self._operator is not None:
-            members = [member for member in members if member.identity != self._operator]
-            members.insert(0, Member(self._operator, "operator"))
-        return tuple(members)
+        return self._with_operator(Member(identity) for identity in load_parties(self._directory))
+
+    def _with_operator(self, parties: Iterable[Member]) -> tuple[Member, ...]:
+        if self._operator is None:
+            return tuple(parties)
+        return (Member(self._operator, "operator"), *(each for each in parties if each.identity != self._operator))
 
     def _require_founded(self) -> Membership:
         if self._now is None:
@@ -209,11 +212,22 @@ class Members:
             raise ConsentError("the membership is not closed yet", hint=hint)
         return self._now
 
-    def _founding(self) -> SignedChange:
-        return found(self._enclave, self._open())
+    def _founding(self) -> tuple[list[SignedChange], Membership]:
+        """Return how it begins as it is now, and the membership: with what is stated about who is let in, too."""
+        let_in, statements = _let_in(self._directory)
+        now = self._with_operator(map(Member, let_in))
+        before = self._with_operator(Member(public) for party, public in let_in.items() if party != self._operator)
+        try:
+            begun = begin(self._enclave, before, [(data, 0) for data in statements])
+            if set(begun[1].members) == set(now):
+                return begun
+            raise ConsentError("a statement about the operator, who is named apart")
+        except (ConsentError, FormatError) as error:  # what no chain takes, as that a member is another's heir
+            _skip(self._directory / f"*{SUFFIX}", error)
+            return begin(self._enclave, now)
 
-    def _take(self, signed: SignedChange, after: Membership, party: str | None) -> None:
-        """Log, seal and make a change: the entry first; where the disk refuses, it is as it was.
+    def _take(self, chain: list[SignedChange], after: Membership, party: str | None) -> None:
+        """Log, seal and make changes, in one entry: the entry first; where the disk refuses, it is as it was.
 
         Raises FormatError for a party that nothing can be sealed to: no share of an escrow either. Before the entry,
         since each try of a party that hands such a change in would be one.
@@ -221,23 +235,24 @@ class Members:
         for identity in (member.identity for member in after.members if member.role == "party"):
             if not identity.can_be_sealed_to:
                 raise FormatError("a member with a sealing key that is none", got=identity.fingerprint[:16])
-        before, self._state.members = self._state.members, [*self._state.members, signed.to_bytes().decode()]
-        change = signed.change
+        before = self._state.members
+        self._state.members = [*before, *(each.to_bytes().decode() for each in chain)]
         try:
             self.note(
                 "membership",
                 party=party,
-                act=change.act,
-                number=change.number,
+                act=chain[0].change.act,
+                number=after.number,
                 digest=after.digest,
                 members=len(after.members),
-                **_subject_of(signed),
+                **_subject_of(chain[0]),
             )
         except BaseException:
             self._state.members = before
             raise
         self._set(after)
-        logger.info("membership %d: %s", change.number, change)
+        for signed in chain:
+            logger.info("membership %d: %s", signed.change.number, signed.change)
 
     def _set(self, now: Membership | None) -> None:
         self._allowed = frozenset() if now is None else frozenset(member.identity for member in now.members)
@@ -296,10 +311,19 @@ def load_parties(directory: Path) -> list[PublicIdentity]:
     Raises:
         UsageError: it cannot be read.
     """
+    return list(_let_in(directory)[0])
+
+
+def _let_in(directory: Path) -> tuple[dict[PublicIdentity, PublicIdentity], list[bytes]]:
+    """Return who is in, each with the identity that let it in, its own if that is there; and what is stated of those.
+
+    Raises as `load_parties`.
+    """
     if not directory.is_dir():
         raise UsageError("no such directory of parties", where=str(directory), hint="put their NAME.pub files there")
-    ends = _due(load_statements(directory))
-    found: list[PublicIdentity] = []
+    ends = load_statements(directory)
+    found: dict[PublicIdentity, PublicIdentity] = {}
+    named: set[PublicIdentity] = set()
     for path in sorted(directory.iterdir()):
         if path.suffix != ".pub":
             if path.suffix != SUFFIX and not path.name.startswith("."):
@@ -308,32 +332,40 @@ def load_parties(directory: Path) -> list[PublicIdentity]:
         try:
             if not path.is_file():  # to open a pipe would wait for ever
                 raise UsageError("not a file")
-            current = resolve(PublicIdentity.load(path), ends)
+            public = PublicIdentity.load(path)
+            named.add(public)
+            current = resolve(public, ends.values())
             if current is not None and not current.can_be_sealed_to:
                 raise UsageError("a sealing key that is none")
         except (UsageError, OSError) as error:
             _skip(path, error)
             continue
-        if current is not None and current not in found:
-            found.append(current)
-    return found
+        if current is not None and (current not in found or public == current):
+            found[current] = public
+    while more := {each.successor for each in ends.values() if each.successor and each.identity in named} - named:
+        named |= more
+    once = {(each.identity, each.successor): data for data, each in ends.items() if each.identity in named}
+    return found, list(once.values())
 
 
-def load_statements(directory: Path) -> list[Succession]:
-    """Return the statements of a directory's ``.succession`` files; one that is none is named and passed over."""
-    found = []
+def load_statements(directory: Path) -> dict[bytes, Succession]:
+    """Return the statements of a directory's ``.succession`` files that are in effect, by their encoding.
+
+    One that is none is named and passed over.
+    """
+    found = {}
     for path in sorted(directory.glob(f"*{SUFFIX}")):
         try:
             if not path.is_file():
                 raise UsageError("not a file")
-            found.append(read_succession(read_small(path, MAX_BYTES, "succession"), f"succession {path}"))
+            data = read_small(path, MAX_BYTES, "succession").rstrip(b"\n")
+            statement = read_succession(data, f"succession {path}")
         except (UsageError, OSError) as error:
             _skip(path, error)
+            continue
+        if statement.time <= time.time():
+            found[data] = statement
     return found
-
-
-def _due(statements: list[Succession]) -> list[Succession]:
-    return [each for each in statements if each.time <= time.time()]
 
 
 class _AllBut(Container[str]):
