@@ -179,6 +179,9 @@ def test_quotes_of_every_kind_are_shown_and_measured(kind: str, sample: str, tol
     assert (shown.code, shown.err) == (0, "") and told in shown.out
     measured = run("attest", "measure", "--quote", quote, "--kind", kind)
     assert (measured.code, measured.err) == (0, "") and "[measurements]" in measured.out
+    version = {"snp": "0", "azure": "5"}.get(kind)  # a number, as the policy takes it
+    assert ("guest_svn" in shown.out) is (version is not None)
+    assert re.findall(r"^guest_svn = (\d+)$", measured.out, re.MULTILINE) == ([version] if version else [])
     cut = tmp_path / "cut"
     cut.write_bytes(quote.read_bytes()[:700])
     assert run("attest", "measure", "--quote", cut, "--kind", kind).code == 2

@@ -15,6 +15,9 @@ from target import Finding, Target
 from obfuscatune.parties.canonical import decode, encode
 from obfuscatune.parties.identity import Identity
 
+# PCRs that a policy for a TPM must name, as of a unified kernel image with nothing beside it.
+_BOOTED = {"pcr4": "11" * 32, "pcr12": "00" * 32, "pcr13": "00" * 32}
+
 
 def claims(scratch: Path) -> Target:
     """What an enclave says about itself."""
@@ -42,7 +45,7 @@ def policy(scratch: Path) -> Target:
         Policy.load(path)
 
     return Target(
-        parse, (_policy("sgx", mrenclave="00" * 32), _policy("tpm", f'[tpm]\nkeys = ["{"1" * 64}"]', pcr11="00" * 32))
+        parse, (_policy("sgx", mrenclave="00" * 32), _policy("tpm", f'[tpm]\nkeys = ["{"1" * 64}"]', **_BOOTED))
     )
 
 
@@ -96,9 +99,10 @@ def judged_tpm(scratch: Path) -> Target:
         key.public_key().public_bytes(form, PublicFormat.SubjectPublicKeyInfo) for form in (Encoding.PEM, Encoding.DER)
     ]
     made = _claims()
-    quote = _tpm_quote(binds(report_data(made)), hashlib.sha256(bytes(32)).digest())
+    values = b"".join(map(bytes.fromhex, _BOOTED.values()))
+    quote = _tpm_quote(binds(report_data(made)), hashlib.sha256(values).digest())
     numbers = (number.to_bytes(32, "big") for number in decode_dss_signature(key.sign(quote, ECDSA(SHA256()))))
-    pcrs = encode({"sha256": {"11": "00" * 32}})
+    pcrs = encode({"sha256": {name.removeprefix("pcr"): value for name, value in _BOOTED.items()}})
     record = Evidence(
         Quote("tpm", quote, {"signature": _tpm_signature(*numbers), "key": public[0], "pcrs": pcrs}), made
     )
@@ -191,9 +195,9 @@ def _policy(kind: str, extra: str = "", **measurements: str) -> bytes:
 
 
 def _tpm_quote(extra_data: bytes, digest: bytes) -> bytes:
-    """TPMS_ATTEST of type quote over PCR 11 of SHA-256: the TCG's structure with the numbers that matter here."""
+    """TPMS_ATTEST of type quote over ``_BOOTED`` of SHA-256: the TCG's structure with the numbers that matter here."""
     head = bytes.fromhex("ff54434780180022000b") + bytes(32) + struct.pack(">H", len(extra_data)) + extra_data
-    return head + bytes(16) + b"\1" + bytes(8) + bytes.fromhex("00000001000b03000800") + b"\0\x20" + digest
+    return head + bytes(16) + b"\1" + bytes(8) + bytes.fromhex("00000001000b03103000") + b"\0\x20" + digest
 
 
 def _tpm_signature(r: bytes, s: bytes) -> bytes:
@@ -217,7 +221,7 @@ def _judged(scratch: Path, kind: str, *, taken: list[Any], refused: list[Any], k
     extra = f'keys = ["{key}"]' if key else f'allow = true\nroot = "{scratch}/simulation-root.pem"'
     table = "tpm" if key else "simulation"
     path = scratch / "policy.toml"
-    path.write_bytes(_policy(kind, f"[{table}]\n{extra}", **({"pcr11": "00" * 32} if key else {})))
+    path.write_bytes(_policy(kind, f"[{table}]\n{extra}", **(_BOOTED if key else {})))
     allowed = Policy.load(path)
 
     def parse(data: bytes) -> None:

@@ -131,6 +131,8 @@ def measure(options: MeasureOptions) -> None:
     for name, value in found.items():
         if name in names:
             print(f'{name} = ["{value}"]')
+        if name == "guest_svn":  # the least one: a number
+            print(f"{name} = {value}")
 
 
 def _gpu_reference(path: Path) -> str:

@@ -29,7 +29,7 @@ _POLICY = """# Which enclaves you accept. Fill in the measurements of an image t
 [platform]
 kinds = []            # some of "tdx", "snp", "sgx", "tpm", "nitro", "azure"
 [measurements]
-# mrtd = ["96 hex digits: obfuscatune attest measure"]
+# mrtd = ["96 hex digits: obfuscatune attest measure"]  # of a TD: rtmr0, rtmr1 and rtmr2 too
 """
 _SIMULATION = """# A simulator: it runs the true checks and protects nothing. The code is the one installed here.
 [platform]

@@ -18,8 +18,9 @@ second has none. A commit after one that failed is made twice for the same reaso
 upon once :meth:`State.commit` has returned.
 
 A counter alone cannot tell two enclaves that run at once. The lock file keeps an operator from that by accident; one
-who does it on purpose can undo a commit. (A second machine cannot: key and counter are the platform's.) Where the
-platform has no counter, any old state opens. The parties see both in the audit log, against their earlier copies.
+who does it on purpose can undo a commit. (A second machine cannot where key and counter are the first one's: on
+SEV-SNP with a provider's VLEK the key may be that of all its chips, see `snp_key`.) Where the platform has no counter,
+any old state opens. The parties see both in the audit log, against their earlier copies.
 """
 
 import base64

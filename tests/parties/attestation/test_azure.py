@@ -19,19 +19,21 @@ from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
 from obfuscatune.errors import AttestationError, FormatError, UsageError
 from obfuscatune.parties.attestation import azure as module
+from obfuscatune.parties.attestation import snp
 from obfuscatune.parties.attestation.azure_vm import KEY_HANDLE, REPORT_INDEX, AzureAttester
 from obfuscatune.parties.attestation.evidence import Evidence, Quote, attest
 from obfuscatune.parties.attestation.platform import Platform, open_platform
 from obfuscatune.parties.attestation.policy import Policy
 from obfuscatune.parties.attestation.simulator import SimulatedPlatform
 from obfuscatune.parties.attestation.tpm2_tools import Tools
-from obfuscatune.parties.attestation.verify import judge, judge_quote
+from obfuscatune.parties.attestation.verify import _code, judge, judge_quote
 
 from .enclaves import MIN_TCB, NONCE, TLS_KEY, claims, policy
 from .samples import failed, load, needs_samples, rules, with_extra
 from .swtpm import SoftwareTpm, new_tpm
 
 TIME = 1_750_000_000
+BOOTED = {f"pcr{n}": frozenset({"00" * 32}) for n in (4, 12, 13)}  # of a software TPM that nobody has booted with
 WEAKEST = Policy(("azure",), allow_smt=True, min_tcb={"bootloader": 3, "tee": 0, "snp": 8, "microcode": 115})
 
 
@@ -136,9 +138,9 @@ def test_a_machine_from_the_processor_to_its_claims(
 ) -> None:
     evidence = attest(platform.attester, claims().to_dict())
     assert Evidence.from_bytes(evidence.to_bytes()) == evidence
-    measured = {**simulated_snp.measurements(), "pcr4": "00" * 32}
+    measured = {n: frozenset({v}) for n, v in simulated_snp.measurements().items()}
     chain = simulated_snp.attester.quote(bytes(64)).extras["certificates"]
-    changes = {"measurements": {n: frozenset({v}) for n, v in measured.items()}, "certificates": chain}
+    changes = {"measurements": {**measured, **BOOTED}, "certificates": chain}
     accepting = policy(simulated_snp, kinds=("azure",), min_tcb=MIN_TCB, **changes)
     verdict = judge(evidence, accepting, nonce=NONCE, tls_key=TLS_KEY)
     assert verdict.accepted and verdict.simulation, str(verdict)
@@ -149,8 +151,13 @@ def test_a_machine_from_the_processor_to_its_claims(
         return failed(judge(Evidence(quote, evidence.claims), stricter, nonce=NONCE, tls_key=TLS_KEY))
 
     quote = evidence.quote
-    only = {"pcr4": frozenset({"00" * 32})}
-    assert refused(quote, measurements=only)[0] == "measurements"  # PCRs of whatever paravisor
+    assert refused(quote, measurements=BOOTED)[0] == "measurements"  # PCRs of whatever paravisor
+    started = {**measured, **{f"pcr{n}": frozenset({"00" * 32}) for n in (9, 11)}}
+    assert refused(quote, measurements=started) == ["measurements"]  # which whatever was booted can set
+    signed = {**BOOTED, "id_key_digest": frozenset({"00" * 48})}
+    assert refused(quote, measurements=signed) == ["measurements"]  # all that this signer ever signed
+    assert refused(quote, measurements=signed, guest_svn=0) == []
+    assert refused(quote, measurements=signed, guest_svn=1) == ["guest_svn"]
     assert refused(quote, measurements={**changes["measurements"], "pcr4": frozenset({"01" * 32})}) == ["pcr4"]
     assert refused(quote, allow_simulation=False, simulation_roots=())[0] == "certificates"
     later = attest(platform.attester, claims(nonce="ef" * 32).to_dict()).quote
@@ -236,8 +243,8 @@ def test_a_td_from_the_processor_to_its_claims(td: AzureAttester, simulated_tdx:
     assert len(MetadataService.asked) == 1 and again.extras["td_quote"] == evidence.quote.extras["td_quote"]
     assert not any(evidence.quote.quote[32 : 32 + 1184])
     collateral = simulated_tdx.attester.quote(bytes(64)).extras["collateral"].decode()
-    pinned = {"mrtd": simulated_tdx.measurements()["mrtd"], "pcr4": "00" * 32}
-    changes = {"measurements": {n: frozenset({v}) for n, v in pinned.items()}, "collateral": collateral}
+    pinned = {"mrtd": frozenset({simulated_tdx.measurements()["mrtd"]}), **BOOTED}
+    changes = {"measurements": pinned, "collateral": collateral}
     accepting = policy(simulated_tdx, kinds=("azure",), min_tcb=None, **changes)
     verdict = judge(evidence, accepting, nonce=NONCE, tls_key=TLS_KEY)
     assert verdict.accepted and verdict.simulation, str(verdict)
@@ -252,7 +259,8 @@ def test_a_td_from_the_processor_to_its_claims(td: AzureAttester, simulated_tdx:
     assert refused(quote, allow_simulation=False, simulation_roots=())[0] == "signature"
     assert refused(quote, measurements={**changes["measurements"], "mrtd": frozenset({"11" * 48})}) == ["mrtd"]
     # Pinned as a machine of SEV-SNP: a TD has no such measurement.
-    assert refused(quote, measurements={"measurement": frozenset({"11" * 48}), "pcr4": frozenset({"00" * 32})})
+    assert refused(quote, measurements={"measurement": frozenset({"11" * 48}), **BOOTED}) == ["measurement"]
+    assert refused(quote, guest_svn=0) == ["guest_svn"]  # nor such a version
     other = simulated_tdx.attester.quote(bytes(64)).quote  # of the same processor, over another machine's data
     assert refused(with_extra(quote, "td_quote", other)) == ["runtime data", "claims"]
     bare = {name: data for name, data in quote.extras.items() if name != "td_quote"}
@@ -267,7 +275,7 @@ def test_a_td_from_the_processor_to_its_claims(td: AzureAttester, simulated_tdx:
 def test_corruptions_of_a_td_are_refused(td: AzureAttester, simulated_tdx: SimulatedPlatform) -> None:
     evidence = attest(td, claims().to_dict())
     collateral = simulated_tdx.attester.quote(bytes(64)).extras["collateral"].decode()
-    pinned = {"mrtd": frozenset({simulated_tdx.measurements()["mrtd"]}), "pcr4": frozenset({"00" * 32})}
+    pinned = {"mrtd": frozenset({simulated_tdx.measurements()["mrtd"]}), **BOOTED}
     accepting = policy(simulated_tdx, kinds=("azure",), measurements=pinned, collateral=collateral)
     assert judge(evidence, accepting, nonce=NONCE).accepted
     for changed in corruptions(evidence.quote, 1000):
@@ -312,12 +320,27 @@ def test_a_policy_of_tds_alone_needs_no_tcb_of_amd(tmp_path: Path) -> None:
         (tmp_path / "policy.toml").write_text(f'[platform]\nkinds = ["azure"]\n[measurements]\n{pins}\n')
         return Policy.load(tmp_path / "policy.toml")
 
-    pcr = f'pcr4 = ["{"00" * 32}"]'
+    pcr = "\n".join(f'pcr{n} = ["{"11" * 32}"]' for n in (4, 8, 9))
     assert load(f'{pcr}\nmrtd = ["{"11" * 48}"]').pins("azure")
     with pytest.raises(UsageError, match="min_tcb is missing"):
         load(f'{pcr}\nmeasurement = ["{"11" * 48}"]')
     with pytest.raises(UsageError, match="no measurement pins the code of azure"):
         load(f'mrtd = ["{"11" * 48}"]')
+
+
+@needs_samples
+def test_the_paravisors_version_is_judged_and_shown() -> None:
+    """Of the genuine report, whose guest has version 5: who has signed it is not all that a policy can say."""
+    digest = sample().quote[32 + 0xE0 : 32 + 0x110].hex()
+    assert any(bytes.fromhex(digest)) and module.peek(sample().quote)["guest_svn"] == "5"
+    pinned = {**BOOTED, "id_key_digest": frozenset({digest})}
+    pcrs = {"pcr4": "none", "pcr12": "none", "pcr13": "none"}  # the sample is no quote of a TPM
+    for least, held in ((4, True), (5, True), (6, False)):
+        found = snp.check(Quote("snp", sample().quote[32 : 32 + 1184], sample().extras), WEAKEST, TIME)
+        measured = replace(found, measurements={**found.measurements, **pcrs})
+        rules_ = _code(sample(), measured, replace(WEAKEST, measurements=pinned, guest_svn=least))
+        judged = {rule.name: rule.passed for rule in rules_}
+        assert judged["id_key_digest"] and judged["guest_svn"] is held and "measurements" not in judged
 
 
 def test_a_tpm_without_a_report_is_no_machine_of_azure(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,7 +70,7 @@ def test_a_flawed_platform_is_refused(platform: SimulatedPlatform, policy: Polic
     assert not verdict.accepted
     expected = {
         "debug": {"debug"},
-        "outdated_tcb": {"tcb status", "advisories", "tcb", "launch tcb"},
+        "outdated_tcb": {"tcb status", "advisories", "tcb", "launch tcb", "committed tcb"},
         "expired_collateral": {"signature", "collateral", "certificates"},
     }
     assert failed(verdict) & expected[flaw], str(verdict)

@@ -39,6 +39,7 @@ from .samples import (
 )
 
 pytestmark = needs_samples
+TCB_RULES = ["tcb", "launch tcb", "committed tcb"]
 
 
 def verdict(quote: Quote, policy: Policy = SNP_POLICY, now: float = SNP_TIME):
@@ -87,7 +88,7 @@ def test_an_outdated_platform_is_refused(part: str) -> None:
     least = {"bootloader": 3, "tee": 0, "snp": 8, "microcode": 115}
     assert not verdict(virtee(), replace(SNP_POLICY, min_tcb=least)).failed
     stricter = replace(SNP_POLICY, min_tcb={**least, part: least[part] + 1})
-    assert failed(verdict(virtee(), stricter)) == ["tcb", "launch tcb"]
+    assert failed(verdict(virtee(), stricter)) == TCB_RULES
     assert "tcb" in failed(verdict(virtee(), replace(SNP_POLICY, min_tcb=None)))
 
 
@@ -171,7 +172,8 @@ def test_turin_reads_its_own_layout_of_the_tcb() -> None:
 def test_every_part_of_turins_tcb_is_judged(tmp_path: Path) -> None:
     """Its first one too, which the other products do not have: a policy that says nothing of it accepts nothing."""
     report = bytearray(module.REPORT_BYTES)
-    report[0x180:0x188] = report[0x1F0:0x1F8] = bytes([2, 1, 0, 3, 0, 0, 0, 4])
+    for at in (0x180, 0x1E0, 0x1F0):
+        report[at : at + 8] = bytes([2, 1, 0, 3, 0, 0, 0, 4])
     (tmp_path / "policy.toml").write_text(
         f'''[platform]
 kinds = ["snp"]
@@ -185,13 +187,14 @@ measurement = ["{"00" * 48}"]
     without = {part: value for part, value in least.items() if part != "fmc"}
     for minimum, failing in (
         (least, []),
-        ({**least, "fmc": 3}, ["tcb", "launch tcb"]),
-        (without, ["tcb", "launch tcb"]),
+        ({**least, "fmc": 3}, TCB_RULES),
+        (without, TCB_RULES),
     ):
         found = module._platform(bytes(report), replace(enough, min_tcb=minimum), "Turin")
         assert [rule.name for rule in found if not rule.passed] == failing
     assert found[-1].expected == "min_tcb fmc missing, bootloader 1, tee 0, snp 3, microcode 4"
-    report[0x180:0x188] = report[0x1F0:0x1F8] = bytes([1, 0, 0, 0, 0, 0, 3, 4])  # Milan has no such part
+    for at in (0x180, 0x1E0, 0x1F0):
+        report[at : at + 8] = bytes([1, 0, 0, 0, 0, 0, 3, 4])  # Milan has no such part
     assert all(rule.passed for rule in module._platform(bytes(report), replace(enough, min_tcb=without), "Milan"))
 
 
@@ -208,6 +211,8 @@ measurement = ["{"00" * 48}"]
         (0x180, 5, "chip", {}),
         (0x1A0, None, "chip", {}),
         (0x1F0, 2, "launch tcb", {"min_tcb": {"bootloader": 2, "tee": 0, "snp": 8, "microcode": 115}}),
+        # Firmware that is not committed: the host may go back to the one before while the guest runs.
+        (0x1E0, 2, "committed tcb", {"min_tcb": {"bootloader": 2, "tee": 0, "snp": 8, "microcode": 115}}),
     ],
 )
 def test_each_field_of_a_signed_report_is_judged(
@@ -229,6 +234,43 @@ def test_each_field_of_a_signed_report_is_judged(
     assert failed(judge_quote(forged, strict)) == [rule]
     if allowing:
         assert not judge_quote(forged, replace(strict, **allowing)).failed
+
+
+@pytest.mark.parametrize(
+    ("version", "flags", "got"),
+    [(2, 1 << 5, "not told in reports of version 2"), (3, 0xFF ^ 1 << 5, "not done"), (3, 1 << 5, ""), (5, 0xFF, "")],
+)
+def test_a_policy_may_demand_that_memory_is_checked_for_aliases(
+    version: int, flags: int, got: str, simulated_snp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attester = simulated_snp.attester
+    make = attester._report
+
+    def report(report_data: bytes) -> bytes:
+        made = bytearray(make(report_data))
+        made[0], made[0x40] = version, flags
+        return bytes(made)
+
+    monkeypatch.setattr(attester, "_report", report)
+    demanding = policy(simulated_snp, measurements={}, require_alias_check=True)
+    found = judge_quote(attester.quote(bytes(64)), demanding)
+    assert failed(found) == (["alias check"] if got else []) and got in str(found)
+    assert not judge_quote(attester.quote(bytes(64)), replace(demanding, require_alias_check=False)).failed
+
+
+def test_the_version_of_the_guest_is_judged_where_the_policy_names_it(
+    simulated_snp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attester = simulated_snp.attester
+    make = attester._report
+    monkeypatch.setattr(
+        attester, "_report", lambda data: make(data)[:4] + (1 << 31).to_bytes(4, "little") + make(data)[8:]
+    )
+    found = evidence(simulated_snp)
+    for least, refused in ((None, []), (0, []), (1 << 31, []), ((1 << 31) + 1, ["guest_svn"])):
+        judged = judge(found, policy(simulated_snp, guest_svn=least), nonce=NONCE, tls_key=TLS_KEY)
+        assert failed(judged) == refused and ("guest_svn" in rules(judged)) is (least is not None)
+    assert module.peek(found.quote.quote)["guest_svn"] == str(1 << 31)
 
 
 def test_peeking_refuses_what_is_no_report() -> None:
@@ -279,7 +321,7 @@ def test_of_one_chips_vceks_the_one_that_has_signed_is_taken(simulated_snp) -> N
             simulated_snp, measurements={}, certificates=b"".join([*order, to_pem(ask.der), to_pem(root_.der)])
         )
         assert not judge_quote(Quote("snp", new.quote), fleet).failed
-        assert failed(judge_quote(Quote("snp", old.quote), fleet)) == ["tcb", "launch tcb"]
+        assert failed(judge_quote(Quote("snp", old.quote), fleet)) == TCB_RULES
 
 
 @pytest.mark.parametrize(

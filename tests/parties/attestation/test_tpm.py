@@ -29,7 +29,9 @@ from .samples import failed, with_extra
 VECTORS = {path.stem: path for path in (Path(__file__).parents[2] / "vectors" / "tpm").glob("*.json")}
 ISSUED = 1_800_000_000
 ZERO = "00" * 32
+BOOTED = {f"pcr{n}": frozenset({ZERO}) for n in (4, 12, 13)}  # of a TPM that nobody has booted with
 INFO = PublicFormat.SubjectPublicKeyInfo
+OPEN = [(9,), (11,), (4,), (4, 8), (4, 9), (4, 11), (4, 12), (4, 13)]  # PCRs that do not pin what runs
 
 
 def recorded(name: str) -> Evidence:
@@ -41,11 +43,11 @@ def pin(pem: bytes) -> str:
 
 
 def policy_for(evidence: Evidence, **changes: object) -> Policy:
-    """Accepts the simulated TPM that made the evidence, as long as PCRs 4 and 14 have their value."""
+    """Accepts the simulated TPM that made the evidence, as long as PCRs 4 and 12 to 14 have their value."""
     fields = {
         "simulation_tpm_keys": frozenset({pin(evidence.quote.extras["key"])}),
         "allow_simulation": True,
-        "measurements": {"pcr4": frozenset({ZERO}), "pcr14": frozenset({ZERO})},
+        "measurements": {**BOOTED, "pcr14": frozenset({ZERO})},
     }
     return Policy(("tpm",), **{**fields, **changes})
 
@@ -80,11 +82,8 @@ def test_a_pinned_key_is_no_simulation(evidence: Evidence) -> None:
     [
         ({"simulation_tpm_keys": frozenset({"ab" * 32})}, "key"),
         ({"allow_simulation": False}, "key"),
-        ({"measurements": {"pcr4": frozenset({ZERO}), "pcr14": frozenset({"ab" * 32})}}, "pcr14"),
-        (
-            {"measurements": {"pcr4": frozenset({ZERO}), "pcr10": frozenset({ZERO})}},
-            "pcr10",
-        ),  # which the quote does not cover
+        ({"measurements": {**BOOTED, "pcr14": frozenset({"ab" * 32})}}, "pcr14"),
+        ({"measurements": {**BOOTED, "pcr10": frozenset({ZERO})}}, "pcr10"),  # which the quote does not cover
         ({"measurements": {}}, "measurements"),
         ({"measurements": {"pcr16": frozenset({ZERO})}}, "measurements"),  # which software may reset
         # Firmware, its settings, secure boot: they leave open which programs were started.
@@ -92,6 +91,9 @@ def test_a_pinned_key_is_no_simulation(evidence: Evidence) -> None:
             {"measurements": {f"pcr{n}": frozenset({ZERO}) for n in (0, 1, 2, 3, 5, 6, 7, 8, 12, 13, 14, 15)}},
             "measurements",
         ),
+        # What any system can set once it runs; and PCR 4 without what its program takes from outside.
+        ({"measurements": {f"pcr{n}": frozenset({ZERO}) for n in (8, 9, 11, 12, 13)}}, "measurements"),
+        *(({"measurements": {f"pcr{n}": frozenset({ZERO}) for n in some}}, "measurements") for some in OPEN),
     ],
 )
 def test_a_stricter_policy_refuses(evidence: Evidence, changes: dict, rule: str) -> None:
@@ -117,7 +119,7 @@ def test_parts_of_another_quote_are_refused(evidence: Evidence) -> None:
     values["sha256"]["14"] = "ab" * 32
     # The values that the policy wants, beside a quote over others, and the other way round.
     swapped = Evidence(with_extra(evidence.quote, "pcrs", encode(values)), evidence.claims)
-    wanting = policy_for(evidence, measurements={"pcr4": frozenset({ZERO}), "pcr14": frozenset({"ab" * 32})})
+    wanting = policy_for(evidence, measurements={**BOOTED, "pcr14": frozenset({"ab" * 32})})
     assert failed(judged(swapped, wanting))[0] == "pcrs"
 
 
@@ -217,13 +219,13 @@ SIGNERS = {
 
 
 def written(signer: str) -> Evidence:
-    """Evidence over PCR 4 (sha256) and PCR 0 (sha384), in this order, by a key of ours."""
+    """Evidence over PCRs 4, 12 and 13 (sha256) and PCR 0 (sha384), in this order, by a key of ours."""
     key, name, sign = SIGNERS[signer]
-    values = {"sha256": {"4": ZERO}, "sha384": {"0": "cd" * 48}}
-    digest = hashlib.new(name, bytes(32) + b"\xcd" * 48).digest()
+    values = {"sha256": {"4": ZERO, "12": ZERO, "13": ZERO}, "sha384": {"0": "cd" * 48}}
+    digest = hashlib.new(name, bytes(3 * 32) + b"\xcd" * 48).digest()
     said = claims(issued=ISSUED).to_dict()
     qualifying = hashlib.sha256(report_data(said)).digest()
-    selection = [(0x0B, b"\x10\0\0"), (0x0C, b"\x01\0\0")]
+    selection = [(0x0B, b"\x10\x30\0"), (0x0C, b"\x01\0\0")]
     message = attest_bytes(extra=qualifying, selection=selection, digest=digest)
     pem = key.public_key().public_bytes(Encoding.PEM, INFO)
     return Evidence(Quote("tpm", message, {"signature": sign(message), "key": pem, "pcrs": encode(values)}), said)
@@ -232,10 +234,10 @@ def written(signer: str) -> Evidence:
 @pytest.mark.parametrize("signer", SIGNERS)
 def test_every_kind_of_signature(signer: str) -> None:
     evidence = written(signer)
-    policy = policy_for(evidence, measurements={"pcr4": frozenset({ZERO})})
+    policy = policy_for(evidence, measurements=BOOTED)
     verdict = judged(evidence, policy)
     assert verdict.accepted, str(verdict)
-    assert verdict.measurements == {"pcr4": ZERO}  # policies name PCRs of the SHA-256 bank
+    assert verdict.measurements == dict.fromkeys(BOOTED, ZERO)  # policies name PCRs of the SHA-256 bank
     other = SIGNERS["ecdsa P-384" if signer.startswith("rsa") else "rsapss, salt of a hash"][2]
     swapped = with_extra(evidence.quote, "signature", other(evidence.quote.quote))
     assert failed(judged(Evidence(swapped, evidence.claims), policy))[0] == "signature"

@@ -4,7 +4,8 @@
     -> quote of the TPM by that key
 
 The report is for the paravisor (HCL), which runs at the most privileged level of the guest and keeps the TPM; what the
-guest has booted is in the TPM's PCRs. So a policy names both: what pins the paravisor, and PCRs.
+guest has booted is in the TPM's PCRs. So a policy names both: what pins the paravisor, and PCRs. Who signed the
+paravisor is not enough without the least version, as the signer has signed older ones too.
 
     HCL report  "HCLA" | version 1 or 2 | size | request 2 | status 0 | 12 zeros | report (1184)
                 | size of the rest | version 1 | type (2: SNP, 4: TDX) | hash (1: SHA-256) | length

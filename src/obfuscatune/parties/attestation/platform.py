@@ -2,7 +2,7 @@
 
 | specification | quotes | sealing key | counter |
 |---|---|---|---|
-| ``configfs`` | TDX or SEV-SNP guest, by configfs-tsm | SNP: from the chip; TDX: none | none |
+| ``configfs`` | TDX or SEV-SNP guest, by configfs-tsm | SNP: from the processor; TDX: none | none |
 | ``gramine`` | SGX, by Gramine | from MRENCLAVE and the processor | none |
 | ``azure`` | SEV-SNP or TDX guest of Azure, by its paravisor's report and vTPM | as ``tpm`` | in the TPM |
 | ``nitro`` | AWS Nitro enclave, by its security module | none | none |

@@ -18,7 +18,7 @@ from obfuscatune.parties.attestation.gpu_reference import MAX_REFERENCE_BYTES, G
 from obfuscatune.parties.attestation.tables import Table
 from obfuscatune.parties.files import read_small
 
-# Names of measurements and their lengths in bytes. isv_prod_id and isv_svn are numbers.
+# Names of measurements and their lengths in bytes. isv_prod_id, isv_svn and guest_svn are numbers.
 _SNP = {
     **{"measurement": 48, "host_data": 32, "id_key_digest": 48, "author_key_digest": 48},
     **{"family_id": 16, "image_id": 16},
@@ -36,24 +36,32 @@ MEASUREMENTS: Mapping[Kind, Mapping[str, int]] = {
     "nitro": {f"nitro_pcr{number}": 48 for number in range(32)},
     "azure": {**_SNP, **_TDX, **_PCRS},
 }
-# What of a machine with a TPM says which programs were started: boot loaders or a unified kernel (4), the files that
-# GRUB read (9), the parts of a unified kernel (11). Firmware, settings, secure boot, partitions, commands and
-# certificates (0 to 3, 5 to 8, 12 to 15) leave the program open. Software may reset 16 and 23, and 10 (IMA), which
-# changes with every program, is in no quote of ours.
+# Which programs a machine with a TPM has started. Any software may extend PCR 0 to 15, so whoever boots a system whose
+# loader measures nothing can put the digests of a good machine's log into 8, 9 and 11 himself. Only PCR 4 has what the
+# firmware starts, extended before that runs. From there on, what PCR 4 names vouches for the rest: GRUB for its
+# commands (8) and the files that it reads (9); the stub of a unified kernel for what comes from outside the image, the
+# command line, credentials and extensions (12, 13), where zeros say that there was nothing. Of the others, 0 to 3, 5 to
+# 7, 14 and 15 (firmware, settings, secure boot, certificates) leave the program open, 11 repeats what PCR 4 says of a
+# unified kernel, 16 and 23 may be reset, and 10 (IMA), which changes with every program, is in no quote of ours.
 # https://uapi-group.org/specifications/specs/linux_tpm_pcr_registry/
-_STARTED = ("pcr4", "pcr9", "pcr11")
-# Of each kind one of these sets must be named: what pins the code. A signer alone would accept all that it ever signed.
-PINS: Mapping[Kind, tuple[frozenset[str], ...]] = {
-    "sgx": (frozenset({"mrenclave"}), frozenset({"mrsigner", "isv_prod_id", "isv_svn"})),
-    "tdx": (frozenset({"mrtd"}),),
-    "snp": (frozenset({"measurement"}),),
-    "tpm": tuple(frozenset({name}) for name in _STARTED),
-    "nitro": (frozenset({"nitro_pcr0"}),),  # the whole image
-    # The paravisor, or who signed it, and what the guest has booted.
-    "azure": tuple(
-        frozenset({started, name}) for started in _STARTED for name in ("measurement", "id_key_digest", "mrtd")
-    ),
+_BOOTED = (("pcr4", "pcr8", "pcr9"), ("pcr4", "pcr12", "pcr13"))
+_WHY_BOOTED = (
+    "8 and 9 with GRUB, 12 and 13 with a unified kernel image; any other system can set them as it likes once it runs, "
+    "but not pcr4, which the firmware extends before"
+)
+# Of each kind all of one of these groups must be named, and for azure one of each row: what pins the code. A signer
+# alone would accept all that it ever signed.
+PINS: Mapping[Kind, tuple[tuple[tuple[str, ...], ...], ...]] = {
+    "sgx": ((("mrenclave",), ("mrsigner", "isv_prod_id", "isv_svn")),),
+    "tdx": ((("mrtd",),),),
+    "snp": ((("measurement",),),),
+    "tpm": (_BOOTED,),
+    "nitro": ((("nitro_pcr0",),),),  # the whole image
+    # The paravisor, or who signed it and since which version, and what the guest has booted.
+    "azure": ((("measurement",), ("id_key_digest", "guest_svn"), ("mrtd",)), _BOOTED),
 }
+# Zeros in these say that nothing was measured, or nobody has signed, so that anything at all may run.
+_NOT_ZERO = ("pcr4", "pcr8", "pcr9", "id_key_digest")
 # Intel's, without Revoked, which nobody can allow.
 TCB_STATUSES = (
     "UpToDate",
@@ -62,12 +70,15 @@ TCB_STATUSES = (
     "ConfigurationAndSWHardeningNeeded",
     "OutOfDate",
     "OutOfDateConfigurationNeeded",
+    "TDRelaunchAdvised",
+    "TDRelaunchAdvisedConfigurationNeeded",
 )
 TCB_PARTS = ("bootloader", "tee", "snp", "microcode")
 TURIN_PART = "fmc"  # of Turin alone, beside those
 MAX_COLLATERAL_BYTES = 256 * 1024
 _MAX_FILE_BYTES = 64 * 1024
 _MAX_AGE_SECONDS = 86_400
+_FLAGS = ("allow_debug", "allow_dynamic_platform", "allow_cached_keys", "allow_smt", "require_alias_check")
 _ADVISORY = re.compile(r"INTEL-SA-[0-9]{5}")
 _PROVIDER = re.compile(r"[ -~]{1,64}")
 
@@ -81,13 +92,14 @@ class Policy:
         tcb_status: of Intel platforms. advisories: security advisories that may apply to one.
         max_age_seconds: of claims. collateral: JSON text of dcap-qvl, used instead of the evidence's.
         allow_dynamic_platform, allow_cached_keys, allow_smt: properties of a platform that Intel lets a verifier judge;
-            the last one for SEV-SNP too.
+            the last one for SEV-SNP too. require_alias_check: of SEV-SNP platforms, the firmware's check of the memory.
         certificates: of SEV-SNP platforms, PEM: VCEKs, ASK and ARK for evidence without them. amd_crl: AMD's
             revocation list, DER or PEM.
         vlek_providers: of SEV-SNP, whose VLEKs may sign; a VLEK is a provider's for all its chips.
         min_tcb: of SEV-SNP platforms, by ``TCB_PARTS``; those of Turin have ``fmc`` too, and are refused without it.
         max_vmpl: privilege level that a report may come from.
-        measurements: name to allowed values, lower-case hex. isv_prod_id: allowed numbers. isv_svn: least number.
+        measurements: name to allowed values, lower-case hex. isv_prod_id: allowed numbers. isv_svn: least number;
+            guest_svn likewise, of SEV-SNP guests.
         any_measurement: judge no measurement of simulated evidence.
         allow_simulation: accept evidence under ``simulation_roots`` (DER) or ``simulation_tpm_keys``, marked as such.
         tpm_keys: SHA-256 of the DER SubjectPublicKeyInfo of attestation keys of TPMs, hex.
@@ -103,6 +115,7 @@ class Policy:
     allow_dynamic_platform: bool = False
     allow_cached_keys: bool = False
     allow_smt: bool = False
+    require_alias_check: bool = False
     certificates: bytes | None = None
     amd_crl: bytes | None = None
     vlek_providers: tuple[str, ...] = ()
@@ -111,6 +124,7 @@ class Policy:
     measurements: Mapping[str, frozenset[str]] = field(default_factory=dict)
     isv_prod_id: frozenset[int] | None = None
     isv_svn: int | None = None
+    guest_svn: int | None = None
     any_measurement: bool = False
     allow_simulation: bool = False
     simulation_roots: tuple[bytes, ...] = ()
@@ -120,9 +134,7 @@ class Policy:
 
     def pins(self, kind: Kind) -> bool:
         """Return whether the named measurements pin the code of evidence of this kind."""
-        named = set(self.measurements)
-        named |= {name for name in ("isv_prod_id", "isv_svn") if getattr(self, name) is not None}
-        return any(pin <= named for pin in PINS[kind])
+        return not _unmet(kind, {*self.measurements, *_numbers(self)})
 
     @classmethod
     def load(cls, path: Path) -> "Policy":
@@ -173,7 +185,7 @@ def _read(file: Table, folder: Path) -> dict[str, Any]:
         "tpm_keys": tpm.hexes("keys", 32),
         "gpu": _gpu(gpu, folder) if names_gpu else None,
     }
-    for name in ("allow_debug", "allow_dynamic_platform", "allow_cached_keys", "allow_smt"):
+    for name in _FLAGS:
         found[name] = platform.flag(name)
     if "min_tcb" in platform:
         parts = platform.table("min_tcb")
@@ -186,6 +198,8 @@ def _read(file: Table, folder: Path) -> dict[str, Any]:
         found["isv_prod_id"] = measured.numbers("isv_prod_id", range(1 << 16))
     if "isv_svn" in measured:
         found["isv_svn"] = measured.number("isv_svn", range(1 << 16))
+    if "guest_svn" in measured:
+        found["guest_svn"] = measured.number("guest_svn", range(1 << 32))
     for table in (platform, measured, simulation, tpm, gpu, file):
         table.end()
     return found
@@ -216,12 +230,37 @@ def _idle(policy: Policy) -> list[str]:
     kinds = set(policy.kinds)
     judged = {name for kind in kinds for name in MEASUREMENTS[kind]}
     idle = [f"measurements.{name}" for name in policy.measurements if name not in judged]
-    of_sgx = [name for name in ("isv_prod_id", "isv_svn") if getattr(policy, name) is not None]
-    idle += [f"measurements.{name}" for name in of_sgx if "sgx" not in kinds]
+    amd = bool(kinds & {"snp", "azure"})
+    numbers = {"isv_prod_id": "sgx" in kinds, "isv_svn": "sgx" in kinds, "guest_svn": amd}
+    idle += [f"measurements.{name}" for name in _numbers(policy) if not numbers[name]]
     of_amd = [name for name in ("min_tcb", "amd_crl") if getattr(policy, name) is not None]
-    idle += [f"platform.{name}" for name in of_amd if not kinds & {"snp", "azure"}]
+    of_amd += ["require_alias_check"] if policy.require_alias_check else []
+    idle += [f"platform.{name}" for name in of_amd if not amd]
     idle += ["tpm.keys"] if policy.tpm_keys and "tpm" not in kinds else []
     return idle if kinds else []  # without any, that is what is wrong
+
+
+def _numbers(policy: Policy) -> list[str]:
+    """Return which of the measurements that are numbers the policy names."""
+    return [name for name in ("isv_prod_id", "isv_svn", "guest_svn") if getattr(policy, name) is not None]
+
+
+def _unmet(kind: Kind, named: set[str]) -> list[tuple[tuple[str, ...], ...]]:
+    """Return the rows of ``PINS`` of which no group is named in full."""
+    return [row for row in PINS[kind] if not any(named.issuperset(group) for group in row)]
+
+
+def _unpinned(policy: Policy, kind: Kind) -> list[str]:
+    """Return what of the code is not pinned; a measurement that may be zero where this means nothing is not counted."""
+    zero = {name for name in _NOT_ZERO if any(not int(value, 16) for value in policy.measurements.get(name, ()))}
+    faults = []
+    for row in _unmet(kind, {*policy.measurements, *_numbers(policy)} - zero):
+        groups = " or ".join(" with ".join(group) for group in row)
+        why = f" ({_WHY_BOOTED})" if row is _BOOTED else ""
+        counted = [name for name in sorted(zero) if any(name in group for group in row)]
+        why += f"; zeros in {', '.join(counted)} pin nothing" if counted else ""
+        faults.append(f"no measurement pins the code of {kind}: expected measurements.{groups}{why}")
+    return faults
 
 
 def _wanting(policy: Policy) -> list[str]:
@@ -234,9 +273,7 @@ def _wanting(policy: Policy) -> list[str]:
     if policy.any_measurement and not policy.allow_simulation:
         faults.append("measurements.any_measurement is for simulation.allow = true only")
     for kind in policy.kinds:
-        if not policy.pins(kind) and not policy.any_measurement:
-            pins = " or ".join(" with ".join(sorted(pin)) for pin in PINS[kind])
-            faults.append(f"no measurement pins the code of {kind}: expected measurements.{pins}")
+        faults += [] if policy.any_measurement else _unpinned(policy, kind)
     # Of Azure's machines those whose policy names an MRTD are TDs.
     amd = "snp" in policy.kinds or ("azure" in policy.kinds and "mrtd" not in policy.measurements)
     if amd and policy.min_tcb is None:

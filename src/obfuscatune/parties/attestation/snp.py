@@ -36,7 +36,8 @@ _SIGNED_BYTES, _SCALAR_BYTES, _SIGNATURE_END = 0x2A0, 72, 0x330
 _VERSIONS = range(2, 6)
 _ECDSA_P384_SHA384 = 1
 _POLICY_MIGRATION, _POLICY_DEBUG = 1 << 18, 1 << 19
-_PLATFORM_SMT = 1 << 0
+_PLATFORM_SMT, _PLATFORM_ALIAS_CHECK = 1 << 0, 1 << 5
+_ALIAS_CHECK_VERSION = 3  # of reports, since which the bit means this
 _SIGNED_BY = {0: "VCEK", 1: "VLEK"}
 _RSA_BITS = 4096
 _OID = "1.3.6.1.4.1.3704.1"
@@ -91,13 +92,13 @@ def check(evidence_quote: Quote, policy: Policy, now: float) -> Checked:
     if _signing_key(report) == "VLEK":
         rules.append(_provider(leaf, policy))
     rules += _platform(report, policy, product)
-    return Checked(rules, report[0x50:0x90], _measurements(report), simulation)
+    return Checked(rules, report[0x50:0x90], {**_measurements(report), **_guest_svn(report)}, simulation)
 
 
 def peek(report: bytes) -> dict[str, str]:
     """Return measurements and report data of a report, NOT verified; raises FormatError where it is none."""
     _check_form(report)
-    return {**_measurements(report), "report data": report[0x50:0x90].hex()}
+    return {**_measurements(report), **_guest_svn(report), "report data": report[0x50:0x90].hex()}
 
 
 def _check_form(report: bytes) -> None:
@@ -231,13 +232,24 @@ def _platform(report: bytes, policy: Policy, product: str) -> list[Rule]:
         Rule("platform", policy.allow_smt or not smt, "SMT is on" if smt else "SMT is off", "allow_smt, or SMT off"),
         Rule("vmpl", vmpl <= policy.max_vmpl, str(vmpl), f"at most {policy.max_vmpl}"),
     ]
-    # The firmware that runs now signs; the one that started the guest has measured it.
-    for name, at in (("tcb", 0x180), ("launch tcb", 0x1F0)):
+    if policy.require_alias_check:
+        rules.append(_alias_check(report))
+    # The firmware that runs now signs; the one that started the guest has measured it; and to the committed one the
+    # host may go back while the guest runs, after this judgement.
+    for name, at in (("tcb", 0x180), ("launch tcb", 0x1F0), ("committed tcb", 0x1E0)):
         tcb = _tcb(report, at, product)
         enough = minimum is not None and all(part in minimum and tcb[part] >= minimum[part] for part in tcb)
         least = "in the policy" if minimum is None else _tcb_text({part: minimum.get(part, "missing") for part in tcb})
         rules.append(Rule(name, enough, _tcb_text(tcb), f"min_tcb {least}"))
     return rules
+
+
+def _alias_check(report: bytes) -> Rule:
+    """Judge that the firmware has looked for memory of which two addresses are one (AMD-SB-3015, "BadRAM")."""
+    told = _number(report, 0, 4) >= _ALIAS_CHECK_VERSION
+    done = told and bool(_number(report, 0x40, 8) & _PLATFORM_ALIAS_CHECK)
+    got = "done" if done else "not done" if told else f"not told in reports of version {_number(report, 0, 4)}"
+    return Rule("alias check", done, got, "done, by the firmware")
 
 
 def _tcb(report: bytes, at: int, product: str) -> dict[str, int]:
@@ -250,6 +262,11 @@ def _tcb_text(tcb: Mapping[str, Any]) -> str:
 
 def _measurements(report: bytes) -> dict[str, str]:
     return {name: report[at : at + size].hex() for name, (at, size) in _MEASUREMENTS.items()}
+
+
+def _guest_svn(report: bytes) -> dict[str, str]:
+    """Return the version that whoever signed the identity block gave the guest, a decimal number."""
+    return {"guest_svn": str(_number(report, 0x04, 4))}
 
 
 def _title(certificate: Certificate) -> str:

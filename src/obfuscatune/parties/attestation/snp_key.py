@@ -7,8 +7,13 @@ Source: the kernel's include/uapi/linux/sev-guest.h, and the SEV-SNP Firmware AB
                               u64 tcb_version
     snp_derived_key_resp      u32 status, 28 bytes zero, 32 bytes key
 
-The root key is the VCEK, so the key is this chip's; guest policy and launch measurement are mixed in, so another image
-or a debug guest gets another one. An update of the chip's firmware may change it: then the enclave starts anew.
+The word root_key_select is zero: not the VMRK, and the processor's own choice of the other two (KEY_SEL, bits 1 and 2).
+That is the VCEK, a secret of this chip, unless the host has loaded a VLEK; then it is the VLEK, which AMD makes for a
+cloud provider, the same for all its chips. On such a host, chips of that provider may derive the same key for the same
+guest, and it is as secret as the provider's VLEK. Nothing here was tried on either.
+
+Guest policy and launch measurement are mixed in, so another image or a debug guest gets another key. An update of the
+chip's firmware may change it: then the enclave starts anew.
 """
 
 import ctypes
@@ -26,7 +31,7 @@ SNP_GET_DERIVED_KEY = 0xC0205301  # _IOWR('S', 1, 32 bytes)
 _REQUEST = struct.Struct("<B7xQQQ")
 _KEY_REQUEST = struct.Struct("<IIQIIQ")
 _RESPONSE_BYTES, _KEY_AT, _KEY_BYTES = 64, 32, 32
-_VCEK_ROOT = 0
+_NOT_VMRK = 0  # the VLEK where one is loaded, otherwise the VCEK
 _GUEST_POLICY, _MEASUREMENT = 1 << 0, 1 << 3
 
 
@@ -37,7 +42,7 @@ def derived_key(device: Path = DEVICE, ioctl: Callable[[int, int, bytearray], in
         AttestationError: no such device, or the secure processor refuses.
     """
     key_request = ctypes.create_string_buffer(
-        _KEY_REQUEST.pack(_VCEK_ROOT, 0, _GUEST_POLICY | _MEASUREMENT, 0, 0, 0), _KEY_REQUEST.size
+        _KEY_REQUEST.pack(_NOT_VMRK, 0, _GUEST_POLICY | _MEASUREMENT, 0, 0, 0), _KEY_REQUEST.size
     )
     response = ctypes.create_string_buffer(_RESPONSE_BYTES)
     request = bytearray(_REQUEST.pack(1, ctypes.addressof(key_request), ctypes.addressof(response), 0))

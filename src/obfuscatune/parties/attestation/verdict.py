@@ -25,7 +25,7 @@ class Checked:
     Attributes:
         rules: signature, certificates, state of the platform; at least one.
         report_data: what the verified quote binds; None where its signature was not verified.
-        measurements: names of policy files to hex (isv_prod_id and isv_svn: decimal); empty where unverified.
+        measurements: names of policy files to hex (isv_prod_id, isv_svn, guest_svn: decimal); empty where unverified.
         simulation: the quote is genuine under a root or key that the policy lists for simulation only.
     """
 

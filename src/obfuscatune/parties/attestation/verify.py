@@ -129,19 +129,27 @@ def _code(quote: Quote, checked: Checked, policy: Policy) -> list[Rule]:
         got, allowed = checked.measurements.get(name, "none"), policy.measurements[name]
         rules.append(Rule(name, got in allowed, got, " or ".join(sorted(allowed))))
     if quote.kind == "sgx":
-        rules += _numbers(checked, policy)
+        rules += _product(checked, policy)
+    if quote.kind in ("snp", "azure"):
+        rules += _least("guest_svn", checked, policy.guest_svn)
     return rules
 
 
-def _numbers(checked: Checked, policy: Policy) -> list[Rule]:
+def _product(checked: Checked, policy: Policy) -> list[Rule]:
     rules = []
-    product, version = (int(checked.measurements[name]) for name in ("isv_prod_id", "isv_svn"))
+    product = int(checked.measurements["isv_prod_id"])
     if policy.isv_prod_id is not None:
         allowed = " or ".join(map(str, sorted(policy.isv_prod_id)))
         rules.append(Rule("isv_prod_id", product in policy.isv_prod_id, str(product), allowed))
-    if policy.isv_svn is not None:
-        rules.append(Rule("isv_svn", version >= policy.isv_svn, str(version), f"at least {policy.isv_svn}"))
-    return rules
+    return rules + _least("isv_svn", checked, policy.isv_svn)
+
+
+def _least(name: str, checked: Checked, least: int | None) -> list[Rule]:
+    """Judge a version where the policy names one; a TD of Azure has no version of a guest."""
+    if least is None:
+        return []
+    got = checked.measurements.get(name, "none")
+    return [Rule(name, got != "none" and int(got) >= least, got, f"at least {least}")]
 
 
 def _binds(evidence: Evidence, checked: Checked) -> bool:
