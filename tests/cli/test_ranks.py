@@ -1,6 +1,5 @@
 """Several enclaves that train one adapter: equal to one process with as many more accumulation steps."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -10,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import GPT2LMHeadModel
 
 from obfuscatune.errors import UsageError
 from obfuscatune.profiles import PROFILES
 from obfuscatune.training.ranks import Ranks
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-TOLERANCE = 1e-6  # float32; of weights that moved by 1e-3
+TOLERANCE = 1e-5  # float32; of weights that moved by 1e-3. AdamW magnifies rounding; measured 1.1e-6
 
 
 def run(prefix: list[str], arguments: list[object]) -> "subprocess.CompletedProcess[str]":
@@ -35,11 +35,20 @@ def finetune(model_dir: Path, train_file: Path, output: Path, *more: object) -> 
 
 @pytest.fixture
 def still_model(model_dir: Path, tmp_path: Path) -> Path:
-    """The model without dropout: two processes draw other random numbers than one."""
+    """The model without dropout: two processes draw other random numbers than one.
+
+    Its biases and norms are random. In a new model biases are 0, and so is what keys add to them, which each process
+    has of its own.
+    """
     directory = Path(shutil.copytree(model_dir, tmp_path / "model"))
-    config = json.loads((directory / "config.json").read_text())
-    config |= {"embd_pdrop": 0.0, "resid_pdrop": 0.0, "attn_pdrop": 0.0}
-    (directory / "config.json").write_text(json.dumps(config))
+    still = {"embd_pdrop": 0.0, "resid_pdrop": 0.0, "attn_pdrop": 0.0}
+    model = GPT2LMHeadModel.from_pretrained(model_dir, **still)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            noise = 0.1 * torch.randn(parameter.shape, generator=generator)
+            parameter.data.copy_(noise if name.endswith("bias") else 1 + noise)
+    model.save_pretrained(directory)
     return directory
 
 

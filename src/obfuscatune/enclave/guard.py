@@ -21,6 +21,7 @@ from obfuscatune.enclave.remote.linear import RemoteLinear
 from obfuscatune.enclave.remote.norms import FoldedNorm
 from obfuscatune.enclave.remote.passes import Passes
 from obfuscatune.enclave.remote.whole import RemotePart
+from obfuscatune.enclave.tuners import refuse_merging
 from obfuscatune.errors import UnsupportedModelError
 from obfuscatune.profiles import Profile
 
@@ -30,7 +31,7 @@ class _Watched:
 
     def __init__(self, module: nn.Module, name: str, path: str) -> None:
         self._module, self._name, self._path = module, name, f"{path}.{name}"
-        self._place: dict[str, Any] = module._parameters if name in module._parameters else module._buffers
+        self._place: dict[str, Any] = module._parameters if name in module._parameters else module.__dict__
         tensor: Tensor = getattr(module, name)
         self._tensor, self._version, self._value = tensor, version_of(tensor), tensor.detach().clone()
 
@@ -41,10 +42,10 @@ class _Watched:
 
     def require(self) -> None:
         """Refuse another tensor or value. A write to ``.data`` shows in values only."""
-        now = getattr(self._module, self._name)
-        if now.requires_grad:
+        now = getattr(self._module, self._name, None)
+        if now is not None and now.requires_grad:
             raise self._changed("it is to be trained")
-        if now.dtype != self._value.dtype or not torch.equal(now, self._value):
+        if now is None or now.dtype != self._value.dtype or not torch.equal(now, self._value):
             raise self._changed("it was changed")
         self._tensor, self._version = now, version_of(now)
 
@@ -103,6 +104,7 @@ class Guard:
         now = list(configurations.values())
         if len(now) != len(self._options) or any(a is not b for a, b in zip(now, self._options, strict=True)):
             refuse_options(configurations)
+            refuse_merging(self._model)  # of layers that have come
             self._options = now  # not their ids, which a later one may have too
 
 

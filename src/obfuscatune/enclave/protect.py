@@ -40,6 +40,7 @@ from obfuscatune.enclave.remote.held_adapter import HeldAdapter
 from obfuscatune.enclave.session import Session
 from obfuscatune.enclave.sharing.statement import describe
 from obfuscatune.enclave.spawn import check_workers, open_session
+from obfuscatune.enclave.tuners import guard_tuners
 from obfuscatune.enclave.watching import use_whole_float32, watch
 from obfuscatune.profiles import Profile, resolve
 from obfuscatune.protocol.waiting import is_chosen
@@ -167,6 +168,7 @@ def protect(
     if weights is not None:
         weights.finish()
     watch(causal_lm, resolved, links, frozen=frozen)
+    guard_tuners(model)
     return Protected(
         model,
         resolved,

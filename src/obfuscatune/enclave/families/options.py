@@ -22,6 +22,14 @@ KNOWN = {
     "peft_version",
 }
 
+# Values of `init_lora_weights` that draw new factors without a look at the layer's weight.
+_DRAWN = (True, False, "gaussian", "eva")
+
+
+def starts_from_weight(config: LoraConfig) -> bool:
+    """Whether PEFT makes the first values of an adapter of the layers' weights, as PiSSA does and OLoRA."""
+    return config.init_lora_weights not in _DRAWN
+
 
 def refuse_options(configurations: Mapping[str, Any]) -> None:
     """Refuse options of LoRA that are set and not known.

@@ -1,13 +1,10 @@
 """The acts of replacing what has left: a linear layer, or a whole part."""
 
-from typing import Any
-
 import torch
 from torch import nn
 
 from obfuscatune.enclave.families import Layer, Part
 from obfuscatune.enclave.remote.withdrawn import Withdrawn
-from obfuscatune.errors import UnsupportedModelError
 
 
 def standins(part: Part) -> dict[str, nn.Module]:
@@ -29,16 +26,8 @@ def standins(part: Part) -> dict[str, nn.Module]:
 def _replace_base(layer: Layer, remote: nn.Module) -> None:
     """Put ``remote`` under PEFT's layer, which asks the base layer's weight for what is not here any more."""
     # Closures over the layer itself would keep its plain weight in memory.
-    path, here, dtype = layer.path, torch.device("cpu"), layer.base.weight.dtype
-
-    def merge(*args: Any, **kwargs: Any) -> None:
-        raise UnsupportedModelError(
-            "the adapter cannot be merged: the weight is on the worker",
-            where=path,
-            hint="save_pretrained the adapter, and merge it into the original model",
-        )
-
-    layer.lora.base_layer, layer.lora.merge = remote, merge
+    here, dtype = torch.device("cpu"), layer.base.weight.dtype
+    layer.lora.base_layer = remote
     # Of an adapter that is added later; without a weight to go by, PEFT would leave it in float32.
     layer.lora._get_base_layer_device_and_dtype = lambda _: (here, dtype)
 

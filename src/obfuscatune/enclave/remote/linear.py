@@ -156,8 +156,7 @@ class RemoteLinear(Withdrawn):
 
     def __init__(self, path: str, group: LinearGroup, member: int, bias: Tensor | None) -> None:
         super().__init__(path)
-        self.bias: Any
-        self.register_buffer("bias", bias, persistent=False)
+        self.bias: Any = bias  # no buffer, as in `RemotePart`: what `protect` computes is this rank's own
         self.group, self.member = group, member
         slot = group.slots.get(member) if isinstance(group, KeyedGroup) else None
         if isinstance(slot, HeldSlot):

@@ -50,8 +50,9 @@ class RemotePart(Standin):
         children: dict[str, nn.Module],
     ) -> None:
         super().__init__()
-        self.bias: Tensor | None
-        self.register_buffer("bias", bias, persistent=False)
+        # No buffer: of attention it depends on this enclave's secret, and data parallel training gives every rank the
+        # buffers of the first.
+        self.bias = bias
         self.placed, self.path, self._dropout, self._slots = placed, placed.path, dropout, slots
         for name, child in children.items():
             self.add_module(name, child)

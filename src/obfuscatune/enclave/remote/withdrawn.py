@@ -130,15 +130,19 @@ class Withdrawn(Standin, nn.Linear):
 
     def __getattr__(self, name: str) -> Any:
         if name in _WEIGHTS:
-            raise NotHereError(
-                "the weight of this layer is on the worker, and what needs it cannot be done",
-                got=name,
-                where=self.path,
-                hint="adapters on further layers, DoRA, PiSSA and their like: before protect; all layers that any "
-                "adapter has need one by then. Models whose own code multiplies by it, as Mamba 2, Falcon-H1 and Bamba "
-                'in training: profile="enclave"',
-            )
+            raise self.refused(name)
         return super().__getattr__(name)
+
+    def refused(self, name: str) -> NotHereError:
+        """Return what asking for the weight, or its shape, is refused with."""
+        return NotHereError(
+            "the weight of this layer is on the worker, and what needs it cannot be done",
+            got=name,
+            where=self.path,
+            hint="adapters on further layers, DoRA, PiSSA and their like: before protect; all layers that any "
+            "adapter has need one by then. Models whose own code multiplies by it, as Mamba 2, Falcon-H1 and Bamba "
+            'in training: profile="enclave"',
+        )
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Refuse: the weight is not here."""
