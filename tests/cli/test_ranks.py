@@ -16,7 +16,7 @@ from obfuscatune.profiles import PROFILES
 from obfuscatune.training.ranks import Ranks
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-TOLERANCE = 1e-5  # float32; of weights that moved by 1e-3. AdamW magnifies rounding; measured 1.1e-6
+TOLERANCE = 3e-6  # float32; of weights that moved by 1e-3. AdamW magnifies rounding; measured 1.1e-6
 
 
 def run(prefix: list[str], arguments: list[object]) -> "subprocess.CompletedProcess[str]":
