@@ -79,8 +79,9 @@ def test_factors_that_two_workers_train(protect: Callable[..., Any], protect_on_
     with protect_on_two(two, profile="paper") as protected:
         first = protected.create_optimizer(lr=1e-2)
         steps(protected, first, 2)
-        state = copy.deepcopy(first.state_dict())
+        state, values = copy.deepcopy(first.state_dict()), adapter(protected)
         steps(protected, first, 1)
+        protected.model.load_state_dict(values, strict=False)
         second = protected.create_optimizer(lr=1e-2)
         second.load_state_dict(state)
         steps(protected, second, 2)
