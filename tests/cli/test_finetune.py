@@ -18,6 +18,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from obfuscatune.cli import main
 from obfuscatune.enclave.keys import MasterSecret
 from obfuscatune.training.checkpoints import SECRET_FILE
 from obfuscatune.training.trainer import ProtectedTrainer
@@ -160,6 +161,49 @@ def test_an_output_directory_in_use_is_not_written_to(finetune: list[object], tm
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
     outcome = run(*finetune, "--output_dir", tmp_path, "--resume_from_checkpoint", "last")
     assert outcome.code == 2 and "no checkpoint to resume from" in outcome.err
+
+
+def test_one_run_at_a_time_writes_into_a_directory(
+    finetune: list[object], tmp_path: Path, run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+    command = [*finetune[:5], *finetune[7:], "--profile", "enclave", "--output_dir", output]
+    train, codes = ProtectedTrainer.train, []
+
+    def meanwhile(self: ProtectedTrainer, *arguments: Any, **named: Any) -> Any:
+        monkeypatch.setattr(ProtectedTrainer, "train", train)
+        for more in ((), ("--overwrite_output_dir",), ("--resume_from_checkpoint", "last")):
+            codes.append(main([str(word) for word in [*command, *more]]))
+        return train(self, *arguments, **named)
+
+    monkeypatch.setattr(ProtectedTrainer, "train", meanwhile)
+    outcome = run(*command)
+    assert outcome.code == 0, outcome.err
+    assert codes == [2, 2, 2]
+    assert outcome.err.count(f"another run writes into this directory (at {output})") == 3
+    assert run(*command, "--resume_from_checkpoint", "last").code == 0  # the lock went with the run
+    assert not [path.name for path in output.iterdir() if "lock" in path.name]
+
+
+def test_a_run_that_is_over_before_another_one_is_ready_is_not_overwritten(
+    finetune: list[object], tmp_path: Path, run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model is read and keyed between the first look at the directory and the first write."""
+    from obfuscatune.training import loading
+
+    output = tmp_path / "out"
+    command = [*finetune[:5], *finetune[7:], "--profile", "enclave", "--output_dir", output]
+    load = loading.load
+
+    def slowly(*arguments: Any) -> Any:
+        monkeypatch.setattr(loading, "load", load)
+        assert main([str(word) for word in command]) == 0
+        return load(*arguments)
+
+    monkeypatch.setattr(loading, "load", slowly)
+    outcome = run(*command)
+    assert outcome.code == 2 and f"output directory is not empty (at {output})" in outcome.err
+    assert {"adapter_config.json", "checkpoint-3", "checkpoint-6"} < {path.name for path in output.iterdir()}
 
 
 def with_little_disk(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -176,3 +176,53 @@ def test_sigterm_saves_what_was_trained_within_a_bound(stuck: bool, inside, tmp_
     assert f"--resume_from_checkpoint {last}" in outcome.err and last.is_dir()
     assert ("the step did not end within 0.2 s and is lost" in outcome.err) == stuck
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL and signal.getitimer(signal.ITIMER_REAL)[0] == 0
+
+
+@pytest.mark.parametrize("when", ["step", "save"])
+def test_no_evaluation_begins_after_a_signal(when: str, inside, train_file: Path, tmp_path: Path, run, monkeypatch):
+    """It may take longer than whoever has sent the signal waits."""
+    evaluated: list[int] = []
+
+    def evaluate(self: ProtectedTrainer, *arguments: Any, **named: Any) -> Any:
+        evaluated.append(self.state.global_step)
+        threading.Event().wait(60)
+
+    name = "training_step" if when == "step" else "_write_checkpoint"  # in mid-epoch, or at the end of one
+    function, last = getattr(ProtectedTrainer, name), 2 if when == "step" else 5
+
+    def interrupted(self: ProtectedTrainer, *arguments: Any, **named: Any) -> Any:
+        if self.state.global_step == (1 if when == "step" else 5):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return function(self, *arguments, **named)
+
+    monkeypatch.setattr(ProtectedTrainer, "evaluate", evaluate)
+    monkeypatch.setattr(ProtectedTrainer, name, interrupted)
+    more = ("--max_steps", 8, "--save_steps", 5, "--validation_file", train_file, "--stop_seconds", 4)
+    outcome = run(*inside, *more)
+    assert outcome.code == 143 and evaluated == [], outcome.err
+    assert "is lost" not in outcome.err
+    assert f"interrupted: go on with the same options and --resume_from_checkpoint {tmp_path / 'out'}" in outcome.err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [f"checkpoint-{last}"]
+
+
+def test_a_step_that_is_saved_is_not_called_lost(inside, train_file: Path, tmp_path: Path, run, monkeypatch) -> None:
+    def evaluate(self: ProtectedTrainer, *arguments: Any, **named: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        threading.Event().wait(60)
+
+    monkeypatch.setattr(ProtectedTrainer, "evaluate", evaluate)
+    outcome = run(*inside, "--validation_file", train_file, "--stop_seconds", 0.2)
+    assert outcome.code == 143
+    assert "interrupted: step 3 is saved, and what follows it did not end within 0.2 s; go on with" in outcome.err
+    assert f"--resume_from_checkpoint {tmp_path / 'out' / 'checkpoint-3'}" in outcome.err
+
+
+@pytest.mark.parametrize(("names", "missing"), [("c_attn,c_porj", "c_porj"), ("c_attn proj", "proj")])
+def test_a_layer_that_the_model_has_not_is_not_passed_over(
+    names: str, missing: str, inside, tmp_path: Path, run
+) -> None:
+    outcome = run(*inside, "--lora_target_modules", names)
+    assert outcome.code == 2
+    assert f"the adapter does not fit the model: got {missing} (at lora_target_modules)" in outcome.err
+    assert "hint: for this family: c_attn" in outcome.err
+    assert not (tmp_path / "out").exists()

@@ -1,9 +1,12 @@
 """A resumed run is the run that it resumes: what differs is refused by name, and what is damaged by file."""
 
+import json
+import logging
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from obfuscatune.training.checkpoints import checkpoints
 
@@ -72,6 +75,49 @@ def test_what_is_allowed_by_name_may_differ(resume: list[object], tmp_path: Path
     assert outcome.code == 2 and "cannot be changed in a resumed run: got learning_rate" in outcome.err
 
 
+def test_how_often_a_resumed_run_saves_and_logs_is_its_own(
+    resume: list[object], tmp_path: Path, run, caplog: pytest.LogCaptureFixture
+) -> None:
+    monitored = logging.getLogger("transformers.trainer_utils")
+    monitored.addHandler(caplog.handler)
+    try:
+        outcome = run(*resume, "--save_steps", 1, "--logging_steps", 1)
+    finally:
+        monitored.removeHandler(caplog.handler)
+    assert outcome.code == 0, outcome.err
+    assert [path.name for path in checkpoints(tmp_path / "out")] == ["checkpoint-2", "checkpoint-3", "checkpoint-4"]
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [entry["step"] for entry in report["training"] if "loss" in entry] == [3, 4]
+    assert "do not match" not in caplog.text + outcome.err  # they differ on purpose
+
+
+def test_a_run_that_goes_on_after_an_epoch_makes_up_for_its_evaluation(
+    options: list[object], train_file: Path, tmp_path: Path, run
+) -> None:
+    """An epoch's last step is saved before the evaluation, which draws random numbers and moves this schedule."""
+    schedule = ("--lr_scheduler_type", "reduce_lr_on_plateau")
+    options = [*options, "--max_steps", 6, "--save_steps", 3, "--validation_file", train_file, *schedule]
+    whole = tmp_path / "whole"
+    assert run(*options, "--output_dir", whole).code == 0
+
+    def state_of(output: Path) -> tuple[bytes, object, list[tuple[int, float]]]:
+        entries = json.loads((output / "report.json").read_text())["training"]
+        losses = [(entry["step"], entry["eval_loss"]) for entry in entries if "eval_loss" in entry]
+        schedule = torch.load(output / "checkpoint-6" / "scheduler.pt")
+        return (output / "adapter_model.safetensors").read_bytes(), schedule, losses
+
+    expected = state_of(whole)
+    assert [step for step, _ in expected[2]] == [3, 6]
+    resumed = tmp_path / "resumed"
+    shutil.copytree(whole / "checkpoint-3", resumed / "checkpoint-3")
+    outcome = run(*options, "--output_dir", resumed, "--resume_from_checkpoint", "last")
+    assert outcome.code == 0, outcome.err
+    assert state_of(resumed) == expected
+    # Complete, but for the last one.
+    assert run(*options, "--output_dir", whole, "--resume_from_checkpoint", "last").code == 0
+    assert state_of(whole) == expected
+
+
 def test_a_run_that_is_complete_is_not_trained_any_further(
     options: list[object], train_file: Path, tmp_path: Path, run
 ) -> None:
@@ -108,6 +154,48 @@ def test_a_run_elsewhere_is_not_overwritten_by_one_that_resumes(
     outcome = run(*resume, "--overwrite_output_dir")
     assert outcome.code == 0, outcome.err
     assert [path.name for path in checkpoints(other)] == ["checkpoint-4"]  # "last" finds no other run's
+
+
+def test_a_link_to_a_checkpoint_is_one_and_goes_without_what_it_leads_to(
+    resume: list[object], checkpoint: Path, tmp_path: Path, run
+) -> None:
+    output = tmp_path / "out"
+    shutil.rmtree(output / "checkpoint-2")
+    for at in (output / "checkpoint-2", tmp_path / "checkpoint-3"):
+        at.symlink_to(checkpoint)
+    (output / "checkpoint-1").write_text("mine")
+    outcome = run(*resume, "--save_total_limit", 1)
+    assert outcome.code == 0, outcome.err
+    assert [path.name for path in checkpoints(output)] == ["checkpoint-4"]
+    assert (checkpoint / "master_secret").exists()
+
+    (output / "checkpoint-7").symlink_to(checkpoint)
+    (output / "checkpoint-8").symlink_to(tmp_path / "nowhere")
+    outcome = run(*resume, "--resume_from_checkpoint", tmp_path / "checkpoint-3", "--overwrite_output_dir")
+    assert outcome.code == 0, outcome.err
+    assert sorted(path.name for path in output.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-4"]
+    assert (checkpoint / "master_secret").exists() and (output / "checkpoint-1").read_text() == "mine"
+
+
+def test_an_older_checkpoint_that_cannot_be_removed_ends_no_run(
+    resume: list[object], tmp_path: Path, run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rmtree = shutil.rmtree
+
+    def refuse(path: Path, *arguments: object, **named: object) -> None:
+        if Path(path).name.startswith("checkpoint-"):
+            raise PermissionError(13, "Permission denied", str(path))
+        rmtree(path, *arguments, **named)
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    old = tmp_path / "out" / "checkpoint-2"
+    outcome = run(*resume, "--save_total_limit", 1)
+    assert outcome.code == 0, outcome.err
+    assert f"warning: cannot remove a checkpoint: got Permission denied (at {old})" in outcome.err
+    outcome = run(
+        *[word for word in resume if word not in ("--resume_from_checkpoint", "last")], "--overwrite_output_dir"
+    )
+    assert outcome.code == 1 and f"cannot remove a checkpoint: got Permission denied (at {old})" in outcome.err
 
 
 def test_every_file_of_a_checkpoint_is_checked(resume: list[object], tmp_path: Path, run) -> None:

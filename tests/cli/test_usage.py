@@ -241,6 +241,29 @@ def test_items_of_a_list_are_read_as_strictly_as_values(tmp_path: Path, run) -> 
         assert message in outcome.err
 
 
+def test_a_text_that_looks_like_a_number_stays_what_is_written(tmp_path: Path, run) -> None:
+    path = tmp_path / "run.yaml"
+    lines = (
+        *(
+            "adapter_name_or_path: 1.10",
+            "prompt: [1.50, 12_345, 7, 1.5]",
+            "device: +5",
+            "model_name_or_path: 2024",
+        ),
+        *("max_new_tokens: +4", "temperature: .50", "timeout: 1_000", "top_p: !!float 1"),
+    )
+    path.write_text("\n".join(lines))
+    outcome = run("generate", "--config", path)
+    assert outcome.code == 2
+    for message in (
+        "line 1: 'adapter_name_or_path': YAML reads 1.10 as 1.1; write that, or put quotes around it",
+        "line 2: 'prompt': YAML reads 1.50 as 1.5",
+        "line 3: 'device': YAML reads +5 as 5",
+    ):
+        assert message in outcome.err
+    assert not any(f"line {number}" in outcome.err for number in range(4, 9)), outcome.err
+
+
 def test_a_config_file_is_refused_with_all_its_faults_by_line(tmp_path: Path, run) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(

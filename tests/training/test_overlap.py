@@ -167,6 +167,29 @@ def test_a_fault_in_one_half_is_the_steps_error(tmp_path: Path) -> None:
             trainer.training_step(protected.model, dict(batch(4)), torch.tensor(31))
 
 
+def test_an_interrupt_waits_for_no_half() -> None:
+    """The other half may wait for a worker that is silent, for as long as its timeout."""
+    under_way, end = threading.Event(), threading.Event()
+    main = threading.current_thread()
+    daemons: list[bool] = []
+
+    def loss_of(half: dict[str, Any]) -> torch.Tensor:
+        if threading.current_thread() is main:
+            assert under_way.wait(60)
+            raise KeyboardInterrupt
+        daemons.append(threading.current_thread().daemon)
+        under_way.set()
+        end.wait(5)
+        raise ValueError
+
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        step(loss_of, {"inputs_embeds": torch.ones(4, 2, 3)}, [torch.nn.Parameter(torch.ones(3))])
+    assert time.monotonic() - started < 4
+    end.set()
+    assert daemons == [True], "the process would not end before it"
+
+
 # A slow link
 
 

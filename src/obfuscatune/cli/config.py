@@ -27,6 +27,8 @@ def load_config(context: typer.Context, path: Path | None) -> Path | None:
     faults: list[str] = []
     seen: set[str] = set()
     for name, value, line in _read(path):
+        if name in options:
+            value = _settle(context, options[name], value)
         if name in options and options[name].multiple and isinstance(value, str):
             value = [value]  # one of what may be several
         fault = f"{name!r} is there twice" if name in seen else _fault(context, options, name, value)
@@ -73,6 +75,29 @@ class _Misread:
     read_as: str
 
 
+@dataclass(frozen=True)
+class _Number:
+    """A number that Python writes in another way than the file: the same to an option for numbers, and to no other."""
+
+    text: str
+    value: int | float
+
+
+def _settle(context: typer.Context, option: Any, value: Any) -> Any:
+    """Return a value as an option takes it that is, or is not, for numbers: a version 1.10 is not 1.1."""
+    if isinstance(value, list):
+        return [_settle(context, option, item) for item in value]
+    if not isinstance(value, _Number):
+        return value
+    number, several = value.value, option.multiple
+    try:
+        made = option.process_value(context, [number] if several else number)
+    except typer.BadParameter:
+        return number  # what is wrong with it is told in the option's own words
+    made = made[0] if several else made
+    return number if isinstance(made, int | float) else _Misread(value.text, str(number))
+
+
 def _name(key: Any) -> str:
     """Return a key as it is written; a list or map for a key has no name."""
     return key.value if isinstance(key.value, str) else "a list or map"
@@ -90,6 +115,8 @@ def _value(loader: Any, node: Any) -> Any:
         isinstance(value, int | float) and (":" in written or _OCTAL.fullmatch(written))
     ):
         return _Misread(written, str(value))
+    if isinstance(value, int | float) and str(value) != written:
+        return _Number(written, value)
     return value
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import typer
 
 from obfuscatune.cli.options import CLAIMS, ConfigOptions, ModelOptions, ProtectionOptions, option, takes
-from obfuscatune.cli.output import check_place, is_empty
+from obfuscatune.cli.output import OneWriter, check_place, is_empty
 from obfuscatune.errors import ObfuscatuneError, UsageError, WorkerFault
 from obfuscatune.settings import TrainingSettings
 from obfuscatune.training.arguments import add_adapter, training_arguments
@@ -60,6 +60,13 @@ def command(options: FinetuneOptions) -> None:
     """
     _check_source(options)
     ranks = Ranks.of_environment()
+    with OneWriter(options.output_dir) as writer:
+        if ranks.first:
+            writer.take()
+        _finetune(options, ranks, writer)
+
+
+def _finetune(options: FinetuneOptions, ranks: Ranks, writer: OneWriter) -> None:
     checkpoint = _check_output(options, ranks)
     from obfuscatune.enclave.protect import protect
     from obfuscatune.training.checkpoints import load_checkpoint, remove_checkpoints, save_adapter
@@ -96,7 +103,7 @@ def command(options: FinetuneOptions) -> None:
         StopOnSignal(ranks, options.stop_seconds) as interrupt,
     ):
         if ranks.first:
-            _make_output(options.output_dir)
+            _make_output(options, checkpoint, writer)
         if ranks.first and (checkpoint is None or not _is_in(checkpoint, options.output_dir)):
             remove_checkpoints(options.output_dir)  # of another run, under other keys: "last" must not find them
         data = [examples for examples, _ in encoded]
@@ -117,7 +124,7 @@ def command(options: FinetuneOptions) -> None:
         except WorkerFault as fault:
             raise _with_checkpoint(fault, options.output_dir) from fault
         except GivenUpError:
-            what = f"the step did not end within {options.stop_seconds:g} s and is lost"
+            what = _what_is_lost(options, trainer.state.global_step, interrupt.in_step)
             print(f"interrupted: {what}; {_how_to_resume(options.output_dir)}", file=sys.stderr)
             raise typer.Exit(interrupt.exit_code) from None
         if interrupt.requested:
@@ -173,26 +180,40 @@ def _check_output(options: FinetuneOptions, ranks: Ranks) -> Path | None:
         checkpoint = find_checkpoint(options.resume_from_checkpoint, directory)
     if not ranks.first:
         return checkpoint  # what is in the directory may be the first process's own
-    going_on = checkpoint is not None and _is_in(checkpoint, directory)
-    if not going_on and not is_empty(directory, str(directory)) and not options.overwrite_output_dir:
-        hint = "--overwrite_output_dir, or --resume_from_checkpoint last to continue the run that is there"
-        raise UsageError("output directory is not empty", where=str(directory), hint=hint)
+    _refuse_to_overwrite(options, checkpoint)
     check_place(directory, str(directory))
     return checkpoint
 
 
+def _refuse_to_overwrite(options: FinetuneOptions, checkpoint: Path | None) -> None:
+    directory = options.output_dir
+    going_on = checkpoint is not None and _is_in(checkpoint, directory)
+    if not going_on and not is_empty(directory, str(directory)) and not options.overwrite_output_dir:
+        hint = "--overwrite_output_dir, or --resume_from_checkpoint last to continue the run that is there"
+        raise UsageError("output directory is not empty", where=str(directory), hint=hint)
+
+
 def _is_in(checkpoint: Path, directory: Path) -> bool:
-    """Whether a checkpoint is of the run in that directory; its results may come from another one's."""
-    return checkpoint.resolve().parent == directory.resolve()
+    """Whether a checkpoint is of the run in that directory; its results may come from another one's.
+
+    A link to one in another place is of the directory that it is in, and of the one that it leads to.
+    """
+    return directory.resolve() in (checkpoint.resolve().parent, checkpoint.parent.resolve())
 
 
-def _make_output(directory: Path) -> None:
-    """Make the output directory: not before all inputs are read, and a worker is there."""
+def _make_output(options: FinetuneOptions, checkpoint: Path | None, writer: OneWriter) -> None:
+    """Make the output directory: not before all inputs are read, and a worker is there.
+
+    That may be minutes after it was looked at, and another run may have made it meanwhile.
+    """
+    directory = options.output_dir
     try:
         # An adapter tells of the rows that it was trained on, and a checkpoint's secret opens all the worker has seen.
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError("cannot make the output directory", got=error.strerror, where=str(directory)) from None
+    writer.take()
+    _refuse_to_overwrite(options, checkpoint)
 
 
 def _training_arguments(options: FinetuneOptions, ranks: Ranks) -> Any:
@@ -219,6 +240,17 @@ def _with_checkpoint(fault: WorkerFault, output_dir: Path) -> WorkerFault:
         expected=fault.expected,
         hint="; ".join([*([fault.hint] if fault.hint else []), _how_to_resume(output_dir)]),
     )
+
+
+def _what_is_lost(options: FinetuneOptions, step: int, in_step: bool) -> str:
+    """What was under way when SIGTERM's time was over: the step after this one, or what follows one that is saved."""
+    from obfuscatune.training.checkpoints import checkpoints
+
+    late = f"did not end within {options.stop_seconds:g} s"
+    saved = [path.name for path in checkpoints(options.output_dir)]
+    if not in_step and f"checkpoint-{step}" in saved:
+        return f"step {step} is saved, and what follows it {late}"
+    return f"the step {late} and is lost"
 
 
 def _how_to_resume(output_dir: Path) -> str:

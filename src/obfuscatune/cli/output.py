@@ -1,8 +1,11 @@
 """Places to write to, tried before the work that they are for."""
 
+import fcntl
 import os
 import tempfile
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 from obfuscatune.errors import UsageError
 
@@ -77,3 +80,48 @@ def is_empty(directory: Path, where: str) -> bool:
     except OSError as error:
         got = str(error.strerror)
     raise UsageError("not an output directory", got=got, where=where)
+
+
+class OneWriter:
+    """A directory for results that one run at a time writes into; a context manager, at whose end others may.
+
+    The lock is the directory's own, so that no file is made for it, and goes with the process however that ends. Where
+    the file system has no such locks, as some networks' have none for directories, there is none.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._handle: int | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
+
+    def take(self) -> None:
+        """Keep others out, from now on, if the directory is there; may be called again when it is.
+
+        Raises:
+            UsageError: another run writes into it.
+        """
+        if self._handle is not None:
+            return
+        try:
+            handle = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError:
+            return  # not there yet; or what is wrong with it is told by whoever writes there
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            hint = "wait for its end, stop it, or choose another --output_dir"
+            raise UsageError("another run writes into this directory", where=str(self._directory), hint=hint) from None
+        except OSError:
+            os.close(handle)
+            return
+        self._handle = handle

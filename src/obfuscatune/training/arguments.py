@@ -35,15 +35,23 @@ def add_adapter(base: Any, settings: TrainingSettings) -> Any:
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in base.modules()),
         task_type="CAUSAL_LM",
     )
+    fault: ValueError | None = None
+    missing = settings.targets() or known
     try:
-        return get_peft_model(base, adapter)
+        model: Any = get_peft_model(base, adapter)
+        # PEFT passes over a name that no module has, if another one is found.
+        found = model.base_model.targeted_module_names
+        missing = [name for name in settings.targets() if not any(f".{path}".endswith(f".{name}") for path in found)]
     except ValueError as error:
+        fault = error
+    if missing:
         raise UsageError(
             "the adapter does not fit the model",
-            got=", ".join(settings.targets() or known),
+            got=", ".join(missing),
             where="lora_target_modules",
             hint=f"for this family: {', '.join(known)}",
-        ) from error
+        ) from fault
+    return model
 
 
 def training_arguments(settings: TrainingSettings, output_dir: str, **more: Any) -> Any:

@@ -20,7 +20,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from obfuscatune.durable import rename, write_private
+from obfuscatune.durable import rename, sync, write_private
 from obfuscatune.enclave.keys import MasterSecret
 from obfuscatune.errors import ObfuscatuneError, UsageError
 from obfuscatune.profiles import Profile
@@ -43,17 +43,34 @@ def checkpoints(output_dir: Path) -> list[Path]:
 
 
 def keep_last(limit: int, *kept: Path) -> None:
-    """Remove the oldest whole checkpoints beside ``kept``, so that no more than ``limit`` are left, or these."""
+    """Remove the oldest whole checkpoints beside ``kept``, so that no more than ``limit`` are left, or these.
+
+    Raises: as `remove_checkpoints`.
+    """
     others = [path for path in checkpoints(kept[0].parent) if path not in kept]
     for path in others[: max(0, len(others) - max(0, limit - len(kept)))]:
-        shutil.rmtree(path)
+        _remove(path)
 
 
 def remove_checkpoints(output_dir: Path) -> None:
-    """Remove all checkpoints of an earlier run, whole or not."""
+    """Remove all checkpoints of an earlier run, whole or not; of one that is a link, the link; and no file.
+
+    Raises:
+        ObfuscatuneError: one cannot be removed.
+    """
     for path in output_dir.glob("checkpoint-*"):
-        if _NAME.fullmatch(path.name):
+        if _NAME.fullmatch(path.name) and (path.is_symlink() or path.is_dir()):
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    try:
+        if path.is_symlink():
+            path.unlink()
+        else:
             shutil.rmtree(path)
+    except OSError as error:
+        raise ObfuscatuneError("cannot remove a checkpoint", got=error.strerror, where=str(path)) from error
 
 
 def find_checkpoint(resume: str, output_dir: Path) -> Path:
@@ -161,13 +178,19 @@ def new_checkpoint(path: Path, secret: MasterSecret) -> Iterator[None]:
 def finish_checkpoint(path: Path, profile: Profile, made_with: Mapping[str, Any]) -> None:
     """Write what the checkpoint is, when all of its files are there: profile, run, and the digest of each file.
 
+    All of it is on the disk then: an older checkpoint may be removed after it.
+
     Raises: as `new_checkpoint`, and what is there is removed too.
     """
     with _all_or_nothing(path, "checkpoint"):
         files = {name: _digest(path / name) for name in sorted(_file_names(path))}
+        for name in files:
+            sync(path / name)
+        sync(path)
         record = {**_describe(profile), "made_with": dict(made_with), "files": files}
         write_private(path / f".{RECORD_FILE}", (json.dumps(record) + "\n").encode())
         rename(path / f".{RECORD_FILE}", path / RECORD_FILE)
+        sync(path.parent)
 
 
 def save_adapter(model: Any, output_dir: Path) -> None:
@@ -184,10 +207,13 @@ def save_adapter(model: Any, output_dir: Path) -> None:
         # that it finds by the model's name, on this disk or on the hub, has another vocabulary.
         model.save_pretrained(temporary, save_embedding_layers=False)
         check_adapter_file(temporary / _ADAPTER_FILES[0])
+        for name in _ADAPTER_FILES:
+            sync(temporary / name)
         # First no configuration: new weights under an older one would load without a word, at another scale.
         (output_dir / _ADAPTER_FILES[1]).unlink(missing_ok=True)
+        sync(output_dir)
         for name in _ADAPTER_FILES:
-            (temporary / name).replace(output_dir / name)
+            rename(temporary / name, output_dir / name)
     shutil.rmtree(temporary)
 
 

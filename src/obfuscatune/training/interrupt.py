@@ -25,15 +25,19 @@ class StopOnSignal(TrainerCallback):
     """A callback of the Trainer, and a context manager that takes the signals.
 
     ``requested``: the signal that came, or 0. If it came after the end of the last step, as in the last evaluation, the
-    training is complete; after any other step there is one more, which ends with a checkpoint.
+    training is complete; after any other step there is one more, which ends with a checkpoint. No evaluation begins
+    then: it may take longer than whoever has sent the signal waits, and a resumed run makes up for it.
+
+    ``in_step``: whether a step is under way, rather than what follows it: a log, a checkpoint, an evaluation.
 
     Args:
         ranks: the processes that train together. seconds: for the step and its checkpoint, after SIGTERM.
     """
 
     def __init__(self, ranks: Ranks = ONE, seconds: float = 25.0) -> None:
-        self.requested = 0
+        self.requested, self.in_step = 0, False
         self._ranks, self._seconds = ranks, seconds
+        self._saved = -1  # the step of the last checkpoint
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -73,12 +77,32 @@ class StopOnSignal(TrainerCallback):
     def _give_up(self, number: int, frame: FrameType | None) -> None:
         raise GivenUpError
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        """Know what is given up when the time is over."""
+        self.in_step = True
+
     def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         """Ask the Trainer to save and to stop."""
+        self.in_step = False
         stopping = self._ranks.any(bool(self.requested))  # all stop after the same step
         self.requested = self.requested or signal.SIGTERM * stopping
         if stopping:
             control.should_save = control.should_training_stop = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        """Remember the step that was saved."""
+        self._saved = state.global_step
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        """Stop without an evaluation, unless the training is complete; the Trainer comes here whenever it stops.
+
+        The signal may have come since the step ended, as while it was saved.
+        """
+        stopping = self._ranks.any(bool(self.requested))
+        self.requested = self.requested or signal.SIGTERM * stopping
+        if stopping and state.global_step < state.max_steps:
+            control.should_evaluate, control.should_training_stop = False, True
+            control.should_save = self._saved != state.global_step
 
     def on_train_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         """What follows, the adapter of a complete training, is not given up."""

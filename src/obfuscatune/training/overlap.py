@@ -93,7 +93,8 @@ def step(
         loss_of: the loss of a part of the batch, such that the losses of parts add up to the batch's.
         parameters: all that is trained.
 
-    Raises: what ``loss_of`` raises in either half; the first half's, where both do.
+    Raises: what ``loss_of`` raises in either half; the first half's, where both do. An interrupt is raised at once, and
+        the other half ends by itself: with the session that it waits for.
     """
     halves = halves_of(inputs)
     results: list[tuple[Tensor, tuple[Tensor | None, ...]] | BaseException] = [RuntimeError("not run")] * len(halves)
@@ -107,9 +108,12 @@ def step(
             results[number] = loss.detach(), torch.autograd.grad(loss, parameters, allow_unused=True)
         except BaseException as error:  # raised again in the caller's thread
             results[number] = error
+            if number == 0 and not isinstance(error, Exception):
+                raise  # Ctrl-C again, or SIGTERM's time is over: the other half may wait for a silent worker for long
 
     # A new thread has torch's defaults: gradients on, no autocast. `loss_of` brings its contexts along.
-    other = threading.Thread(target=run, args=(1,)) if len(halves) > 1 else None
+    # It is a daemon, so that the process ends though it waits.
+    other = threading.Thread(target=run, args=(1,), daemon=True) if len(halves) > 1 else None
     if other is not None:
         other.start()
     run(0)

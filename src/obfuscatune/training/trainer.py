@@ -1,6 +1,7 @@
 """The stock ``Trainer`` around a protected model, with keys in its checkpoints and the boundary in its logs."""
 
 import inspect
+import logging
 import math
 import sys
 import time
@@ -14,6 +15,7 @@ import torch.nn.functional as F  # noqa: N812
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.trainer_utils import IntervalStrategy
 
 from obfuscatune.enclave.protected import Protected
 from obfuscatune.errors import ObfuscatuneError, UsageError
@@ -98,10 +100,58 @@ class ProtectedTrainer(Trainer):
             )
         return trained
 
+    def _init_training_state(self, max_steps: int, *arguments: Any) -> tuple[int, int]:
+        """Begin or go on; how often a resumed run logs, saves and evaluates is said by its arguments.
+
+        The stock Trainer takes that from the checkpoint, and warns that the two differ.
+        """
+        logger = logging.getLogger("transformers.trainer_utils")
+        logger.addFilter(_is_no_difference_of_intervals)
+        try:
+            found: tuple[int, int] = super()._init_training_state(max_steps, *arguments)
+        finally:
+            logger.removeFilter(_is_no_difference_of_intervals)
+        self.state.compute_steps(self.args, max_steps)  # type: ignore[no-untyped-call]
+        return found
+
     def _run_epoch(self, *arguments: Any, **named: Any) -> None:
-        """Train the rest of an epoch if steps are left; to a run that is complete the stock Trainer adds a step."""
-        if self.state.global_step < self.state.max_steps:
-            super()._run_epoch(*arguments, **named)  # type: ignore[no-untyped-call]
+        """Train the rest of an epoch if steps are left; to a run that is complete the stock Trainer adds a step.
+
+        An epoch's last step is saved before the epoch is evaluated. Where a run goes on from there, that evaluation is
+        made up for first: it draws random numbers, a rate may depend on it, and it belongs to the report.
+        """
+        if self.state.global_step >= self.state.max_steps:
+            return
+        named = inspect.signature(super()._run_epoch).bind(*arguments, **named).arguments
+        checkpoint = named["resume_from_checkpoint"]
+        resumed = checkpoint is not None and named["epoch"] == named["epochs_trained"]
+        at_border = self.state.global_step % named["num_update_steps_per_epoch"] == 0
+        if resumed and at_border and self._is_evaluation_left():
+            self._load_rng_state(checkpoint)
+            named["resume_from_checkpoint"] = None  # or the numbers of the checkpoint would be loaded again
+            self._make_up_for_evaluation(named["trial"], named["ignore_keys_for_eval"])
+            if self.control.should_training_stop:
+                return
+        super()._run_epoch(**named)  # type: ignore[no-untyped-call]
+
+    def _finalize_training(self, trial: Any, *arguments: Any) -> Any:
+        """End the training, after the last evaluation of a run that was saved when it was complete but for that."""
+        was_complete = self._initial_global_step == self.state.global_step == self.state.max_steps
+        if was_complete and self._is_evaluation_left():
+            self._make_up_for_evaluation(trial, None)
+        return super()._finalize_training(trial, *arguments)  # type: ignore[no-untyped-call]
+
+    def _is_evaluation_left(self) -> bool:
+        """Whether the epoch that ends with this step, or the run, is to be evaluated and was not."""
+        step, epoch = self.state.global_step, self.state.epoch or 0
+        if step == 0 or self.args.eval_strategy != IntervalStrategy.EPOCH or self.args.eval_delay > epoch:
+            return False
+        entries = (entry for entry in self.state.log_history if entry.get("step") == step)
+        return not any(name.startswith("eval_") for entry in entries for name in entry)
+
+    def _make_up_for_evaluation(self, trial: Any, ignored: Any) -> None:
+        metrics = self._evaluate(trial, ignored)
+        self._determine_best_metric(metrics=metrics, trial=trial)
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Count the batch's tokens, padding apart; with overlap, run its halves at once."""
@@ -186,8 +236,11 @@ class ProtectedTrainer(Trainer):
             if self.state.global_step < self.state.max_steps:
                 raise
             # Nothing is left to be trained from it, and the adapter may still find room.
-            if not self._quiet:
-                tqdm.write(f"warning: {error.what}, the last one: got {error.got}", file=sys.stderr)
+            self._warn(f"{error.what}, the last one: got {error.got}")
+
+    def _warn(self, text: str) -> None:
+        if not self._quiet:
+            tqdm.write(f"warning: {text}", file=sys.stderr)
 
     def _write_checkpoint(self, path: Path, model: Any, trial: Any) -> None:
         # The stock Trainer would remove older ones before this one is whole: what is interrupted then leaves none.
@@ -206,8 +259,17 @@ class ProtectedTrainer(Trainer):
             finish_checkpoint(path, self._protected.asked, self._made_with)
             if limit:
                 best = self.state.best_model_checkpoint
-                keep_last(limit, path, *([Path(best)] if best is not None and Path(best) != path else []))
+                try:
+                    keep_last(limit, path, *([Path(best)] if best is not None and Path(best) != path else []))
+                except ObfuscatuneError as error:  # the new one is whole, and the run can go on
+                    self._warn(f"{error.what}: got {error.got} (at {error.where})")
         self.accelerator.wait_for_everyone()  # whoever goes on finds a whole checkpoint
+
+
+def _is_no_difference_of_intervals(record: logging.LogRecord) -> bool:
+    """Whether a warning is another than that a resumed run logs or saves at other steps, which it then does."""
+    text = record.getMessage()
+    return "(from trainer_state.json)" not in text or "per_device_train_batch_size" in text
 
 
 class ProgressOnStderr(ProgressCallback):
