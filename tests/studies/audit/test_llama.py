@@ -59,6 +59,8 @@ def test_what_the_worker_computes_inside_gives_what_it_answered(profile: str, se
     for block in range(view.blocks):
         for stream, role, out in (("heads", "out", "attention out"), ("activations", "down", "mlp out")):
             product = view.rows(block, stream) @ view.weight(block, role)
+            bias = view.segment(block, role).bias(role)
+            product = product if bias is None else product + bias
             assert torch.allclose(product, view.rows(block, out), atol=1e-4)
 
 

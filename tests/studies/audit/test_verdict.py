@@ -8,6 +8,7 @@ from obfuscatune.studies.audit.verdict import (
     AS_CLAIMED,
     BROKEN,
     CHANCE,
+    CLAIMS,
     LEAK,
     NONE,
     VOID,
@@ -18,14 +19,14 @@ from obfuscatune.studies.audit.verdict import (
 )
 
 
-def outcomes(*successes: float, tokens: int = 64, chance: float = 0.1, profile: str = "strict", attack: str = "A7"):  # type: ignore[no-untyped-def]
+def outcomes(*successes: float, tokens: int = 64, chance: float = 0.1, profile: str = "strict", attack: str = "A11"):  # type: ignore[no-untyped-def]
     return [
         Outcome(profile, attack, tokens, seed, success, chance, None, None, 0.0)
         for seed, success in enumerate(successes)
     ]
 
 
-def word(found, profile: str = "strict", attack: str = "A7", *, fires: bool = True, silent: bool = True) -> str:  # type: ignore[no-untyped-def]
+def word(found, profile: str = "strict", attack: str = "A11", *, fires: bool = True, silent: bool = True) -> str:  # type: ignore[no-untyped-def]
     return judge(profile, attack, found, fires=fires, silent=silent).word
 
 
@@ -38,17 +39,25 @@ def test_words() -> None:
     assert word(chance, fires=False) == VOID
     assert word(found, fires=False) == BROKEN
     assert word(found, silent=False) == VOID
-    assert word([Outcome("strict", "A7", 64, 0, None, None, None, "no rows", 0.0)]) == NONE
+    nothing = [Outcome("", "", 64, 0, None, None, None, "no rows", 0.0)]
+    assert word(nothing, "balanced") == word(nothing, "strict", "A16") == word(nothing, "shared", "A16") == NONE
+    assert word(nothing, "strict") == word(nothing, "strict@1of2") == VOID
+    assert judge("strict", "A11", nothing, fires=True, silent=True).failed
+
+
+def test_what_strict_claims_would_be_broken_without_mixing() -> None:
+    """A1, A3, A7 and A17 fail there for another reason than that rows are mixed, or nothing follows of it."""
+    assert CLAIMS["strict"] == ("A11", "A12", "A14", "A21", "A23", "A24", "A26")
 
 
 def test_a_claim_without_its_controls_fails() -> None:
-    assert judge("strict", "A7", outcomes(0.1, 0.1), fires=False, silent=True).failed
-    assert not judge("strict", "A7", outcomes(0.1, 0.1), fires=True, silent=True).failed
-    assert not judge("balanced", "A7", outcomes(0.9, 0.9), fires=True, silent=True).failed
+    assert judge("strict", "A11", outcomes(0.1, 0.1), fires=False, silent=True).failed
+    assert not judge("strict", "A11", outcomes(0.1, 0.1), fires=True, silent=True).failed
+    assert not judge("balanced", "A11", outcomes(0.9, 0.9), fires=True, silent=True).failed
 
 
 def test_broken_at_the_first_budget_above_chance() -> None:
-    verdict = judge("strict", "A7", outcomes(0.1, 0.1) + outcomes(0.9, 0.9, tokens=256), fires=True, silent=True)
+    verdict = judge("strict", "A11", outcomes(0.1, 0.1) + outcomes(0.9, 0.9, tokens=256), fires=True, silent=True)
     assert (verdict.since, str(verdict)) == (256, "BROKEN 0.90 (chance 0.10) from 256 tokens")
 
 
@@ -63,11 +72,12 @@ def test_scattered_seeds_have_more() -> None:
 
 
 def test_controls() -> None:
-    assert positive("A7", outcomes(0.95, 0.97), 0.9, "paper").passed
-    assert not positive("A7", outcomes(0.95, 0.5), 0.9, "paper").passed
-    assert negative("A7", outcomes(0.1, 0.1), "paper").passed
-    assert not negative("A7", outcomes(0.3, 0.3), "paper").passed
-    assert not positive("A7", [Outcome("paper", "A7", 64, 0, None, None, None, "no rows", 0.0)], 0.9, "paper").passed
+    assert positive("A11", outcomes(0.95, 0.97), 0.9, "paper").passed
+    assert not positive("A11", outcomes(0.95, 0.5), 0.9, "paper").passed
+    assert negative("A11", outcomes(0.1, 0.1), "paper").passed
+    assert not negative("A11", outcomes(0.3, 0.3), "paper").passed
+    assert not negative("A11", [Outcome("paper", "A11", 64, 0, None, None, None, "no rows", 0.0)], "paper").passed
+    assert not positive("A11", [Outcome("paper", "A11", 64, 0, None, None, None, "no rows", 0.0)], 0.9, "paper").passed
 
 
 def test_budgets() -> None:

@@ -51,7 +51,7 @@ def test_shares_have_their_workers_by_themselves() -> None:
 
 def test_what_is_claimed_of_all_blocks_is_claimed_of_some() -> None:
     claimed = {
-        name: judge(name, "A7", [], fires=True, silent=True).claimed
+        name: judge(name, "A11", [], fires=True, silent=True).claimed
         for name in ("strict", "strict@1of2", "strict+key_block=8@1of2", "balanced@1of2")
     }
     assert claimed == {"strict": True, "strict@1of2": True, "strict+key_block=8@1of2": False, "balanced@1of2": False}

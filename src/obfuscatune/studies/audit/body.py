@@ -1,7 +1,8 @@
 """What a worker that has a whole body computes between its parts: the streams that `stream` shows in one call.
 
 The worker evaluates part after part, forward and backward; so does whoever has its memory. One call of a body is read
-as one call for each part, as if each had crossed.
+as one call for each part, as if each had crossed. What a part leaves is what is added to the stream: with the body's
+bias, which the worker has from the definition.
 """
 
 from collections.abc import Mapping
@@ -58,8 +59,8 @@ class BodyReader:
             with torch.no_grad():
                 seen, _ = self._run(call)
             return [
-                replace(call, segment=segment, inputs={"x": x, **_of_part(call.inputs, i)}, outputs={"y": y})
-                for i, (segment, (x, y)) in enumerate(zip(self._segments, seen, strict=True))
+                replace(call, segment=segment, inputs={"x": x, **_of_part(call.inputs, i)}, outputs={"y": y + bias})
+                for i, (segment, bias, (x, y)) in enumerate(zip(self._segments, self.worker.bias, seen, strict=True))
             ]
         if self._forward is None:
             return []

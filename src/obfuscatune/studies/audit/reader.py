@@ -1,6 +1,6 @@
 """Makes of a recording the view that the worker's operator has of the session."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ class _Session:
         name, kind, spec = header["segment"], header["kind"], header["spec"]
         wide = {name: tensor.double() for name, tensor in tensors.items()}
         if kind == "body":
+            parts = zip(spec["parts"], wide["bias"], strict=True)
+            self.segments |= {part: replace(self.segments[part], added=bias) for part, bias in parts}
             self.bodies[name] = reader = BodyReader(spec, wide, self.segments)
             self.segments[name] = Segment(self.start, (), reader.worker)
             return

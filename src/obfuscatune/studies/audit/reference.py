@@ -193,8 +193,8 @@ class Reference:
                 first: bool = first,
             ) -> None:
                 into, out = STREAMS_OF[role]
-                # What returns to the enclave comes without its bias, which is added there.
-                bias = None if whole.get(role) else layer.bias
+                # What returns to the enclave comes without its bias, which is added there; a whole body adds it itself.
+                bias = None if whole.get(role) or self._profile.rotate_stream else layer.bias
                 outputs.append(layer.canonical(y if bias is None else y - bias))
                 if len(outputs) < count:  # layers side by side make one stream
                     return

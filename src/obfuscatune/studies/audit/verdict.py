@@ -13,11 +13,13 @@ STANDARD_ERRORS = 3.0
 
 # What a profile claims, by attack: at chance at every token budget. What is not here is claimed of no profile, whatever
 # the figures are. `enclave` hands nothing over, and is not attacked. `strict` claims nothing against a near base: A1
-# and A3 are at chance there, and A27 takes the weights all the same.
+# and A3 are at chance there, and A27 takes the weights all the same. Nor does it claim A7 and A17: they take q, k and v
+# for plain or for keyed in each head, and there a key of its own lies on all their columns, so they would fail without
+# any mixing.
 # What is claimed against the one worker that has all blocks, is claimed against some of several.
 # One worker of `shared` sees uniformly random numbers, so everything is claimed but A22: shapes and times.
 CLAIMS: dict[str, tuple[str, ...]] = {
-    "strict": ("A7", "A11", "A12", "A14", "A17", "A21", "A23", "A24", "A26"),
+    "strict": ("A11", "A12", "A14", "A21", "A23", "A24", "A26"),
     "shared": tuple(f"A{number}" for number in range(1, 28) if number != 22),
 }
 
@@ -26,7 +28,7 @@ CHANCE = "at chance, not claimed"
 BROKEN = "BROKEN"
 LEAK = "KNOWN LEAK"
 NONE = "nothing to attack"
-VOID = "void: a control failed"
+VOID = "void: a control failed"  # or it could not be run
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,11 +105,15 @@ def judge(profile: str, attack: str, outcomes: Sequence[Outcome], *, fires: bool
         fires: whether its positive control passed; without that, chance is void. silent: whether its negative control
             did; without that, all is.
     """
-    claimed = attack in CLAIMS.get(profile.partition("@")[0], ())
+    name = profile.partition("@")[0]
+    claimed = attack in CLAIMS.get(name, ())
     points = points_of(outcomes)
     if not points:
         reason = next((outcome.reason for outcome in outcomes if outcome.reason), "not run")
-        return Verdict(profile, attack, NONE, claimed, reason=reason)
+        # In `strict` there is something of all kinds that are claimed: an attack that finds none has not been run. One
+        # worker of `shared` has no keys, and so nothing for some attacks.
+        word = VOID if claimed and name == "strict" else NONE
+        return Verdict(profile, attack, word, claimed, reason=reason)
     since = next((point.tokens for point in points if point.above), None)
     if silent and since is not None:  # found is found
         return Verdict(profile, attack, BROKEN if claimed else LEAK, claimed, points, since=since)
@@ -128,7 +134,7 @@ def negative(attack: str, outcomes: Sequence[Outcome], profile: str) -> Control:
     """The control that it finds nothing where there is nothing."""
     points = points_of(outcomes)
     if not points:
-        return Control(attack, "negative", True, f"not run on {profile}: {outcomes[0].reason}", "chance")
+        return Control(attack, "negative", False, f"not run on {profile}: {outcomes[0].reason}", "chance")
     point = points[-1]
     return Control(
         attack, "negative", not point.above, f"{point.success:.2f} on {profile}", f"at most {point.limit:.2f}"

@@ -40,12 +40,14 @@ class Segment:
     """A definition: block, the roles of its weights (none of a body, which is made of others), and the worker's own.
 
     Attributes:
-        worker: as the worker has it, in float64.
+        worker: as the worker has it, in float64. added: keyed ``[out]`` bias that a body adds to what the part leaves;
+            the part itself has none there.
     """
 
     block: int
     roles: tuple[str, ...]
     worker: WorkerSegment
+    added: Tensor | None = None
 
     @property
     def whole(self) -> bool:
@@ -66,7 +68,7 @@ class Segment:
 
     def bias(self, role: str) -> Tensor | None:
         """Keyed ``[out]`` bias of a role, float64, where the worker adds one."""
-        return self.worker.weight.get("first_bias") if role == self.roles[0] else None
+        return self.worker.weight.get("first_bias") if role == self.roles[0] else self.added
 
 
 @dataclass(frozen=True, slots=True, repr=False)

@@ -3,12 +3,20 @@
 from collections.abc import Callable
 
 import pytest
+import torch
 
 from obfuscatune.studies.audit.attack import Score
-from obfuscatune.studies.audit.attacks.adapter import ATTACK, adapter_rank
+from obfuscatune.studies.audit.attacks.adapter import ATTACK, _alike, _gram, adapter_rank
 from obfuscatune.studies.audit.lab import RANK, Recorded
 
 pytestmark = pytest.mark.slow
+
+
+def test_a_text_is_recognized_at_any_size() -> None:
+    """Each call of mixed rows has its own."""
+    texts = torch.randn(6, 8, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 1
+    sizes = torch.arange(1.0, 7.0, dtype=torch.float64)[:, None, None]
+    torch.testing.assert_close(_alike(_gram(sizes * texts), _gram(texts)), torch.ones(6, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("profile", ["paper", "naive", "balanced", "balanced+attention=enclave+mlp=enclave", "stream"])

@@ -1,16 +1,29 @@
 """A24: streams of one session are tied together, streams of two are not."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
-from obfuscatune.studies.audit.attacks.linking import ATTACK, junctions, link, relative_key_error
+from obfuscatune.studies.audit.attacks.linking import (
+    ATTACK,
+    Link,
+    junctions,
+    link,
+    relative_error_of,
+    relative_key_cosine,
+)
 from obfuscatune.studies.audit.fixtures import Fixtures
 from obfuscatune.studies.audit.lab import Recorded, knowledge, record
 
 pytestmark = pytest.mark.slow
+
+
+def relative_key_error(guess: Tensor, into: Tensor, out: Tensor) -> float:
+    return relative_error_of(relative_key_cosine(guess, into, out))
+
 
 PLACES = ((0, "attention in"), (0, "attention out"), (0, "mlp in"))
 
@@ -56,6 +69,21 @@ def test_unrelated_rows_are_not_linked() -> None:
     found = link(PLACES, x, o, y)
     assert relative_key_error(found.carried, a, c) > 0.9
     assert relative_key_error(found.joined, b, c) > 0.9
+
+
+def test_a_sixth_of_a_map_is_a_sixth_and_none_is_none() -> None:
+    """Success is what was found, not its square: a cosine of .17 is far above that of unrelated keys."""
+    _, (a, b, c) = toy(1)
+    keys = dict(zip(PLACES, (a, b, c), strict=True))
+    for part, least, most in ((0.17, 0.14, 0.20), (1.0, 0.999, 1.001), (0.0, -0.03, 0.03)):
+        guesses = []
+        for into in (a, b):
+            true = torch.linalg.solve(into, c)
+            other = torch.randn(24, 24, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+            other = other - (other * true).sum() / true.square().sum() * true
+            guesses.append(part * true / true.norm() + (1 - part**2) ** 0.5 * other / other.norm())
+        found = Link(*PLACES, *guesses, torch.zeros(24, dtype=torch.float64), 0.0)
+        assert least < ATTACK.score([found], SimpleNamespace(keys=keys)).success < most  # type: ignore[arg-type]
 
 
 def test_one_key_for_all_is_seen_at_once() -> None:

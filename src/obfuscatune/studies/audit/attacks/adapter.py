@@ -84,8 +84,8 @@ def _alike(served: Tensor, trained: Tensor) -> Tensor:
 
 
 def _gram(texts: Tensor) -> Tensor:
-    """Inner products of different rows of each text ``[n, T, T]``; a norm depends on how many rows are mixed."""
-    return (texts @ texts.mT) * (1 - torch.eye(texts.shape[1], dtype=texts.dtype))
+    """Inner products of different rows of each text ``[n, T * T]``, of norm 1; a norm tells how many rows are mixed."""
+    return normalize(((texts @ texts.mT) * (1 - torch.eye(texts.shape[1], dtype=texts.dtype))).flatten(1), dim=1)
 
 
 def _run(sample: Sample, knowledge: Knowledge, start: int = 0) -> Membership:
