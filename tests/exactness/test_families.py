@@ -20,7 +20,10 @@ from .models import error, gradients, scalar, tokens, worst
 
 # Relative to the largest entry of the tensor. Measured, the worst of all cells: 1.8e-12 under naive, else 1.8e-13.
 EXACT = 1e-9
-LOGITS_FLOAT32 = 1e-5  # measured 5.2e-6, under strict
+LOGITS_FLOAT32 = 1e-5  # measured 5.2e-6
+# Each call's noise rows round in another way. Of 14 sessions of each of three families, the worst had 1.7e-5 (Qwen 2 with
+# windows, whose median is 5e-6), with rows of one size and without; all others had at most 4e-6.
+LOGITS_STRICT = 3e-5
 BROKEN = 1e-4
 
 MONARCH = {"key_block": 4}
@@ -148,7 +151,7 @@ def test_float32_and_generation(protect: Any, family: str, profile: str) -> None
         got, expected = (
             m(input_ids=ids, attention_mask=mask).logits[mask.bool()] for m in (protected.model, reference)
         )
-        assert error(got, expected) < LOGITS_FLOAT32
+        assert error(got, expected) < (LOGITS_STRICT if profile == "strict" else LOGITS_FLOAT32)
         for more in ({"max_new_tokens": 8}, {"max_new_tokens": 5, "num_beams": 3}):
             assert torch.equal(protected.model.generate(**prompt, **more), reference.generate(**prompt, **more)), more
 

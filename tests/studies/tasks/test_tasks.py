@@ -140,7 +140,7 @@ def test_unknown_tasks_and_missing_data_are_refused(tmp_path: Path, monkeypatch:
         pass
     require_harness()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UsageError, match=r"pip install 'obfuscatune\[eval\]'"):
+    with pytest.raises(UsageError, match=r"pip install '\.\[eval\]'"):
         require_harness()
 
 
