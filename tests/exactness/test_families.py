@@ -21,8 +21,8 @@ from .models import error, gradients, scalar, tokens, worst
 # Relative to the largest entry of the tensor. Measured, the worst of all cells: 1.8e-12 under naive, else 1.8e-13.
 EXACT = 1e-9
 LOGITS_FLOAT32 = 1e-5  # measured 5.2e-6
-# Each call's noise rows round in another way. Of 14 sessions of each of three families, the worst had 1.7e-5 (Qwen 2 with
-# windows, whose median is 5e-6), with rows of one size and without; all others had at most 4e-6.
+# Each call's noise rows round in another way. Of 14 sessions of each of three families, the worst had 1.7e-5 (Qwen 2
+# with windows, whose median is 5e-6), with rows of one size and without; of the other families at most 4e-6.
 LOGITS_STRICT = 3e-5
 BROKEN = 1e-4
 
