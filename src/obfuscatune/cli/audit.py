@@ -16,7 +16,7 @@ EPILOG = (
     "Examples:\n\nobfuscatune audit --profile paper,balanced,strict --out results/audit\n\n"
     "obfuscatune audit --profile strict --knowledge N,B --tokens d/4,d,4d,100d --model small --out results/audit"
 )
-_DEFAULT_PROFILES = "paper,balanced,stream,strict"
+_DEFAULT_PROFILES = "paper,balanced,stream,strict,shared"
 
 
 @dataclass(frozen=True, kw_only=True)
