@@ -280,6 +280,26 @@ def test_statements_that_no_chain_takes_keep_nobody_out(enclave: Enclave, tmp_pa
     assert set(members.current) == set(before) and names(members) == ["lab", "operator", "stranger"]
 
 
+def test_a_statement_that_no_chain_takes_costs_nobody_else_his_own(
+    enclave: Enclave, members: Members, tmp_path: Path
+) -> None:
+    """A thief names a successor that is the stolen key again: that line is out; what all others stated holds."""
+    parties = tmp_path / "parties"
+    thief, heir = (Identity.generate(name, "x25519") for name in ("thief", "lab-2"))
+    again = replace(CLINIC, public=replace(CLINIC.public, name="clinic-2"))
+    statements = {"clinic": succeed(CLINIC, thief), "thief": succeed(thief, again), "lab": succeed(LAB, heir)}
+    for name, data in statements.items():
+        (parties / f"{name}.succession").write_bytes(data)
+    put(parties, STRANGER)
+    members.found()
+    assert names(members) == ["lab-2", "stranger"]
+    members.succeed(succeed(LAB, None))  # the owner was robbed before: what followed is out
+    assert names(members) == ["stranger"]
+    for ended in (CLINIC.public, again.public):
+        with pytest.raises(ConsentError, match="this identity has ended"):
+            members.change(changed(members, "admit", Member(ended), STRANGER).to_bytes(), STRANGER.public)
+
+
 def test_the_jobs_of_who_leaves_end_and_its_inputs_go(enclave: Enclave, members: Members) -> None:
     members.found()
     members.removed = lambda gone: enclave.book.end_jobs_of_who_left()

@@ -14,7 +14,10 @@ def ask(question: str, yes: bool) -> None:
     if yes:
         return
     print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
-    line = sys.stdin.readline()
+    try:
+        line = sys.stdin.readline() if sys.stdin is not None else ""  # None where it was closed before the start
+    except UnicodeDecodeError:
+        line = "\N{REPLACEMENT CHARACTER}\n"
     if not line.endswith("\n"):
         print(file=sys.stderr)  # input has ended, and so has no end of line that the terminal would show
     answer = line.strip().lower()

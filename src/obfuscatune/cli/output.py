@@ -104,13 +104,16 @@ class OneWriter:
             self._handle = None
 
     def take(self) -> None:
-        """Keep others out, from now on, if the directory is there; may be called again when it is.
+        """Keep others out, from now on, if the directory is there; may be called again when it is, or is another one.
 
         Raises:
             UsageError: another run writes into it.
         """
         if self._handle is not None:
-            return
+            if self._is_there(self._handle):
+                return
+            os.close(self._handle)
+            self._handle = None
         try:
             handle = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError:
@@ -125,3 +128,10 @@ class OneWriter:
             os.close(handle)
             return
         self._handle = handle
+
+    def _is_there(self, handle: int) -> bool:
+        """Return whether the directory is the one that is locked: it may have been removed and made anew meanwhile."""
+        try:
+            return os.path.samestat(os.fstat(handle), self._directory.stat())
+        except OSError:
+            return False

@@ -16,7 +16,7 @@ from obfuscatune.errors import ConsentError, FormatError, ObfuscatuneError, Stor
 from obfuscatune.parties.change import Member, SignedChange
 from obfuscatune.parties.files import read_small
 from obfuscatune.parties.identity import PublicIdentity
-from obfuscatune.parties.membership import Membership, begin, follow, resolve
+from obfuscatune.parties.membership import Membership, begin, follow, lineage, resolve
 from obfuscatune.parties.succession import MAX_BYTES, SUFFIX, Succession, read_succession, successors
 from obfuscatune.service.state import State
 
@@ -213,18 +213,30 @@ class Members:
         return self._now
 
     def _founding(self) -> tuple[list[SignedChange], Membership]:
-        """Return how it begins as it is now, and the membership: with what is stated about who is let in, too."""
-        let_in, statements = _let_in(self._directory)
-        now = self._with_operator(map(Member, let_in))
-        before = self._with_operator(Member(public) for party, public in let_in.items() if party != self._operator)
-        try:
-            begun = begin(self._enclave, before, [(data, 0) for data in statements])
-            if set(begun[1].members) == set(now):
-                return begun
-            raise ConsentError("a statement about the operator, who is named apart")
-        except (ConsentError, FormatError) as error:  # what no chain takes, as that a member is another's heir
-            _skip(self._directory / f"*{SUFFIX}", error)
-            return begin(self._enclave, now)
+        """Return how it begins as it is now, and the membership: with what is stated about who is let in, too.
+
+        Where no chain takes a statement, nobody of its line is let in. If all statements were dropped then, a thief
+        could write one that contradicts another, and would be in for good.
+        """
+        let_in, stated = _let_in(self._directory)
+        # The operator is named apart, and its own statement here changes nothing: its successor is in as itself.
+        let_in = {now: now if party == self._operator else party for now, party in let_in.items()}
+        stated = {data: each for data, each in stated.items() if each.identity != self._operator}
+        while True:
+            chain, now = begin(self._enclave, self._with_operator(map(Member, let_in.values())))
+            refused = b""
+            try:
+                for refused in stated:
+                    chain.append(SignedChange(now.next("succession", refused)))
+                    now = now.after(chain[-1])
+            except (ConsentError, FormatError) as error:
+                _skip(self._directory / f"*{SUFFIX}", error)
+            else:
+                return chain, now
+            about = lineage(stated[refused].identity, stated.values())
+            line = {each.identity for each in about} | {each.successor for each in about}
+            let_in = {now: party for now, party in let_in.items() if not {now, party} & line}
+            del stated[refused]
 
     def _take(self, chain: list[SignedChange], after: Membership, party: str | None) -> None:
         """Log, seal and make changes, in one entry: the entry first; where the disk refuses, it is as it was.
@@ -314,7 +326,7 @@ def load_parties(directory: Path) -> list[PublicIdentity]:
     return list(_let_in(directory)[0])
 
 
-def _let_in(directory: Path) -> tuple[dict[PublicIdentity, PublicIdentity], list[bytes]]:
+def _let_in(directory: Path) -> tuple[dict[PublicIdentity, PublicIdentity], dict[bytes, Succession]]:
     """Return who is in, each with the identity that let it in, its own if that is there; and what is stated of those.
 
     Raises as `load_parties`.
@@ -345,7 +357,7 @@ def _let_in(directory: Path) -> tuple[dict[PublicIdentity, PublicIdentity], list
     while more := {each.successor for each in ends.values() if each.successor and each.identity in named} - named:
         named |= more
     once = {(each.identity, each.successor): data for data, each in ends.items() if each.identity in named}
-    return found, list(once.values())
+    return found, {data: ends[data] for data in once.values()}
 
 
 def load_statements(directory: Path) -> dict[bytes, Succession]:
