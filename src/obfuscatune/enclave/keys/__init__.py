@@ -15,7 +15,15 @@ Only the enclave imports this package. All randomness is a `Stream` of the `Mast
 from collections.abc import Callable
 from types import MappingProxyType
 
-from obfuscatune.enclave.keys.base import IdentityKey, Key, OrthogonalKey, check_orthogonal, decode, encode
+from obfuscatune.enclave.keys.base import (
+    IdentityKey,
+    Key,
+    OrthogonalKey,
+    check_orthogonal,
+    decode,
+    decode_parts,
+    encode,
+)
 from obfuscatune.enclave.keys.conditioned import DenseKey, conditioned, gaussian
 from obfuscatune.enclave.keys.monarch import MonarchKey, monarch
 from obfuscatune.enclave.keys.orthogonal import HaarKey, haar
@@ -42,6 +50,7 @@ __all__ = [
     "check_orthogonal",
     "conditioned",
     "decode",
+    "decode_parts",
     "encode",
     "gaussian",
     "haar",

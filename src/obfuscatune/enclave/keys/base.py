@@ -51,6 +51,11 @@ class Key(Secret, ABC):
         smallest, largest = self.singular_range
         return largest / smallest
 
+    @property
+    def parts(self) -> "tuple[Key, ...]":
+        """Independent keys of consecutive columns, which together are this one."""
+        return (self,)
+
     def apply(self, x: Tensor) -> Tensor:
         """Return x R, for x [..., size] of any float dtype, in that dtype. Raises: `UsageError` for another shape."""
         return self._run(self._product, x)
@@ -185,6 +190,12 @@ def encode(x: Tensor, key: Key) -> Tensor:
 def decode(y: Tensor, key: Key) -> Tensor:
     """Return y R^-1, differentiable: dy = dx R^-T. Shapes: [..., size]. Secrecy: the result stays inside."""
     return _differentiable(y, key, key.apply_inverse, key.apply_inverse_transpose)
+
+
+def decode_parts(y: Tensor, key: Key) -> list[Tensor]:
+    """Return y R^-1 as one tensor for each of the key's parts, differentiable: as `decode`, but none a piece of y."""
+    pieces = torch.unsafe_split_with_sizes(y, [part.size for part in key.parts], dim=-1)
+    return [decode(piece, part) for piece, part in zip(pieces, key.parts, strict=True)]
 
 
 def _differentiable(x: Tensor, key: Key, product: Product, adjoint: Product) -> Tensor:

@@ -141,6 +141,11 @@ class ConcatKey(Key):
             singular_range=(min(smallest), max(largest)),
         )
 
+    @property
+    def parts(self) -> tuple[Key, ...]:
+        """R_0, R_1, ..."""
+        return self._keys
+
     def _product(self, x: Tensor, factors: Factors) -> Tensor:
         return self._each(x, lambda key: key.apply)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from obfuscatune.enclave.freivalds import Check
-from obfuscatune.enclave.keys import Key, decode, encode
+from obfuscatune.enclave.keys import Key, decode_parts, encode
 from obfuscatune.enclave.remote.calls import RemoteCall, version_of, without_autocast
 from obfuscatune.enclave.remote.held import HeldSlot
 from obfuscatune.enclave.remote.lora import SplitInput
@@ -90,7 +90,7 @@ class LinearGroup(ABC):
         found, states = self._last.results, self.states() if len(self.widths) > 1 else []
         if found is None or member not in found.outputs or not found.is_of(x, states):
             with without_autocast():
-                outputs = dict(enumerate(self.outputs(x)))
+                outputs = dict(enumerate(self._outputs_of(x)))
             copy = x.clone() if x.is_inference() and len(self.widths) > 1 else None
             found = _Results(weakref.ref(x), version_of(x), copy, torch.is_grad_enabled(), states, outputs)
             self._last.results = found
@@ -99,17 +99,23 @@ class LinearGroup(ABC):
             self._last.results = None
         return y
 
+    def _outputs_of(self, x: Tensor) -> Sequence[Tensor]:
+        """As `outputs`, also for a vector, which no call can be of, and where there are no rows to send."""
+        if not x.numel():
+            empty, width = x.to(self.placed.dtype), self.placed.key_in.size
+            return [empty @ empty.new_zeros(()).expand(width, columns) for columns in self.widths]
+        return self.outputs(x) if x.ndim > 1 else [y[0] for y in self.outputs(x[None])]
+
     def states(self) -> list[State]:
         """Return what LoRA slots would add now."""
         return []
 
     @abstractmethod
     def outputs(self, x: Tensor) -> Sequence[Tensor]:
-        """Make the call, and return the un-keyed output of each layer, with what LoRA slots add to it."""
+        """Make the call, and return the un-keyed output of each layer, with what LoRA slots add to it.
 
-    def split(self, y: Tensor) -> Sequence[Tensor]:
-        """Return the columns of each layer: nobody else has y, so whoever gets a piece may change it (OLMo clips q)."""
-        return torch.unsafe_split_with_sizes(y, self.widths, dim=-1)
+        Nobody else has them, and none is a view for autograd: whoever gets one may change it, as OLMo clips q.
+        """
 
 
 class KeyedGroup(LinearGroup):
@@ -142,8 +148,7 @@ class KeyedGroup(LinearGroup):
         )
         for slot in self.slots.values():
             slot.contribute(call, x)
-        y = decode(call.run()["y"], placed.key_out)
-        return self.split(y)
+        return decode_parts(call.run()["y"], placed.key_out)
 
 
 class RemoteLinear(Withdrawn):
@@ -181,7 +186,8 @@ class RemoteLinear(Withdrawn):
                 hint="one adapter for all rows of a call",
             )
         y = self.group.output(x, self.member)
-        y = y if self.bias is None else y + self.bias
+        # Columns of a larger tensor are no result of a linear layer: a model may look at it in another shape.
+        y = y.contiguous() if self.bias is None else y + self.bias
         if self._split is not None:
             with without_autocast():
                 late = self._split.late(x)

@@ -47,8 +47,6 @@ class MixedGroup(ProductGroup):
             rows, width = into.apply(x.to(self._dtype)), out.size
         rows = rows.flatten(0, -2)
         refuse_not_finite({"x": rows}, placed.path)  # before they are mixed with noise
-        if not len(rows):
-            return x.new_empty(*x.shape[:-1], width)
         mixed = mix(rows, self._mixer, self._tile)
         header = {"segment": placed.segment, "transpose": transpose}
         expected = {"y": ((*mixed.sent.shape[:2], width), self._dtype)}

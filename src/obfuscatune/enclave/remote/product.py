@@ -19,7 +19,7 @@ class ProductGroup(LinearGroup):
         """Make the call for x ``[..., in]``."""
         rows = self.placed.rows(x)
         y: Tensor = _Product.apply(rows, self, (origin(rows),))  # type: ignore[no-untyped-call]
-        return self.split(y)
+        return torch.unsafe_split_with_sizes(y, self.widths, dim=-1)
 
     @abstractmethod
     def product(self, x: Tensor, *, transpose: bool) -> Tensor:
