@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import GenerationConfig, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3MoeConfig, Trainer, TrainingArguments
 
 import obfuscatune
 from obfuscatune import UnsupportedModelError, UsageError
 from obfuscatune.enclave.families.options import KNOWN
 
 from .conftest import listening
-from .families import model_of
+from .families import SQUARE, adapted, model_of, randomize
 from .models import error, gradients, randomize_lora, scalar, tokens, twins, worst
 from .options import GENERATION, LORA, TRAINING
 
@@ -64,11 +64,12 @@ REFUSED: list[dict[str, Any]] = [
     {"lora_bias": True},
     {"alora_invocation_tokens": [3], "task_type": "CAUSAL_LM"},
     {"layer_replication": [(0, 2), (1, 2)], "target_modules": ["q_proj"], "fan_in_fan_out": False},  # not of GPT-2
+    {"target_parameters": ["mlp.up_proj.weight"], "target_modules": ["q_proj"], "fan_in_fan_out": False},
 ]
 
 
 def adapted_with(**options: Any) -> Any:
-    base = model_of("llama" if "layer_replication" in options else "gpt2", lora=False)
+    base = model_of("llama" if "q_proj" in options.get("target_modules", ()) else "gpt2", lora=False)
     config = LoraConfig(**{"r": 3, "target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True, **options})
     model = get_peft_model(base, config).to(torch.float64).eval()
     randomize_lora(model, seed=1)
@@ -117,6 +118,26 @@ def test_options_of_lora_that_are_refused(protect: Callable[..., Any], options: 
     with pytest.raises(UnsupportedModelError, match=name) as caught:
         protect(model)
     assert caught.value.where == "adapter default"
+
+
+def test_names_of_parameters_that_are_none_of_the_models_are_no_option(protect: Callable[..., Any]) -> None:
+    """PEFT makes them of gate_proj, up_proj and down_proj for a type that may have experts, and adapts none here."""
+    config = Qwen3MoeConfig(**SQUARE, head_dim=6, mlp_only_layers=[0, 1])
+    reference = adapted(randomize(AutoModelForCausalLM.from_config(config).double().eval()))
+    assert "gate_up_proj" in reference.peft_config["default"].target_parameters
+    ids = tokens(2, 6)
+    with protect(copy.deepcopy(reference), profile="strict", key_block=4) as protected:
+        for name in ("second", "third"):
+            for each in (reference, protected.model):
+                each.zero_grad()
+                scalar(each(ids).logits).backward()
+            assert len(gradients(reference)) == 2 * 4 * 2
+            assert worst(gradients(protected.model), gradients(reference)) < EXACT
+            for each in (reference, protected.model):  # all configurations are looked at again
+                each.add_adapter(name, LoraConfig(r=2, target_modules=["q_proj"]))
+        named = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["up_proj.weight"])
+        with pytest.raises(UnsupportedModelError, match="target_parameters"):
+            protected.model.add_adapter("fourth", named)
 
 
 def test_an_option_that_nobody_knows_is_refused_by_name(protect: Callable[..., Any], monkeypatch: Any) -> None:

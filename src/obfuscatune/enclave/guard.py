@@ -103,7 +103,7 @@ class Guard:
         configurations = getattr(self._model, "peft_config", None) or {}
         now = list(configurations.values())
         if len(now) != len(self._options) or any(a is not b for a, b in zip(now, self._options, strict=True)):
-            refuse_options(configurations)
+            refuse_options(configurations, self._model)
             refuse_merging(self._model)  # of layers that have come
             self._options = now  # not their ids, which a later one may have too
 

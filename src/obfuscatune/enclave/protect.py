@@ -113,7 +113,7 @@ def protect(
     total = count_parameters(causal_lm)
     weights = lazy_weights(causal_lm)
     if resolved.remote or weights is not None:  # else PEFT has had the whole model, and has it still
-        refuse_options(adapters)
+        refuse_options(adapters, causal_lm)
     if not resolved.remote:  # nothing leaves, so it need not be understood
         if weights is not None:
             weights.keep()

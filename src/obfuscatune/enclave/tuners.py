@@ -73,7 +73,7 @@ def _refuse_new(tuner: Any, model: nn.Module, name: str) -> None:
     config: Any = copy(tuner.peft_config[name])  # PEFT completes it in place
     if not isinstance(config, LoraConfig):
         return
-    refuse_options({name: config})
+    refuse_options({name: config}, model)
     config = _maybe_include_all_linear_layers(
         tuner._prepare_adapter_config(config, tuner.get_model_config(model)), model
     )

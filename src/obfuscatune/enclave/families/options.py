@@ -3,11 +3,12 @@
 An option of a newer PEFT that is not known here is refused by its name, until somebody has looked at it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import MISSING, Field, fields
 from typing import Any
 
 from peft import LoraConfig, PeftType
+from torch import nn
 
 from obfuscatune.errors import ONLY_INSIDE, UnsupportedModelError
 
@@ -31,11 +32,12 @@ def starts_from_weight(config: LoraConfig) -> bool:
     return config.init_lora_weights not in _DRAWN
 
 
-def refuse_options(configurations: Mapping[str, Any]) -> None:
+def refuse_options(configurations: Mapping[str, Any], model: nn.Module) -> None:
     """Refuse options of LoRA that are set and not known.
 
     Args:
         configurations: PEFT's, by name of the adapter; other kinds of adapters are known by their layers.
+        model: that they are of, or will be.
 
     Raises:
         UnsupportedModelError: naming adapter and options, or the kind of an adapter that builds upon LoRA.
@@ -49,23 +51,45 @@ def refuse_options(configurations: Mapping[str, Any]) -> None:
                 where=f"adapter {name}",
                 hint=ONLY_INSIDE,
             )
-        if isinstance(config, LoraConfig) and (options := unknown_options(config)):
+        if isinstance(config, LoraConfig) and (options := unknown_options(config, model)):
+            made = "target_parameters" in options
             raise UnsupportedModelError(
                 "options of LoRA that cannot be run exactly, or that are not known",
                 got=", ".join(options),
                 expected="plain LoRA (no DoRA, no lora_bias, no other variant)",
                 where=f"adapter {name}",
-                hint="leave the option out; what is equal to plain PEFT is listed in docs/models.md",
+                hint="leave it out; PEFT makes it of gate_proj, up_proj and down_proj where experts have these names"
+                if made
+                else "leave the option out; what is equal to plain PEFT is listed in docs/models.md",
             )
 
 
-def unknown_options(config: Any) -> list[str]:
-    """Return the names of a configuration's options that are not at their defaults, and not `KNOWN`."""
+def unknown_options(config: Any, model: nn.Module) -> list[str]:
+    """Return the names of a configuration's options that are not at their defaults, and not `KNOWN`.
+
+    Of types that may have experts, PEFT makes names in ``target_parameters`` of those of layers. If they are of no
+    parameter, as where all layers are dense, they have no effect.
+    """
     return [
         field.name
         for field in fields(config)
-        if field.name not in KNOWN and getattr(config, field.name) != _default(field)
+        if field.name not in KNOWN
+        and getattr(config, field.name) != _default(field)
+        and (field.name != "target_parameters" or _has_any(model, config.target_parameters or ()))
     ]
+
+
+def _has_any(model: nn.Module, ends: Collection[str]) -> bool:
+    """Whether PEFT finds a parameter of one of these names, which may be ends of paths."""
+    return any(f".{path}".endswith(f".{end}") for path in _parameter_paths(model) for end in ends)
+
+
+def _parameter_paths(model: nn.Module) -> Iterator[str]:
+    for path, module in model.named_modules():
+        names = {name for name, _ in module.named_parameters(recurse=False)}
+        if isinstance(module, nn.Linear):  # whose weight may be on the worker
+            names |= {"weight", "bias"}
+        yield from (f"{path.replace('.base_layer', '')}.{name}" for name in names)
 
 
 def _default(field: Field[Any]) -> Any:
