@@ -18,6 +18,8 @@ from transformers import (
     BloomConfig,
     Cohere2Config,
     CTRLConfig,
+    Emu3ForCausalLM,
+    Emu3TextConfig,
     FalconConfig,
     FalconH1Config,
     Gemma3Config,
@@ -30,6 +32,7 @@ from transformers import (
     Lfm3Config,
     Mamba2Config,
     MambaConfig,
+    MllamaForCausalLM,
     OlmoHybridConfig,
     OpenAIGPTConfig,
     OPTConfig,
@@ -38,6 +41,7 @@ from transformers import (
     Qwen3_5TextConfig,
     RecurrentGemmaConfig,
 )
+from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 
 from obfuscatune import UnsupportedModelError
 from obfuscatune.cli import main
@@ -119,6 +123,11 @@ HYBRIDS: dict[str, Callable[[], Any]] = {
         **NARROW, mamba_n_heads=12, mamba_d_head=8, mamba_d_state=8, mamba_chunk_size=4, attn_layer_indices=[1]
     ),
 }  # fmt: skip
+# Parts of larger models, for whose configurations `AutoModelForCausalLM` has no class.
+PARTS: dict[str, Callable[[], Any]] = {
+    "emu3": lambda: Emu3ForCausalLM(Emu3TextConfig(**SQUARE)),
+    "mllama": lambda: MllamaForCausalLM(MllamaTextConfig(**SQUARE, cross_attention_layers=[])),
+}
 QUICK = ("qwen3_5_text", "falcon_h1", "recurrent_gemma")
 STOCK_FLOAT32 = {  # whose stock masks are not finite in float64
     "bloom": lambda: BloomConfig(**SMALL, hidden_size=24, n_layer=2, n_head=4, hidden_dropout=0.0)
@@ -180,6 +189,22 @@ def test_hybrids_run_exactly(protect: Any, name: str) -> None:
             found = [each.generate(**prompt, num_beams=beams) for each in (run.model, reference)]
             assert torch.equal(*found)
     assert len(results[0]) > 4
+    assert worst(results[1], results[0]) < EXACT
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_part_of_a_larger_model_runs_exactly(protect: Any, name: str) -> None:
+    reference = adapted(randomize(PARTS[name]().double().eval()))
+    ids, mask = batch()
+    prompt = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    results = []
+    with protect(copy.deepcopy(reference), profile="strict", **MONARCH) as run:
+        for each in (reference, run.model):
+            logits = each(input_ids=ids, attention_mask=mask).logits[mask.bool()]
+            scalar(logits).backward()
+            results.append({"logits": logits.detach(), **gradients(each)})
+        assert torch.equal(run.model.generate(**prompt), reference.generate(**prompt))
+    assert len(results[0]) > 2 * 2 * 7
     assert worst(results[1], results[0]) < EXACT
 
 

@@ -121,7 +121,8 @@ def _trace(model: Any, paths: list[str], where: str) -> dict[str, int]:
         that was added to the model.
     """
     # Eager attention, because the making of masks for others looks at values, and there are none.
-    skeleton = empty_model(model.config, attn_implementation="eager")
+    kind = type(model) if type(model).__module__.startswith("transformers.models.") else None
+    skeleton = empty_model(model.config, kind, attn_implementation="eager")
     there = {name for name, _ in skeleton.named_modules()}
     for path in paths:
         if path not in there:

@@ -8,10 +8,12 @@ import torch
 from obfuscatune.errors import OWN_CONFIG, UnsupportedModelError
 
 
-def empty_model(config: Any, **options: Any) -> Any:
+def empty_model(config: Any, kind: Any = None, **options: Any) -> Any:
     """Return the causal language model of a ``transformers`` configuration, in evaluation mode; takes no memory.
 
     Args:
+        kind: its class. None for that of ``AutoModelForCausalLM``, which has none for the configuration of some models
+            that are a part of a larger one.
         options: further arguments of ``AutoModelForCausalLM.from_config``, such as ``dtype``.
 
     Raises:
@@ -24,9 +26,13 @@ def empty_model(config: Any, **options: Any) -> Any:
         refuse_attention(config)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                copy.deepcopy(config), trust_remote_code=False, **options
-            )
+            config = copy.deepcopy(config)
+            if kind is None:
+                model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                    config, trust_remote_code=False, **options
+                )
+            else:
+                model = kind._from_config(config, **options)
     except Exception as error:  # a width of zero, an activation that nobody has, ... each fails in its own way
         raise UnsupportedModelError(
             "not the configuration of a causal language model that transformers has",
