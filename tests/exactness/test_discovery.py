@@ -18,6 +18,7 @@ from transformers import (
     BloomConfig,
     Cohere2Config,
     CTRLConfig,
+    DeepseekV32Config,
     Emu3ForCausalLM,
     Emu3TextConfig,
     FalconConfig,
@@ -40,6 +41,7 @@ from transformers import (
     Qwen3_5Config,
     Qwen3_5TextConfig,
     RecurrentGemmaConfig,
+    RwkvConfig,
 )
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 
@@ -261,7 +263,7 @@ def test_float32(protect: Any, name: str, profile: str) -> None:
 def test_a_layer_that_another_calls_by_its_weight_is_refused(protect: Any) -> None:
     """BLOOM's slow form multiplies slices of ``dense.weight`` itself, and never calls the layer."""
     config = BloomConfig(**SMALL, hidden_size=24, n_layer=2, n_head=4, pretraining_tp=2, slow_but_exact=True)
-    with pytest.raises(UnsupportedModelError, match=r"not called once: got 0 calls.*self_attention\.dense"):
+    with pytest.raises(UnsupportedModelError, match=r"weight of a layer.*self_attention\.dense"):
         protect(model_of(config, torch.float32), profile="strict")
 
 
@@ -306,16 +308,37 @@ def test_what_a_configuration_does_not_say_is_refused(
         (lambda: GptOssConfig(**SQUARE, head_dim=6, num_local_experts=2, sliding_window=4), r"mlp\.experts"),
         (
             lambda: MambaConfig(vocab_size=37, hidden_size=64, num_hidden_layers=2, state_size=4),
-            r"0 calls.*mixer\.dt_proj",
+            r"weight of a layer.*mixer\.dt_proj",
         ),
         (lambda: RecurrentGemmaConfig(**NARROW), r"not those of a linear layer.*_gate_weight.*rg_lru"),
         (lambda: FalconConfig(**SMALL, hidden_size=24, num_attention_heads=3), r"kind that cannot be keyed.*Falcon"),
+        (
+            lambda: RwkvConfig(vocab_size=37, hidden_size=24, num_hidden_layers=2, rescale_every=1),
+            r"weight of a layer.*blocks\.0\.attention\.output",
+        ),
+        (
+            lambda: DeepseekV32Config(
+                **{**SQUARE, "num_key_value_heads": 4},
+                first_k_dense_replace=2,
+                q_lora_rank=8,
+                kv_lora_rank=8,
+                qk_nope_head_dim=8,
+                qk_rope_head_dim=4,
+                v_head_dim=8,
+                index_head_dim=8,
+                index_n_heads=2,
+                index_topk=4,
+            ),
+            r"weight of a layer.*layers\.0\.self_attn\.indexer\.weights_proj",
+        ),
     ],
     ids=[
         "experts",
         "a weight that other code multiplies by",
         "large weights of another kind",
         "a linear layer of its own class",
+        "weights that are rescaled",
+        "a weight whose dtype is asked for",
     ],
 )
 def test_other_kinds_of_layers_are_refused_by_name(protect: Any, config: Callable[[], Any], message: str) -> None:

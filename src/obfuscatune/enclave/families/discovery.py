@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from obfuscatune.enclave.families.empty import empty_model
 from obfuscatune.enclave.families.form import Block, Decoder, Group, Layer, find_layer
+from obfuscatune.enclave.remote.withdrawn import NotHereError, Withdrawn
 from obfuscatune.errors import ONLY_INSIDE, UNQUANTIZED, UnsupportedModelError
 
 # Short convolutions and the numbers of a state space stay in the enclave. They are at most this much of what a block's
@@ -113,12 +114,31 @@ def _is_norm(module: nn.Module) -> bool:
     return type(module).__module__.startswith("transformers.models.") and type(module).__name__.endswith("Norm")
 
 
+class _Away(Withdrawn):
+    """A layer of the model without data, as it will be: away, so that the model's own code meets no weight.
+
+    Attributes:
+        entered: what it was called with, kept, so that no two have one address.
+    """
+
+    def __init__(self, path: str, plain: nn.Module) -> None:
+        super().__init__(path)
+        self.entered: list[Tensor] = []
+        self.bias: Any = plain.bias  # which stays
+        self._width: Any = plain.nf if isinstance(plain, Conv1D) else plain.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return a tensor of the form of the layer's result."""
+        self.entered.append(x)
+        return x.new_empty(*x.shape[:-1], self._width)
+
+
 def _trace(model: Any, paths: list[str], where: str) -> dict[str, int]:
     """Return, by path of a layer, a number for the tensor that entered it.
 
     Raises:
-        UnsupportedModelError: a model that cannot be run without data, a layer that is not called just once, or one
-        that was added to the model.
+        UnsupportedModelError: a model that cannot be run without data, a layer that is not called just once or whose
+        weight other code takes, or one that was added to the model.
     """
     # Eager attention, because the making of masks for others looks at values, and there are none.
     kind = type(model) if type(model).__module__.startswith("transformers.models.") else None
@@ -132,11 +152,11 @@ def _trace(model: Any, paths: list[str], where: str) -> dict[str, int]:
                 where=path,
                 hint=ONLY_INSIDE,
             )
-    entered: dict[str, list[Tensor]] = {path: [] for path in paths}
+    layers: dict[str, _Away] = {}
     for path in paths:
-        skeleton.get_submodule(path).register_forward_pre_hook(
-            lambda _, args, path=path: entered[path].append(args[0])  # kept, so that no two have one address
-        )
+        parent, _, name = path.rpartition(".")
+        layers[path] = _Away(path, skeleton.get_submodule(path))
+        setattr(skeleton.get_submodule(parent), name, layers[path])
     ids = torch.zeros(1, _TOKENS, dtype=torch.long, device="meta")
     made = torch.zeros(1, 1, _TOKENS, _TOKENS, dtype=next(skeleton.parameters()).dtype, device="meta")
     failure: Exception | None = None
@@ -146,12 +166,19 @@ def _trace(model: Any, paths: list[str], where: str) -> dict[str, int]:
         None,
         flat,
     ):  # one that is made already, or one that the model makes for itself, or of a tokenizer
-        for tensors in entered.values():
-            tensors.clear()
+        for layer in layers.values():
+            layer.entered.clear()
         try:
             with torch.no_grad():
                 skeleton(input_ids=ids, attention_mask=mask, use_cache=False)
             break
+        except NotHereError as error:
+            raise UnsupportedModelError(
+                "the model's own code takes the weight of a layer, which would be on the worker",
+                got=error.got,
+                where=error.where,
+                hint=ONLY_INSIDE,
+            ) from error
         except Exception as error:  # whatever the model's own code does with tensors that have no data
             failure = error
     else:
@@ -161,13 +188,13 @@ def _trace(model: Any, paths: list[str], where: str) -> dict[str, int]:
             where=where,
             hint=ONLY_INSIDE,
         ) from failure
-    for path, tensors in entered.items():
-        if len(tensors) != 1:
-            got = f"{len(tensors)} calls in a forward"
+    for path, layer in layers.items():
+        if len(layer.entered) != 1:
+            got = f"{len(layer.entered)} calls in a forward"
             raise UnsupportedModelError(
                 "a linear layer that is not called once", got=got, expected="1", where=path, hint=ONLY_INSIDE
             )
-    return {path: id(tensors[0]) for path, tensors in entered.items()}
+    return {path: id(layer.entered[0]) for path, layer in layers.items()}
 
 
 def _groups(layers: dict[str, Layer], inputs: dict[str, int]) -> tuple[Group, ...]:
