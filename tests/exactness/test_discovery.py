@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     BambaConfig,
+    BartConfig,
     BloomConfig,
     Cohere2Config,
     CTRLConfig,
@@ -34,6 +35,8 @@ from transformers import (
     Mamba2Config,
     MambaConfig,
     MllamaForCausalLM,
+    MusicgenDecoderConfig,
+    MusicgenForCausalLM,
     OlmoHybridConfig,
     OpenAIGPTConfig,
     OPTConfig,
@@ -42,6 +45,7 @@ from transformers import (
     Qwen3_5TextConfig,
     RecurrentGemmaConfig,
     RwkvConfig,
+    XmodConfig,
 )
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 
@@ -331,6 +335,32 @@ def test_what_a_configuration_does_not_say_is_refused(
             ),
             r"weight of a layer.*layers\.0\.self_attn\.indexer\.weights_proj",
         ),
+        (
+            lambda: XmodConfig(
+                **SMALL,
+                hidden_size=24,
+                intermediate_size=20,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                is_decoder=True,
+                languages=["en_XX"],
+                default_language="en_XX",
+            ),
+            r"code looks at values of tensors.*at xmod",
+        ),
+        (
+            lambda: BartConfig(
+                **SMALL,
+                d_model=24,
+                encoder_layers=2,
+                decoder_layers=2,
+                decoder_attention_heads=4,
+                decoder_ffn_dim=20,
+                is_decoder=True,
+                is_encoder_decoder=False,
+            ),
+            r"(?s)got 0 calls.*encoder_attn\.k_proj.*cross-attention",
+        ),
     ],
     ids=[
         "experts",
@@ -339,11 +369,24 @@ def test_what_a_configuration_does_not_say_is_refused(
         "a linear layer of its own class",
         "weights that are rescaled",
         "a weight whose dtype is asked for",
+        "code that looks at values",
+        "cross-attention",
     ],
 )
 def test_other_kinds_of_layers_are_refused_by_name(protect: Any, config: Callable[[], Any], message: str) -> None:
     with pytest.raises(UnsupportedModelError, match=message):
         protect(AutoModelForCausalLM.from_config(config()), profile="strict")
+
+
+def test_why_a_model_cannot_be_run_without_data_is_told(protect: Any) -> None:
+    """MusicGen's decoder takes four rows of tokens for one of a batch."""
+    config = MusicgenDecoderConfig(
+        vocab_size=37, hidden_size=24, ffn_dim=20, num_hidden_layers=2, num_attention_heads=4
+    )
+    with pytest.raises(
+        UnsupportedModelError, match=r"by running it: got RuntimeError: shape '\[-1, 4, 4\]' is invalid"
+    ):
+        protect(MusicgenForCausalLM(config), profile="strict")
 
 
 @pytest.mark.parametrize("profile", ["balanced", "strict"])

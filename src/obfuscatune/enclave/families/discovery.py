@@ -19,6 +19,7 @@ from obfuscatune.errors import ONLY_INSIDE, UNQUANTIZED, UnsupportedModelError
 # Short convolutions and the numbers of a state space stay in the enclave. They are at most this much of what a block's
 # linear layers have; where it is more, a user would wonder how little has left.
 STAYS = 0.05
+_CROSS = ("cross", "encoder_")  # names of attention to what an encoder gives
 _TOKENS = 4  # of the run without data; a number that no layer's width is likely to be mistaken for
 
 
@@ -182,19 +183,30 @@ def _trace(model: Any, paths: list[str], where: str) -> dict[str, int]:
         except Exception as error:  # whatever the model's own code does with tensors that have no data
             failure = error
     else:
-        raise UnsupportedModelError(
-            "the model's layers cannot be found by running it",
-            got=type(failure).__name__,
-            where=where,
-            hint=ONLY_INSIDE,
-        ) from failure
+        raise _not_run(failure, where) from failure
     for path, layer in layers.items():
         if len(layer.entered) != 1:
-            got = f"{len(layer.entered)} calls in a forward"
+            crossed = any(part.startswith(_CROSS) for part in path.split("."))
             raise UnsupportedModelError(
-                "a linear layer that is not called once", got=got, expected="1", where=path, hint=ONLY_INSIDE
+                "a linear layer that is not called once",
+                got=f"{len(layer.entered)} calls in a forward",
+                expected="1",
+                where=path,
+                hint=f"cross-attention is not called without what an encoder gives; {ONLY_INSIDE}"
+                if crossed
+                else ONLY_INSIDE,
             )
     return {path: id(layer.entered[0]) for path, layer in layers.items()}
+
+
+def _not_run(failure: Exception | None, where: str) -> UnsupportedModelError:
+    """Return what a model is refused with whose code failed on tensors without data."""
+    said = str(failure).split("\n", 1)[0]
+    if isinstance(failure, NotImplementedError) or "meta tensor" in said:
+        what, got = "the model's own code looks at values of tensors, so its layers cannot be found without data", None
+    else:
+        what, got = "the model's layers cannot be found by running it", f"{type(failure).__name__}: {said[:120]}"
+    return UnsupportedModelError(what, got=got, where=where, hint=ONLY_INSIDE)
 
 
 def _groups(layers: dict[str, Layer], inputs: dict[str, int]) -> tuple[Group, ...]:
