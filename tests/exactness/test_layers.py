@@ -107,5 +107,9 @@ def test_a_model_that_looks_at_a_result_in_another_shape(protect: Any, profile: 
             results.append({"logits": logits.detach(), **gradients(each)})
         prompt = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 6, "do_sample": False}
         assert torch.equal(*(each.generate(**prompt) for each in (reference, run.model)))
+        report = run.report()
+    experts = [path for path, _ in reference.named_parameters() if "_embed.weight" in path]
+    inside = sum(reference.get_parameter(path).numel() for path in experts)
+    assert len(experts) == 2 * 2 and report.enclave_parameters > inside  # embeddings, which stay
     assert len(results[0]) > 4
     assert worst(results[1], results[0]) < EXACT
