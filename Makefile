@@ -86,7 +86,7 @@ format: setup  ## format and repair what can be repaired
 bench: setup  ## run the benchmarks
 	$(BIN)/obfuscatune bench
 
-audit: setup  ## attack every profile and say what leaks, in about an hour; the report is in results/audit
+audit: setup  ## attack every profile and say what leaks, in an hour and a quarter; the report is in results/audit
 	$(BIN)/obfuscatune audit --out results/audit --workers 2
 
 gpu-check: setup  ## check equality and cost with the worker on a GPU; skipped, saying so, without one
