@@ -27,6 +27,7 @@ UNIT_LINES = (
     "LimitCORE=0",
     "MemorySwapMax=0",
     "SystemCallArchitectures=native",
+    "RestartPreventExitStatus=2",
 )
 COMMAND_LINE = (
     "systemd.gpt_auto=no",
@@ -71,6 +72,8 @@ def dockerfile_faults(text: str) -> list[str]:
                 json.loads(rest)
             except ValueError:
                 faults.append(f"{name}: a shell would be its first process")
+        if name == "VOLUME" and not all(f"-o 65532 -g 65532 {path}" in joined for path in json.loads(rest)):
+            faults.append(f"VOLUME {rest}: belongs to root")
         user = rest.strip() if name == "USER" else user
     if user.partition(":")[0] in ("root", "0"):
         faults.append("USER: root")
@@ -81,6 +84,23 @@ def unit_faults(name: str, text: str) -> list[str]:
     """Return the hardening lines that a unit lacks."""
     lines = {line.strip() for line in text.splitlines()}
     return [f"{name}: {line} is missing" for line in UNIT_LINES if line not in lines]
+
+
+def drop_in_faults(folder: Path) -> list[str]:
+    """Return which of its unit's variables a drop-in's command leaves out: other drop-ins would set them in vain."""
+    faults: list[str] = []
+    for unit in sorted(folder.glob("*.service")):
+        who = unit.name.removeprefix("obfuscatune-").removesuffix(".service")
+        (wanted,) = _variables(unit)
+        for drop_in in sorted((folder / "drop-ins").glob(f"{who}-*.conf")):
+            left_out = [name for found in _variables(drop_in) for name in sorted(wanted - found)]
+            faults += [f"{drop_in.name}: the command leaves out {name}" for name in left_out]
+    return faults
+
+
+def _variables(path: Path) -> list[set[str]]:
+    commands = re.findall(r"^ExecStart=(\S.*)$", path.read_text(), re.MULTILINE)
+    return [set(re.findall(r"\$\{?(\w+)", command)) for command in commands]
 
 
 def systemd_faults(folder: Path) -> Iterator[str]:
@@ -139,6 +159,7 @@ def check_all() -> list[str]:
         report(path.name, dockerfile_faults(path.read_text()))
     for path in sorted((HERE / "systemd").glob("*.service")):
         report(path.name, unit_faults(path.name, path.read_text()))
+    report("drop-ins together", drop_in_faults(HERE / "systemd"))
     if shutil.which("systemd-analyze"):
         report("systemd-analyze verify and security", list(systemd_faults(HERE / "systemd")))
     else:

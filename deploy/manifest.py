@@ -19,6 +19,7 @@ EXAMPLE = {
     "state_dir": "/var/lib/obfuscatune/state",
     "parties_dir": "/etc/obfuscatune/parties",
     "worker": "tcp://127.0.0.1:7000",
+    "arguments": "",
     "enclave_size": "16G",
     "max_threads": "64",  # gramine-manifest passes text
 }

@@ -95,7 +95,8 @@ def snp_launch_digest(
         from sevsnpmeasure.sev_mode import SevMode
         from sevsnpmeasure.vcpu_types import CPU_SIGS
     except ModuleNotFoundError:
-        raise UsageError("the package sev-snp-measure is missing", hint="pip install 'obfuscatune[measure]'") from None
+        hint = "pip install '.[measure]' in the source of obfuscatune"
+        raise UsageError("the package sev-snp-measure is missing", hint=hint) from None
     if vcpu_type not in CPU_SIGS:
         raise UsageError("unknown type of processor", got=vcpu_type, expected=", ".join(CPU_SIGS))
     if not 1 <= vcpus <= 1024:

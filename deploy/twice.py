@@ -85,6 +85,14 @@ def compare(pairs: Iterator[tuple[Path, Path]]) -> bool:
     return same
 
 
+def make_absolute() -> None:
+    """Make the paths among build.sh's variables absolute: the builds run in folders of their own."""
+    for name in ("WHEELS", "OVMF", "PYTHON"):
+        value = os.environ.get(name)
+        if value and (name != "PYTHON" or os.sep in value):  # a bare name of a program is looked for in PATH
+            os.environ[name] = os.path.abspath(value)  # not resolved: a virtual environment's python is a link
+
+
 def _run(command: list[str], folder: Path, surroundings: dict[str, str]) -> None:
     environment = {"SOURCE_DATE_EPOCH": EPOCH, **os.environ, **surroundings}
     subprocess.run(command, cwd=folder, env=environment, umask=UMASK, check=True, stdout=subprocess.DEVNULL)  # noqa: S603
@@ -98,6 +106,7 @@ def main(arguments: list[str]) -> int:
     if image and shutil.which("mkosi") is None:
         print("mkosi is not installed: the image was not built", file=sys.stderr)
         return 2
+    make_absolute()
     with tempfile.TemporaryDirectory() as name:
         try:
             trees = [copy_tree(Path(name) / folder) for folder in ("first", "the/second")]

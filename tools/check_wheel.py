@@ -9,6 +9,7 @@ import sys
 import sysconfig
 import tempfile
 import venv
+import zipfile
 from pathlib import Path
 
 CHECKS = """
@@ -35,6 +36,10 @@ print(f"obfuscatune {obfuscatune.__version__} of the wheel: logits of shared are
 def main(folder: Path) -> None:
     """Check the one wheel in ``folder``."""
     (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        compiled = [name for name in archive.namelist() if name.endswith(".so")]
+    if compiled != [expected := f"obfuscatune/protocol/c/kernel{sysconfig.get_config_var('EXT_SUFFIX')}"]:
+        raise SystemExit(f"{wheel.name} has {compiled}, expected {expected} alone")
     with tempfile.TemporaryDirectory() as name:
         home = Path(name) / "environment"
         venv.create(home, with_pip=True)

@@ -57,6 +57,15 @@ def test_systemd_finds_a_line_that_it_does_not_know(check: ModuleType, tmp_path:
     assert "ProtectEverything" in fault
 
 
+def test_a_drop_in_that_undoes_another_is_found(check: ModuleType, tmp_path: Path) -> None:
+    shutil.copytree(DEPLOY / "systemd", tmp_path / "units")
+    assert check.drop_in_faults(tmp_path / "units") == []
+    drop_in = tmp_path / "units" / "drop-ins" / "worker-tcp.conf"
+    drop_in.write_text(drop_in.read_text().replace(" --device ${OBFUSCATUNE_DEVICE}", ""))
+    fault = "worker-tcp.conf: the command leaves out OBFUSCATUNE_DEVICE"
+    assert check.drop_in_faults(tmp_path / "units") == [fault]
+
+
 @pytest.mark.parametrize("unit", UNITS, ids=lambda path: path.name)
 def test_each_hardening_line_is_missed(check: ModuleType, unit: Path) -> None:
     text = unit.read_text()
@@ -91,6 +100,7 @@ def test_an_image_is_pinned_and_not_run_by_root(check: ModuleType, image: Path) 
         ("ARG PYTHON_DIGEST\n", f"ARG PYTHON_DIGEST={'0' * 64}\n", "no digest, or one with a default"),
         ("USER 65532:65532\n", "", "USER: root"),
         ("USER 65532:65532", "USER 0", "USER: root"),
+        ("RUN install -d -m 0700 -o 65532 -g 65532 /state\n", "", "belongs to root"),
         ("COPY src src", "ADD src src", "ADD: not one of"),
         ("COPY src src", "COPY . .", "COPY .: takes"),
         ("COPY src src", "COPY clinic.key /state/", "looks like a secret"),
@@ -109,6 +119,16 @@ def test_the_build_context_holds_no_state() -> None:
     assert "*" in lines
     copied = {"pyproject.toml", "constraints.txt", "README.md", "LICENSE", "src"}
     assert {line[1:] for line in lines if line.startswith("!")} == copied
+    # What `make setup` leaves in src/ is of another interpreter, or older than the sources.
+    assert {"**/*.so", "**/*.egg-info", "**/__pycache__"} <= set(lines[lines.index("!src") :])
+
+
+def test_what_the_image_is_built_from_stays_out_of_git_and_of_the_sdist() -> None:
+    build = (DEPLOY / "cvm" / "build.sh").read_text()
+    ignored = set((DEPLOY / "cvm" / ".gitignore").read_text().split())
+    pruned = set((DEPLOY.parent / "MANIFEST.in").read_text().splitlines())
+    for name in ("inputs", "mkosi.output", "mkosi.sandbox"):
+        assert name in build and f"{name}/" in ignored and f"prune deploy/cvm/{name}" in pruned
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,8 @@ def test_the_command_is_fixed_and_asks_for_the_gramine_platform(manifest: Module
         *("--worker", "tcp://127.0.0.1:7000", "--platform", "gramine", "--parties", "/etc/obfuscatune/parties"),
         *("--max_connections", "16"),  # each may cost a thread, of which the enclave has 64
     ]
+    more = tomllib.loads(manifest.render_manifest(arguments="--escrow --max_store_gb 20"))["loader"]["argv"]
+    assert more == [*argv, "--escrow", "--max_store_gb", "20"]
 
 
 def test_every_file_of_the_enclave_is_measured(manifest: ModuleType) -> None:

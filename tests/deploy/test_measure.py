@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import sys
 import tomllib
 from pathlib import Path
 from types import ModuleType
@@ -94,6 +95,13 @@ def test_a_changed_bit_is_refused_where_it_is_signed(measure: ModuleType, offset
 def test_other_bytes_are_refused(measure: ModuleType, data: bytes) -> None:
     with pytest.raises(FormatError):
         measure.read_sigstruct(data, "it")
+
+
+def test_a_missing_package_is_named_with_its_place(measure: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sevsnpmeasure.guest", None)
+    given = {"vcpus": 1, "vcpu_type": "EPYC-v4", "kernel": None, "initrd": None, "append": "", "features": 1}
+    with pytest.raises(UsageError, match=r"'\.\[measure\]' in the source"):
+        measure.snp_launch_digest(Path("OVMF.fd"), **given)
 
 
 def test_the_launch_digest_of_a_real_firmware(

@@ -1,7 +1,10 @@
 """``make image-twice``: what goes into the image is the same bytes when it is built again, and a difference is seen."""
 
+import os
 import subprocess
 import sys
+import sysconfig
+import time
 import zipfile
 from pathlib import Path
 from types import ModuleType
@@ -52,6 +55,25 @@ def test_without_mkosi_no_image_is_claimed(
     assert "the image was not built" in capsys.readouterr().err
 
 
+def test_paths_hold_in_the_folders_of_the_builds(
+    twice: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(twice.shutil, "which", lambda name: name)
+    monkeypatch.setattr(twice, "copy_tree", lambda target: target)
+    monkeypatch.setattr(twice, "build_wheel", lambda *each: archive(tmp_path / "a.whl", {}))
+    seen = []
+    monkeypatch.setattr(
+        twice, "_run", lambda *each: seen.append([twice.os.environ.get(n) for n in ("WHEELS", "OVMF", "PYTHON")])
+    )
+    monkeypatch.setattr(twice, "compare", lambda pairs: True)
+    for python, expected in (("bin/python", str(tmp_path / "bin/python")), ("python3", "python3")):
+        for name, value in (("WHEELS", "wheels"), ("OVMF", "OVMF.fd"), ("PYTHON", python)):
+            monkeypatch.setenv(name, value)
+        assert twice.main(["--image"]) == 0
+        assert seen.pop() == seen.pop() == [str(tmp_path / "wheels"), str(tmp_path / "OVMF.fd"), expected]
+
+
 @pytest.mark.slow
 def test_the_wheel_is_the_same_when_it_is_built_again() -> None:
     done = subprocess.run(  # noqa: S603
@@ -59,6 +81,22 @@ def test_the_wheel_is_the_same_when_it_is_built_again() -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     assert done.stdout.startswith("same  ") and done.stdout.rstrip().endswith(".whl")
+
+
+@pytest.mark.slow
+def test_a_wheel_has_the_compiled_part_of_this_build_alone(twice: ModuleType, tmp_path: Path) -> None:
+    tree = twice.copy_tree(tmp_path)
+    own = f"kernel{sysconfig.get_config_var('EXT_SUFFIX')}"
+    folder = "obfuscatune/protocol/c"
+    built = tree / "build" / f"lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}" / folder
+    built.mkdir(parents=True)
+    # Of `make setup`, of another Python, and of an earlier build: newer than the sources, as one copied later is.
+    for path in (tree / "src" / folder / own, tree / "src" / folder / "kernel.cpython-310-other.so", built / own):
+        path.write_bytes(b"not compiled here")
+        os.utime(path, (time.time() + 3600,) * 2)
+    with zipfile.ZipFile(twice.build_wheel(tree, twice.SURROUNDINGS[0])) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".so"))
+        assert (name, archive.read(name)[:4]) == (f"{folder}/{own}", b"\x7fELF")
 
 
 def test_a_tree_without_its_history_is_one_message(
