@@ -174,8 +174,30 @@ def test_a_liar_that_leaves_after_its_lie_is_named_too(
     with protected_by(tmp_path, [lying(False), honest, honest, late], spares=1) as (protected, addresses):
         with pytest.raises(WorkerFault, match="a product is wrong") as caught:
             step(protected.model)
-        named = [address for address in addresses if address in str(caught.value)]
+        named = [address for address in addresses if address in caught.value.worker]
         assert named == addresses[: 1 if others else 3]
+
+
+def test_where_the_spare_stood_in_for_a_lost_worker_a_liar_cannot_be_told(tmp_path: Path) -> None:
+    """Three replies are left, of which one is wrong: the error says so, and does not advise the spare that there is."""
+    with protected_by(tmp_path, [leaving, honest, lying(False), honest], spares=1) as (protected, addresses):
+        with (
+            pytest.warns(UserWarning, match="a worker is lost, and a spare stands in"),
+            pytest.raises(WorkerFault, match="a product is wrong") as caught,
+        ):
+            step(protected.model)
+        assert [address for address in addresses if address in caught.value.worker] == addresses[1:]
+        assert "which cannot be told" in caught.value.hint and f"stood in for {addresses[0]}" in caught.value.hint
+        assert "spares=1" not in str(caught.value)
+
+
+def test_more_liars_than_spares_are_not_told_from_the_others(tmp_path: Path) -> None:
+    """Each has a lie of its own: no three replies make up a product, and nobody is accused alone."""
+    answers: list[Answer] = [honest, lying(False), lying(False, at=1), honest]
+    with protected_by(tmp_path, answers, spares=1) as (protected, addresses):
+        with pytest.raises(WorkerFault, match="more workers are wrong than the 1") as caught:
+            step(protected.model)
+        assert [address for address in addresses if address in caught.value.worker] == addresses
 
 
 def test_not_verified_a_lie_passes(tmp_path: Path) -> None:
@@ -287,7 +309,7 @@ def test_a_lie_ends_it_all_whatever_comes_while_the_liar_is_looked_for(
                 step(protected.model)
             assert isinstance(caught.value.__cause__, KeyboardInterrupt) == interrupted
             assert all(link.session.has_ended for link in protected.links)
-            assert [address for address in addresses if address in str(caught.value)] == addresses[:3]
+            assert [address for address in addresses if address in caught.value.worker] == addresses[:3]
             with pytest.raises(UsageError):
                 step(protected.model)
         finally:

@@ -263,14 +263,28 @@ class Workers(Secret):
                 if self._decode(other, part, side, vectors) is None:
                     liars.append(i)
             break
-        hint = "with a spare worker, spares=1, the one that is wrong is named"
-        if liars:
-            hint = f"named as if no more than {self.scheme.spares} lied: more together can make it look like another"
         named = liars or list(replies)
-        call = part.pending[named[0]].id  # to each of them, unless one has been lost, of the same number
-        fault = WorkerFault("a product is wrong", worker=self._names(named), layer=weight.path, call=call, hint=hint)
+        fault = WorkerFault(
+            "a product is wrong",
+            worker=self._names(named),
+            layer=weight.path,
+            call=part.pending[named[0]].id,  # to each of them, unless one has been lost, of the same number
+            hint=self._hint(liars, replies),
+        )
         fault.__cause__ = cause
         return fault
+
+    def _hint(self, liars: Sequence[int], replies: Mapping[int, Tensor]) -> str:
+        """What the names of a fault mean: an honest worker is not to be taken for a liar."""
+        spares = self.scheme.spares
+        if liars:
+            return f"named as if no more than {spares} lied: more together can make it look like another"
+        if not spares:
+            return "one of them is wrong; with a spare worker, spares=1, it is named"
+        missing = [i for i in range(len(self.sessions)) if i not in replies]
+        if len(missing) < spares:
+            return f"more workers are wrong than the {spares - len(missing)} that could be named"
+        return f"one of them at least is wrong, which cannot be told: the spares stood in for {self._names(missing)}"
 
     def _take_all(self, part: _Part, replies: dict[int, Tensor]) -> None:
         """Wait for a reply or an end of each worker, no longer than for one reply.
