@@ -35,7 +35,7 @@ class FieldCheck(Secret):
         self._sides: list[tuple[Tensor, Tensor]] | None = []
         for matrix in (integers, integers.T):
             vectors = uniform.draw(scheme, count, matrix.shape[1]).to(torch.int16)
-            # Below 2^26 * 125 a term: sums of 2^19 of them are below 2^53, so exact.
+            # Below 2^26.4 * 125 a term, of seven primes: sums of 2^17.1 (MOST_TERMS) are below 2^51, so exact.
             images = (vectors.double() @ matrix.T).long()
             residues = [
                 centred(centred(plane, p) * lift_factor(scheme, p), p).to(torch.int16)
