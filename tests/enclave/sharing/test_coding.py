@@ -1,5 +1,8 @@
 """Products through shares: exact against Python's integers, equal bits of kernel and reference, error as promised."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -138,6 +141,50 @@ def test_what_only_zeros_multiply_costs_no_precision() -> None:
         for transpose, rows in ((False, x), (True, gaussian(32, 64, seed=4))):
             true = rows.double() @ (w.T if transpose else w).double()
             assert (product(rows, transpose=transpose) - true).norm() < bound * true.norm()
+
+
+@pytest.mark.parametrize("primes", [2, 3, 4])
+def test_a_weight_that_leaves_no_room_for_rows_is_refused(primes: int) -> None:
+    """The room, most - half, would be zero or less of still wider ones: where it is not refused, there is enough."""
+    refused = 0
+    for width in (2**k for k in range(2, 18)):
+        for shape in ((width, 1), (1, width)):
+            try:
+                integers = fixed(torch.ones(shape), Scheme.make(primes=primes), "layer")
+            except UsageError as error:
+                assert "too few primes" in str(error)
+                refused += 1
+                continue
+            for side, inputs in ((integers.forward, shape[0]), (integers.backward, shape[1])):
+                assert side.most - 0.5 * inputs**0.5 > 0.5 * inputs**0.5
+    assert refused or primes > 2
+
+
+CAPABILITIES = """
+import sys, hashlib, numpy, torch
+from obfuscatune.enclave.sharing.fixed import fixed
+from obfuscatune.enclave.sharing.scheme import Scheme
+torch.set_num_threads(int(sys.argv[1]))
+for shape in ((768, 512), (511, 1025), (3, 9001)):
+    w = torch.from_numpy(numpy.random.default_rng(1).standard_normal(shape, dtype="float32"))
+    f = fixed(w, Scheme.make(), "layer")
+    sides = (f.forward.before, f.forward.after, f.backward.before, f.backward.after)
+    digest = hashlib.sha256(b"".join(t.contiguous().numpy().tobytes() for t in (f.columns, f.integers, *sides)))
+    print(digest.hexdigest(), f.forward.most.hex(), f.backward.most.hex())
+"""
+
+
+def test_a_weight_has_the_same_scales_with_any_instructions_and_threads() -> None:
+    found = set()
+    order = ["DEFAULT", "AVX2", "AVX512"]  # torch does not ask whether the CPU has what it is told to use
+    there = torch.backends.cpu.get_cpu_capability()
+    for capability in order[: order.index(there) + 1] if there in order else [there]:
+        for threads in (1, 2):
+            environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability.lower(), "OMP_NUM_THREADS": str(threads)}
+            command = [sys.executable, "-c", CAPABILITIES, str(threads)]
+            run = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)  # noqa: S603
+            found.add(run.stdout)
+    assert len(found) == 1
 
 
 def test_integers_of_a_tall_weight_stay_within_32_bits() -> None:
