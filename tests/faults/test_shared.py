@@ -191,6 +191,16 @@ def test_where_the_spare_stood_in_for_a_lost_worker_a_liar_cannot_be_told(tmp_pa
         assert "spares=1" not in str(caught.value)
 
 
+def test_a_liar_is_named_by_the_spares_that_are_left(tmp_path: Path) -> None:
+    """Two spares, of which one stood in for a lost worker: the name holds if no more than one lied."""
+    answers: list[Answer] = [leaving, lying(False), honest, honest, honest]
+    with protected_by(tmp_path, answers, spares=2) as (protected, addresses):
+        with pytest.warns(UserWarning, match="a spare stands in"), pytest.raises(WorkerFault) as caught:
+            for _ in range(200):
+                step(protected.model)
+        assert caught.value.worker == addresses[1] and "no more than 1 lied" in str(caught.value)
+
+
 def test_more_liars_than_spares_are_not_told_from_the_others(tmp_path: Path) -> None:
     """Each has a lie of its own: no three replies make up a product, and nobody is accused alone."""
     answers: list[Answer] = [honest, lying(False), lying(False, at=1), honest]

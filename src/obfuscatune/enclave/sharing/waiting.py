@@ -76,6 +76,7 @@ class _Line:
             pending, box = item
             answer: Any
             try:
+                # A copy, not in place: where it is wrong it is read again, to name the liar, which must not change it.
                 answer = pending.result()[1]["y"]
             except Exception as error:  # told to whoever waits
                 answer = error

@@ -278,7 +278,8 @@ class Workers(Secret):
         """What the names of a fault mean: an honest worker is not to be taken for a liar."""
         spares = self.scheme.spares
         if liars:
-            return f"named as if no more than {spares} lied: more together can make it look like another"
+            told = len(replies) - self.scheme.needed
+            return f"named as if no more than {told} lied: more together can make it look like another"
         if not spares:
             return "one of them is wrong; with a spare worker, spares=1, it is named"
         missing = [i for i in range(len(self.sessions)) if i not in replies]
