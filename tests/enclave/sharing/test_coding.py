@@ -174,6 +174,7 @@ for shape in ((768, 512), (511, 1025), (3, 9001)):
 """
 
 
+@pytest.mark.slow  # processes with instruction sets of their own
 def test_a_weight_has_the_same_scales_with_any_instructions_and_threads() -> None:
     found = set()
     order = ["DEFAULT", "AVX2", "AVX512"]  # torch does not ask whether the CPU has what it is told to use
