@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -356,6 +357,51 @@ def test_two_dead_workers_are_too_many_for_one_spare(tmp_path: Path) -> None:
         pytest.warns(UserWarning, match="a worker is lost"),
         pytest.raises(WorkerFault),
     ):
+        step(protected.model)
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_whoever_calls_again_after_the_end_is_refused_each_time(closed: bool, tmp_path: Path) -> None:
+    """The fifth call would share its rows for ever anew, with nobody left to take them."""
+    answers: list[Answer] = [honest, honest if closed else leaving, honest, honest if closed else leaving]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        with protected_by(tmp_path, answers, spares=1) as (protected, _):
+            if closed:
+                protected.close()
+            else:
+                with pytest.raises(WorkerFault):
+                    step(protected.model)
+            for _ in range(len(answers) + 1):
+                with pytest.raises(UsageError, match=r"closed|gone|ended"):
+                    step(protected.model)
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")  # of os.fork, from Python 3.12 on
+def test_with_a_spare_a_forked_process_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has none of the threads that would send and wait."""
+    calls: list[tuple[Workers, SharedWeight, torch.Tensor]] = []
+    product = Workers.product
+
+    def noted(self: Workers, weight: SharedWeight, x: torch.Tensor, *, transpose: bool) -> torch.Tensor:
+        calls.append((self, weight, x))
+        return product(self, weight, x, transpose=transpose)
+
+    monkeypatch.setattr(Workers, "product", noted)
+    with protected_by(tmp_path, [honest] * 4, spares=1) as (protected, _):
+        step(protected.model)
+        workers, weight, x = calls[0]
+        child = os.fork()
+        if child == 0:
+            try:
+                signal.signal(signal.SIGALRM, signal.SIG_DFL)
+                signal.alarm(20)  # the end of one that waits
+                product(workers, weight, x, transpose=False)  # not a step: OpenMP's threads are not here either
+            except UsageError as error:
+                os._exit(0 if "forked" in str(error) else 2)
+            finally:
+                os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         step(protected.model)
 
 

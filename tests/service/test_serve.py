@@ -337,6 +337,35 @@ def test_a_question_that_a_kill_left_unanswered_is_paid_for_once(tmp_path: Path)
     assert Record.from_fields(record.to_fields()) == record and len(record.counted.split()) == 2
 
 
+@pytest.mark.parametrize("how", ["killed", "failed"])
+def test_a_long_question_is_paid_for_once_though_many_come_after_it(how: str, tmp_path: Path) -> None:
+    with open_enclave(tmp_path) as enclave:
+        job = enclave.done_job(max_queries=99)
+        long, short = query_of(job, "long", 30), [query_of(job, f"short {number}") for number in range(12)]
+        later = iter(short)
+
+        def act() -> None:
+            if query := next(later, None):
+                serving._answering.add(query)
+            elif how == "failed" and short[-1].done:
+                fail()
+
+        serving = service(enclave, act)
+        serving._answering.add(long)
+        while not short[-1].done:
+            serving._answering.turn(0.0)  # counted, and not answered to its end
+        if how == "failed":
+            serving._answering.turn()
+            assert long.error is not None
+        assert not long.completions and enclave.book.record(job).queries == 12 + (how == "killed")
+        platform = enclave.platform
+    with open_enclave(tmp_path, platform) as enclave:
+        serving = service(enclave, lambda: None)
+        serving._answering.add(again := query_of(job, "long", 30))
+        serving._answering.turn()
+        assert again.completions and enclave.book.record(job).queries == 13
+
+
 def test_one_query_of_a_batch_fails_alone(enclave: Enclave) -> None:
     job = enclave.done_job()
     queries = [query_of(job, prompt) for prompt in ("a", "bad", "c")]
@@ -522,6 +551,29 @@ def test_a_stop_answers_what_was_begun_and_nothing_else(enclave: Enclave) -> Non
     assert begun.completions[0].tokens == 30 and not late.done
     serving.close()
     assert isinstance(late.error, BusyError) and enclave.book.record(job).queries == 1
+
+
+@pytest.mark.usefixtures("no_patience")
+def test_a_stop_answers_what_was_set_aside_too(enclave: Enclave) -> None:
+    """It was begun and paid for; another, which waits as long, was not."""
+    job = enclave.done_job()
+    long, late = query_of(job, "a", 30), query_of(job, "c")
+    other = Query(job, CLINIC.public.fingerprint, ["b"] * 8, Settings(longest=30))  # as many as fit
+    told: list[None] = []
+
+    def act() -> None:
+        if not long.sent and id(long) not in serving._answering._set_aside:
+            serving._answering.add(other)  # for which it goes to the end of the queue
+            long.sent = 1
+        elif id(long) in serving._answering._set_aside and not told:
+            serving._answering.add(late)
+            told.append(serving.leave())
+
+    serving = service(enclave, act)
+    serving._answering.add(long)
+    with pytest.raises(SystemExit):
+        serving.work()
+    assert told and long.completions[0].tokens == other.completions[0].tokens == 30 and not late.done
 
 
 def test_a_stop_between_the_turns_of_a_job_answers_after_its_step(enclave: Enclave) -> None:

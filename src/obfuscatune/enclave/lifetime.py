@@ -74,12 +74,13 @@ class Lifetime(Secret):
         finally:
             lock.release()
 
-    def _is_copy(self) -> bool:
+    def is_copy(self) -> bool:
         """Whether this is the copy in a process that was forked: the connection is not its own."""
         return os.getpid() != self._process_id
 
-    def _refuse_ended(self, layer: str) -> None:
-        if self._is_copy():
+    def refuse_ended(self, layer: str) -> None:
+        """Raise UsageError where the session has ended, or is another process's."""
+        if self.is_copy():
             hint = "protect the model in the process that runs it; the session of the first process goes on"
             raise UsageError("a protected model in a process that was forked", where=layer, hint=hint)
         if self._ended is not None:
@@ -91,7 +92,7 @@ class Lifetime(Secret):
     def _break(self, error: BaseException, layer: str) -> None:
         """End the session after an error on the connection, and raise the one that tells it; or return, to raise it."""
         if isinstance(error, ConnectionClosedError):
-            self._refuse_ended(layer)  # closed here, by another thread
+            self.refuse_ended(layer)  # closed here, by another thread
             status = self._exit_status()
             if status == "exit status 2" and self._last_id <= 1:
                 self._end("the worker has not started")
@@ -124,7 +125,7 @@ class Lifetime(Secret):
 
     def _end(self, reason: str) -> None:
         self._ended = self._ended or reason
-        if self._is_copy():  # to close the connection would end it for the first process too
+        if self.is_copy():  # to close the connection would end it for the first process too
             return
         self.connection.close()
         if self.process is not None and self.process.poll() is None:

@@ -104,7 +104,7 @@ class Session(Lifetime):
         """Return memory for a tensor that will be sent: where the worker reads it without a copy, if there is room."""
         # A forked process has the first one's memory, where that one's requests lie.
         shelf = self._shelf  # which another thread may take away, with the session's end
-        found = None if shelf is None or self._is_copy() else shelf.take(shape, dtype)
+        found = None if shelf is None or self.is_copy() else shelf.take(shape, dtype)
         return torch.empty(*shape, dtype=dtype) if found is None else found
 
     def drop(self, kind: str, number: int) -> None:
@@ -144,7 +144,7 @@ class Session(Lifetime):
         """
         refuse_not_finite(tensors, layer)
         with self._turn(self._sending, layer):
-            self._refuse_ended(layer)
+            self.refuse_ended(layer)
             self._last_id += 1
             pending = Pending(self, op, layer, self._last_id, expected, optional or {})
             dropped: dict[str, list[int]] = {}
@@ -182,7 +182,7 @@ class Session(Lifetime):
         started = time.perf_counter()
         with self._turn(self._receiving, pending.layer):
             while not pending.has_come:
-                self._refuse_ended(pending.layer)
+                self.refuse_ended(pending.layer)
                 try:
                     self._bound_wait()
                     self._hand_over(self.connection.receive_frame(max_payload=self._under_way[0].most))
@@ -228,7 +228,7 @@ class Session(Lifetime):
 
     def _end(self, reason: str) -> None:
         super()._end(reason)
-        if not self._is_copy():
+        if not self.is_copy():
             self._shelf = None  # a model may be kept long after: its memory is the system's once no tensor lies there
 
 

@@ -112,7 +112,7 @@ class Answering:
 
         For a handler of signals, in the thread of :meth:`turn`; a second call says no.
         """
-        if self._leaving is not None or not self._begun:
+        if self._leaving is not None or not (self._begun or self._set_aside):
             return False
         self._leaving = time.monotonic() + seconds
         return True
@@ -139,12 +139,17 @@ class Answering:
     # the steps of a turn
 
     def _admit(self, other: bool) -> None:
-        """Begin queries that wait: of the job of those before them; where none is under way and ``other``, of any."""
-        while not self._stopped() and sum(len(rows) for _, rows in self._begun.values()) < MAX_ROWS:
+        """Begin queries that wait: of the job of those before them; where none is under way and ``other``, of any.
+
+        Once the enclave is stopped, only those that were begun before, and set aside.
+        """
+        while sum(len(rows) for _, rows in self._begun.values()) < MAX_ROWS:
             with self._book.changed:
-                if not self._waiting or (self._waiting[0].job != self._job and (self._begun or not other)):
+                stopped = self._stopped()
+                query = next((one for one in self._waiting if not stopped or id(one) in self._set_aside), None)
+                if query is None or (query.job != self._job and (self._begun or not other)):
                     return
-                query = self._waiting.popleft()
+                self._waiting.remove(query)
                 self._job = query.job
             self._begin(query)
 
@@ -172,14 +177,16 @@ class Answering:
         try:
             if not query.take():
                 return query.finish([])
+            asked = (query.job, query.party, len(query.prompts), query.settings.longest, query.question)
             known = self._answers.get(query.question)  # asked twice at once, or answered while whoever asked was away
             if known is not None:
+                self._book.questions.check(query.job, query.party, 0, query.settings.longest)  # it was paid for
                 return query.finish(known)
-            asked = (query.job, query.party, len(query.prompts), query.settings.longest, query.question)
             self._book.questions.check(*asked)
             rows = self._model.check(self._book.signed(query.job), self._adapter(query.job), query)
             self._begun[id(query)] = query, rows  # before it is paid for, which `_forget` leaves to who is under way
-            if self._book.questions.count(*asked):
+            under_way = {other.question for other, _ in (*self._begun.values(), *self._set_aside.values())}
+            if self._book.questions.count(*asked, under_way=under_way):
                 self._paid.add(query.question)
         except STOPS:
             raise
@@ -196,6 +203,7 @@ class Answering:
         if self._ended():
             for query, _ in begun:
                 self._begun.pop(id(query))
+                query.withhold()
                 self._forget(query)
                 query.fail(ConsentError("the job answers no more", hint="obfuscatune job list"))
             return
@@ -231,15 +239,16 @@ class Answering:
 
     def _end(self, queries: Iterable[Query]) -> None:
         for query in queries:
-            _, rows = self._begun.pop(id(query))
-            self._forget(query)
+            _, rows = self._begun[id(query)]
             try:
                 completions = [row.completion() for row in rows]
             except STOPS:
                 raise
             except BaseException as error:
-                query.fail(error)
+                self._fail(query, error)
                 continue
+            del self._begun[id(query)]
+            self._forget(query)
             if not query.left:
                 self._paid.discard(query.question)  # a twin that fails gets nothing back for it
                 self._answers.put(query.question, completions)

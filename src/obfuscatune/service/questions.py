@@ -6,6 +6,7 @@ answer is in its question, the seed too, so nobody gets a second answer for it.
 
 import time
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import replace
 
 from obfuscatune.errors import ConsentError, UsageError
@@ -43,8 +44,12 @@ class Questions:
         name = self._ledger.name_in(job, party)
         check_query(job, name, prompts=prompts, before=record.queries, tokens=tokens, now=time.time())
 
-    def count(self, digest: str, party: str, prompts: int, tokens: int, question: str) -> bool:
+    def count(
+        self, digest: str, party: str, prompts: int, tokens: int, question: str, under_way: Collection[str] = ()
+    ) -> bool:
         """Count prompts before they are answered, so that no crash gives any away; checks and raises as above.
+
+        ``under_way``: questions that are being answered. They are forgotten last, however many come after them.
 
         Returns whether they were counted now: only then may `give_back` give them back.
         """
@@ -54,6 +59,7 @@ class Questions:
             known = record.counted.split()
             if question in known:  # no entry in the log, which nobody may fill for nothing
                 return False
+            known.sort(key=lambda other: other in under_way)
             last = " ".join([*known, question][-MAX_COUNTED:])
             counted = replace(record, queries=record.queries + prompts, counted=last)
             self._ledger.enter(digest, counted, "query", party=party, prompts=prompts)

@@ -197,7 +197,8 @@ def save_adapter(model: Any, output_dir: Path) -> None:
     """Write the PEFT adapter: beside its place first, then renamed into it.
 
     Raises:
-        ObfuscatuneError: the disk is full, or the directory cannot be written; an older adapter there is as it was.
+        ObfuscatuneError: the disk is full, or the directory cannot be written; an older adapter there is as it was,
+            unless the disk fails between the renames, which leave no adapter that loads.
         TrainingError: a factor is not finite.
     """
     output_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -209,6 +210,7 @@ def save_adapter(model: Any, output_dir: Path) -> None:
         check_adapter_file(temporary / _ADAPTER_FILES[0])
         for name in _ADAPTER_FILES:
             sync(temporary / name)
+        sync(output_dir)  # where a file system cannot do that, nothing has changed yet
         # First no configuration: new weights under an older one would load without a word, at another scale.
         (output_dir / _ADAPTER_FILES[1]).unlink(missing_ok=True)
         sync(output_dir)

@@ -25,8 +25,8 @@ class StopOnSignal(TrainerCallback):
     """A callback of the Trainer, and a context manager that takes the signals.
 
     ``requested``: the signal that came, or 0. If it came after the end of the last step, as in the last evaluation, the
-    training is complete; after any other step there is one more, which ends with a checkpoint. No evaluation begins
-    then: it may take longer than whoever has sent the signal waits, and a resumed run makes up for it.
+    training is complete; after any other step there is one more, which ends with a checkpoint. No evaluation of an
+    epoch begins then: it may take longer than whoever has sent the signal waits, and a resumed run makes up for it.
 
     ``in_step``: whether a step is under way, rather than what follows it: a log, a checkpoint, an evaluation.
 

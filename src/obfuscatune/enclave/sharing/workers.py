@@ -35,6 +35,7 @@ from obfuscatune.protocol.expand import drawn
 
 TILE_ROWS = 256  # a call's rows go in parts, so that encoding, products and decoding overlap
 _TILE_ROWS_HERE = 512  # at workers of this machine: they share its cores, and read their weights once for each part
+_LIED = "the sessions ended by a product that was wrong"
 _AHEAD = 4  # parts under way
 
 
@@ -117,6 +118,7 @@ class Workers(Secret):
             WorkerFault: too few workers are left, or one of them is wrong; named, where a spare tells which.
             UsageError: it has ended before.
         """
+        self._refuse_ended(weight)
         side = weight.backward if transpose else weight.forward
         out = torch.empty(len(x), len(side.after))
         under_way: deque[tuple[Tensor, _Part, Tensor]] = deque()
@@ -130,6 +132,7 @@ class Workers(Secret):
 
     def _send(self, weight: SharedWeight, x: Tensor, *, transpose: bool) -> _Part:
         side, (images, _) = weight.backward if transpose else weight.forward, self._vectors(weight, transpose)
+        self._refuse_too_few(weight)
         started = time.process_time()
         seeds, planes = self._uniform.drawn(self.scheme, x.shape)
         asked = self._asked()
@@ -163,6 +166,17 @@ class Workers(Secret):
     ) -> Pending:
         part.pending[i] = pending = self.sessions[i].submit("multiply", layer, *message, expected)
         return pending
+
+    def _refuse_ended(self, weight: SharedWeight) -> None:
+        """Refuse what nobody would answer, here and not in the threads of `Waiting`: a forked process has none."""
+        if self.sessions[0].is_copy() or all(session.has_ended for session in self.sessions):
+            self.sessions[0].refuse_ended(weight.path)
+        self._refuse_too_few(weight)
+
+    def _refuse_too_few(self, weight: SharedWeight) -> None:
+        """Refuse to go on with too few workers, once a WorkerFault has told that they are lost."""
+        if len(self.sessions) - len(self._lost) < self.scheme.needed:
+            self.sessions[min(self._lost)].refuse_ended(weight.path)
 
     def _asked(self) -> list[int]:
         """The workers that are not lost, without those that owe many replies, as long as enough others are left."""
@@ -226,6 +240,8 @@ class Workers(Secret):
 
     def _lose(self, i: int, fault: WorkerFault | UsageError) -> None:
         """Go on without a worker, if there are enough others."""
+        if self._has_lied:  # another thread has ended all sessions: nobody is lost
+            raise UsageError(_LIED, where=fault.where) from fault
         first = i not in self._lost
         self._lost.add(i)
         self.sessions[i].close()
@@ -307,7 +323,7 @@ class Workers(Secret):
     def _vectors(self, weight: SharedWeight, transpose: bool) -> tuple[Tensor, Tensor]:
         sides = weight.check.sides(transpose=transpose)
         if sides is None or self._has_lied:
-            raise UsageError("the sessions ended by a product that was wrong", where=weight.path)
+            raise UsageError(_LIED, where=weight.path)
         return sides
 
     def _names(self, numbers: Sequence[int] | Mapping[int, object]) -> str:
