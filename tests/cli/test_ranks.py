@@ -88,7 +88,7 @@ def test_what_several_processes_cannot_do_is_one_error(model_dir: Path, train_fi
 
 
 def environment(monkeypatch: pytest.MonkeyPatch, **values: str) -> None:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GLOO_DEVICE_TRANSPORT"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_RANK", "GLOO_DEVICE_TRANSPORT"):
         monkeypatch.delenv(name, raising=False)
     for name, value in values.items():
         monkeypatch.setenv(name, value)
@@ -97,6 +97,21 @@ def environment(monkeypatch: pytest.MonkeyPatch, **values: str) -> None:
 def test_without_torchrun_there_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     environment(monkeypatch, RANK="3")
     assert Ranks.of_environment() == Ranks(0, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("said", "missing"),
+    [
+        ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "LOCAL_WORLD_SIZE"),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, "LOCAL_WORLD_SIZE"),
+        ({"LOCAL_RANK": "0"}, "RANK, WORLD_SIZE, LOCAL_WORLD_SIZE"),
+    ],
+)
+def test_a_launch_by_hand_says_all(monkeypatch: pytest.MonkeyPatch, said: dict[str, str], missing: str) -> None:
+    """The stock Trainer would take it for several processes, whose gradients gloo sends in the clear."""
+    environment(monkeypatch, **said)
+    with pytest.raises(UsageError, match=f"got no {missing}\nhint: torchrun sets them"):
+        Ranks.of_environment()
 
 
 def test_several_machines_need_an_encrypted_link(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from obfuscatune.errors import UsageError
+from obfuscatune.errors import UsageError, WorkerFault
 from obfuscatune.profiles import Profile
 
 
@@ -93,8 +93,8 @@ def step(
         loss_of: the loss of a part of the batch, such that the losses of parts add up to the batch's.
         parameters: all that is trained.
 
-    Raises: what ``loss_of`` raises in either half; the first half's, where both do. An interrupt is raised at once, and
-        the other half ends by itself: with the session that it waits for.
+    Raises: what ``loss_of`` raises in either half; where both do, a WorkerFault before any other error, else the first
+        half's. An interrupt is raised at once, and the other half ends by itself: with the session that it waits for.
     """
     halves = halves_of(inputs)
     results: list[tuple[Tensor, tuple[Tensor | None, ...]] | BaseException] = [RuntimeError("not run")] * len(halves)
@@ -119,6 +119,8 @@ def step(
     run(0)
     if other is not None:
         other.join()
+    # The other half finds the session ended, which tells of no cause. The order of sums stays.
+    results.sort(key=lambda result: not isinstance(result, WorkerFault))
     total: Tensor | None = None
     for result in results:
         if isinstance(result, BaseException):

@@ -33,10 +33,14 @@ class Ranks:
         """Read what torchrun says; one process where it says nothing.
 
         Raises:
-            UsageError: the processes are on several machines, and their link is not encrypted.
+            UsageError: the processes are on several machines, and their link is not encrypted; or only a part is said.
         """
         names = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
-        if any(name not in os.environ for name in names):
+        if missing := [name for name in names if name not in os.environ]:
+            # By LOCAL_RANK the stock Trainer decides whether there are several processes.
+            if os.environ.get("LOCAL_RANK", "-1") != "-1" or os.environ.get("WORLD_SIZE", "1") != "1":
+                what = "the environment tells of several processes, and not how many are on this machine"
+                raise UsageError(what, got=f"no {', '.join(missing)}", hint="torchrun sets them")
             return cls()
         try:
             ranks = cls(*(int(os.environ[name]) for name in names))

@@ -23,6 +23,7 @@ from obfuscatune.training.checkpoints import finish_checkpoint, keep_last, new_c
 from obfuscatune.training.encoding import IGNORED_LABEL
 from obfuscatune.training.finite import check_gradients, check_loss
 from obfuscatune.training.overlap import check_overlap, check_settings, step, token_shape
+from obfuscatune.training.ranks import Ranks
 
 _OPTIMIZERS = {"adamw_torch": "adamw", "adamw_torch_fused": "adamw", "sgd": "sgd"}  # names of the Trainer's, and ours
 _MADE_HERE = {"model", "model_init", "optimizers", "optimizer_cls_and_kwargs"}  # arguments of the Trainer's
@@ -57,6 +58,7 @@ class ProtectedTrainer(Trainer):
         if others := _MADE_HERE & more.keys():
             what = "the model and the optimizer of a ProtectedTrainer are what protect made"
             raise UsageError(what, got=", ".join(sorted(others)), expected="protected, kind and args", hint=_STOCK)
+        Ranks.of_environment()  # refuses gradients that would cross in the clear
         if overlap:
             check_overlap(protected.model, protected.profile)
             check_settings(args, more.get("compute_loss_func"))
