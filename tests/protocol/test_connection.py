@@ -3,6 +3,7 @@
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 
@@ -382,6 +383,26 @@ def test_a_peer_that_does_not_read() -> None:
         connection.settimeout(0.01)
         with pytest.raises(TimeoutError):
             connection.send({}, {"x": torch.zeros(16 * 1024**2, dtype=torch.uint8)})
+        assert closed(connection)
+
+
+def test_a_peer_that_reads_slowly_does_not_hold_a_send_for_ever() -> None:
+    with raw_peer() as (connection, peer):
+        connection.settimeout(0.5)
+        end = threading.Event()
+
+        def trickle() -> None:
+            while not end.wait(0.1):
+                peer.recv(64 * 1024)
+
+        with running(trickle):
+            started = time.monotonic()
+            try:
+                with pytest.raises(TimeoutError):
+                    connection.send({}, {"x": torch.zeros(24 * 1024**2, dtype=torch.uint8)})
+            finally:
+                end.set()
+        assert time.monotonic() - started < 5
         assert closed(connection)
 
 

@@ -76,6 +76,7 @@ class PlainStream:
         self._sock = sock
         self._outgoing: int | None = None  # a descriptor that goes with the next bytes
         self._incoming: int | None = None  # one that came, and has not been taken
+        self._seconds: float | None = None
         self._room = 0  # for descriptors; without it the kernel drops those that come
         sock.settimeout(None)
         self.bound(None)
@@ -105,18 +106,27 @@ class PlainStream:
         value = struct.pack("@ll", *divmod(microseconds, 1_000_000))
         for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
             self._sock.setsockopt(socket.SOL_SOCKET, option, value)
+        self._seconds = seconds
 
     def send_some(self, buffers: Sequence[Any], *, wait: bool) -> int | None:
-        """Send in one system call."""
+        """Send in one system call, and wait at most once before it."""
         passed = () if self._outgoing is None else [_passing(self._outgoing)]
-        try:
-            sent = self._sock.sendmsg(buffers[:MAX_BUFFERS], passed, 0 if wait else socket.MSG_DONTWAIT)
-            self._outgoing = None
-            return sent
-        except BlockingIOError:
-            if wait:
-                raise
-            return None
+        # A blocking call to a unix socket returns when all is sent, and Linux starts its clock anew with every piece.
+        polls = wait and self._seconds is not None and self.passes_descriptors
+        flags = socket.MSG_DONTWAIT if polls or not wait else 0
+        while True:
+            try:
+                sent = self._sock.sendmsg(buffers[:MAX_BUFFERS], passed, flags)
+                self._outgoing = None
+                return sent
+            except BlockingIOError:
+                if not wait:
+                    return None
+                if not polls or self._seconds is None:
+                    raise
+                polls = _poll(self._sock, read=False, write=True, seconds=self._seconds)[1]
+                if not polls:
+                    raise
 
     def receive_some(self, buffers: Sequence[Any], *, wait: bool) -> int | None:
         """Receive in one system call."""
