@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft.helpers import rescale_adapter_scale
 from transformers import AttentionInterface
+from transformers.activations import ACT2FN
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from obfuscatune import UnsupportedModelError
@@ -153,6 +154,50 @@ def test_attention_of_the_callers_own_is_refused_before_and_after(protect: Any, 
             protected.model(tokens(2, 6))
         model.get_base_model().set_attn_implementation("sdpa")
         protected.model(tokens(2, 6))
+
+
+@pytest.mark.parametrize("profile", ["plain", "balanced", "stream"])
+@pytest.mark.parametrize("how", ["sdpa", "eager", "torch"])
+def test_attention_under_a_stock_name_is_refused_before_and_after(
+    protect: Any, monkeypatch: pytest.MonkeyPatch, how: str, profile: str
+) -> None:
+    """As packages with fast kernels install theirs."""
+
+    def own(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError
+
+    def replace(patch: pytest.MonkeyPatch) -> None:
+        if how == "torch":
+            patch.setattr(torch.nn.functional, "scaled_dot_product_attention", own)
+        else:
+            patch.setitem(AttentionInterface._global_mapping, how, own)
+
+    model = model_of("llama")
+    with monkeypatch.context() as patch:
+        replace(patch)
+        with pytest.raises(UnsupportedModelError, match="attention that was replaced"):
+            protect(model, profile=profile)
+    with protect(model, profile=profile) as protected, torch.no_grad():
+        with monkeypatch.context() as patch:
+            replace(patch)
+            with pytest.raises(UnsupportedModelError, match="attention that was replaced"):
+                protected.model(tokens(2, 6))
+        protected.model(tokens(2, 6))
+
+
+@pytest.mark.parametrize("profile", ["balanced", "stream"])
+def test_an_activation_in_the_table_is_refused(protect: Any, monkeypatch: pytest.MonkeyPatch, profile: str) -> None:
+    class Own(torch.nn.SiLU):
+        pass
+
+    with monkeypatch.context() as patch:
+        for found, match in ((torch.nn.GELU, 'ACT2FN."silu"'), (Own, "a class of its own|was replaced")):
+            patch.setitem(ACT2FN, "silu", found)
+            model = model_of("llama")
+            with pytest.raises(UnsupportedModelError, match=match):
+                protect(model, profile=profile)
+    with pytest.raises(UnsupportedModelError, match="a child with a class of its own"):
+        protect(model, profile=profile)  # the table is stock again, and the model is not
 
 
 def test_attention_of_the_callers_own_runs_in_the_enclave(protect: Any) -> None:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from obfuscatune.enclave.families.empty import refuse_attention
 from obfuscatune.enclave.families.options import refuse_options
+from obfuscatune.enclave.families.stock import refuse_own_attention
 from obfuscatune.enclave.guarded import refused_compilation
 from obfuscatune.enclave.hooks import has_hooks_on_all
 from obfuscatune.enclave.inputs import is_transformed
@@ -95,7 +95,7 @@ class Guard:
             )
         if self._on_worker:
             refuse_looking_ahead(self._model.config)
-            refuse_attention(self._model.config)
+            refuse_own_attention(self._model.config)
         values, self._number = self._number != self._passes.number, self._passes.number
         for watched in self._watched:
             if values or not watched.is_untouched():

@@ -22,9 +22,9 @@ from obfuscatune.enclave.arguments import (
     warn_of_spinning,
 )
 from obfuscatune.enclave.families import Block, read_decoder
-from obfuscatune.enclave.families.empty import refuse_attention
 from obfuscatune.enclave.families.fit import fit
 from obfuscatune.enclave.families.options import refuse_options
+from obfuscatune.enclave.families.stock import refuse_own_attention, refuse_replaced_activation
 from obfuscatune.enclave.frozen import are_frozen
 from obfuscatune.enclave.guard import refuse_looking_ahead
 from obfuscatune.enclave.inputs import Inputs
@@ -127,7 +127,9 @@ def protect(
     resolved = fit(decoder, resolved)
     if resolved.attention == "worker":
         refuse_looking_ahead(causal_lm.config)
-        refuse_attention(causal_lm.config)
+        refuse_own_attention(causal_lm.config)
+    if resolved.mlp == "worker":
+        refuse_replaced_activation(causal_lm.config)
     if "spawn" in workers and device in (None, "cpu") and not is_chosen():
         warn_of_spinning()
     blocks = leaving(decoder, resolved)
