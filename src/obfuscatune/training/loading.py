@@ -157,8 +157,10 @@ def load_model(name: str, dtype: str) -> Any:
     return model
 
 
-def load_tokenizer(name: str, config: Any) -> Any:
+def load_tokenizer(name: str, config: Any, **options: Any) -> Any:
     """Return the tokenizer, with a padding token: its own, or one of the usual names that it has, or its end of text.
+
+    ``options`` are of ``AutoTokenizer.from_pretrained``, such as ``add_bos_token``.
 
     Any token may pad, because padding is told by the attention mask and the labels, never by the token.
 
@@ -169,7 +171,7 @@ def load_tokenizer(name: str, config: Any) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
     except Exception as error:  # tokenizers raises its own as such
         raise _unreadable("the tokenizer", name, error) from error
     known = tokenizer.get_vocab()

@@ -1,5 +1,6 @@
 """The check with the worker on a device: it passes on this one, fails where it must, and is skipped without a GPU."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -62,3 +63,5 @@ def test_a_broken_yardstick_passes_nothing() -> None:
     assert equality._row(LOGITS, float("nan"), 0.1, 0.2, judged=True)["verdict"] == FAILED
     assert worst({"a": torch.ones(2)}, {"b": torch.ones(2)}) != worst({"a": torch.ones(2)}, {"a": torch.ones(2)})
     assert worst({"a": torch.tensor([1.0, 3.0])}, {"a": torch.tensor([1.0, 2.0])}) == 0.5
+    equal, nan = torch.ones(2), torch.tensor([1.0, float("nan")])
+    assert math.isnan(worst({"a": equal, "b": nan}, {"a": equal, "b": equal}))

@@ -11,7 +11,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2Tokenizer, PreTrainedTokenizerFast
 
 from obfuscatune.errors import NotFiniteError, UsageError
 from obfuscatune.studies.bundled import model_directory
@@ -22,6 +22,7 @@ from obfuscatune.training.encoding import IGNORED_LABEL, encode_rows
 # Of log-likelihoods summed over a choice, in float32; measured 2e-5 on the tiny model and 6e-5 on the real one.
 LIKELIHOOD_TOLERANCE = 5e-4
 REAL_ROWS = 6
+ENDS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "</s>"}
 WORDS = ("blue", "a red one", "green", "old", "the sea", "ice", "tin", "nine")
 
 
@@ -180,6 +181,23 @@ def test_generation_and_rolling_likelihood_are_those_of_hf(protected: ProtectedL
     assert protected.loglikelihood_rolling(rolling) == pytest.approx(
         theirs.loglikelihood_rolling(rolling), abs=LIKELIHOOD_TOLERANCE
     )
+
+
+def test_the_tokenizer_is_the_one_that_hf_has(
+    model_dir: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """One named apart, and a token before each text where the tokenizer has none by itself."""
+    other = tmp_path / "other"
+    vocab = {word: number for number, word in enumerate(["<s>", "</s>", "a", "b", "c", *(f"{i}" for i in range(250))])}
+    GPT2Tokenizer(vocab=vocab, merges=[], **ENDS).save_pretrained(other)
+    for add in (None, True, False):
+        given = {"tokenizer": str(other), "add_bos_token": add, "device": "cpu"}
+        with ProtectedLM(str(model_dir), profile="enclave", **given) as ours:
+            theirs = HFLM(str(model_dir), **given)
+            assert ours.tok_encode("abc") == theirs.tok_encode("abc") == [0] * bool(add) + [2, 3, 4]
+            assert ours.tok_batch_encode(["abc"])[0].tolist() == theirs.tok_batch_encode(["abc"])[0].tolist()
+    with pytest.raises(UsageError, match="tokenizer"):
+        ProtectedLM(str(model_dir), profile="enclave", tokenizer=str(tmp_path / "nowhere"))
 
 
 def test_prompts_beyond_the_context_get_a_warning(protected: ProtectedLM) -> None:

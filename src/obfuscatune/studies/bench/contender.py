@@ -99,7 +99,7 @@ class Contender:
         started = time.perf_counter()
         repeat()
         if self.spec.profile is None and torch.device(self.spec.device).type == "cuda":
-            torch.cuda.synchronize()  # a worker's replies wait for its device by themselves
+            torch.cuda.synchronize(self.spec.device)  # a worker's replies wait for its device by themselves
         seconds = time.perf_counter() - started
         calls_after, moved_after = self._crossed()
         return {"seconds": seconds, "calls": calls_after - calls, "bytes": moved_after - moved}

@@ -203,9 +203,8 @@ def worst(found: Factors, truth: Factors) -> float:
     """The largest difference, relative to the largest entry of the tensor it is in; over tensors of the same names."""
     if found.keys() != truth.keys():
         return float("nan")
-    return max(
-        float((found[name] - truth[name]).abs().max() / truth[name].abs().max().clamp(min=1e-30)) for name in truth
-    )
+    errors = [(found[name] - truth[name]).abs().max() / truth[name].abs().max().clamp(min=1e-30) for name in truth]
+    return float(torch.stack(errors).max())  # not Python's max, which passes over NaN
 
 
 def _factors(model: Any) -> Factors:

@@ -43,6 +43,7 @@ class ProtectedLM(HFLM):  # type: ignore[misc]
 
     Args:
         pretrained: directory, or name on the hub; or a `Protected` that runs already, with its ``tokenizer``.
+        tokenizer: one that is loaded, or where it is; that of ``pretrained`` by default.
         peft: adapter. dtype: of the weights, the checkpoint's own by default, as in ``hf``.
         profile, worker, threads, timeout, identity, insecure: as in ``obfuscatune.protect``. device: of a spawned
             worker; ``cpu`` is its default, and the model itself is on the CPU in any case.
@@ -83,7 +84,10 @@ class ProtectedLM(HFLM):  # type: ignore[misc]
                 workers = [worker] if isinstance(worker, str) else worker
                 identity = check_workers(workers, threads=threads, device=device, identity=identity, insecure=insecure)
             model = load(pretrained, _dtype(pretrained, dtype), profile)
-            tokenizer = load_tokenizer(pretrained, model.config)
+            if tokenizer is None or isinstance(tokenizer, str):
+                # `hf` has it from the tokenizer, whose own rule of what goes before a text it changes.
+                own = {name: options[name] for name in ("add_bos_token",) if options.get(name) is not None}
+                tokenizer = load_tokenizer(tokenizer or pretrained, model.config, **own)
             if peft is not None:
                 if len(tokenizer) != model.config.vocab_size:
                     model.resize_token_embeddings(len(tokenizer))  # as hf does: the softmax is over the tokenizer's own
