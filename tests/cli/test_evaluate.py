@@ -123,6 +123,8 @@ def test_the_harness_own_command_line_gives_what_hf_gives(
             "too few examples",
         ),
         (["--tasks", "webqs", "--num_fewshot", "1", "--model_args", "pretrained=x"], "webqs has no few-shot prompt"),
+        (["--tasks", "sciq", "--model_args", "pretrained=x,device=cpu"], "device in --model_args, expected --device"),
+        (["--tasks", "sciq", "--model_args", "pretrained=x,batch_size=2"], "expected --batch_size"),
     ],
 )
 def test_what_lm_eval_cannot_do_is_one_line(run: Run, data_dir: Path, arguments: list[str], message: str) -> None:

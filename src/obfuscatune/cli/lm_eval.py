@@ -104,4 +104,7 @@ def _check(arguments: Any, data_dir: Path | None) -> None:
         raise UsageError("no task", expected="--tasks NAME,NAME")
     if arguments.model == "obfuscatune" and "pretrained" not in config.model_args:
         raise UsageError("no model", expected="--model_args pretrained=DIR")
+    for name in ("device", "batch_size"):  # which the harness hands to the model itself, and would do twice
+        if arguments.model == "obfuscatune" and name in config.model_args:
+            raise UsageError("an option of the harness", got=f"{name} in --model_args", expected=f"--{name}")
     check_data([name for name in config.tasks if name in TASKS], data_dir, config.num_fewshot or 0)
