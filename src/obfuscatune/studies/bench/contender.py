@@ -105,14 +105,14 @@ class Contender:
         return {"seconds": seconds, "calls": calls_after - calls, "bytes": moved_after - moved}
 
     def report(self) -> dict[str, Any]:
-        """Return peak memory so far of this process and of its worker, and the enclave's share of the parameters."""
+        """Return peak memory so far of this process and of its workers together, and the enclave's share of the parameters."""
         if self.protected is None:
             peak = peak_memory_bytes()
             return {"enclave_peak_bytes": peak, "worker_peak_bytes": None, "enclave_share": 1.0}
         report = self.protected.report()
         return {
             "enclave_peak_bytes": report.enclave_peak_bytes,
-            "worker_peak_bytes": report.worker_peak_bytes,
+            "worker_peak_bytes": sum(part.peak_bytes or 0 for part in report.workers) or None,
             "enclave_share": report.enclave_share,
         }
 

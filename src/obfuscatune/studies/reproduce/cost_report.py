@@ -82,7 +82,7 @@ def summary_rows(estimates: Mapping[tuple[str, str], Estimate], measured: Measur
 
 
 def _peak(footprint: Row) -> float:
-    """The sum of both processes' own peaks, which need not be at the same moment: a bound."""
+    """The sum of all processes' own peaks, which need not be at the same moment: a bound."""
     return float((footprint["enclave_peak_bytes"] + (footprint["worker_peak_bytes"] or 0)) / GIB)
 
 
@@ -148,7 +148,7 @@ _ABOUT = (
     "Slowdown is protected over plain in seconds, the median over rounds; plain is Hugging Face and PEFT.",
     "Share, calls and bytes of a forward follow from the configuration. A profile that leaves attention and MLP on the "
     "worker has fewer biases inside than the paper's accounting.",
-    "Key time has the worker's start in it. Its peak is the sum of both processes' own, a bound; memory of a GPU is "
+    "Key time has the worker's start in it. Its peak is the sum of all processes' own, a bound; memory of a GPU is "
     "not in it.",
 )
 
