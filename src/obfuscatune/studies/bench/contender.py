@@ -105,7 +105,7 @@ class Contender:
         return {"seconds": seconds, "calls": calls_after - calls, "bytes": moved_after - moved}
 
     def report(self) -> dict[str, Any]:
-        """Return peak memory so far of this process and of its workers together, and the enclave's share of the parameters."""
+        """Return peak memory so far of this process, of its workers together, and the enclave's share of parameters."""
         if self.protected is None:
             peak = peak_memory_bytes()
             return {"enclave_peak_bytes": peak, "worker_peak_bytes": None, "enclave_share": 1.0}
