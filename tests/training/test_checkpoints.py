@@ -1,6 +1,7 @@
 """Which failures of a save are the disk's, and whose keys a checkpoint holds."""
 
 import dataclasses
+import errno
 import json
 import os
 from pathlib import Path
@@ -88,7 +89,9 @@ def test_a_checkpoint_is_on_the_disk_before_it_counts(synced: list[tuple[str, se
     assert [name for name, _ in synced][-2:] == ["checkpoint-1", tmp_path.name]
 
 
-def test_an_adapter_is_on_the_disk_before_it_has_its_name(synced: list[tuple[str, set[str]]], tmp_path: Path) -> None:
+def test_an_adapter_is_on_the_disk_before_it_has_its_name(
+    synced: list[tuple[str, set[str]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Model:
         def save_pretrained(self, directory: Path, **options: Any) -> None:
             save_file({"lora_B": torch.ones(1)}, directory / "adapter_model.safetensors")
@@ -99,6 +102,15 @@ def test_an_adapter_is_on_the_disk_before_it_has_its_name(synced: list[tuple[str
     save_adapter(Model(), output)
     weights, settings = "adapter_model.safetensors", "adapter_config.json"
     again = synced[len(synced) // 2 :]
-    assert [name for name, _ in again] == [weights, settings, "out", "out", "out"]
-    assert [settings in names for _, names in again[2:]] == [False, False, True]
+    assert [name for name, _ in again] == [weights, settings, "out", "out", "out", "out"]
+    assert [settings in names for _, names in again[2:]] == [True, False, False, True]  # at first the older one
+    assert {path.name for path in output.iterdir()} == {weights, settings}
+
+    def refused(path: Path) -> None:
+        if path.is_dir():
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr("obfuscatune.training.checkpoints.sync", refused)  # as some networks' file systems do
+    with pytest.raises(ObfuscatuneError, match="cannot save the adapter"):
+        save_adapter(Model(), output)
     assert {path.name for path in output.iterdir()} == {weights, settings}
