@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from obfuscatune.protocol.cpu import has_products, is_intel
-from obfuscatune.protocol.halves import FEWEST_ROWS, widened_linear
+from obfuscatune.protocol.cpu import fewest_rows_widened, is_intel
+from obfuscatune.protocol.halves import widened_linear
 from obfuscatune.protocol.threads import threads_for
 
 # Up to so many rows a product costs the reading of the weight alone, and a CPU reads a tall float32 one faster as the
@@ -33,7 +33,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             few = flat if rows > 1 else flat.expand(2, -1)  # one row alone would get the slower matrix-vector kernel
             y = weight @ few.T if bias is None else torch.addmm(bias.unsqueeze(1), weight, few.T)
             return y.T[:rows].reshape(shape).contiguous()
-        if rows >= FEWEST_ROWS and _is_slow(flat, weight):
+        if _is_faster_widened(flat, weight):
             return widened_linear(flat, weight, bias).view(shape)
         return F.linear(flat, weight, bias).view(shape)
 
@@ -45,8 +45,11 @@ def _left_factor(weight: Tensor, rows: int) -> bool:
     return few and not is_intel()
 
 
-def _is_slow(x: Tensor, weight: Tensor) -> bool:
-    """Whether both are of one half dtype in which this CPU has no products, and autocast asks for no other."""
-    if has_products(weight.dtype) or not weight.is_cpu or x.dtype != weight.dtype:
+def _is_faster_widened(x: Tensor, weight: Tensor) -> bool:
+    """Whether so many rows of one half dtype are faster in float32 on this CPU, and autocast asks for no other."""
+    if x.dtype != weight.dtype or not weight.is_cpu:
+        return False
+    fewest = fewest_rows_widened(weight.dtype)
+    if fewest is None or len(x) < fewest:
         return False
     return not torch.is_autocast_enabled("cpu") or torch.get_autocast_dtype("cpu") == weight.dtype
