@@ -8,7 +8,9 @@ import torch.nn.functional as F  # noqa: N812
 from hypothesis import given
 from hypothesis import strategies as st
 
+from obfuscatune.protocol import cpu as cpu_module
 from obfuscatune.protocol import halves
+from obfuscatune.protocol.cpu import fewest_rows_widened, is_intel
 from obfuscatune.protocol.products import FEW_ROWS, linear
 
 EXACT = 1e-12  # float64, absolute, sums of at most 40 terms of size 1; measured 3e-15
@@ -58,12 +60,13 @@ def test_lower_precision_keeps_its_dtype(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize(("rows", "inside", "out"), [(4, 8, 8), (5, 33, 70), (40, 64, 17), (4, 5, 1)])
-def test_a_cpu_without_half_products_rounds_once(
+@pytest.mark.parametrize(("rows", "inside", "out"), [(4, 8, 8), (5, 33, 70), (40, 64, 17), (4, 5, 1), (130, 33, 70)])
+def test_a_product_in_float32_rounds_once(
     rows: int, inside: int, out: int, biased: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("obfuscatune.protocol.products.has_products", lambda dtype: False)
-    monkeypatch.setattr(halves, "_SLAB", 5 * inside)  # slabs of five rows, and a shorter one
+    monkeypatch.setattr("obfuscatune.protocol.products.fewest_rows_widened", lambda dtype: 4)
+    for slab in ("_SLAB", "_LARGE_SLAB"):
+        monkeypatch.setattr(halves, slab, 5 * inside)  # slabs of five rows, and a shorter one
     generator = torch.Generator().manual_seed(rows + out)
     shapes = [(rows, inside), (out, inside), *([(out,)] if biased else [])]
     tensors = [torch.randn(*shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
@@ -83,8 +86,8 @@ def test_a_cpu_without_half_products_rounds_once(
 
 
 @pytest.mark.parametrize("trained", [0, 1, 2])
-def test_a_cpu_without_half_products_gives_each_gradient_alone(trained: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("obfuscatune.protocol.products.has_products", lambda dtype: False)
+def test_a_product_in_float32_gives_each_gradient_alone(trained: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("obfuscatune.protocol.products.fewest_rows_widened", lambda dtype: 4)
     tensors = [torch.randn(*shape).bfloat16() for shape in ((4, 8), (6, 8), (6,))]
     tensors[trained].requires_grad_()
     y = linear(*tensors)
@@ -94,8 +97,8 @@ def test_a_cpu_without_half_products_gives_each_gradient_alone(trained: int, mon
     assert [tensor.grad is not None for tensor in tensors] == [i == trained for i in range(3)]
 
 
-def test_a_cpu_without_half_products_keeps_no_wide_weight(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("obfuscatune.protocol.products.has_products", lambda dtype: False)
+def test_a_product_in_float32_keeps_no_wide_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("obfuscatune.protocol.products.fewest_rows_widened", lambda dtype: 4)
     x, weight = torch.randn(4, 8).bfloat16().requires_grad_(), torch.randn(6, 8).bfloat16()
 
     def kept(product: Callable[[], torch.Tensor]) -> set[torch.dtype]:
@@ -106,3 +109,38 @@ def test_a_cpu_without_half_products_keeps_no_wide_weight(monkeypatch: pytest.Mo
 
     assert kept(lambda: linear(x, weight)) == {torch.bfloat16}
     assert torch.float32 in kept(lambda: F.linear(x.float(), weight.float()))  # the control
+
+
+@pytest.mark.parametrize(
+    ("cpu", "products", "expected"),
+    [
+        ({"cpu_name": "AMD EPYC"}, False, {torch.bfloat16: 4, torch.float16: 4}),
+        ({"cpu_name": "AMD EPYC", "avx512_bf16": True}, True, {torch.bfloat16: None, torch.float16: None}),
+        ({"cpu_name": "Intel", "avx512_bf16": True}, True, {torch.bfloat16: 128, torch.float16: None}),
+        ({"cpu_name": "Intel", "amx_bf16": True}, True, {torch.bfloat16: None, torch.float16: None}),
+    ],
+)
+def test_what_is_widened_depends_on_the_cpu(
+    cpu: dict[str, object], products: bool, expected: dict[torch.dtype, int | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu)
+    monkeypatch.setattr("obfuscatune.protocol.cpu.has_products", lambda dtype: products)
+    for cached in (is_intel, fewest_rows_widened):  # under the caches, which stay as they are
+        monkeypatch.setattr(f"obfuscatune.protocol.cpu.{cached.__name__}", cached.__wrapped__)
+    assert {dtype: cpu_module.fewest_rows_widened(dtype) for dtype in expected} == expected
+
+
+def test_only_as_many_rows_as_are_faster_are_widened(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("obfuscatune.protocol.products.fewest_rows_widened", lambda dtype: 6)
+    widened: list[int] = []
+
+    def widen(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        widened.append(len(x))
+        return halves.widened_linear(x, weight, bias)
+
+    monkeypatch.setattr("obfuscatune.protocol.products.widened_linear", widen)
+    weight = torch.randn(6, 8).bfloat16()
+    for rows in (0, 1, 5, 6, 7):
+        linear(torch.randn(rows, 8).bfloat16(), weight)
+    linear(torch.randn(2, 3, 8).bfloat16(), weight)  # six rows in two of three
+    assert widened == [6, 7, 6]
