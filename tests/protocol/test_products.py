@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from obfuscatune.protocol import cpu as cpu_module
 from obfuscatune.protocol import halves
-from obfuscatune.protocol.cpu import fewest_rows_widened, is_intel
+from obfuscatune.protocol.cpu import is_intel, widened_from
 from obfuscatune.protocol.products import FEW_ROWS, linear
 
 EXACT = 1e-12  # float64, absolute, sums of at most 40 terms of size 1; measured 3e-15
@@ -64,7 +64,7 @@ def test_lower_precision_keeps_its_dtype(
 def test_a_product_in_float32_rounds_once(
     rows: int, inside: int, out: int, biased: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("obfuscatune.protocol.products.fewest_rows_widened", lambda dtype: 4)
+    monkeypatch.setattr("obfuscatune.protocol.products.widened_from", lambda dtype: (4, 1))
     for slab in ("_SLAB", "_LARGE_SLAB"):
         monkeypatch.setattr(halves, slab, 5 * inside)  # slabs of five rows, and a shorter one
     generator = torch.Generator().manual_seed(rows + out)
@@ -87,7 +87,7 @@ def test_a_product_in_float32_rounds_once(
 
 @pytest.mark.parametrize("trained", [0, 1, 2])
 def test_a_product_in_float32_gives_each_gradient_alone(trained: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("obfuscatune.protocol.products.fewest_rows_widened", lambda dtype: 4)
+    monkeypatch.setattr("obfuscatune.protocol.products.widened_from", lambda dtype: (4, 1))
     tensors = [torch.randn(*shape).bfloat16() for shape in ((4, 8), (6, 8), (6,))]
     tensors[trained].requires_grad_()
     y = linear(*tensors)
@@ -98,7 +98,7 @@ def test_a_product_in_float32_gives_each_gradient_alone(trained: int, monkeypatc
 
 
 def test_a_product_in_float32_keeps_no_wide_weight(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("obfuscatune.protocol.products.fewest_rows_widened", lambda dtype: 4)
+    monkeypatch.setattr("obfuscatune.protocol.products.widened_from", lambda dtype: (4, 1))
     x, weight = torch.randn(4, 8).bfloat16().requires_grad_(), torch.randn(6, 8).bfloat16()
 
     def kept(product: Callable[[], torch.Tensor]) -> set[torch.dtype]:
@@ -114,24 +114,27 @@ def test_a_product_in_float32_keeps_no_wide_weight(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("cpu", "products", "expected"),
     [
-        ({"cpu_name": "AMD EPYC"}, False, {torch.bfloat16: 4, torch.float16: 4}),
+        ({"cpu_name": "AMD EPYC"}, False, {torch.bfloat16: (4, 1), torch.float16: (4, 1)}),
         ({"cpu_name": "AMD EPYC", "avx512_bf16": True}, True, {torch.bfloat16: None, torch.float16: None}),
-        ({"cpu_name": "Intel", "avx512_bf16": True}, True, {torch.bfloat16: 128, torch.float16: None}),
+        ({"cpu_name": "Intel", "avx512_bf16": True}, True, {torch.bfloat16: (128, 128), torch.float16: None}),
         ({"cpu_name": "Intel", "amx_bf16": True}, True, {torch.bfloat16: None, torch.float16: None}),
     ],
 )
 def test_what_is_widened_depends_on_the_cpu(
-    cpu: dict[str, object], products: bool, expected: dict[torch.dtype, int | None], monkeypatch: pytest.MonkeyPatch
+    cpu: dict[str, object],
+    products: bool,
+    expected: dict[torch.dtype, tuple[int, int] | None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu)
     monkeypatch.setattr("obfuscatune.protocol.cpu.has_products", lambda dtype: products)
-    for cached in (is_intel, fewest_rows_widened):  # under the caches, which stay as they are
+    for cached in (is_intel, widened_from):  # under the caches, which stay as they are
         monkeypatch.setattr(f"obfuscatune.protocol.cpu.{cached.__name__}", cached.__wrapped__)
-    assert {dtype: cpu_module.fewest_rows_widened(dtype) for dtype in expected} == expected
+    assert {dtype: cpu_module.widened_from(dtype) for dtype in expected} == expected
 
 
-def test_only_as_many_rows_as_are_faster_are_widened(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("obfuscatune.protocol.products.fewest_rows_widened", lambda dtype: 6)
+def test_only_products_that_are_faster_so_are_widened(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("obfuscatune.protocol.products.widened_from", lambda dtype: (6, 5))
     widened: list[int] = []
 
     def widen(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -139,8 +142,9 @@ def test_only_as_many_rows_as_are_faster_are_widened(monkeypatch: pytest.MonkeyP
         return halves.widened_linear(x, weight, bias)
 
     monkeypatch.setattr("obfuscatune.protocol.products.widened_linear", widen)
-    weight = torch.randn(6, 8).bfloat16()
     for rows in (0, 1, 5, 6, 7):
-        linear(torch.randn(rows, 8).bfloat16(), weight)
-    linear(torch.randn(2, 3, 8).bfloat16(), weight)  # six rows in two of three
+        linear(torch.randn(rows, 8).bfloat16(), torch.randn(5, 8).bfloat16())
+    linear(torch.randn(2, 3, 8).bfloat16(), torch.randn(6, 8).bfloat16())  # six rows in two of three
+    for narrow in ((4, 8), (8, 4)):
+        linear(torch.randn(7, narrow[1]).bfloat16(), torch.randn(*narrow).bfloat16())
     assert widened == [6, 7, 6]

@@ -27,21 +27,22 @@ def has_products(dtype: torch.dtype) -> bool:
 
 
 @cache
-def fewest_rows_widened(dtype: torch.dtype) -> int | None:
-    """Return from how many rows on `protocol/halves.py` beats torch's product in that dtype; None where it never does.
+def widened_from(dtype: torch.dtype) -> tuple[int, int] | None:
+    """Return from which size on `protocol/halves.py` beats torch's product in that dtype; None where it never does.
 
-    Without fast products by a weight [3072, 768] in bfloat16: 4 rows take 1.4 ms widened and 1.9 by torch, two rows 1.1
-    and 1.0 (AMD Zen 3, 1 thread, torch 2.13).
+    The first number is of rows, the second of both sides of the weight. Without fast products by a weight [3072, 768]
+    in bfloat16: 4 rows take 1.4 ms widened and 1.9 by torch, two rows 1.1 and 1.0 (AMD Zen 3, 1 thread, torch 2.13).
 
     Intel's AVX-512 multiplies bfloat16 no faster than float32, so that many rows are faster in float32, for which MKL
     has the better kernels: by the same weight 512 rows take 9.1 ms widened and 14.7 by torch, 128 rows 2.9 and 3.3, 64
-    rows the same (Intel Xeon without AMX, 2 threads). AMX is made for bfloat16, and float16 was not compared.
+    rows the same; by a weight [128, 768] 512 rows .47 and .60, by [64, 768] .35 and .31 (Intel Xeon without AMX, 2
+    threads). AMX is made for bfloat16, and float16 was not compared.
     """
     if not has_products(dtype):
-        return 4
+        return 4, 1
     has = torch.cpu.get_capabilities().get
     if dtype == torch.bfloat16 and is_intel() and not has("amx_bf16"):
-        return 128
+        return 128, 128
     return None
 
 

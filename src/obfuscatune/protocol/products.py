@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from obfuscatune.protocol.cpu import fewest_rows_widened, is_intel
+from obfuscatune.protocol.cpu import is_intel, widened_from
 from obfuscatune.protocol.halves import widened_linear
 from obfuscatune.protocol.threads import threads_for
 
@@ -49,7 +49,7 @@ def _is_faster_widened(x: Tensor, weight: Tensor) -> bool:
     """Whether so many rows of one half dtype are faster in float32 on this CPU, and autocast asks for no other."""
     if x.dtype != weight.dtype or not weight.is_cpu:
         return False
-    fewest = fewest_rows_widened(weight.dtype)
-    if fewest is None or len(x) < fewest:
+    fewest = widened_from(weight.dtype)
+    if fewest is None or len(x) < fewest[0] or min(weight.shape) < fewest[1]:
         return False
     return not torch.is_autocast_enabled("cpu") or torch.get_autocast_dtype("cpu") == weight.dtype

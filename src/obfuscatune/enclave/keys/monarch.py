@@ -17,7 +17,7 @@ from obfuscatune.enclave.keys.base import Factors, OrthogonalKey, check_orthogon
 from obfuscatune.enclave.keys.orthogonal import HaarKey, haar, haar_blocks
 from obfuscatune.enclave.keys.source import Stream
 from obfuscatune.errors import UsageError
-from obfuscatune.protocol.cpu import fewest_rows_widened
+from obfuscatune.protocol.cpu import widened_from
 
 # Up to so many rows two row-major rounds are faster: a batched product from the right takes 9 us there, and one from
 # the left 30. For 4 rows of 768 a product takes 28 us so, else 61; from 16 rows on 60 (AMD EPYC, 1 thread, torch 2.13).
@@ -55,7 +55,7 @@ class MonarchKey(OrthogonalKey):
         """As every key, but many bfloat16 rows in bfloat16 where that is faster: see `_by_features`."""
         if rows.dtype != torch.bfloat16 or len(rows) <= FEW_ROWS:
             return super()._compute_dtype(rows)
-        widened = rows.is_cpu and fewest_rows_widened(rows.dtype) is not None
+        widened = rows.is_cpu and widened_from(rows.dtype) is not None
         return torch.float32 if widened else torch.bfloat16
 
     def _product(self, x: Tensor, factors: Factors) -> Tensor:
