@@ -3,6 +3,7 @@
 import contextlib
 import select
 import socket
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from obfuscatune.enclave.lifetime import ENDING_SECONDS, close_all
 from obfuscatune.enclave.session import Session
 from obfuscatune.errors import NotFiniteError, ObfuscatuneError, UsageError, WorkerFault
 from obfuscatune.protocol.connection import Connection
@@ -369,6 +371,56 @@ def test_a_fault_of_one_request_ends_the_others() -> None:
             first.result()
         with pytest.raises(UsageError, match="ended by an earlier fault"):
             second.result()
+
+
+def test_a_fault_names_the_call_that_was_awaited() -> None:
+    for last_words, match in (
+        (b"", "the worker is gone"),
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "breaks the protocol"),
+    ):
+        with session_and_peer() as (session, peer):
+            first, _ = (session.submit("forward", f"h.{i}", {}, {}, EXPECTED) for i in range(2))
+            peer.sendall(last_words)
+            peer.shutdown(socket.SHUT_WR)
+            with pytest.raises(WorkerFault, match=match) as caught:
+                first.result()
+            assert (caught.value.layer, caught.value.call) == ("h.0", 1)
+
+
+class StoppedProcess:
+    """A worker's process that does not leave by itself, on a clock of its own."""
+
+    def __init__(self, clock: list[float], peers: list[socket.socket]) -> None:
+        self.clock, self.peers, self.is_killed = clock, peers, False
+
+    def poll(self) -> int | None:
+        return -9 if self.is_killed else None
+
+    def wait(self, timeout: float | None = None) -> int:
+        assert all(drained(peer) == b"" for peer in self.peers), "a connection is open still"
+        if not self.is_killed:
+            assert timeout is not None
+            self.clock[0] += timeout
+            raise subprocess.TimeoutExpired("worker", timeout)
+        return -9
+
+    def kill(self) -> None:
+        self.is_killed = True
+
+
+def test_stopped_workers_are_waited_for_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, peers, sessions, processes = [100.0], [], [], []
+    monkeypatch.setattr("obfuscatune.enclave.lifetime.time.monotonic", lambda: clock[0])
+    for _ in range(3):
+        ours, theirs = socket.socketpair()
+        process: Any = StoppedProcess(clock, peers)
+        peers.append(theirs), processes.append(process)
+        sessions.append(Session(Connection(ours, peer="w"), worker="w", timeout=20, process=process))
+    close_all(sessions)
+    assert clock[0] - 100 == pytest.approx(ENDING_SECONDS, abs=0.1)
+    assert all(process.is_killed for process in processes)
+    for peer in peers:
+        peer.close()
 
 
 def test_a_worker_that_neither_reads_nor_sends_is_given_up() -> None:

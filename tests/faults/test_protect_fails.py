@@ -11,6 +11,8 @@ import pytest
 import torch
 
 import obfuscatune
+from obfuscatune.enclave.session import Session
+from obfuscatune.enclave.spawn import open_session
 from obfuscatune.errors import KeyFaultError, UsageError, WorkerFault
 from obfuscatune.protocol.connection import Connection
 
@@ -70,6 +72,26 @@ def test_a_warning_that_is_an_error_leaves_the_model_too(tmp_path: Path) -> None
         with pytest.raises(UserWarning, match="attn_pdrop > 0"):
             obfuscatune.protect(model, worker=address, timeout=60)
     assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("step", ["watch", "guard_tuners", "Protected"])
+def test_an_interrupt_at_the_very_end_leaves_no_session(
+    step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sessions: list[Session] = []
+
+    def opened(*given: Any, **options: Any) -> Session:
+        sessions.append(open_session(*given, **options))
+        return sessions[-1]
+
+    def interrupt(*given: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("obfuscatune.enclave.protect.open_session", opened)
+    monkeypatch.setattr(f"obfuscatune.enclave.protect.{step}", interrupt)
+    with worker_in_a_thread(tmp_path) as address, pytest.raises(KeyboardInterrupt):
+        obfuscatune.protect(new_model(), worker=address, timeout=60)
+    assert [session.has_ended for session in sessions] == [True]
 
 
 def test_a_model_that_failed_once_can_be_protected(tmp_path: Path) -> None:

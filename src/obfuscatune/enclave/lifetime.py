@@ -9,7 +9,7 @@ import os
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from obfuscatune.enclave.keys.source import Secret
@@ -17,6 +17,7 @@ from obfuscatune.errors import ConnectionClosedError, ProtocolError, UsageError,
 from obfuscatune.protocol.connection import Connection
 
 ENDING_SECONDS = 10.0  # for a spawned worker to leave by itself
+_CLOSED = "the protected model was closed"
 _LEAST_SECONDS = 0.001  # beyond a deadline: what has come is still read
 
 
@@ -38,6 +39,7 @@ class Lifetime(Secret):
         self._deadline: float | None = None
         self._last_id = 0  # of the request that was sent last
         self._ended: str | None = None
+        self._left_at: float | None = None  # when the connection was closed
         self._process_id = os.getpid()
         connection.settimeout(timeout)
 
@@ -89,19 +91,23 @@ class Lifetime(Secret):
             )
             raise UsageError(self._ended, where=layer, hint=hint)
 
-    def _break(self, error: BaseException, layer: str) -> None:
-        """End the session after an error on the connection, and raise the one that tells it; or return, to raise it."""
+    def _break(self, error: BaseException, layer: str, call: int) -> None:
+        """End the session after an error on the connection, and raise the one that tells it; or return, to raise it.
+
+        Args:
+            layer, call: of the request that was sent, or whose reply was awaited.
+        """
         if isinstance(error, ConnectionClosedError):
             self.refuse_ended(layer)  # closed here, by another thread
             status = self._exit_status()
             if status == "exit status 2" and self._last_id <= 1:
                 self._end("the worker has not started")
                 raise UsageError("the worker that was started here refuses its options", hint="it says why, above")
-            raise self.fault("the worker is gone", layer, got=status) from error
+            raise self.fault("the worker is gone", layer, call=call, got=status) from error
         if isinstance(error, TimeoutError):
-            raise self.fault(f"no reply within {self._timeout:g} s", layer) from error
+            raise self.fault(f"no reply within {self._timeout:g} s", layer, call=call) from error
         if isinstance(error, ProtocolError):
-            raise self.fault("the reply breaks the protocol", layer, got=error.what) from error
+            raise self.fault("the reply breaks the protocol", layer, call=call, got=error.what) from error
         # An interrupt between two bytes: the connection cannot be used again.
         self._end("the session was interrupted in the middle of a request")
 
@@ -123,14 +129,19 @@ class Lifetime(Secret):
         self._end(f"the worker's session ended by an earlier fault ({what})")
         return fault
 
-    def _end(self, reason: str) -> None:
+    def leave(self, reason: str = _CLOSED) -> None:
+        """End the session without waiting for the worker's process, which `close` does."""
         self._ended = self._ended or reason
-        if self.is_copy():  # to close the connection would end it for the first process too
-            return
-        self.connection.close()
-        if self.process is not None and self.process.poll() is None:
+        if not self.is_copy():  # to close the connection would end it for the first process too
+            self._left_at = self._left_at or time.monotonic()
+            self.connection.close()
+
+    def _end(self, reason: str) -> None:
+        self.leave(reason)
+        if self._left_at is not None and self.process is not None and self.process.poll() is None:
+            left = self._left_at + ENDING_SECONDS - time.monotonic()
             try:
-                self.process.wait(timeout=ENDING_SECONDS)  # it leaves by itself when the connection closes
+                self.process.wait(timeout=max(_LEAST_SECONDS, left))  # it goes by itself when the connection closes
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
@@ -140,4 +151,13 @@ class Lifetime(Secret):
 
         Requests that are under way in other threads end with an error.
         """
-        self._end("the protected model was closed")
+        self._end(_CLOSED)
+
+
+def close_all(sessions: Iterable[Lifetime]) -> None:
+    """End sessions. Processes that do not go by themselves are waited for `ENDING_SECONDS`, all of them together."""
+    ending = list(sessions)
+    for session in ending:
+        session.leave()
+    for session in ending:
+        session.close()

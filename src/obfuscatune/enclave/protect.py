@@ -30,6 +30,7 @@ from obfuscatune.enclave.guard import refuse_looking_ahead
 from obfuscatune.enclave.inputs import Inputs
 from obfuscatune.enclave.keys import MasterSecret
 from obfuscatune.enclave.lazy import lazy_weights
+from obfuscatune.enclave.lifetime import close_all
 from obfuscatune.enclave.links import Link, bytes_of, spread
 from obfuscatune.enclave.protected import Protected
 from obfuscatune.enclave.recipes.context import Keying
@@ -161,26 +162,26 @@ def protect(
         if sharing is not None:
             _warn_of_sharing(sharing, workers)
         keying.install()
+        watch(causal_lm, resolved, links, frozen=frozen)
+        guard_tuners(model)
+        protected = Protected(
+            model,
+            resolved,
+            links,
+            held,
+            keys,
+            total_parameters=total,
+            asked=asked,
+            sharing=None if sharing is None else (sharing.workers, workers),
+        )
+        if weights is not None:
+            weights.finish()
+        return protected
     except BaseException:
-        for session in sessions:
-            session.close()
+        close_all(sessions)
         if weights is not None:
             weights.release()
         raise
-    if weights is not None:
-        weights.finish()
-    watch(causal_lm, resolved, links, frozen=frozen)
-    guard_tuners(model)
-    return Protected(
-        model,
-        resolved,
-        links,
-        held,
-        keys,
-        total_parameters=total,
-        asked=asked,
-        sharing=None if sharing is None else (sharing.workers, workers),
-    )
 
 
 def _key(keying: Keying, recipes: Sequence[Recipe], blocks: list[Block], progress: bool) -> None:

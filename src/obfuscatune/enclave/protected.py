@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from obfuscatune.enclave.keys import MasterSecret
+from obfuscatune.enclave.lifetime import close_all
 from obfuscatune.enclave.links import Link
 from obfuscatune.enclave.remote.held_adapter import HeldAdapter
 from obfuscatune.enclave.remote.optimizer import OPTIMIZERS, RemoteOptimizer
@@ -130,8 +131,7 @@ class Protected:
         sessions = [link.session for link in self.links]
         if self._final_report is not None or not sessions or self.has_ended:
             # A fault was raised where it happened; what the workers had is lost since then.
-            for session in sessions:
-                session.close()
+            close_all(sessions)
             return
         try:
             for session in sessions:
@@ -140,8 +140,7 @@ class Protected:
                 self._held.pull()
             self._final_report = self.report()
         finally:
-            for session in sessions:
-                session.close()
+            close_all(sessions)
 
     def __repr__(self) -> str:
         where = ", ".join(link.session.worker for link in self.links) or "no worker"

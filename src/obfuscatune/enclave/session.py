@@ -172,7 +172,7 @@ class Session(Lifetime):
                     self._dropped[kind][:0] = ids
                 raise
             except BaseException as error:
-                self._break(error, layer)
+                self._break(error, layer, pending.id)
                 raise
             self.traffic.add(op, calls=1, bytes_sent=sent + placed, seconds=time.perf_counter() - started)
             return pending
@@ -187,7 +187,7 @@ class Session(Lifetime):
                     self._bound_wait()
                     self._hand_over(self.connection.receive_frame(max_payload=self._under_way[0].most))
                 except BaseException as error:
-                    self._break(error, pending.layer)
+                    self._break(error, pending.layer, pending.id)
                     raise
         self.traffic.add(pending.op, seconds=time.perf_counter() - started)
 

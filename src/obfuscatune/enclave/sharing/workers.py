@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from obfuscatune.enclave.keys.source import Secret
+from obfuscatune.enclave.lifetime import close_all
 from obfuscatune.enclave.replies import Pending
 from obfuscatune.enclave.session import Session
 from obfuscatune.enclave.sharing import coding
@@ -331,5 +332,4 @@ class Workers(Secret):
 
     def close(self) -> None:
         """End all sessions."""
-        for session in self.sessions:
-            session.close()
+        close_all(self.sessions)
