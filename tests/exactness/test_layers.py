@@ -93,6 +93,28 @@ def _layers(model: Any) -> list[Any]:
     return [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
 
 
+@pytest.mark.parametrize("profile", ["plain", "balanced"])
+def test_a_whole_mlp_is_called_with_inputs_of_any_form(protect: Any, profile: str) -> None:
+    reference = adapted(copy.deepcopy(PLAIN), target_modules=["gate_proj", "up_proj", "down_proj"])
+    switches = {"key_block": 4} if profile == "balanced" else {}
+    with protect(copy.deepcopy(reference), profile=profile, fold_norms=False, **switches) as run:
+        mlps = [
+            next(m for n, m in model.named_modules() if n.endswith("layers.0.mlp")) for model in (run.model, reference)
+        ]
+        for name, x in inputs().items():
+            found = []
+            for mlp in mlps:
+                leaf = x.detach().requires_grad_()
+                y = mlp(leaf)
+                (y * torch.arange(y.numel()).view(y.shape).cos()).sum().backward()
+                found.append((y, leaf.grad))
+            for got, expected in zip(*found, strict=True):
+                assert got.shape == expected.shape and got.dtype == expected.dtype, name
+                assert not got.numel() or error(got, expected) < EXACT, name
+        for name, factor in gradients(reference).items():
+            assert error(gradients(run.model)[name], factor) < EXACT, name
+
+
 @pytest.mark.parametrize("profile", ["paper", "strict"])
 def test_a_model_that_looks_at_a_result_in_another_shape(protect: Any, profile: str) -> None:
     """Doge's router, which travels with gate and up: its rows and columns are mixed by ``view``."""

@@ -99,6 +99,8 @@ class RemoteMlp(RemotePart):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Return ``[..., d]``."""
+        if hidden_states.ndim == 1:  # a vector, which no call can be of
+            return self.forward(hidden_states[None])[0]
         with without_autocast():
             return self.finish(self.call(hidden_states))
 
