@@ -261,12 +261,16 @@ def test_what_cannot_be_done_is_refused(
             ProtectedLM(str(model_dir), **options)
     with pytest.raises(UsageError, match="dtype of the weights: got float16"):
         ProtectedLM(str(model_dir), dtype="float16")
-    for name, value in {
-        **{"timeout": "abc", "batch_size": "all", "max_length": -3.0, "softmax_dtype": "floaty"},
-        **{"max_batch_size": 0, "prefix_token_id": "a"},
-    }.items():
+    for name, value in [
+        *{"timeout": "abc", "max_length": -3.0, "softmax_dtype": "floaty", "prefix_token_id": "a"}.items(),
+        *(("batch_size", size) for size in ("all", "auto:x", "auto:", "auto:0", "autos")),
+        ("max_batch_size", 0),
+    ]:
         with pytest.raises(UsageError, match=f"value of {name}"):
             ProtectedLM(str(model_dir), **{name: value})
+    for beside in ({"profile": "strict"}, {"dtype": "bfloat16"}, {"mlp": "enclave"}, {"worker": ["spawn"]}):
+        with pytest.raises(UsageError, match=f"the model is protected already: got {next(iter(beside))}"):
+            ProtectedLM(protected.protected, tokenizer=protected.tokenizer, **beside)
     with pytest.raises(UsageError, match="without a tokenizer"):
         ProtectedLM(protected.protected)
     with pytest.raises(UsageError, match="webqs has no few-shot prompt"):

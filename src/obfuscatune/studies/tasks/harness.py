@@ -1,5 +1,6 @@
 """lm-evaluation-harness over a protected model: its prompts, its likelihood code, its metrics, our forward pass."""
 
+import inspect
 import logging
 import os
 import warnings
@@ -75,6 +76,10 @@ class ProtectedLM(HFLM):  # type: ignore[misc]
         _refuse(options)
         _check_values(timeout=timeout, batch_size=batch_size, **options)
         if isinstance(pretrained, Protected):
+            ours: dict[str, Any] = {"peft": peft, "dtype": dtype, "profile": profile, "worker": worker}
+            ours |= {"device": device, "threads": threads, "timeout": timeout}
+            ours |= {"identity": identity, "insecure": insecure}
+            _refuse_beside_protected({**ours, **switches})
             self.protected = pretrained
         else:
             device = None if device == "cpu" else device
@@ -304,11 +309,25 @@ def _refuse(options: dict[str, Any]) -> None:
         raise UsageError("one process evaluates one protected model", got="a distributed launch", hint="start it alone")
 
 
+def _refuse_beside_protected(given: dict[str, Any]) -> None:
+    """Refuse what says how to load and protect a model, beside one that is protected already."""
+    defaults = inspect.signature(ProtectedLM.__init__).parameters
+    beside = [name for name, value in given.items() if name not in defaults or value != defaults[name].default]
+    if beside:
+        expected = "the model's name; or say it to protect()"
+        raise UsageError("the model is protected already", got=", ".join(beside), expected=expected)
+
+
+def _is_batch_size(value: Any) -> bool:
+    kind, colon, times = str(value).partition(":")
+    return (float(times) > 0 if colon else True) if kind == "auto" else int(value) >= 0
+
+
 def _check_values(**options: Any) -> None:
     """Refuse values that the harness would meet with an exception of any kind: they come from a line of text."""
     fits: dict[str, tuple[Callable[[Any], bool], str]] = {
         "timeout": (lambda value: float(value) > 0, "seconds above 0"),
-        "batch_size": (lambda value: str(value).partition(":")[0] == "auto" or int(value) >= 0, "a number, or auto"),
+        "batch_size": (_is_batch_size, "a number, auto, or auto:N with N above 0"),
         "max_length": (lambda value: type(value) is int and value > 0, "a number of tokens"),
         "max_batch_size": (lambda value: type(value) is int and value > 0, "a number of rows"),
         "softmax_dtype": (lambda value: isinstance(get_dtype(value), torch.dtype), "a dtype of torch"),
