@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import TrainerControl, TrainerState
 
+from obfuscatune.training.interrupt import StopOnSignal
 from obfuscatune.training.trainer import ProtectedTrainer
 
 Tensors = dict[str, torch.Tensor]
@@ -203,6 +205,15 @@ def test_no_evaluation_begins_after_a_signal(when: str, inside, train_file: Path
     assert "is lost" not in outcome.err
     assert f"interrupted: go on with the same options and --resume_from_checkpoint {tmp_path / 'out'}" in outcome.err
     assert [path.name for path in (tmp_path / "out").iterdir()] == [f"checkpoint-{last}"]
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_only_a_complete_training_is_evaluated_after_a_signal(last: bool) -> None:
+    """With evaluations between steps, which a program of its own may ask for."""
+    interrupt, control = StopOnSignal(), TrainerControl(should_evaluate=True)
+    interrupt.requested = signal.SIGTERM
+    interrupt.on_step_end(None, TrainerState(global_step=8 if last else 7, max_steps=8), control)
+    assert control.should_evaluate == last and control.should_save and control.should_training_stop
 
 
 def test_a_step_that_is_saved_is_not_called_lost(inside, train_file: Path, tmp_path: Path, run, monkeypatch) -> None:

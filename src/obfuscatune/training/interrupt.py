@@ -25,8 +25,8 @@ class StopOnSignal(TrainerCallback):
     """A callback of the Trainer, and a context manager that takes the signals.
 
     ``requested``: the signal that came, or 0. If it came after the end of the last step, as in the last evaluation, the
-    training is complete; after any other step there is one more, which ends with a checkpoint. No evaluation of an
-    epoch begins then: it may take longer than whoever has sent the signal waits, and a resumed run makes up for it.
+    training is complete; after any other step there is one more, which ends with a checkpoint. No evaluation begins
+    then: it may take longer than whoever has sent the signal waits. A resumed run makes up for that of an epoch.
 
     ``in_step``: whether a step is under way, rather than what follows it: a log, a checkpoint, an evaluation.
 
@@ -88,6 +88,7 @@ class StopOnSignal(TrainerCallback):
         self.requested = self.requested or signal.SIGTERM * stopping
         if stopping:
             control.should_save = control.should_training_stop = True
+            control.should_evaluate &= state.global_step >= state.max_steps
 
     def on_save(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         """Remember the step that was saved."""
