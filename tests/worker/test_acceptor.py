@@ -9,6 +9,7 @@ import socket
 import sys
 import threading
 import time
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import closing
 
@@ -18,7 +19,7 @@ import torch
 from obfuscatune.errors import ConnectionClosedError
 from obfuscatune.protocol.address import Address, address_of, connect, listen
 from obfuscatune.protocol.connection import Connection
-from obfuscatune.worker.acceptor import Acceptor
+from obfuscatune.worker.acceptor import Acceptor, Bounds, _Child
 from obfuscatune.worker.child import Service
 
 from .processes import PATIENCE, SHORT, ask, children, opened, resident, started, worker
@@ -144,6 +145,47 @@ def test_strangers_hold_nothing() -> None:
                 until(lambda: len(children(pid)) == 1)
                 assert ask(honest, {"id": 2, "op": "stats"})["ok"] is True  # the bound is of greetings alone
         until(lambda: not children(pid))
+
+
+def test_no_few_machines_hold_all_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Addresses of other machines, which loopback has none of: the acceptor's books alone, without processes."""
+    names, ended = deque[object](), []
+
+    class Listener:
+        def accept(self) -> tuple[socket.socket, object]:
+            return socket.socket(), names.popleft()
+
+    listener, bounds = Listener(), Bounds(max_greeting=8, max_greeting_each=3)
+    acceptor = Acceptor(listener, Service(torch.device("cpu"), None, 1 << 20), bounds)  # type: ignore[arg-type]
+
+    def fork(accepted: socket.socket, source: str | None) -> None:
+        acceptor._greeting.append(_Child(0, 0, accepted, source, 0.0))
+
+    def end(child: _Child) -> None:
+        acceptor._greeting.remove(child)
+        ended.append(child.source)
+
+    monkeypatch.setattr(acceptor, "_fork", fork)
+    monkeypatch.setattr(acceptor, "_end", end)
+
+    def come(host: str | None, times: int = 1) -> int:
+        """Connect; returns how many got a place."""
+        before = len(acceptor._greeting) + len(ended)
+        for _ in range(times):
+            names.append("" if host is None else (host, 1))
+            acceptor._accept()
+        return len(acceptor._greeting) + len(ended) - before
+
+    assert come("2001:db8:1:2::1", 2) + come("2001:db8:1:2:ffff::2", 5) == 3  # one /64, as one customer has
+    assert come("192.0.2.1", 9) == 3 and come("192.0.2.2", 2) == 2 and ended == []
+    held = Counter(child.source for child in acceptor._greeting)
+    assert held == {"2001:db8:1:2::/64": 3, "192.0.2.1": 3, "192.0.2.2": 2}
+    come("192.0.2.3"), come(None)  # all places are taken: of those that have most
+    assert ended == ["2001:db8:1:2::/64", "192.0.2.1"]
+    come("192.0.2.4")
+    assert len(ended) == 3 and max(Counter(child.source for child in acceptor._greeting).values()) == 2
+    come("192.0.2.4"), come("192.0.2.3")  # nobody has two more than they
+    assert len(ended) == 3 and len(acceptor._greeting) == 8
 
 
 @pytest.mark.parametrize("call", ["socket.socketpair", "os.fork"])

@@ -1,12 +1,14 @@
 """HOST:PORT of an address, and listening there: names, IPv4, and IPv6 in brackets; without torch, to load at once."""
 
 import errno
+import ipaddress
 import re
 import socket
 
 from obfuscatune.errors import UsageError
 
 BACKLOG = 64
+_IPV6_NETWORK = 64  # bits: what one customer of a provider has at the least
 _FORM = re.compile(r"(?:\[([0-9A-Za-z:.%]+)\]|([0-9A-Za-z._-]+)):([0-9]{1,5})")
 
 
@@ -42,3 +44,16 @@ def listen_fault(error: OSError, where: str) -> UsageError:
         hint = "stop what listens there, or choose another address"
         return UsageError("address is in use", where=where, hint=hint)
     return UsageError("cannot listen", got=error.strerror, where=where)
+
+
+def source_of(host: str) -> str:
+    """Return who counts as one source: an IPv4 address, or the /64 of an IPv6 one."""
+    try:
+        address = ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return host
+    if isinstance(address, ipaddress.IPv6Address):
+        if address.ipv4_mapped is not None:
+            return str(address.ipv4_mapped)
+        return str(ipaddress.ip_network((address, _IPV6_NETWORK), strict=False))
+    return str(address)

@@ -24,6 +24,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from obfuscatune.protocol.address import Address
+from obfuscatune.protocol.hostport import source_of
 from obfuscatune.worker.child import AHEAD, FULL, Service, serve_child
 
 logger = logging.getLogger(__name__)
@@ -37,8 +38,9 @@ class Bounds:
 
     Attributes:
         max_sessions: served at once. max_waiting: greeted and in the queue. max_greeting: that have not greeted yet;
-            max_greeting_each: of these, from one address of another machine. greeting_seconds: to greet in, the TLS
-            handshake included. ending_seconds: for sessions to end by themselves, when the worker is to end.
+            max_greeting_each: of these, from one address of another machine, or one /64 of IPv6. greeting_seconds: to
+            greet in, the TLS handshake included. ending_seconds: for sessions to end by themselves, when the worker
+            is to end.
     """
 
     max_sessions: int = 1
@@ -84,7 +86,7 @@ class Acceptor:
                 for key, _ in self._selector.select(None if due is None else max(0.0, due - now)):
                     if key.data is None:
                         self._accept()
-                    else:
+                    elif key.data in self._all():  # it may have made room for another one just now
                         self._hear(key.data)
                 self._advance()
         finally:
@@ -112,11 +114,28 @@ class Acceptor:
             logger.warning("cannot accept a connection: %s", error.strerror)
             time.sleep(0.1)  # out of descriptors: sessions that end give some back
             return
-        source = name[0] if isinstance(name, tuple) and not Address(host=name[0]).is_local else None
-        each = 0 if source is None else Counter(child.source for child in self._greeting)[source]
+        source = source_of(name[0]) if isinstance(name, tuple) and not Address(host=name[0]).is_local else None
         with accepted:  # the child has its own descriptor of it
-            if len(self._greeting) < self._bounds.max_greeting and each < self._bounds.max_greeting_each:
+            if self._has_room_for(source):
                 self._fork(accepted, source)
+
+    def _has_room_for(self, source: str | None) -> bool:
+        """Whether one more may greet; where all places are taken, one of the source that has most is freed for it.
+
+        So no few machines shut all others out: with n sources each can have its part of the places.
+        """
+        each = Counter(child.source for child in self._greeting)
+        if source is not None and each[source] >= self._bounds.max_greeting_each:
+            return False
+        if len(self._greeting) < self._bounds.max_greeting:
+            return True
+        largest, count = each.most_common(1)[0]
+        if count <= each[source] + 1:
+            return False
+        oldest = next(child for child in self._greeting if child.source == largest)
+        logger.warning("session %d: not greeted yet, and makes room for another address", oldest.number)
+        self._end(oldest)
+        return True
 
     def _fork(self, accepted: socket.socket, source: str | None) -> None:
         self._count += 1

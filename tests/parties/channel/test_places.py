@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from obfuscatune.errors import BusyError
-from obfuscatune.parties.channel.places import Places, Turns, source_of
+from obfuscatune.parties.channel.places import Places, Turns
+from obfuscatune.protocol.hostport import source_of
 
 
 class Holder:

@@ -5,7 +5,6 @@ there is room anybody takes as many as he likes. When there is none, a newcomer 
 most (max-min fairness): with n owners each can have total / n, whatever the others do.
 """
 
-import ipaddress
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -14,7 +13,6 @@ from typing import Protocol
 
 from obfuscatune.errors import BusyError
 
-_IPV6_NETWORK = 64  # bits: what one customer of a provider has at the least
 TRY_AGAIN = "try again in some seconds"
 
 
@@ -112,16 +110,3 @@ class Turns:
             queue.popleft().set()
             if queue:  # to the end of the round
                 self._waiting[owner] = queue
-
-
-def source_of(host: str) -> str:
-    """Return who counts as one source: an IPv4 address, or the /64 of an IPv6 one."""
-    try:
-        address = ipaddress.ip_address(host.partition("%")[0])
-    except ValueError:
-        return host
-    if isinstance(address, ipaddress.IPv6Address):
-        if address.ipv4_mapped is not None:
-            return str(address.ipv4_mapped)
-        return str(ipaddress.ip_network((address, _IPV6_NETWORK), strict=False))
-    return str(address)

@@ -23,9 +23,10 @@ from obfuscatune.parties.channel.address import TlsAddress
 from obfuscatune.parties.channel.certificate import EnclaveCertificate, fresh_evidence, make_certificate
 from obfuscatune.parties.channel.conversation import Conversation
 from obfuscatune.parties.channel.faults import to_fields
-from obfuscatune.parties.channel.places import TRY_AGAIN, Places, Turns, source_of
+from obfuscatune.parties.channel.places import TRY_AGAIN, Places, Turns
 from obfuscatune.parties.channel.tls import server_context
 from obfuscatune.parties.identity import Identity, PublicIdentity
+from obfuscatune.protocol.hostport import source_of
 
 logger = logging.getLogger(__name__)
 
