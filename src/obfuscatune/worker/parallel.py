@@ -61,10 +61,17 @@ class Group:
     """
 
     def __init__(
-        self, rank: int = 0, size: int = 1, *, requests: Any = None, products: Any = None, pairs: Sequence[Any] = ()
+        self,
+        rank: int = 0,
+        size: int = 1,
+        *,
+        requests: Any = None,
+        contents: Any = None,
+        products: Any = None,
+        pairs: Sequence[Any] = (),
     ) -> None:
         self.rank, self.size = rank, size
-        self._requests, self._products, self._pairs = requests, products, pairs
+        self._requests, self._contents, self._products, self._pairs = requests, contents, products, pairs
 
     @classmethod
     def join(cls, device: torch.device, *, session: int | None = None) -> "Group":
@@ -93,9 +100,11 @@ class Group:
         )
         # Requests are handed on by gloo even beside GPUs: a wait of hours must not keep one of them busy.
         requests = dist.new_group(backend="gloo", timeout=_THINKING)
+        # What a request holds follows its length at once: a process that does not take it has stopped.
+        contents = dist.new_group(backend="gloo", timeout=_COMPUTING)
         # Of rank 0 with each of the others, to find out which of them is gone.
         pairs = [dist.new_group([0, other], backend="gloo", timeout=_PROBE) for other in range(1, size)]
-        return cls(rank, size, requests=requests, products=dist.group.WORLD, pairs=pairs)
+        return cls(rank, size, requests=requests, contents=contents, products=dist.group.WORLD, pairs=pairs)
 
     def leave_session(self) -> None:
         """Let the followers go, and end the group."""
@@ -119,10 +128,10 @@ class Group:
         head, _ = encode_head(header, specs)
         try:
             dist.broadcast(torch.tensor([len(head)]), 0, group=self._requests)
-            dist.broadcast(torch.frombuffer(bytearray(head), dtype=torch.uint8), 0, group=self._requests)
+            dist.broadcast(torch.frombuffer(bytearray(head), dtype=torch.uint8), 0, group=self._contents)
             for tensor in tensors.values():
                 if tensor.numel():
-                    dist.broadcast(_bytes_of(tensor), 0, group=self._requests)
+                    dist.broadcast(_bytes_of(tensor), 0, group=self._contents)
         except RuntimeError as error:
             raise self.lost() from error
 
@@ -134,13 +143,13 @@ class Group:
             if not length.item():
                 return None
             head = torch.empty(int(length.item()), dtype=torch.uint8)
-            dist.broadcast(head, 0, group=self._requests)
+            dist.broadcast(head, 0, group=self._contents)
             raw = head.numpy().tobytes()
             fields, specs = decode_header(raw[PREFIX.size :], decode_prefix(raw[: PREFIX.size])[1])
             tensors = {spec.name: torch.empty(spec.shape, dtype=spec.dtype) for spec in specs}
             for tensor in tensors.values():
                 if tensor.numel():
-                    dist.broadcast(_bytes_of(tensor), 0, group=self._requests)
+                    dist.broadcast(_bytes_of(tensor), 0, group=self._contents)
         except RuntimeError as error:
             raise GroupError("rank 0 is gone") from error
         return fields, tensors
