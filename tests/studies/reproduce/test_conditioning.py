@@ -85,6 +85,9 @@ def test_no_loss_is_said_only_where_there_is_none() -> None:
         said = findings([row("float32", "none"), row("float32", "1024", **{"logits error": 1e-5}, **lost)], [], [])[0]
         assert "no loss" not in said
         assert "0.900" in said
+    broken = {"logits error": math.nan, "top-1": 0.0, "accuracy": 0.25}
+    said = findings([*kept, row("float32", "gaussian", **broken), kept[1]], [], [])[0]
+    assert "to nan (keys: gaussian)" in said and "to 0.250" in said
 
 
 def test_a_model_compared_with_itself_and_with_a_broken_one() -> None:

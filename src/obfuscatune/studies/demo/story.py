@@ -60,7 +60,7 @@ def html_page(outcome: Outcome) -> str:
         curves, shares = figure(_curves(outcome)), figure(_shares(outcome))
     sections = [
         Section(
-            "The same result",
+            "In the clear and protected",
             paragraph(
                 f"The protected model chose differently on {outcome.different_choices} of {asked} questions; its loss "
                 f"curve is apart from the one in the clear by at most {outcome.largest_loss_difference:.1e}."

@@ -1,5 +1,6 @@
 """What `conditioning` found, as tables, a figure and a page, with the sentences that the numbers themselves support."""
 
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -107,7 +108,7 @@ def findings(inference: Sequence[Row], training: Sequence[Row], checks: Sequence
     for dtype in dict.fromkeys(row["dtype"] for row in inference):
         rows = [row for row in inference if row["dtype"] == dtype and row["key precision"] == "float32"]
         plain = next(row for row in rows if row["keys"] == NONE)
-        worst = max(rows, key=lambda row: row["logits error"])
+        worst = max(rows, key=lambda row: math.inf if math.isnan(row["logits error"]) else row["logits error"])
         same = all(row["top-1"] >= _SAME_TOP1 and row["accuracy"] == plain["accuracy"] for row in rows)
         verdict = (
             "no loss in inference under any of the keys: the likeliest token and the accuracy are those without keys"
