@@ -20,7 +20,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import obfuscatune
 from obfuscatune.durable import write_new
 from obfuscatune.enclave.spawn import check_workers, open_session
-from obfuscatune.errors import AttestationError, KeyFaultError, UsageError
+from obfuscatune.errors import AttestationError, KeyFaultError, UsageError, WorkerFault
 from obfuscatune.parties import link
 from obfuscatune.parties.canonical import encode
 from obfuscatune.parties.identity import Identity
@@ -213,7 +213,7 @@ def test_openssl_agrees(running: Running) -> None:
 
 
 @contextlib.contextmanager
-def impostor(credentials: Credentials) -> Iterator[tuple[int, list[bytes]]]:
+def impostor(credentials: Credentials, says: bytes = b"") -> Iterator[tuple[int, list[bytes]]]:
     """A server with these credentials that lets anybody in, and what it reads from who connects."""
     context = worker_context(credentials)
     read: list[bytes] = []
@@ -223,6 +223,7 @@ def impostor(credentials: Credentials) -> Iterator[tuple[int, list[bytes]]]:
         with contextlib.suppress(OSError), accepted:
             accepted.settimeout(PATIENCE)
             with accept_tls(accepted, context, "enclave") as secured:
+                secured.sendall(says)
                 read.append(secured.recv(1000))
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -249,6 +250,16 @@ def test_an_enclave_sends_no_byte_to_an_impostor(kind: str) -> None:
             identity=LAB,
         )
     assert read in ([b""], [])
+
+
+@pytest.mark.parametrize("says", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"OBFT\x02\0\0\0" + b"\xff" * 12])
+def test_a_worker_that_speaks_something_else_is_a_fault_of_it(says: bytes) -> None:
+    credentials = credentials_of(WORKER, "worker", allow=[LAB.public])
+    with impostor(credentials, says) as (port, _):
+        address = f"tls://127.0.0.1:{port}#{WORKER.public.fingerprint}"
+        with pytest.raises(WorkerFault, match="the reply breaks the protocol") as caught:
+            open_session(address, timeout=PATIENCE, threads=None, device=None, identity=LAB)
+    assert caught.value.worker == address
 
 
 def _with_anchor(credentials: Credentials) -> Credentials:

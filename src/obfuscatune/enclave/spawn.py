@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from obfuscatune.enclave.session import Session
-from obfuscatune.errors import AttestationError, ConnectionClosedError, ProtocolError, UsageError
+from obfuscatune.errors import AttestationError, ConnectionClosedError, ProtocolError, UsageError, WorkerFault
 from obfuscatune.protocol.address import Address, connect
 from obfuscatune.protocol.connection import Connection
 from obfuscatune.protocol.limits import Limits
@@ -128,6 +128,12 @@ def _connect_secured(address: Address, timeout: float, own: "Identity") -> Conne
         got = "no answer" if isinstance(error, TimeoutError) else error.got
         hint = f"start it with --allow {own.public.name}.pub: this enclave is {own.public.fingerprint}"
         raise UsageError("the worker does not let this identity in", got=got, where=where, hint=hint) from None
+    except ProtocolError as error:
+        connection.close()
+        hint = "is it a worker of this version"
+        raise WorkerFault(
+            "the reply breaks the protocol", worker=where, layer="-", call=0, got=error.what, hint=hint
+        ) from error
     if told.get("ok") is not True:
         connection.close()
         raise UsageError("the worker does not let this identity in", where=where)
