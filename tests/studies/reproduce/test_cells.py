@@ -86,9 +86,21 @@ def probe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A module that other processes can import."""
     source = """
         import os
+        import time
 
         def process(inputs, places):
             return {"pid": os.getpid(), "x": inputs["x"]}
+
+        def failing(inputs, places):
+            # The first fails while the second runs.
+            mine, other = (os.path.join(places["directory"], name) for name in (str(inputs["x"]), str(1 - inputs["x"])))
+            open(mine, "w").close()
+            while not os.path.exists(other):
+                time.sleep(0.01)
+            if inputs["x"] == 0:
+                raise ValueError("no")
+            time.sleep(0.2)
+            return {"x": inputs["x"]}
 
         def killed(inputs, places):
             os.kill(os.getpid(), 9)
@@ -109,6 +121,14 @@ def test_processes_of_their_own_give_the_same(probe: Any, tmp_path: Path) -> Non
     assert os.getpid() not in {value["pid"] for value in values}
     too_large = run_cells(several, CellCache(tmp_path / "b"), workers=2, memory_gb=1.5)
     assert {value["pid"] for value in too_large} == {os.getpid()}, "two cells ran in the memory of one"
+
+
+def test_what_ran_beside_a_failure_is_kept(probe: Any, tmp_path: Path) -> None:
+    cache, places = CellCache(tmp_path / "cells"), {"directory": str(tmp_path)}
+    several = [Cell(label=str(x), compute=probe.failing, inputs={"x": x}, places=places) for x in range(2)]
+    with pytest.raises(ValueError, match="no"):
+        run_cells(several, cache, workers=2, memory_gb=2.0)
+    assert [cache.load(cell) for cell in several] == [None, {"x": 1}]
 
 
 def test_a_killed_process_is_an_error_and_not_a_hang(probe: Any, tmp_path: Path) -> None:

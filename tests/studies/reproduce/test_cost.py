@@ -1,5 +1,6 @@
 """`reproduce cost`: shares by the configuration are the paper's, what is measured is kept, what is not is said."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,15 @@ def test_the_small_preset_names_all_sizes_and_keys_of_each() -> None:
     for preset in ("small", "paper"):
         assert [part.size for part in PRESETS[preset].parts] == list(TRUE_SIZES)
         assert all({"balanced", "paper"} <= set(part.profiles) for part in PRESETS[preset].parts)
+
+
+def test_a_profile_whose_switches_have_changed_is_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    part, common = Part(size="small", profiles=("balanced",)), {"threads": 1}
+    before = {cell.key for cell in cost._cells(part, common, "cpu")}
+    assert before == {cell.key for cell in cost._cells(part, common, "cpu")}
+    other = dataclasses.replace(cost.parse_profile("balanced"), key_block=32)
+    monkeypatch.setattr(cost, "parse_profile", lambda name: other)
+    assert before.isdisjoint(cell.key for cell in cost._cells(part, common, "cpu"))
 
 
 @pytest.fixture

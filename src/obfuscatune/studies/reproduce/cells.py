@@ -64,9 +64,9 @@ class CellCache:
         record = self._read(cell)
         return None if record is None else record["value"]
 
-    def store(self, cell: Cell, value: Value) -> None:
-        """Keep a value, with the commit that computed it. Raises ObfuscatuneError."""
-        record = {"inputs": cell.inputs, "value": value, **describe_commit()}
+    def store(self, cell: Cell, value: Value, commit: Value) -> None:
+        """Keep a value, with the commit that computed it (`describe_commit`). Raises ObfuscatuneError."""
+        record = {"inputs": cell.inputs, "value": value, **commit}
         write_text(self._path(cell), json.dumps(record, sort_keys=True) + "\n")
 
     def commits(self, cells: Sequence[Cell]) -> list[str]:
@@ -99,10 +99,11 @@ def run_cells(
         ObfuscatuneError: a cell's own, or that its process was killed. Cells that are done stay in the cache.
     """
     missing = [cell for cell in cells if cache.load(cell) is None]
+    commit = describe_commit()  # of the code that runs: the files may change while it does
     with tqdm(total=len(cells), initial=len(cells) - len(missing), unit="cell", disable=not cells) as bar:
         at_once = min(workers, _fitting(missing, memory_gb), len(missing))
         for cell, value in _in_processes(missing, at_once, bar) if at_once > 1 else _here(missing, bar):
-            cache.store(cell, value)
+            cache.store(cell, value, commit)
             bar.update()
     return [_stored(cache, cell) for cell in cells]
 
@@ -117,15 +118,25 @@ def _in_processes(cells: Sequence[Cell], workers: int, bar: Any) -> Iterator[tup
     context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent) as pool:
         futures: dict[Future[Value], Cell] = {pool.submit(c.compute, c.inputs, c.places): c for c in cells}
+        fault: BaseException | None = None
         try:
             for future in as_completed(futures):
                 bar.set_description(futures[future].label)
-                yield futures[future], future.result()
-        except BrokenProcessPool as error:
-            hint = "fewer --workers, or more memory; what is done is kept"
-            raise ObfuscatuneError("the process of a cell was killed", hint=hint) from error
+                if future.cancelled():
+                    continue
+                if (error := future.exception()) is None:
+                    yield futures[future], future.result()
+                elif fault is None:  # those that run are waited for, and kept
+                    fault = error
+                    for other in futures:
+                        other.cancel()
         finally:
             pool.shutdown(cancel_futures=True)
+    if isinstance(fault, BrokenProcessPool):
+        hint = "fewer --workers, or more memory; what is done is kept"
+        raise ObfuscatuneError("the process of a cell was killed", hint=hint) from fault
+    if fault is not None:
+        raise fault
 
 
 def _end_with_parent() -> None:

@@ -125,6 +125,7 @@ def run(
     if chosen.layer is not None and not sizes and device == "cpu":
         rows, width = chosen.layer
         inputs = {"rows": rows, "width": width, "fhe": fhe_version(), "machine": common["machine"]}
+        inputs["threads"] = common["threads"]
         cells.append(Cell(label=f"one layer, {rows} x {width} x {width}", compute=compute.layer, inputs=inputs))
     cache = CellCache(output_dir / "cells")
     values = _until(cells, cache, seconds)
@@ -173,16 +174,21 @@ def _decoder(size: str, dtype: str) -> Decoder:
         return read_decoder(GPT2LMHeadModel(config).to(getattr(torch, dtype)))
 
 
+def _named(profiles: Sequence[str]) -> Value:
+    """Profiles by name, and what the names stand for today: a value of other switches is not this one's."""
+    return {"profiles": list(profiles), "records": [dataclasses.asdict(parse_profile(name)) for name in profiles]}
+
+
 def _cells(part: Part, common: Value, device: str) -> list[Cell]:
     cells = []
     for profile in part.profiles:
-        inputs = {**common, "size": part.size, "profiles": [profile], "rounds": 1}
+        inputs = {**common, "size": part.size, **_named([profile]), "rounds": 1}
         cells.append(Cell(label=f"{part.size}, {profile}: keys", compute=compute.key, inputs=inputs))
     for workload in part.workloads:
         inputs = {
             **common,
             "size": part.size,
-            "profiles": list(part.profiles),
+            **_named(part.profiles),
             "rounds": part.rounds,
             "workload": workload,
             "apart": device == "cpu" and part.size in _APART_ON_CPU,

@@ -24,7 +24,12 @@ def key(inputs: Plain, places: Plain) -> Plain:
 
 def layer(inputs: Plain, places: Plain) -> Plain:
     """Time one linear layer in the clear, as shares, and under FHE where that is installed; ``{"layer": [...]}``."""
-    return {"layer": layer_seconds(inputs["rows"], inputs["width"], fhe=inputs["fhe"] is not None)}
+    before = torch.get_num_threads()
+    torch.set_num_threads(inputs["threads"])
+    try:
+        return {"layer": layer_seconds(inputs["rows"], inputs["width"], fhe=inputs["fhe"] is not None)}
+    finally:
+        torch.set_num_threads(before)
 
 
 def timed(inputs: Plain, places: Plain) -> Plain:
