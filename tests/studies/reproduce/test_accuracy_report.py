@@ -7,6 +7,7 @@ import pytest
 
 from obfuscatune.studies.reports.tables import read_csv
 from obfuscatune.studies.reproduce.accuracy_report import findings
+from obfuscatune.studies.reproduce.accuracy_rows import table_rows
 from obfuscatune.studies.reproduce.presets import UNPROTECTED
 
 RESULTS = Path(__file__).parents[3] / "docs" / "results"
@@ -25,6 +26,12 @@ def test_one_item_is_one_of_all_runs_together(lost: int, seeds: int, within: int
     mean = sum(100 * (32 - (lost if seed == 0 else 0)) / 32 for seed in range(seeds)) / seeds
     [said] = findings([], [summary(mean - 100, seeds=seeds)], [])
     assert f"{SAYS} {within} of 1 cells" in said
+
+
+@pytest.mark.parametrize(("seeds", "shown"), [(1, "98.0"), (3, "98.0 ± 0.0")])
+def test_one_seed_has_no_spread(seeds: int, shown: str) -> None:
+    [row] = table_rows([{**summary(-2.0, seeds=seeds), "metric": "acc", "std": 0.0}])
+    assert row["paper"] == shown
 
 
 def test_what_seeds_do_by_themselves_is_within() -> None:

@@ -91,10 +91,15 @@ def table_rows(summary: Sequence[Row]) -> list[Row]:
     methods = list(dict.fromkeys(row["method"] for row in summary))
     rows = []
     for group in _groups(summary, "model", "task", "dtype"):
-        by_method = {row["method"]: f"{row['mean']:.1f} ± {row['std']:.1f}" for row in group}
+        by_method = {row["method"]: _with_spread(row) for row in group}
         first = {name: group[0][name] for name in ("model", "task", "dtype", "metric", "seeds", "items")}
         rows.append({**first, **{method: by_method.get(method, "") for method in methods}})
     return rows
+
+
+def _with_spread(row: Row) -> str:
+    """The mean, and the deviation of several seeds: one has none."""
+    return f"{row['mean']:.1f} ± {row['std']:.1f}" if row["seeds"] > 1 else f"{row['mean']:.1f}"
 
 
 def paired_rows(results: Sequence[Row]) -> list[Row]:
