@@ -9,7 +9,17 @@ import torch
 
 from obfuscatune.studies.reports.tables import read_csv
 from obfuscatune.studies.reproduce import equality, gpu_check
-from obfuscatune.studies.reproduce.equality import FAILED, GRADIENTS, LOGITS, LOSSES, OK, TOKENS, check, worst
+from obfuscatune.studies.reproduce.equality import (
+    FAILED,
+    GRADIENTS,
+    LOGITS,
+    LOSSES,
+    NOT_JUDGED,
+    OK,
+    TOKENS,
+    check,
+    worst,
+)
 from obfuscatune.studies.reproduce.gpu_check import main, run
 
 pytestmark = pytest.mark.slow
@@ -49,14 +59,15 @@ def row(verdict: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("verdict", "code"), [(OK, 0), (FAILED, 1)])
 def test_a_failure_is_the_exit_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verdict: str, code: int) -> None:
-    monkeypatch.setattr(gpu_check, "check", lambda profiles, *, dtype, device: [row(verdict)])
+    monkeypatch.setattr(gpu_check, "check", lambda profiles, *, dtype, device: [row(verdict), row(NOT_JUDGED)])
     costs: list[dict[str, Any]] = []
     monkeypatch.setattr(gpu_check.cost, "run", lambda preset, path, **options: costs.append(options) or path)
     assert run(tmp_path, device="cpu") == code
     assert [cost["dtype"] for cost in costs] == ["float32", "bfloat16"]
     assert all(0 < cost["seconds"] <= gpu_check.SECONDS for cost in costs)
-    assert [found["verdict"] for found in read_csv(tmp_path / "gpu-check.csv")] == [verdict, verdict]
-    assert "device: cpu" in (tmp_path / "gpu-check.md").read_text()
+    assert [found["verdict"] for found in read_csv(tmp_path / "gpu-check.csv")] == [verdict, NOT_JUDGED] * 2
+    told = (tmp_path / "gpu-check.md").read_text()
+    assert "device: cpu" in told and f"{2 * code} of 2 comparisons failed, 2 are not judged" in told
 
 
 def test_a_broken_yardstick_passes_nothing() -> None:

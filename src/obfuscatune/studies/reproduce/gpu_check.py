@@ -17,7 +17,7 @@ from obfuscatune.errors import ObfuscatuneError, UsageError
 from obfuscatune.studies.reports.provenance import describe
 from obfuscatune.studies.reports.tables import write_csv, write_markdown
 from obfuscatune.studies.reproduce import cost
-from obfuscatune.studies.reproduce.equality import CHECKED, FAILED, Row, check
+from obfuscatune.studies.reproduce.equality import CHECKED, FAILED, NOT_JUDGED, Row, check
 
 DTYPES = ("float32", "bfloat16")
 SECONDS = 420.0  # after which no measurement begins; the longest one takes a minute
@@ -52,12 +52,14 @@ def run(
         provenance["device"] = f"{device}, {torch.cuda.get_device_name(device)}"
     write_csv(output_dir / "gpu-check.csv", rows)
     failed = [row for row in rows if row["verdict"] == FAILED]
+    judged = [row for row in rows if row["verdict"] != NOT_JUDGED]
+    counted = f"{len(failed)} of {len(judged)} comparisons failed, {len(rows) - len(judged)} are not judged"
     notes = [
         "error: of the protected model against the plain one in float64, relative to the largest entry. plain: that of "
         "the plain model in the same dtype on the same device.",
         "Losses of AdamW whose factors are on the worker: against a worker on the CPU under the same keys.",
         "naive is not judged: Gaussian keys lose digits, and a step in their coordinates is not one in plain ones.",
-        f"{len(rows)} comparisons, {len(failed)} failed.",
+        f"{counted}.",
     ]
     write_markdown(output_dir / "gpu-check.md", "Equality with the worker on a device", rows, notes, provenance)
     if cost_preset is not None:
@@ -65,7 +67,7 @@ def run(
             left = (end - time.monotonic()) / (len(DTYPES) - index)
             path = cost.run(cost_preset, output_dir / f"cost-{dtype}", device=device, dtype=dtype, seconds=left)
             print(path)
-    print(f"{len(failed)} of {len(rows)} comparisons failed; results in {output_dir}")
+    print(f"{counted}; results in {output_dir}")
     return 1 if failed else 0
 
 
