@@ -44,7 +44,7 @@ def cell_row(result: Row) -> Row:
         "value": result["metrics"][metric(result)],
         "acc_norm": result["metrics"].get("acc_norm"),
         "answer_nll": result["answer_nll"],
-        "steps": result["trial"]["training"]["logging_steps"] * len(losses),
+        "steps": result.get("steps", result["trial"]["training"]["logging_steps"] * len(losses)),  # of older cells
         "first_loss": losses[0],
         "last_loss": _last_loss(result),
         "key_seconds": result["key_seconds"],

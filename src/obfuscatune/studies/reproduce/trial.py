@@ -75,7 +75,7 @@ def run_trial(trial: Trial, model: str, data_dir: str | None) -> dict[str, Any]:
 
     Returns:
         ``metrics``, ``items`` (rows of `Prediction`), ``answer_nll`` (mean nats of the likeliest right answer),
-        ``losses`` of each step, ``train_seconds``, ``eval_seconds``, ``key_seconds``, ``switched_off``.
+        ``losses`` as logged, ``steps``, ``train_seconds``, ``eval_seconds``, ``key_seconds``, ``switched_off``.
     """
     with _threads(trial.threads), _quiet(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -90,7 +90,7 @@ def run_trial(trial: Trial, model: str, data_dir: str | None) -> dict[str, Any]:
         started = time.perf_counter()
         with _protected(trial, adapted) as protected:
             keyed = time.perf_counter()
-            losses = _train(trial, adapted, protected, encoded, tokenizer)
+            losses, steps = _train(trial, adapted, protected, encoded, tokenizer)
             trained = time.perf_counter()
             lm = _language_model(adapted, protected, tokenizer, trial.eval_batch_size)
             result = evaluate(lm, [trial.task], data_dir=data_dir, limit=trial.eval_items)[trial.task]
@@ -100,6 +100,7 @@ def run_trial(trial: Trial, model: str, data_dir: str | None) -> dict[str, Any]:
         "items": [asdict(item) for item in result.predictions],
         "answer_nll": _answer_nll(result),
         "losses": losses,
+        "steps": steps,
         "key_seconds": keyed - started,
         "train_seconds": trained - keyed,
         "eval_seconds": evaluated - trained,
@@ -118,7 +119,10 @@ def _protected(trial: Trial, model: Any) -> Iterator[Protected | None]:
         yield protected
 
 
-def _train(trial: Trial, model: Any, protected: Protected | None, rows: list[Any], tokenizer: Any) -> list[float]:
+def _train(
+    trial: Trial, model: Any, protected: Protected | None, rows: list[Any], tokenizer: Any
+) -> tuple[list[float], int]:
+    """Return the losses that the Trainer logs, one at least, and the number of steps."""
     from transformers import PrinterCallback, Trainer
 
     settings = trial.training
@@ -142,8 +146,9 @@ def _train(trial: Trial, model: Any, protected: Protected | None, rows: list[Any
             trainer.remove_callback(PrinterCallback)
         else:
             trainer = ProtectedTrainer(protected, kind="adamw", quiet=True, **common)
-        trainer.train()
-    return [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+        whole = trainer.train().training_loss
+    losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+    return losses or [float(whole)], trainer.state.global_step  # few rows: it has ended before the first log
 
 
 def _language_model(model: Any, protected: Protected | None, tokenizer: Any, batch_size: int) -> HFLM:
