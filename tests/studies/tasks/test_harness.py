@@ -279,6 +279,8 @@ def test_what_cannot_be_done_is_refused(
         protected._model_call(torch.tensor([[0, 258]]))
     with pytest.raises(UsageError, match="no embedding of"):
         protected._model_generate(torch.tensor([[0, 258]]), 4, [])
+    with pytest.raises(UsageError, match="a choice has more tokens than the model has positions"):
+        protected._loglikelihood_tokens([(("", ""), [1], [2] * (protected.max_length + 1))])
     with pytest.raises(UsageError, match="cannot load the data"):
         evaluate(protected, ["piqa"], limit=1)  # from the hub, which no test can reach
     (tmp_path / "piqa").mkdir()

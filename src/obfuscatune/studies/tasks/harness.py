@@ -131,6 +131,10 @@ class ProtectedLM(HFLM):  # type: ignore[misc]
     def _loglikelihood_tokens(self, requests: Any, *more: Any, **named: Any) -> Any:
         """As the harness does it, which cuts what is too long and says so in a log that nobody reads."""
         requests = list(requests)
+        longest = max((len(continuation) for _, _, continuation in requests), default=0)
+        if longest > self.max_length:
+            expected = f"at most {self.max_length:,}"
+            raise UsageError("a choice has more tokens than the model has positions", got=longest, expected=expected)
         long = sum(len(context) + len(continuation) > self.max_length + 1 for _, context, continuation in requests)
         if long:
             lost = f"beyond the model's {self.max_length:,} positions, and lost their beginning"
