@@ -185,6 +185,20 @@ def test_a_failed_contender_is_named_and_its_process_ends() -> None:
 
 
 @pytest.mark.slow
+def test_a_failed_contender_takes_its_worker_with_it() -> None:
+    spec = dataclasses.replace(_spec("balanced"), link="tcp")
+    with (
+        pytest.raises(ObfuscatuneError, match="KeyError"),
+        ContenderProcess(spec, label="tiny balanced@tcp", wait_policy="passive") as process,
+    ):
+        process.ask("load", adapter=False)
+        pid = process._process.pid
+        started = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        process.ask("run", workload="no such workload")
+    assert started and not any(Path(f"/proc/{pid}").exists() for pid in started)
+
+
+@pytest.mark.slow
 def test_a_killed_contender_is_named() -> None:
     with (
         pytest.raises(ObfuscatuneError, match=r"killed by signal 9 .*tiny plain, load"),

@@ -180,6 +180,7 @@ def main() -> None:
     """Serve on standard input and output; the first argument is the spec."""
     # The terminal's Ctrl-C goes to the whole process group. The benchmark decides, and ends its contenders.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # with the worker that it has started
     # What there is to say about the options, the benchmark's own process says, once.
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity(logging.ERROR)
