@@ -75,12 +75,13 @@ def padded(seed: int = 0) -> tuple[Tensor, Tensor]:
     return tokens(2, 9, seed=seed), mask
 
 
-def compare(reference: Any, protected: Any, ids: Tensor, mask: Tensor) -> tuple[float, float]:
+def compare(reference: Any, protected: Any, ids: Tensor, mask: Tensor | None, **arguments: Any) -> tuple[float, float]:
     """Errors of the logits at positions that are not padding, and of all gradients of a loss on them."""
     results = []
     for model in (reference, protected.model):
         model.zero_grad()
-        logits = model(input_ids=ids, attention_mask=mask).logits[mask.bool()]
+        logits = model(input_ids=ids, attention_mask=mask, **arguments).logits
+        logits = logits if mask is None else logits[mask.bool()]
         scalar(logits).backward()
         results.append((logits.detach(), gradients(model)))
     (expected, wanted), (got, found) = results
@@ -156,18 +157,30 @@ def test_float32_and_generation(protect: Any, family: str, profile: str) -> None
             assert torch.equal(protected.model.generate(**prompt, **more), reference.generate(**prompt, **more)), more
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral, window", "phi3", "gpt_neox"])
-def test_packed_rows_with_positions_of_their_own(protect: Any, family: str) -> None:
+PACKED = ("llama", "mistral, window", "phi3", "gpt_neox")
+
+
+@pytest.mark.parametrize(
+    ("family", "profile"),
+    [
+        pytest.param(family, profile, marks=[] if family in PACKED and profile == "balanced" else [pytest.mark.slow])
+        for family in RECORDED
+        for profile in ("balanced", "strict", "stream")
+        if profile != "stream" or family not in NO_STREAM
+    ],
+)
+def test_packed_rows_with_positions_of_their_own(protect: Any, family: str, profile: str) -> None:
     """``position_ids`` that start again are several texts in one row, whose mask is block-diagonal."""
-    ids = tokens(1, 9)
-    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
-    reference, model = twins_of(family, dtype=torch.float32)
-    with protect(model) as protected, torch.no_grad():
-        arguments = {"input_ids": ids, "position_ids": positions, "use_cache": False}
-        got, expected = (m(**arguments).logits for m in (protected.model, reference))
-        assert error(got, expected) < LOGITS_FLOAT32
-        alone = protected.model(input_ids=ids, use_cache=False).logits
-    assert error(alone, expected) > BROKEN
+    ids, positions = tokens(1, 9), torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
+    with wide():
+        reference, model = twins_of(family)
+        with run_of(protect, model, family, profile) as protected:
+            logits, grads = compare(reference, protected, ids, None, position_ids=positions, use_cache=False)
+            with torch.no_grad():
+                packed = reference(input_ids=ids, position_ids=positions, use_cache=False).logits
+                alone = protected.model(input_ids=ids, use_cache=False).logits
+    assert (logits < EXACT) and (grads < EXACT)
+    assert error(alone, packed) > BROKEN
 
 
 @pytest.mark.parametrize(("family", "profile"), [("gemma2", "balanced"), ("llama", "balanced"), ("llama", "stream")])
@@ -192,11 +205,17 @@ def test_a_mask_of_the_callers_is_heeded_as_eager_attention_does_or_refused(
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("profile", ["balanced", "stream", "strict"])
-def test_gradient_checkpointing(protect: Any, profile: str, reentrant: bool) -> None:
+@pytest.mark.parametrize(
+    ("family", "profile"),
+    [
+        *(("llama", profile) for profile in ("balanced", "stream", "strict")),
+        *(pytest.param(f, "balanced", marks=pytest.mark.slow) for f in RECORDED if f != "llama"),
+    ],
+)
+def test_gradient_checkpointing(protect: Any, family: str, profile: str, reentrant: bool) -> None:
     with wide():
-        reference, model = twins_of("llama")
-        with protect(model, profile=profile, **MONARCH) as protected:
+        reference, model = twins_of(family)
+        with run_of(protect, model, family, profile) as protected:
             for each in (reference, protected.model):
                 each.train()
                 each.enable_input_require_grads()
