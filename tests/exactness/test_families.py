@@ -11,7 +11,7 @@ from torch import Tensor
 
 from obfuscatune import PROFILES, UnsupportedModelError
 from obfuscatune.enclave.remote.linear import RemoteLinear
-from obfuscatune.enclave.remote.whole import RemoteAttention
+from obfuscatune.enclave.remote.whole import _KNOWN, RemoteAttention
 from obfuscatune.enclave.session import Session
 from obfuscatune.profiles import resolve
 
@@ -222,6 +222,31 @@ def test_gradient_checkpointing(protect: Any, family: str, profile: str, reentra
             protected.model.activation_checkpointing_enable({"use_reentrant": reentrant})
             logits, grads = compare(reference, protected, *padded())
     assert (logits < EXACT) and (grads < EXACT)
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=[] if f in ("llama", "gpt2") else pytest.mark.slow) for f in RECORDED]
+)
+def test_arguments_that_are_let_through_do_what_they_do_in_the_plain_model(protect: Any, family: str) -> None:
+    ids = tokens(2, 9)
+    values = {
+        **{"cu_seq_lens_q": torch.tensor([0, 4, 9]), "cu_seq_lens_k": torch.tensor([0, 4, 9])},
+        **{"max_length_q": 5, "max_length_k": 5, "seq_idx": torch.arange(9)[None] // 5},
+        **{"num_items_in_batch": 7, "shift_labels": ids.roll(1), "token_type_ids": ids % 2},
+        **{"tokenizer": object(), "assistant_tokenizer": object(), "use_cache": False, "output_hidden_states": True},
+        **{
+            "position_ids": torch.arange(9).flip(0)[None],
+            "cache_position": torch.arange(9),
+            "output_attentions": False,
+        },
+    }
+    assert set(values) == _KNOWN
+    with wide():
+        reference, model = twins_of(family)
+        with run_of(protect, model, family, "balanced") as protected, torch.no_grad():
+            for name, value in values.items():
+                got, expected = (m(input_ids=ids, **{name: value}).logits for m in (protected.model, reference))
+                assert error(got, expected) < EXACT, name
 
 
 def test_an_argument_that_nothing_would_heed_is_refused(protect: Any) -> None:
