@@ -147,6 +147,13 @@ def test_a_developer_that_the_template_knows_is_kept(tokenizer: Any, known: str,
     assert one.decode(Prompts(one).chat([{"role": "developer", "content": "brief"}])).strip() == f"{seen} brief"
 
 
+def test_without_a_template_messages_are_refused_for_texts(tokenizer: Any) -> None:
+    one = copy.deepcopy(tokenizer)
+    one.chat_template = None
+    with pytest.raises(Refusal, match="no chat template: /v1/completions"):
+        Prompts(one).chat([{"role": "user", "content": "zebra"}])
+
+
 def test_no_words_of_a_client_are_in_a_repr() -> None:
     assert "quokka" not in repr(Settings(longest=1, stop=("quokka",))) + repr(Ready(["quokka"]))
 

@@ -40,6 +40,9 @@ class Prompts:
         if number is not None:
             name = f"messages[{number}].content"
             raise Refusal(400, f"{name} spells a special token", code="invalid_value", param=name)
+        if not self._tokenizer.chat_template:
+            text = "the model has no chat template: /v1/completions goes on with a text"
+            raise Refusal(400, text, code="chat_template", param="messages")
         try:
             return prompt_tokens(self._tokenizer, turns, "messages")
         except UsageError as error:
