@@ -164,6 +164,20 @@ def test_a_send_during_which_another_thread_closes_says_so(secured: Secured, tls
             connection.send({"id": 2}, {"x": torch.zeros(16 * 1024**2)}, meanwhile=close)
 
 
+def test_a_collector_may_close_in_the_middle_of_a_step(secured: Secured) -> None:
+    """A finalizer runs in whatever thread makes garbage, in one that holds the connection's lock too."""
+    connection, _, _ = secured
+
+    def step() -> None:
+        with connection._stream._lock:
+            connection.close()
+
+    thread = threading.Thread(target=step, daemon=True)
+    thread.start()
+    thread.join(timeout=20)
+    assert not thread.is_alive()
+
+
 def test_a_peer_that_does_not_read(secured: Secured) -> None:
     a, _, _ = secured
     a.settimeout(0.05)

@@ -167,7 +167,8 @@ class SecureStream:
     """A TLS connection. Reading and writing share OpenSSL's one object, so each step of either holds a lock."""
 
     def __init__(self, sock: ssl.SSLSocket) -> None:
-        self._sock, self._seconds, self._lock = sock, float("inf"), threading.Lock()
+        # Of one thread several times: the collector may end a session in the middle of a step.
+        self._sock, self._seconds, self._lock = sock, float("inf"), threading.RLock()
         sock.setblocking(False)
 
     def bound(self, seconds: float | None) -> None:
