@@ -82,11 +82,11 @@ class Contender:
             self._model.to(self.spec.device)
             return {"obfuscation_seconds": 0.0}
         options: dict[str, Any] = {}
+        started = time.perf_counter()
         if self.spec.profile.remote:
             threads = None if self.spec.profile.shares else self.spec.threads
             at = worker_at(self.spec.link, device=self.spec.device, threads=threads)
             options = self._worker.enter_context(at)
-        started = time.perf_counter()
         self.protected = protect(self._model, profile=self.spec.profile, **options)
         return {"obfuscation_seconds": time.perf_counter() - started}
 
