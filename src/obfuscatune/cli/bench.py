@@ -52,11 +52,13 @@ def command(
     From a directory, only the configuration is read, not the weights.
     """
     # Torch and transformers take seconds to import; --help and a misspelt option need neither.
+    import torch
+
     from obfuscatune.studies.bench.report import cost_rows, footprint_rows, to_dict, to_markdown
     from obfuscatune.studies.bench.run import BenchOptions, count_steps, run_bench
     from obfuscatune.studies.bench.workloads import Shape
     from obfuscatune.studies.reports.files import write_json, write_text
-    from obfuscatune.studies.reports.provenance import describe_machine
+    from obfuscatune.studies.reports.provenance import describe
     from obfuscatune.studies.reports.tables import columns
 
     for option, file in (("--json", json_file), ("--markdown", markdown)):
@@ -76,6 +78,8 @@ def command(
         device=device,
         dtype=dtype,
     )
+    # Of the code that runs: the files may change while it does.
+    machine = {**describe(device=device), "threads": threads or torch.get_num_threads()}
     bars = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*bars, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("start", total=count_steps(options), completed=-1)
@@ -84,7 +88,6 @@ def command(
     for title, rows in tables.items():
         if rows:
             print_table(title, columns(rows), [[str(cell) for cell in row.values()] for row in rows], left=3)
-    machine = describe_machine()
     if json_file is not None:
         write_json(json_file, to_dict(options, result, machine))
     if markdown is not None:

@@ -44,7 +44,8 @@ def test_the_command_measures_every_workload_and_profile(
         markdown=tmp_path / "bench.md",
     )
     found = json.loads((tmp_path / "bench.json").read_text())
-    assert found["machine"]["command"] == "obfuscatune bench --size tiny"
+    assert found["machine"]["command"] == "obfuscatune bench --size tiny" and found["machine"]["threads"] == 1
+    assert {"commit", "dirty", "accelerator"} <= found["machine"].keys()
     measured = {(m["profile"], m["workload"]): m for m in found["measurements"]}
     assert set(measured) == {(p, w) for p in PROFILES for w in WORKLOADS}
     for (profile, workload), m in measured.items():
