@@ -68,6 +68,7 @@ def test_a_task_is_learnt_and_evaluated_without_a_script(
     plain, adapted = (json.loads(path.read_text()) for path in (before, after))
     assert (plain["limit"], plain["tasks"]["webqs"]["items"], plain["adapter"]) == (4, 4, None)
     assert "predictions" not in plain["tasks"]["webqs"]
+    assert {"commit", "dirty", "cpu", "torch", "peft", "date"} <= plain["provenance"].keys()
     assert plain["tasks"]["webqs"]["metrics"] == {"exact_match": 0.0}
     assert adapted["tasks"]["webqs"]["metrics"] == {"exact_match": 1.0}
     # The harness asks for its accepted answers in their order: "it is", "yes".

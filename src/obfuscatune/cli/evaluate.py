@@ -82,6 +82,8 @@ def _table(results: dict[str, Any]) -> str:
 def _record(options: EvaluateOptions, results: dict[str, Any]) -> dict[str, Any]:
     from importlib.metadata import version
 
+    from obfuscatune.studies.reports.provenance import describe
+
     tasks = {}
     for name, result in results.items():
         tasks[name] = {**asdict(result), "items": len(result.predictions)}
@@ -98,6 +100,7 @@ def _record(options: EvaluateOptions, results: dict[str, Any]) -> dict[str, Any]
         "batch_size": options.batch_size,
         "lm_eval": version("lm-eval"),
         "tasks": tasks,
+        "provenance": describe(device=options.device or "cpu"),
     }
 
 
