@@ -420,6 +420,7 @@ def test_the_page_shows_what_was_verified_and_how_far_the_job_is(browser: Any, s
     assert codes == [1] and not other.asked
 
 
+@pytest.mark.slow  # it waits for an enclave to start and for the page to ask again
 def test_the_page_finds_an_enclave_again_that_was_away(browser: Any, start: Start, files: list[str]) -> None:
     """The enclave is restarted while its job runs: the page goes on telling the steps, and nobody has to ask for it."""
     address, model = start(ENCLAVE)
